@@ -1,1 +1,196 @@
-def main()->None: ...
+"""The `deferral-train` command: a table of commands, one way to parse them, one way to fail.
+
+The table is plain data so that ``--help`` imports neither torch nor a command. A command module offers
+``run(...)`` with typed keyword parameters, which become flags, YAML keys and defaults at once; a module
+with ``RAW_ARGUMENTS = True`` gets the remaining words instead, because another parser owns them.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from deferral_train.errors import InputError, MissingExtraError
+
+PROGRAM = "deferral-train"
+
+COMMANDS: dict[str, str] = {
+    "run": "every stage for a pair and prompts: pair, traces, head, evaluation, decoding, report, verdict",
+    "quickstart": "`run` on a small pair that it trains itself on the Python standard library's sources",
+    "train-pair": "train a drafter/verifier pair from scratch on text or parallel text",
+    "collect": "run both models over prompts and log their token distributions as traces",
+    "fit": "train a deferral head on traces with Lightning (LightningCLI conventions)",
+    "evaluate": "score rules and heads from traces alone: curves and tables",
+    "decode": "run the cascade on prompts with any rules: quality, wall clock, calls, origin of each token",
+    "choose": "pick the operating point that meets a wish, with a certificate",
+    "export": "turn a training checkpoint into a head folder (safetensors, JSON, card; --onnx)",
+    "report": "write one self-contained HTML page about a run folder",
+    "rules": "print every rule with its dial: parameter, range, lossless end, drafter end",
+    "doctor": "say what this machine, pair, trace folder or head can and cannot do",
+}
+
+# Import name -> the extra that brings it.
+EXTRAS = {
+    "transformers": "train",
+    "pytorch_lightning": "train",
+    "datasets": "train",
+    "sklearn": "train",
+    "torchmetrics": "train",
+    "tensorboard": "train",
+    "jsonargparse": "train",
+    "sacrebleu": "train",
+    "jinja2": "train",
+    "matplotlib": "train",
+    "scipy": "train",
+    "pandas": "train",
+    "yaml": "train",
+    "rich": "train",
+    "fsspec": "train",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
+    "vllm": "vllm",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 2 bad input, 130 interrupted, 1 a defect of ours."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if words[0] == "--version":
+        print(_version())
+        return 0
+    name = words[0]
+    if name not in COMMANDS:
+        return _fail(PROGRAM, f"unknown command '{name}'; the commands are: {', '.join(COMMANDS)}")
+    try:
+        return _dispatch(name, words[1:])
+    except InputError as error:
+        return _fail(f"{PROGRAM} {name}", str(error))
+    except ModuleNotFoundError as error:
+        return _missing_module(name, error)
+    except OSError as error:
+        return _os_error(name, error)
+    except KeyboardInterrupt:
+        print(f"{PROGRAM} {name}: interrupted; run the same command again to continue", file=sys.stderr)
+        return 130
+
+
+def _dispatch(name: str, words: list[str]) -> int:
+    _quiet_libraries()
+    module = importlib.import_module(f"deferral_train.commands.{name.replace('-', '_')}")
+    if getattr(module, "RAW_ARGUMENTS", False):
+        return int(module.run(words) or 0)
+    settings = _parse(name, module, words)
+    code = int(module.run(**settings) or 0)
+    _record(name, settings)
+    return code
+
+
+def _parse(name: str, module: ModuleType, words: list[str]) -> dict[str, Any]:
+    """Flags over ``--config`` YAML over defaults; unknown flags and keys are refused by name."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(prog=f"{PROGRAM} {name}", exit_on_error=False, description=COMMANDS[name])
+    parser.add_argument("--config", action="config", help="YAML file with any of the flags below as keys")
+    parser.add_function_arguments(module.run, sub_configs=True)
+    for positional in getattr(module, "POSITIONAL", ()):
+        words = _name_positional(words, positional)
+    try:
+        parsed = parser.parse_args(words)
+    except ArgumentError as error:
+        raise InputError(_one_line(str(error))) from None
+    settings = parser.instantiate_classes(parsed).as_dict()
+    settings.pop("config", None)
+    return settings
+
+
+def _name_positional(words: list[str], name: str) -> list[str]:
+    """Let `report runs/x` mean `report --run runs/x`: the first word becomes the named flag."""
+    if words and not words[0].startswith("-"):
+        return [f"--{name}={words[0]}", *words[1:]]
+    return words
+
+
+def _record(name: str, settings: dict[str, Any]) -> None:
+    """Keep the resolved settings and their provenance beside what a command wrote."""
+    out = settings.get("out")
+    if out is None or "://" in str(out) or not Path(out).is_dir():
+        return
+    from deferral_train import provenance
+
+    seeds = {key: value for key, value in settings.items() if key.endswith("seed") and isinstance(value, int)}
+    record = {"command": name, "config": provenance.plain(settings), **provenance.collect(seeds)}
+    provenance.write_json(Path(out) / f"{name}.provenance.json", record)
+
+
+def _quiet_libraries() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"usage: {PROGRAM} COMMAND [--config FILE.yaml] [flags]",
+            "",
+            "Learned deferral between a small drafter and a large verifier language model.",
+            "",
+            *lines,
+            "",
+            f"`{PROGRAM} COMMAND --help` lists a command's flags.",
+        ]
+    )
+
+
+def _version() -> str:
+    from deferral_train import __version__
+
+    return f"{PROGRAM} {__version__}"
+
+
+def _missing_module(name: str, error: ModuleNotFoundError) -> int:
+    top = (error.name or "").split(".")[0]
+    if top not in EXTRAS:
+        raise error
+    return _fail(f"{PROGRAM} {name}", str(MissingExtraError(top, EXTRAS[top])))
+
+
+def _os_error(name: str, error: OSError) -> int:
+    remedies = {
+        errno.ENOENT: "check the path",
+        errno.EACCES: "check the permissions or choose another folder",
+        errno.EROFS: "choose a folder on a writable disk",
+        errno.ENOSPC: "free some disk space and run the same command again",
+        errno.EEXIST: "choose another path",
+        errno.ENOTDIR: "a folder was expected",
+        errno.EISDIR: "a file was expected",
+    }
+    if error.errno not in remedies:
+        raise error
+    where = f" {error.filename!r}" if error.filename else ""
+    return _fail(f"{PROGRAM} {name}", f"{error.strerror}:{where}; {remedies[error.errno]}")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _fail(who: str, message: str) -> int:
+    print(f"{who}: error: {_one_line(message)}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
