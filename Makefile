@@ -1,0 +1,48 @@
+# Needs Python 3.11+, make and a package index; everything else lands in .venv.
+# On Linux the pinned torch brings CUDA. For another build name PyTorch's index for it:
+#   make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+TORCH := torch==2.13.0
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+# One OpenMP thread per process: two processes with two threads each run several times slower on two cores.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+.PHONY: quickstart test check format layers bench bench-gpu clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "make: Python 3.11 or newer is needed; name it: make PYTHON=python3.12"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	@touch $@
+
+quickstart: $(VENV)/.installed
+	$(BIN)/deferral-train quickstart
+
+test: $(VENV)/.installed
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check deferral_train tests benchmarks examples
+	$(BIN)/ruff format --check deferral_train tests benchmarks examples
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix deferral_train tests benchmarks examples
+	$(BIN)/ruff format deferral_train tests benchmarks examples
+
+bench: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks --device cpu
+
+bench-gpu: $(VENV)/.installed
+	$(BIN)/python -m benchmarks --device cuda
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
