@@ -1,0 +1,53 @@
+"""What a run shows in the terminal: stages as they start and end, and the closing table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from deferral_train.pipeline.stages import Stage, StageRecord
+
+
+class RunConsole:
+    """Plain lines in a pipe, colours in a terminal."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+
+    def announce(self, index: int, count: int, stage: Stage, record: StageRecord | None) -> None:
+        """Say that a stage starts (no record), was reused, or is done."""
+        if record is None:
+            self.console.print(f"[bold]\\[{index}/{count}] {stage.name}[/bold]  {stage.title}")
+        elif record.reused:
+            self.console.print(
+                f"[dim]\\[{index}/{count}] {stage.name}  reused, finished earlier in {record.seconds:.1f} s[/dim]"
+            )
+        else:
+            self.console.print(f"       {stage.name} done in {record.seconds:.1f} s")
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """The short table a run ends with; the first column is left-aligned, numbers right."""
+        table = Table(title=title, title_justify="left")
+        for column in columns:
+            table.add_column(column, justify="left" if column == columns[0] else "right")
+        for row in rows:
+            table.add_row(*[_cell(value) for value in row])
+        self.console.print(table)
+
+    def line(self, text: str) -> None:
+        """One line as it is: no markup is read from it."""
+        self.console.print(text, markup=False)
+
+    def path(self, what: str, path: Path) -> None:
+        """Name a file the reader will want to open."""
+        self.line(f"{what:<12} {path}")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
