@@ -1,0 +1,241 @@
+"""What a rule is: a dial, the summary fields it needs, and one of three questions.
+
+A position rule answers "defer?", a token rule "keep this token?", a law rule gives the target law itself. The
+target law of all three is derived here, once. Decisions read the laws before temperature and truncation; sampling
+reads the laws after. A token whose processed verifier logit is -inf is never emitted, whatever a rule keeps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from deferral_train.errors import InputError
+from deferral_train.rules.emission import keep_law, onto_support
+from deferral_train.rules.laws import Laws
+from deferral_train.rules.summary import CONTEXT_FIELDS, TOKEN_FIELDS, Summary, summarize_laws
+
+
+@dataclass(frozen=True)
+class Dial:
+    """The one parameter that trades quality for speed.
+
+    Attributes:
+        parameter: its name in the rule.
+        low, high: the range; swept by `grid`, and enforced unless `unbounded`.
+        lossless: the value at which execution is exactly lossless; None where there is none.
+        drafter: the value that always keeps the drafter (within the verifier's support); None where none.
+        unbounded: the rule takes any finite value, and low..high is only what a sweep covers.
+    """
+
+    parameter: str
+    low: float
+    high: float
+    lossless: float | None
+    drafter: float | None
+    unbounded: bool = False
+
+    def grid(self, n: int) -> list[float]:
+        """`n` evenly spaced values from low to high."""
+        if n < 1:
+            raise InputError(f"grid of {self.parameter}: n is {n}; use at least 1")
+        if n == 1:
+            return [self.low]
+        return [self.low + (self.high - self.low) * i / (n - 1) for i in range(n - 1)] + [self.high]
+
+    def check(self, rule: str, value: float) -> None:
+        """Refuse a value that is not finite, or outside the range, naming the rule."""
+        finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not finite or (not self.unbounded and not self.low <= value <= self.high):
+            allowed = "any finite number" if self.unbounded else f"{self.low:g} to {self.high:g}"
+            raise InputError(f"rule {rule}: {self.parameter} is {value}; allowed: {allowed}")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A deferral rule. Subclass `PositionRule`, `TokenRule` or `LawRule`.
+
+    Attributes:
+        name: what users type.
+        dial: its dial, or None.
+        needs: summary fields that the decision reads.
+        stage: ``"draft"`` where only the drafter is read, else ``"verify"``.
+        reads_drafter_confidence: refuses proposals that come without a law (one-hot q).
+        drafts: False for a rule that never drafts.
+    """
+
+    name: ClassVar[str] = ""
+    dial: ClassVar[Dial | None] = None
+    needs: ClassVar[frozenset[str]] = frozenset()
+    stage: ClassVar[str] = "verify"
+    reads_drafter_confidence: ClassVar[bool] = False
+    drafts: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.dial is not None:
+            self.dial.check(self.name, getattr(self, self.dial.parameter))
+
+    def with_dial(self, value: float) -> Self:
+        """The same rule at another value of its dial."""
+        if self.dial is None:
+            raise InputError(f"rule {self.name} has no dial; it takes no value {value}")
+        return replace(self, **{self.dial.parameter: value})
+
+    @property
+    def dial_value(self) -> float | None:
+        """The current value of the dial."""
+        return None if self.dial is None else getattr(self, self.dial.parameter)
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether the dial stands at its lossless end, so that execution is exactly lossless."""
+        return (
+            self.dial is not None and self.dial.lossless is not None and self.dial_value == self.dial.lossless
+        )
+
+    @property
+    def gap_needs(self) -> frozenset[str]:
+        """Summary fields that `estimated_gap` reads."""
+        return frozenset({"verifier_max", "verifier_at_drafter_argmax"})
+
+    def estimated_gap(self, summary: Summary) -> Tensor:
+        """Estimated loss of keeping the drafter at a position, in expected token errors, [..].
+
+        For rules without an estimate of their own: E_P[l(y,q) - l(y,p)] with zero_one loss and P := p, that is
+        p(v_p) - p(v_q).
+        """
+        return summary["verifier_max"] - summary["verifier_at_drafter_argmax"]
+
+    def target(
+        self,
+        drafter_logits: Tensor,
+        verifier_logits: Tensor,
+        temperature: float = 1.0,
+        *,
+        drafter_sampling_logits: Tensor | None = None,
+        verifier_sampling_logits: Tensor | None = None,
+        context: Summary | None = None,
+    ) -> Tensor:
+        """pi, the law of the token that a drafted position emits.
+
+        Args:
+            drafter_logits, verifier_logits: decision logits [.., V].
+            temperature: of the sampling laws; 0 is greedy.
+            drafter_sampling_logits, verifier_sampling_logits: logits after temperature and truncation [.., V].
+            context: summary fields that logits do not give (hidden states, positions), leading shape [..].
+
+        Returns:
+            Probabilities [.., V], float32 or float64 as given.
+
+        Raises:
+            InputError: shapes or vocabularies that differ, NaN or infinite logits, a missing context field;
+                the message names the rule.
+        """
+        with named(self):
+            laws = Laws.of(
+                drafter_logits,
+                verifier_logits,
+                temperature,
+                drafter_sampling_logits,
+                verifier_sampling_logits,
+            )
+            return self.law_from(laws, self.read(laws, context=context))
+
+    def read(
+        self,
+        laws: Laws,
+        token: Tensor | None = None,
+        context: Summary | None = None,
+        extra: frozenset[str] = frozenset(),
+    ) -> Summary:
+        """The summary that this rule's decision needs (and `extra` fields), from laws and the given context."""
+        wanted = (self.needs | extra) if not self.is_lossless else extra
+        absent = (wanted & CONTEXT_FIELDS) - set(context.names if context is not None else ())
+        if absent:
+            raise InputError(f"context lacks {', '.join(sorted(absent))}; pass context=Summary(...) with it")
+        computed = wanted - CONTEXT_FIELDS
+        if token is None:
+            computed = computed - TOKEN_FIELDS
+        columns = summarize_laws(laws, computed, token)
+        given = {name: context[name] for name in wanted & CONTEXT_FIELDS} if context is not None else {}
+        return columns.with_fields(given)
+
+    def law_from(self, laws: Laws, summary: Summary) -> Tensor:
+        """pi [.., V] from laws and the summary that the rule needs; the verifier's law at the lossless end."""
+        if self.is_lossless:
+            return laws.p
+        return self._law(laws, summary)
+
+    def _law(self, laws: Laws, summary: Summary) -> Tensor:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class PositionRule(Rule):
+    """Answers "defer?" once per position. pi = q where it keeps and p where it defers: T_delta, equation (6)."""
+
+    def defer(self, summary: Summary) -> Tensor:
+        """True where the position is left to the verifier, bool [..]."""
+        raise NotImplementedError
+
+    def _law(self, laws: Laws, summary: Summary) -> Tensor:
+        keep = ~self.defer(summary).unsqueeze(-1)
+        return keep_law(laws.q, laws.p, keep & laws.support)
+
+
+@dataclass(frozen=True)
+class TokenRule(Rule):
+    """Answers "keep this token?" for each candidate. pi is pi_Token, equation (11)."""
+
+    def keep(self, drafter_logprobs: Tensor, verifier_logprobs: Tensor, summary: Summary) -> Tensor:
+        """True for candidates that are kept when drafted, bool [.., K].
+
+        Args:
+            drafter_logprobs, verifier_logprobs: log q and log p of the candidates (decision laws) [.., K]; the
+                whole vocabulary or any part of it.
+            summary: fields in `needs`, leading shape [..].
+        """
+        raise NotImplementedError
+
+    def _law(self, laws: Laws, summary: Summary) -> Tensor:
+        keep = self.keep(laws.drafter_logprobs, laws.verifier_logprobs, summary)
+        return keep_law(laws.q, laws.p, keep & laws.support)
+
+
+@dataclass(frozen=True)
+class LawRule(Rule):
+    """Gives its target law directly."""
+
+    def law(self, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
+        """pi from the sampling laws q, p [.., V]; must sum to one."""
+        raise NotImplementedError
+
+    def greedy(self, laws: Laws, summary: Summary) -> Tensor | None:
+        """The token [..] emitted at temperature 0; None where `law` of the one-hots is right as it is."""
+        return None
+
+    def _law(self, laws: Laws, summary: Summary) -> Tensor:
+        if laws.greedy:
+            token = self.greedy(laws, summary)
+            if token is not None:
+                pi = torch.zeros_like(laws.p).scatter_(-1, token.unsqueeze(-1), 1.0)
+                return onto_support(pi, laws.p, laws.support)
+        return onto_support(self.law(laws.q, laws.p, summary), laws.p, laws.support)
+
+
+class named:  # noqa: N801 - reads as a phrase: with named(rule)
+    """Context manager that puts the rule's name before an InputError's message."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.prefix = f"rule {rule.name}: "
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, InputError) and not str(error).startswith("rule "):
+            raise InputError(self.prefix + str(error)) from error

@@ -1,0 +1,194 @@
+"""The four laws at a position, made once from logits: two that decide, two that are sampled from.
+
+Knows nothing about rules. Shapes: leading shape free, last axis V (vocabulary).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from deferral_train.errors import InputError
+
+
+def as_float(logits: Tensor, what: str) -> Tensor:
+    """Logits in the precision they are computed in: float32 and float64 as given, half types as float32.
+
+    Raises:
+        InputError: not a floating tensor, or no vocabulary axis.
+    """
+    if not isinstance(logits, Tensor) or not logits.dtype.is_floating_point:
+        kind = getattr(logits, "dtype", type(logits).__name__)
+        raise InputError(f"{what} is {kind}; pass a float32, float64 or half tensor of logits [.., V]")
+    if logits.dim() < 1 or logits.shape[-1] < 1:
+        raise InputError(f"{what} has shape {list(logits.shape)}; the last axis must be the vocabulary")
+    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+
+
+def check_temperature(temperature: float) -> float:
+    """A finite temperature >= 0 (0 is greedy), else InputError."""
+    value = float(temperature)
+    if not 0.0 <= value < float("inf"):
+        raise InputError(f"temperature is {temperature}; use a finite number >= 0 (0 is greedy)")
+    return value
+
+
+def check_normaliser(normaliser: Tensor, what: str) -> None:
+    """Refuse logits whose log normaliser is not finite: NaN, +inf, or a row that is masked throughout.
+
+    The normaliser is needed anyway, so that the check costs no pass over the vocabulary.
+    """
+    if not bool(torch.isfinite(normaliser).all()):
+        raise InputError(
+            f"{what} has NaN, +inf or only -inf in {int((~torch.isfinite(normaliser)).sum())} position(s); "
+            "logits must be finite, with -inf only for masked tokens"
+        )
+
+
+def one_hot(index: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """Point masses [.., size] at `index` [..]."""
+    law = torch.zeros(*index.shape, size, dtype=dtype, device=index.device)
+    return law.scatter_(-1, index.unsqueeze(-1), 1.0)
+
+
+@dataclass(frozen=True)
+class Laws:
+    """Decision and sampling laws of a drafter and a verifier over the same positions.
+
+    Decision laws are softmax of the decision logits (after logits processors, before temperature and
+    truncation). Sampling laws are softmax(decision logits / temperature), or softmax of the sampling logits
+    where these are given (already after temperature and truncation, -inf = never). At temperature 0 they are
+    the one-hot of the lowest argmax.
+    """
+
+    drafter_logits: Tensor
+    verifier_logits: Tensor
+    temperature: float = 1.0
+    drafter_sampling_logits: Tensor | None = None
+    verifier_sampling_logits: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        drafter_logits: Tensor,
+        verifier_logits: Tensor,
+        temperature: float = 1.0,
+        drafter_sampling_logits: Tensor | None = None,
+        verifier_sampling_logits: Tensor | None = None,
+    ) -> Laws:
+        """Check types and shapes, and promote both models to one precision.
+
+        Raises:
+            InputError: a shape, a vocabulary or a type that does not fit.
+        """
+        drafter = as_float(drafter_logits, "drafter_logits")
+        verifier = as_float(verifier_logits, "verifier_logits")
+        dtype = torch.promote_types(drafter.dtype, verifier.dtype)
+        tensors = [drafter.to(dtype), verifier.to(dtype)]
+        for what, logits in (
+            ("drafter_sampling_logits", drafter_sampling_logits),
+            ("verifier_sampling_logits", verifier_sampling_logits),
+        ):
+            tensors.append(None if logits is None else as_float(logits, what).to(dtype))  # type: ignore[arg-type]
+        _check_shapes(tensors)
+        return cls(tensors[0], tensors[1], check_temperature(temperature), tensors[2], tensors[3])
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the sampling laws are one-hots."""
+        return self.temperature == 0.0
+
+    @cached_property
+    def drafter_logsumexp(self) -> Tensor:
+        """log sum exp of the drafter's decision logits, [..]."""
+        value = torch.logsumexp(self.drafter_logits, dim=-1)
+        check_normaliser(value, "drafter_logits")
+        return value
+
+    @cached_property
+    def verifier_logsumexp(self) -> Tensor:
+        """log sum exp of the verifier's decision logits, [..]."""
+        value = torch.logsumexp(self.verifier_logits, dim=-1)
+        check_normaliser(value, "verifier_logits")
+        return value
+
+    @cached_property
+    def drafter_logprobs(self) -> Tensor:
+        """log q of the decision law, [.., V]; never above 0, so that no probability exceeds 1 by rounding."""
+        return (self.drafter_logits - self.drafter_logsumexp.unsqueeze(-1)).clamp(max=0.0)
+
+    @cached_property
+    def verifier_logprobs(self) -> Tensor:
+        """log p of the decision law, [.., V]; never above 0."""
+        return (self.verifier_logits - self.verifier_logsumexp.unsqueeze(-1)).clamp(max=0.0)
+
+    @cached_property
+    def q(self) -> Tensor:
+        """The drafter's sampling law, [.., V]: what drafted tokens are drawn from."""
+        return self._sampling_law(self.drafter_logits, self.drafter_sampling_logits, "drafter")
+
+    @cached_property
+    def p(self) -> Tensor:
+        """The verifier's sampling law, [.., V]."""
+        return self._sampling_law(self.verifier_logits, self.verifier_sampling_logits, "verifier")
+
+    @property
+    def processed_verifier_logits(self) -> Tensor:
+        """The verifier's logits after processing; -inf marks tokens that are never emitted."""
+        given = self.verifier_sampling_logits
+        return self.verifier_logits if given is None else given
+
+    @property
+    def processed_drafter_logits(self) -> Tensor:
+        """The drafter's logits after processing."""
+        given = self.drafter_sampling_logits
+        return self.drafter_logits if given is None else given
+
+    @cached_property
+    def support(self) -> Tensor:
+        """Tokens that may be emitted: processed verifier logit above -inf, bool [.., V]."""
+        return self.processed_verifier_logits > -torch.inf
+
+    def at(self, index: tuple[Tensor, ...]) -> Laws:
+        """The laws at some positions (advanced indexing of the leading shape)."""
+
+        def pick(logits: Tensor | None) -> Tensor | None:
+            return None if logits is None else logits[index]
+
+        return Laws(
+            self.drafter_logits[index],
+            self.verifier_logits[index],
+            self.temperature,
+            pick(self.drafter_sampling_logits),
+            pick(self.verifier_sampling_logits),
+        )
+
+    def _sampling_law(self, decision: Tensor, given: Tensor | None, who: str) -> Tensor:
+        processed = decision if given is None else given
+        what = f"{who}_logits" if given is None else f"{who}_sampling_logits"
+        if self.greedy:
+            top, index = processed.max(dim=-1)
+            check_normaliser(top, what)
+            return one_hot(index, processed.shape[-1], processed.dtype)
+        law = torch.softmax(processed if given is not None else processed / self.temperature, dim=-1)
+        check_normaliser(law[..., 0], what)
+        return law
+
+
+def _check_shapes(tensors: list[Tensor]) -> None:
+    drafter, verifier = tensors[0], tensors[1]
+    if drafter.shape[-1] != verifier.shape[-1]:
+        raise InputError(
+            f"vocabularies differ: drafter {drafter.shape[-1]}, verifier {verifier.shape[-1]}; "
+            "cut or pad both to the tokenizer's size"
+        )
+    names = ("drafter_logits", "verifier_logits", "drafter_sampling_logits", "verifier_sampling_logits")
+    for name, logits in zip(names, tensors):
+        if logits is not None and logits.shape != verifier.shape:
+            raise InputError(
+                f"{name} has shape {list(logits.shape)}, verifier_logits {list(verifier.shape)}; "
+                "they must agree"
+            )
