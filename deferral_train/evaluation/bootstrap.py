@@ -1,7 +1,7 @@
 """Bootstrap over prompts: tokens of one prompt are dependent, so a prompt is the unit that is redrawn.
 
-One weight matrix serves every statistic, so quantities of two rules on the same prompts are resampled together
-and their difference has a paired interval.
+One weight matrix serves every statistic, so quantities of two rules on the same prompts are resampled
+together and their difference has a paired interval.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ _BLOCK = 256
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with a percentile interval; ``low`` and ``high`` are None where no bootstrap was asked for."""
+    """An estimate with a percentile interval; ``low`` and ``high`` are None where no bootstrap was asked
+    for.
+    """
 
     value: float
     low: float | None = None

@@ -1,14 +1,15 @@
 """A loss limit with a guarantee: Learn-then-Test over a fixed sequence of settings.
 
-Settings are ordered before the losses are seen, from the safest to the boldest. Each is tested for H0: E[loss] >
-limit with a p-value that is valid for every bounded law; testing stops at the first setting that is not rejected, so
-the chance that any certified setting breaks the limit is at most delta (fixed-sequence testing, Angelopoulos et al.,
-"Learn then Test"). It bounds the mean over the population that the prompts were drawn from, not over a test split.
+Settings are ordered before the losses are seen, from the safest to the boldest. Each is tested for H0:
+E[loss] > limit with a p-value that is valid for every bounded law; testing stops at the first setting that
+is not rejected, so the chance that any certified setting breaks the limit is at most delta (fixed-sequence
+testing, Angelopoulos et al., "Learn then Test"). It bounds the mean over the population that the prompts
+were drawn from, not over a test split.
 
 The p-value is 1/E with E an e-value by betting (Waudby-Smith and Ramdas): for x in [0, 1] and H0: E[x] >= m,
-prod_i (1 + b (m - x_i)) has mean at most 1 for each fixed b in [0, 1/(1-m)], and so has their average over fixed
-bets. It adapts to the variance, which is what differences against lossless need (most are zero), and it does not
-depend on the order of the prompts.
+prod_i (1 + b (m - x_i)) has mean at most 1 for each fixed b in [0, 1/(1-m)], and so has their average over
+fixed bets. It adapts to the variance, which is what differences against lossless need (most are zero), and
+it does not depend on the order of the prompts.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def betting_p_value(losses: np.ndarray, limit: float, low: float = 0.0, high: fl
     """p-value of H0: E[loss] > ``limit`` for independent losses in [low, high].
 
     Args:
-        losses: [n] per-prompt losses. limit: loss to be kept, in the same unit. low, high: bounds of one loss.
+        losses: [n] per-prompt losses. limit: loss to be kept, in the same unit. low, high: bounds of one
+            loss.
 
     Raises:
         InputError: where a loss lies outside its bounds, or the limit does.
@@ -48,7 +50,9 @@ def betting_p_value(losses: np.ndarray, limit: float, low: float = 0.0, high: fl
 
 
 def smallest_certifiable(prompts: int, confidence: float, low: float = 0.0, high: float = 1.0) -> float:
-    """Smallest limit that ``prompts`` prompts can certify, all of them losing exactly zero; ``high`` if none."""
+    """Smallest limit that ``prompts`` prompts can certify, all of them losing exactly zero; ``high`` if
+    none.
+    """
     zeros = np.zeros(prompts)
     failing, passing = max(low, 0.0), high
     for _ in range(60):
@@ -79,7 +83,8 @@ class Certificate:
     """Outcome of the fixed sequence.
 
     Attributes:
-        certified: number of leading settings whose mean loss is at most ``limit`` with ``confidence``, jointly.
+        certified: number of leading settings whose mean loss is at most ``limit`` with ``confidence``,
+            jointly.
         p_values: of the tested settings, the last being the first that failed (absent where all passed).
         means: mean loss of every setting.
     """

@@ -1,12 +1,13 @@
 """Curves of one quantity against a cost: values at matched cost, areas, paired differences between rules.
 
-Every curve starts at the drafter (never defer) and ends at lossless execution (always defer): all rules share these
-two settings. Costs are expressed as the **share** of the way between the two, so 0.5 on the rejection axis means half
-the rejections of lossless decoding, in each bootstrap redraw by its own ends.
+Every curve starts at the drafter (never defer) and ends at lossless execution (always defer): all rules
+share these two settings. Costs are expressed as the **share** of the way between the two, so 0.5 on the
+rejection axis means half the rejections of lossless decoding, in each bootstrap redraw by its own ends.
 
-A rule's dial points are joined by straight lines. Between two neighbouring settings a line is attainable: choose one
-of the two at random for each token, and rejections and risk mix linearly on the same prefixes. No hull is taken,
-because picking the better of many points on the data they are reported on would flatter a rule.
+A rule's dial points are joined by straight lines. Between two neighbouring settings a line is attainable:
+choose one of the two at random for each token, and rejections and risk mix linearly on the same prefixes. No
+hull is taken, because picking the better of many points on the data they are reported on would flatter a
+rule.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class Curve:
         return at_share(self.x, self.y, wanted), np.reshape(redrawn, (-1, len(wanted))).T
 
     def area(self) -> tuple[float, np.ndarray]:
-        """Mean value over the whole cost range (area under the curve over shares 0 to 1), and its redraws [B]."""
+        """Mean value over the whole cost range (area under the curve over shares 0 to 1), and its redraws
+        [B].
+        """
         values, redrawn = self.at(_AREA_GRID)
         weights = np.full(len(_AREA_GRID), 1.0)
         weights[[0, -1]] = 0.5
@@ -56,8 +59,8 @@ class Curve:
 def at_share(x: np.ndarray, y: np.ndarray, shares: np.ndarray) -> np.ndarray:
     """Piecewise linear y where x has gone ``shares`` [M] of the way from x[0] to x[-1].
 
-    Points are taken in order of x; where several share one x, their mean stands for them. A range of zero length (the
-    two models agree everywhere) gives the mean of y.
+    Points are taken in order of x; where several share one x, their mean stands for them. A range of zero
+    length (the two models agree everywhere) gives the mean of y.
     """
     span = x[-1] - x[0]
     if span == 0:

@@ -1,9 +1,10 @@
 """Acceptance length from position-by-position survival along real prefixes.
 
-Drafting works in blocks: up to ``num_draft_tokens`` positions are drafted and judged, the next one is filled by the
-verifier (resampled after a rejection, bonus after none), and a new block starts behind it. Where a block starts
-depends on earlier rejections, and acceptance varies strongly between positions, so the i.i.d. formula
-(1 - a^(g+1)) / (1 - a) is wrong. Here the place in the block is a Markov chain over the logged positions:
+Drafting works in blocks: up to ``num_draft_tokens`` positions are drafted and judged, the next one is filled
+by the verifier (resampled after a rejection, bonus after none), and a new block starts behind it. Where a
+block starts depends on earlier rejections, and acceptance varies strongly between positions, so the i.i.d.
+formula (1 - a^(g+1)) / (1 - a) is wrong. Here the place in the block is a Markov chain over the logged
+positions:
 
     h_t[j] = P(position t is the j-th of its block), j = 0..g, j = g being the bonus position
     h_{t+1}[j+1] = a_t h_t[j]            (accepted)
@@ -11,10 +12,11 @@ depends on earlier rejections, and acceptance varies strongly between positions,
 
 The expected number of verifier calls is sum_t h_t[0], one for each block.
 
-When it is exact: ``acceptance`` is P(accept | prefix) = 1 - D_TV(q, pi), independent between positions given the
-prefixes. With greedy decoding it is exact on prefixes that the cascade itself produced. When sampling, acceptance is
-correlated with the token that was drawn; :func:`acceptance_given_token` conditions on it, which makes the expected
-number of calls unbiased on prefixes drawn from pi (and exact bonus). On other prefixes it is an approximation.
+When it is exact: ``acceptance`` is P(accept | prefix) = 1 - D_TV(q, pi), independent between positions given
+the prefixes. With greedy decoding it is exact on prefixes that the cascade itself produced. When sampling,
+acceptance is correlated with the token that was drawn; :func:`acceptance_given_token` conditions on it,
+which makes the expected number of calls unbiased on prefixes drawn from pi (and exact bonus). On other
+prefixes it is an approximation.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Expected work per prompt, each [.., P]: verifier ``calls``, ``judged`` drafted positions, ``rejected`` ones."""
+    """Expected work per prompt, each [.., P]: verifier ``calls``, ``judged`` drafted positions, ``rejected``
+    ones.
+    """
 
     calls: np.ndarray
     judged: np.ndarray
@@ -103,8 +107,10 @@ def relative_latency(
     time = calls * (verifier + num_draft_tokens * drafter + head) ; verifier alone = tokens * verifier_token.
 
     Args:
-        costs: ``drafter`` and ``verifier`` seconds of one drafter step and one verifying pass, ``num_draft_tokens``,
-            optional ``verifier_token`` (one-token verifier step, default ``verifier``) and ``head`` per block.
+        costs: ``drafter`` and ``verifier`` seconds of one drafter step and one verifying pass,
+            ``num_draft_tokens``,
+            optional ``verifier_token`` (one-token verifier step, default ``verifier``) and ``head`` per
+            block.
     """
     block = costs["verifier"] + costs["num_draft_tokens"] * costs["drafter"] + costs.get("head", 0.0)
     alone = costs.get("verifier_token", costs["verifier"])

@@ -69,7 +69,9 @@ def test_smallest_certifiable_is_what_all_zero_losses_certify() -> None:
 
 
 def test_adapts_to_rare_differences_where_hoeffding_cannot() -> None:
-    """1,000 prompts on which the rule never differs certify 0.5%; Hoeffding's limit on [-1, 1] would be 7.7%."""
+    """1,000 prompts on which the rule never differs certify 0.5%; Hoeffding's limit on [-1, 1] would be
+    7.7%.
+    """
     assert smallest_certifiable(1000, 0.95, -1.0, 1.0) < 0.005
     assert 2 * np.sqrt(np.log(20) / 2000) > 0.07
 

@@ -36,7 +36,8 @@ def test_calls_equal_the_definition_on_ragged_prompts(block: int) -> None:
         for prompt, (start, length) in enumerate(zip(layout.starts, layout.lengths)):
             own = acceptance[setting, start : start + length]
             assert blocks.calls[setting, prompt] == pytest.approx(calls_by_recursion(own, block))
-    # Every position is either drafted and judged, or the bonus after a full block; each rejection opens a block.
+    # Every position is either drafted and judged, or the bonus after a full block; each rejection opens a
+    # block.
     assert (blocks.judged <= layout.lengths + 1e-9).all()
     assert (blocks.rejected <= blocks.calls + 1e-9).all()
 
