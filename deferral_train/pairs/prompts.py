@@ -1,0 +1,294 @@
+"""Prompts with optional references from what people have: jsonl, csv, parquet, lines, line pairs, data sets.
+
+Every reader keeps each row of its file: an empty prompt or reference is not dropped here but reported by id
+when prompts are encoded (``pairs/encode.py``), so that a data set is never silently short.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from deferral_train import provenance
+from deferral_train.errors import InputError, MissingExtraError
+
+FORMATS = ("jsonl", "csv", "tsv", "parquet", "text", "dataset")
+PROMPT_FIELDS = ("prompt", "question", "source", "input", "instruction", "text")
+REFERENCE_FIELDS = ("reference", "answer", "target", "completion", "output", "response")
+_SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as text; ``id`` is unique in its set, ``reference`` is None where there is no gold text."""
+
+    id: str
+    prompt: str
+    reference: str | None = None
+
+
+def read_prompts(
+    path: str | Path,
+    format: str | None = None,
+    *,
+    reference_path: str | Path | None = None,
+    prompt_field: str | None = None,
+    reference_field: str | None = None,
+    id_field: str | None = None,
+    template: str = "{prompt}",
+    subset: str | None = None,
+    split: str = "train",
+    start: int = 0,
+    limit: int | None = None,
+) -> list[Prompt]:
+    """Read prompts in file order; ids are ``id_field`` (or a field ``id``), else ``<name>:<row, from 1>``.
+
+    Args:
+        path: a file (``.gz`` of any kind too), a folder with a data set, or a name for ``datasets``.
+        format: one of ``FORMATS``; default by suffix, ``text`` (a prompt per line) for unknown ones.
+        reference_path: second file of parallel text, line by line the reference of the prompt.
+        prompt_field: field or column, ``a.b`` for a nested one; default the first of ``PROMPT_FIELDS``.
+        reference_field: the same for references; default the first of ``REFERENCE_FIELDS``, or none.
+        template: text around every prompt, for example ``"translate English to German: {prompt}"``.
+        subset: configuration of a named data set.
+        split: split of a data set.
+        start: rows to pass over first.
+        limit: most rows to read, None for all.
+
+    Raises:
+        InputError: file or field missing, a row that cannot be read (named by number), unequal line counts,
+            repeated ids, no rows.
+    """
+    if "{prompt}" not in template:
+        raise InputError(f"template={template!r} has no {{prompt}}; write it where the prompt goes")
+    if start < 0 or (limit is not None and limit < 1):
+        raise InputError(f"start={start}, limit={limit}: start must be >= 0 and limit >= 1")
+    path, kind = _resolve(path, format)
+    name = _stem(str(path))
+    if reference_path is not None:
+        rows: Iterable[Mapping[str, Any]] = _parallel_rows(path, reference_path, kind)
+    else:
+        rows = _ROWS[kind](path) if kind != "dataset" else _dataset_rows(path, subset, split)
+    stop = None if limit is None else start + limit
+    fields = _Fields(prompt_field, reference_field, id_field, template, name)
+    prompts = [fields.read(row, number) for number, row in islice(enumerate(rows, 1), start, stop)]
+    if not prompts:
+        raise InputError(f"{path}: no rows from row {start + 1} on; give a file with at least one prompt")
+    _refuse_repeated(prompts, path)
+    return prompts
+
+
+def write_prompts(path: str | Path, prompts: Iterable[Prompt]) -> None:
+    """Write jsonl with ``id``, ``prompt``, ``reference`` (absent where None), atomically; also ``.gz``."""
+    rows = []
+    for prompt in prompts:
+        row = {"id": prompt.id, "prompt": prompt.prompt}
+        if prompt.reference is not None:
+            row["reference"] = prompt.reference
+        rows.append(json.dumps(row, ensure_ascii=False))
+    data = "".join(row + "\n" for row in rows).encode("utf-8")
+    if str(path).endswith(".gz"):
+        data = gzip.compress(data, mtime=0)
+    provenance.write_bytes(path, data)
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """How a row becomes a :class:`Prompt`; ``name`` is the data set's name, for ids and messages."""
+
+    prompt: str | None
+    reference: str | None
+    id: str | None
+    template: str
+    name: str
+
+    def read(self, row: Mapping[str, Any], number: int) -> Prompt:
+        where = f"{self.name}, row {number}"
+        prompt = self._value(row, self.prompt, PROMPT_FIELDS, where, "prompt_field")
+        if prompt is None:
+            tried = self.prompt or ", ".join(PROMPT_FIELDS)
+            raise InputError(f"{where}: no {tried} in {_names(row)}; name the field with prompt_field")
+        reference = self._value(row, self.reference, REFERENCE_FIELDS, where, "reference_field")
+        identifier = row.get(self.id or "id")
+        if identifier is None and self.id is not None:
+            raise InputError(
+                f"{where}: no field {self.id!r} in {_names(row)}; correct id_field or leave it out"
+            )
+        identifier = f"{self.name}:{number}" if identifier is None else str(identifier)
+        return Prompt(identifier, self.template.replace("{prompt}", prompt), reference)
+
+    @staticmethod
+    def _value(
+        row: Mapping[str, Any], field: str | None, defaults: tuple[str, ...], where: str, flag: str
+    ) -> str | None:
+        if field is None:
+            field = next((name for name in defaults if name in row), None)
+            if field is None:
+                return None
+        value: Any = row
+        for part in (field,) if field in row else field.split("."):
+            if not isinstance(value, Mapping) or part not in value:
+                raise InputError(f"{where}: no field {field!r} in {_names(row)}; correct {flag}")
+            value = value[part]
+        if value is None and flag == "reference_field":
+            return None
+        if not isinstance(value, str):
+            raise InputError(
+                f"{where}: field {field!r} is {type(value).__name__}, needs text; name another with {flag}"
+            )
+        return value
+
+
+def _names(row: Mapping[str, Any]) -> str:
+    return "{" + ", ".join(map(str, list(row)[:12])) + "}"
+
+
+def _resolve(path: str | Path, format: str | None) -> tuple[Path | str, str]:
+    """The path (or data set name) and its format."""
+    if format is not None and format not in FORMATS:
+        raise InputError(f"format={format!r}: use one of {', '.join(FORMATS)}")
+    place = Path(path)
+    if place.is_dir() or (format == "dataset" and not place.exists()):
+        return str(path), "dataset"
+    if place.is_file():
+        suffixes = [suffix for suffix in place.suffixes if suffix != ".gz"]
+        return place, format or (_SUFFIXES.get(suffixes[-1], "text") if suffixes else "text")
+    looks_like_file = (
+        place.suffix in {*_SUFFIXES, ".gz", ".txt"} or place.is_absolute() or len(place.parts) > 2
+    )
+    if format is not None or looks_like_file:
+        raise InputError(f"prompts: {path} does not exist; give a file, a folder or the name of a data set")
+    return str(path), "dataset"
+
+
+def _stem(name: str) -> str:
+    stem = Path(name).name.removesuffix(".gz")
+    return stem.rsplit(".", 1)[0] if stem.endswith((*_SUFFIXES, ".txt")) else stem
+
+
+def _refuse_repeated(prompts: list[Prompt], path: str | Path) -> None:
+    seen: set[str] = set()
+    for prompt in prompts:
+        if prompt.id in seen:
+            raise InputError(f"{path}: id {prompt.id!r} appears twice; ids must be unique, see id_field")
+        seen.add(prompt.id)
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """Lines of a UTF-8 text file or its ``.gz``, without line ends, which are ``\\n`` or ``\\r\\n``."""
+    with _open(path) as file:
+        return [line.rstrip("\r\n") for line in _guard(file, path)]
+
+
+def _open(path: str | Path) -> io.TextIOBase:
+    if not Path(path).is_file():
+        raise InputError(f"text file {path} does not exist; check the path")
+    if str(path).endswith(".gz"):
+        return gzip.open(path, "rt", encoding="utf-8", newline="\n")  # type: ignore[return-value]
+    return open(path, encoding="utf-8-sig", newline="\n")
+
+
+def _guard(lines: Iterable[Any], path: str | Path) -> Iterator[Any]:
+    """Pass lines on; what a damaged file raises becomes one line that names it."""
+    try:
+        yield from lines
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it"
+        ) from error
+    except (EOFError, gzip.BadGzipFile, OSError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); the file is damaged or cut short") from error
+    except csv.Error as error:
+        raise InputError(f"{path}: not a readable table ({error}); check quotes and separators") from error
+
+
+def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(
+                f"{path}, line {number}: not JSON ({str(error)[:80]}); one object a line"
+            ) from error
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {number}: a {type(row).__name__}, needs an object with fields")
+        yield row
+
+
+def _table_rows(path: Path, separator: str = ",") -> Iterator[Mapping[str, Any]]:
+    with _open(path) as file:
+        for number, row in enumerate(_guard(csv.DictReader(file, delimiter=separator), path), 1):
+            if None in row or None in row.values():
+                raise InputError(
+                    f"{path}, row {number}: number of cells differs from the header; mend the row"
+                )
+            yield row
+
+
+def _text_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    for line in read_lines(path):
+        yield {"prompt": line}
+
+
+def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    try:
+        import pandas
+    except ImportError as error:
+        raise MissingExtraError("pandas", "train") from error
+    try:
+        data: Any = io.BytesIO(gzip.decompress(path.read_bytes())) if path.suffix == ".gz" else path
+        frame = pandas.read_parquet(data)
+    except (OSError, EOFError, ValueError) as error:
+        raise InputError(f"{path}: not a readable Parquet file ({str(error)[:100]})") from error
+    for row in frame.to_dict("records"):
+        yield {str(name): None if value is pandas.NA else value for name, value in row.items()}
+
+
+def _parallel_rows(path: Path | str, reference_path: str | Path, kind: str) -> Iterator[Mapping[str, Any]]:
+    if kind != "text":
+        raise InputError(
+            f"reference_path: parallel text is two text files, {path} is {kind}; use reference_field"
+        )
+    prompts, references = read_lines(path), read_lines(reference_path)
+    if len(prompts) != len(references):
+        raise InputError(
+            f"parallel text: {path} has {len(prompts)} lines, {reference_path} has {len(references)}; "
+            "they must match line by line"
+        )
+    for prompt, reference in zip(prompts, references):
+        yield {"prompt": prompt, "reference": reference}
+
+
+def _dataset_rows(name: Path | str, subset: str | None, split: str) -> Iterator[Mapping[str, Any]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtraError("datasets", "train") from error
+    try:
+        if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
+            data = datasets.load_from_disk(str(name))
+            data = data[split] if isinstance(data, datasets.DatasetDict) else data
+        else:
+            data = datasets.load_dataset(str(name), subset, split=split)
+    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"data set {name!r} (split {split!r}) cannot be loaded: {reason}") from error
+    yield from data
+
+
+_ROWS = {
+    "jsonl": _json_rows,
+    "csv": _table_rows,
+    "tsv": lambda path: _table_rows(path, "\t"),
+    "parquet": _parquet_rows,
+    "text": _text_rows,
+}
