@@ -1,8 +1,8 @@
 """Real text that every Python installation has: the standard library's own source files, split by file.
 
 Parts: ``pair`` trains tokenizer and models, ``fit`` and ``validation`` train and watch a head,
-``calibration`` chooses its operating point, ``test`` is reported on. A file belongs to one part by the hash of
-its relative path, so the parts cannot overlap and another machine with the same Python gets the same ones.
+``calibration`` chooses its operating point, ``test`` is reported on. A file belongs to one part by the hash
+of its relative path: parts cannot overlap, and another machine with the same Python gets the same ones.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from deferral_train.errors import InputError
 from deferral_train.pairs.prompts import Prompt
 
 PARTS = {"pair": 0.60, "fit": 0.16, "validation": 0.08, "calibration": 0.08, "test": 0.08}
-# Tests, bundled wheels, character tables, generated help texts and abandoned packages are no model of the rest.
+# Tests, bundled wheels, character tables, generated help texts and abandoned packages: unlike the rest.
 SKIPPED_FOLDERS = frozenset(
     {
         "site-packages",

@@ -191,7 +191,7 @@ def _open(path: str | Path) -> io.TextIOBase:
     if not Path(path).is_file():
         raise InputError(f"text file {path} does not exist; check the path")
     if str(path).endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8", newline="\n")  # type: ignore[return-value]
+        return gzip.open(path, "rt", encoding="utf-8", newline="\n")
     return open(path, encoding="utf-8-sig", newline="\n")
 
 
