@@ -1,0 +1,182 @@
+"""``cascade_generate``: speculative cascades as a ``custom_generate`` callable of transformers."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from deferral_train.decoding import checks
+from deferral_train.decoding.criteria import EndOfRow
+from deferral_train.decoding.executions import EXECUTIONS
+from deferral_train.decoding.hidden import HiddenTap, tap_hidden
+from deferral_train.decoding.laws import SamplingLaws
+from deferral_train.decoding.loop import Cascade
+from deferral_train.decoding.stats import GenerationStats, Ledger
+from deferral_train.decoding.stepper import Stepper
+from deferral_train.decoding.stopping import StopDrafting
+from deferral_train.decoding.tokens import TokenRows
+from deferral_train.rules.base import Rule
+from deferral_train.rules.registry import make_rule
+
+
+@dataclass
+class CascadeOutput(ModelOutput):
+    """What ``cascade_generate`` returns with ``return_dict_in_generate=True``.
+
+    Attributes:
+        sequences: [R, L] ids, prompt included, padded on the right.
+        stats: counts, calls and the origin of every emitted token.
+    """
+
+    sequences: Tensor | None = None
+    stats: GenerationStats | None = None
+
+
+@torch.no_grad()
+def cascade_generate(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any = None,
+    stopping_criteria: Any = None,
+    generation_config: Any = None,
+    drafter: Any = None,
+    rule: Rule | str = "lossless",
+    num_draft_tokens: int = 5,
+    drafter_inputs: dict[str, Tensor] | None = None,
+    inputs_tensor: Tensor | None = None,
+    stop: StopDrafting | None = None,
+    execution: str = "speculative",
+    bonus: str = "verifier",
+    max_request_loss: float | None = None,
+    generator: torch.Generator | None = None,
+    token_streamer: Any = None,
+    token_log: Any = None,
+    vocab_size: int | None = None,
+    **model_kwargs: Any,
+) -> Tensor | CascadeOutput:
+    """Decode with a drafter and a verifier under a deferral rule; use as::
+
+        verifier.generate(**inputs, custom_generate=cascade_generate, drafter=drafter, rule=make_rule("opt", alpha=0.2))
+
+    transformers prepares everything (processors, criteria, encoder states) and hands it over.
+
+    Args:
+        model: the verifier.
+        input_ids: [R, P] prompts, or decoder start tokens of an encoder-decoder model.
+        logits_processor, stopping_criteria, generation_config: as prepared by ``generate``. Decisions read the laws
+            after every processor except temperature and truncation warpers; criteria are checked per emitted token.
+        drafter: a model over the same tokens.
+        rule: a rule or its name.
+        num_draft_tokens: most tokens drafted per block, at least 1.
+        drafter_inputs: encoder inputs (``input_ids``, ``attention_mask``) of an encoder-decoder drafter, one row per
+            prompt; default the verifier's own.
+        inputs_tensor: the encoder's ids, handed over by ``generate``.
+        stop: adaptive draft length, see :mod:`deferral_train.decoding.stopping`.
+        execution: ``speculative``, ``token`` (Algorithm 2), ``lazy`` or ``sequence``.
+        bonus: the law of the token after a block that was emitted whole: ``verifier`` (p, free) or ``exact`` (the
+            rule's target law, one more drafter pass).
+        max_request_loss: bound B on the summed estimated loss of kept tokens per row; beyond it a row is lossless.
+        generator: source of randomness; default torch's.
+        token_streamer: gets the tokens of a single row as they are emitted (``put``, ``end``).
+        token_log: collects what both models thought of every token, see
+            :mod:`deferral_train.decoding.token_log`.
+        vocab_size: ids that both models know, where one or both pad their vocabulary beyond it.
+
+    Returns:
+        sequences [R, L], or :class:`CascadeOutput` where the configuration asks for a dictionary.
+
+    Raises:
+        InputError: anything that cannot work (see :mod:`deferral_train.decoding.checks`), before any work.
+    """
+    rule = make_rule(rule) if isinstance(rule, str) else rule
+    request = checks.Request(
+        model, drafter, input_ids, generation_config, rule, num_draft_tokens, execution, bonus,
+        max_request_loss, stop, token_streamer, vocab_size, model_kwargs,
+    )  # fmt: skip
+    checks.check_request(request)
+    ends = EndOfRow(stopping_criteria or [], generation_config.max_length)
+    tokens = TokenRows(
+        input_ids, _prompt_mask(model, model_kwargs), ends.max_length, num_draft_tokens, _pad_id(generation_config)
+    )  # fmt: skip
+    laws = SamplingLaws(logits_processor or [], bool(generation_config.do_sample))
+    ledger = Ledger(len(input_ids), num_draft_tokens)
+    with contextlib.ExitStack() as stack:
+        taps = _taps(stack, model, drafter, rule, stop)
+        encoders = _encoders(model, drafter, model_kwargs, inputs_tensor, drafter_inputs, len(input_ids))
+        margin = num_draft_tokens + 2 if execution == "speculative" else None
+        size = vocab_size or model.config.get_text_config(decoder=True).vocab_size
+        capacity = min(tokens.ids.shape[1], tokens.prompt_length + 256)
+        steppers = [
+            Stepper(one, tokens, capacity, margin, encoder, tap, size)
+            for one, encoder, tap in zip((drafter, model), encoders, taps)
+        ]
+        cascade = Cascade(
+            steppers[0], steppers[1], rule, laws, tokens, ends, ledger, num_draft_tokens,
+            bonus, stop, generator, max_request_loss, token_streamer=token_streamer, token_log=token_log,
+        )  # fmt: skip
+        if stop is not None:
+            stop.start(len(input_ids), num_draft_tokens)
+        EXECUTIONS[execution](cascade)
+    if token_streamer is not None:
+        token_streamer.end()
+    stats = ledger.finish(cascade.verifier.passes, cascade.drafter.passes)
+    sequences = tokens.sequences()
+    return CascadeOutput(sequences, stats) if generation_config.return_dict_in_generate else sequences
+
+
+def _pad_id(generation_config: Any) -> int:
+    pad = getattr(generation_config, "_pad_token_tensor", None)
+    if pad is None:
+        return 0
+    return int(pad.flatten()[0])
+
+
+def _prompt_mask(model: Any, model_kwargs: dict[str, Any]) -> Tensor | None:
+    name = "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
+    return model_kwargs.get(name)
+
+
+def _taps(
+    stack: contextlib.ExitStack, model: Any, drafter: Any, rule: Rule, stop: StopDrafting | None
+) -> list[HiddenTap | None]:
+    asked = rule.needs | (stop.needs if stop is not None else frozenset())
+    return [
+        stack.enter_context(tap_hidden(one, field in asked))
+        for one, field in ((drafter, "drafter_hidden"), (model, "verifier_hidden"))
+    ]
+
+
+def _encoders(
+    model: Any,
+    drafter: Any,
+    model_kwargs: dict[str, Any],
+    inputs_tensor: Tensor | None,
+    drafter_inputs: dict[str, Tensor] | None,
+    rows: int,
+) -> list[tuple[Tensor, Tensor | None] | None]:
+    """Encoder states and masks of drafter and verifier, one row per decoded row; None for decoder-only models."""
+    if not model.config.is_encoder_decoder:
+        return [None, None]
+    mask = _padding_or_none(model_kwargs.get("attention_mask"))
+    states = model_kwargs["encoder_outputs"][0]
+    if drafter_inputs is None:
+        ids = checks.encoder_ids(inputs_tensor)
+        drafter_mask = None if mask is None else mask[:: rows // len(ids)]
+    else:
+        ids = drafter_inputs["input_ids"]
+        drafter_mask = _padding_or_none(drafter_inputs.get("attention_mask"))
+    encoded = drafter.get_encoder()(input_ids=ids, attention_mask=drafter_mask, return_dict=True)
+    repeats = rows // len(ids)
+    drafter_states = encoded.last_hidden_state.repeat_interleave(repeats, dim=0)
+    if drafter_mask is not None:
+        drafter_mask = drafter_mask.repeat_interleave(repeats, dim=0)
+    return [(drafter_states, drafter_mask), (states, mask)]
+
+
+def _padding_or_none(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None or bool(mask.all()) else mask

@@ -1,0 +1,280 @@
+"""The draft-verify loop: propose a block, let the rule judge it, emit, let finished rows go.
+
+Batched speculative execution (Narasimhan et al. 2025, Algorithms 4-6) with per-row acceptance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deferral_train.decoding.criteria import EndOfRow
+from deferral_train.decoding.laws import SamplingLaws
+from deferral_train.decoding.stats import Ledger
+from deferral_train.decoding.stepper import Stepper
+from deferral_train.decoding.stopping import DraftStep, StopDrafting
+from deferral_train.decoding.tokens import TokenRows
+from deferral_train.rules.base import Rule
+from deferral_train.rules.summary import CONTEXT_FIELDS, Summary
+from deferral_train.rules.verify import Verdict, verify_block
+
+
+@dataclass
+class Draft:
+    """A proposed block.
+
+    Attributes:
+        tokens: [B, T] drafted tokens; row b proposes the first ``lengths[b]``.
+        lengths: [B] int64.
+        logits: the drafter's decision logits, [B, T, V] or [B, T+1, V] for an exact bonus.
+        sampling: its logits after temperature and truncation, same shape, or None (see SamplingLaws.sampling).
+        hidden: the drafter's hidden states [B, T (+1), D], or None.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    logits: Tensor
+    sampling: Tensor | None = None
+    hidden: Tensor | None = None
+
+
+@dataclass
+class Cascade:
+    """Everything that one call works on. ``spent`` is the estimated loss per running row under a limit."""
+
+    drafter: Stepper
+    verifier: Stepper
+    rule: Rule
+    laws: SamplingLaws
+    tokens: TokenRows
+    ends: EndOfRow
+    ledger: Ledger
+    num_draft_tokens: int
+    bonus: str = "verifier"
+    stop: StopDrafting | None = None
+    generator: torch.Generator | None = None
+    max_request_loss: float | None = None
+    spent: Tensor | None = None
+    token_streamer: Any = None
+    token_log: Any = None
+    context_fields: frozenset[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        asked = self.rule.needs | (self.rule.gap_needs if self.max_request_loss is not None else frozenset())
+        self.context_fields = asked & CONTEXT_FIELDS
+        if self.max_request_loss is not None:
+            self.spent = torch.zeros(len(self.tokens.rows), device=self.tokens.device)
+
+    @property
+    def running(self) -> bool:
+        """Whether any row goes on."""
+        return bool(self.tokens.rows)
+
+
+def speculative(cascade: Cascade) -> None:
+    """Draft a block, verify it in one pass, emit what the rule's target law lets through; until all rows end."""
+    while cascade.running:
+        draft = propose(cascade)
+        verdict = judge(cascade, draft)
+        emit(cascade, draft, verdict)
+
+
+def propose(cascade: Cascade) -> Draft:
+    """Draft up to ``num_draft_tokens`` per row, one less than the row may still emit.
+
+    On a CPU drafting ends as soon as no row wants more; on an accelerator that would wait for the device, so that
+    rows run on past their end and the surplus is cut by ``lengths``.
+    """
+    tokens, laws = cascade.tokens, cascade.laws
+    limits = [min(cascade.num_draft_tokens, room - 1) if cascade.rule.drafts else 0 for room in tokens.room]
+    depth, exact = max(limits), cascade.bonus == "exact" and cascade.rule.drafts
+    if depth == 0 and not exact:
+        return _no_draft(cascade)
+    growing = _GrowingDraft(cascade, limits)
+    logits = cascade.drafter.feed()
+    for place in range(depth):
+        growing.laws(logits, place)
+        token = growing.draw(place, cascade)
+        last = place + 1 == depth or growing.complete(place)
+        if last and not exact:
+            break
+        logits = cascade.drafter.step(token[:, None])
+        if last:
+            break
+    drawn = growing.drawn
+    if exact:
+        growing.laws(logits, drawn)
+    return growing.finished(laws, drawn)
+
+
+class _GrowingDraft:
+    """The block while it is being drafted."""
+
+    def __init__(self, cascade: Cascade, limits: list[int]) -> None:
+        self.cascade = cascade
+        self.tokens = torch.empty(len(limits), max(limits), dtype=torch.long, device=cascade.tokens.device)
+        self.lengths = torch.tensor(limits, device=cascade.tokens.device)
+        self.decisions: list[Tensor] = []
+        self.samplings: list[Tensor | None] = []
+        self.hidden: list[Tensor] = []
+        self.drawn = 0
+        self.watches = cascade.stop is not None or cascade.tokens.device.type == "cpu"
+
+    def laws(self, logits: Tensor, place: int) -> None:
+        """Take the drafter's logits [B, 1, V] at ``place``."""
+        cascade = self.cascade
+        decision = cascade.laws.decision(logits, cascade.tokens, place)
+        self.decisions.append(decision)
+        self.samplings.append(cascade.laws.sampling(logits, decision, cascade.tokens, place))
+        if cascade.drafter.tap is not None:
+            self.hidden.append(cascade.drafter.tap.last(1))
+
+    def draw(self, place: int, cascade: Cascade) -> Tensor:
+        """Draw the token [B] at ``place`` and write it behind each row's end."""
+        sampling = self.samplings[-1]
+        token = cascade.laws.draw(
+            self.decisions[-1][:, 0], None if sampling is None else sampling[:, 0], cascade.generator
+        )
+        self.tokens[:, place] = token
+        cascade.tokens.write(place, token[:, None])
+        self.drawn = place + 1
+        return token
+
+    def complete(self, place: int) -> bool:
+        """Whether no row wants to draft beyond ``place``; shortens the rows that end here."""
+        if not self.watches:
+            return False
+        ended = self.cascade.ends.is_eos(self.tokens[:, place])
+        if self.cascade.stop is not None:
+            ended = ended | self.cascade.stop.stops(self._step(place))
+        if bool(ended.any()):
+            self.lengths = torch.where(ended, self.lengths.clamp(max=place + 1), self.lengths)
+        return int(self.lengths.max()) <= place + 1
+
+    def _step(self, place: int) -> DraftStep:
+        sampling = self.samplings[-1]
+        return DraftStep(
+            place=place,
+            token=self.tokens[:, place],
+            logits=self.decisions[-1][:, 0],
+            sampling=None if sampling is None else sampling[:, 0],
+            temperature=self.cascade.laws.temperature,
+            hidden=self.hidden[-1][:, 0] if self.hidden else None,
+            generated=[n - self.cascade.tokens.prompt_length for n in self.cascade.tokens.lengths],
+            open=self.lengths > place,
+        )
+
+    def finished(self, laws: SamplingLaws, drawn: int) -> Draft:
+        """The block, cut behind the first end of sequence."""
+        tokens = self.tokens[:, :drawn]
+        lengths = self.lengths.clamp(max=drawn)
+        if not self.watches:
+            ends = self.cascade.ends.is_eos(tokens)
+            first = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, drawn)
+            lengths = torch.minimum(lengths, first)
+        sampling = None
+        if self.samplings and self.samplings[0] is not None:
+            sampling = torch.cat(self.samplings, dim=1)  # type: ignore[arg-type]
+        hidden = torch.cat(self.hidden, dim=1) if self.hidden else None
+        return Draft(tokens, lengths, torch.cat(self.decisions, dim=1), sampling, hidden)
+
+
+def _no_draft(cascade: Cascade) -> Draft:
+    rows, device = len(cascade.tokens.rows), cascade.tokens.device
+    nothing = torch.empty(rows, 0, dtype=torch.long, device=device)
+    vocabulary = cascade.verifier.vocab_size
+    sampling = torch.empty(rows, 0, vocabulary, device=device) if cascade.laws.shapes else None
+    lengths = torch.zeros(rows, dtype=torch.long, device=device)
+    return Draft(nothing, lengths, torch.empty(rows, 0, vocabulary, device=device), sampling)
+
+
+def judge(cascade: Cascade, draft: Draft) -> Verdict:
+    """Score the block with the verifier in one pass and let the rule decide."""
+    depth = draft.tokens.shape[1]
+    logits = cascade.verifier.feed(ahead=depth, keep=depth + 1)
+    decision = cascade.laws.decision(logits, cascade.tokens)
+    sampling = cascade.laws.sampling(logits, decision, cascade.tokens)
+    verdict = verify_block(
+        cascade.rule,
+        draft.tokens,
+        draft.logits,
+        decision,
+        temperature=cascade.laws.temperature,
+        drafter_sampling_logits=draft.sampling,
+        verifier_sampling_logits=sampling,
+        lengths=draft.lengths,
+        bonus=cascade.bonus if cascade.rule.drafts else "verifier",
+        generator=cascade.generator,
+        context=context_of(cascade, draft),
+        max_request_loss=cascade.max_request_loss,
+        spent=cascade.spent,
+    )
+    if cascade.token_log is not None:
+        cascade.token_log.block(cascade, draft, decision, sampling, verdict)
+    return verdict
+
+
+def context_of(cascade: Cascade, draft: Draft) -> Summary | None:
+    """Summary fields [B, T (+1 for an exact bonus)] that logits do not give, as far as the rule asks for them."""
+    if not cascade.context_fields:
+        return None
+    columns = draft.logits.shape[1]
+    place = torch.arange(columns, device=draft.tokens.device)[None].expand(len(draft.tokens), -1)
+    generated = torch.tensor(cascade.tokens.lengths, device=place.device) - cascade.tokens.prompt_length
+    given = {"draft_position": place, "position": place + generated[:, None]}
+    if "drafter_hidden" in cascade.context_fields:
+        given["drafter_hidden"] = draft.hidden
+    if "verifier_hidden" in cascade.context_fields:
+        given["verifier_hidden"] = cascade.verifier.hidden(draft.tokens.shape[1] + 1)[:, :columns]
+    return Summary({name: given[name] for name in cascade.context_fields})
+
+
+def emit(cascade: Cascade, draft: Draft, verdict: Verdict) -> None:
+    """Append accepted tokens and the correction or bonus; cut at ends and limits; let finished rows leave."""
+    tokens = cascade.tokens
+    block = torch.nn.functional.pad(draft.tokens, (0, 1), value=tokens.pad_token_id)
+    block.scatter_(1, verdict.accepted[:, None], verdict.next_token.clamp(min=0)[:, None])
+    tokens.write(0, block)
+    # The only wait for the device in a round.
+    accepted, following, proposed = torch.stack(
+        [verdict.accepted, verdict.next_token, draft.lengths]
+    ).tolist()
+    offered = [count + (token >= 0) for count, token in zip(accepted, following)]
+    counts, done = cascade.ends.cut(tokens, block, offered)
+    exact = int(cascade.bonus == "exact" and cascade.rule.drafts)
+    calls = [length + exact for length in proposed]
+    cascade.ledger.block(tokens.rows, proposed, accepted, counts, calls, verdict.origin, verdict.deferred)
+    advance(cascade, counts, done, verdict.spent)
+    if cascade.stop is not None:
+        cascade.stop.observe(proposed, accepted)
+
+
+def advance(cascade: Cascade, counts: list[int], done: list[bool], spent: Tensor | None = None) -> None:
+    """Rows grow by ``counts`` tokens already written; finished ones leave the batch."""
+    tokens = cascade.tokens
+    before = tokens.final_lengths[0]
+    tokens.extend(counts)
+    if spent is not None:
+        cascade.spent = spent
+        cascade.ledger.spent.update(zip(tokens.rows, spent.tolist()))
+    if cascade.token_streamer is not None:
+        cascade.token_streamer.put(tokens.ids[0, before : tokens.final_lengths[0]].cpu())
+    if any(done):
+        _leave(cascade, [place for place, over in enumerate(done) if not over])
+
+
+def _leave(cascade: Cascade, kept: list[int]) -> None:
+    tokens = cascade.tokens
+    index = torch.tensor(kept, dtype=torch.long, device=tokens.device)
+    tokens.keep_rows(kept, index)
+    if not kept:
+        return
+    for stepper in (cascade.drafter, cascade.verifier):
+        stepper.keep_rows(kept, index)
+    if cascade.spent is not None:
+        cascade.spent = cascade.spent.index_select(0, index)
+    if cascade.stop is not None:
+        cascade.stop.keep_rows(index)

@@ -1,0 +1,120 @@
+"""The rows being decoded: their tokens, how long each is, which are still running."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from deferral_train.errors import InputError
+
+
+class TokenRows:
+    """Token ids of every row, prompt first, each row as long as it happens to be.
+
+    ``ids`` [R, C] holds all rows of the call, prompts with their padding included; ``lengths`` counts the columns
+    in use of the *running* rows, whose places in ``ids`` are ``rows``. Drafted tokens are written behind a row's
+    end before they are accepted, so that processors and models read one buffer.
+
+    Args:
+        input_ids: prompts [R, P] (encoder-decoder: decoder start tokens), padded on the left.
+        mask: prompt mask [R, P], or None where nothing is padded.
+        max_length: columns that a row may fill at most.
+        num_draft_tokens: room behind the end for a drafted block.
+        pad_token_id: fills what no row has written.
+
+    Raises:
+        InputError: padding that is not on the left.
+    """
+
+    def __init__(
+        self,
+        input_ids: Tensor,
+        mask: Tensor | None,
+        max_length: int,
+        num_draft_tokens: int,
+        pad_token_id: int,
+    ) -> None:
+        count, self.prompt_length = input_ids.shape
+        columns = max_length + num_draft_tokens + 1
+        self.ids = input_ids.new_full((count, columns), pad_token_id)
+        self.ids[:, : self.prompt_length] = input_ids
+        self.pad_token_id = pad_token_id
+        self.max_length = max_length
+        self.pads = left_padding(mask, count)
+        self.rows = list(range(count))
+        self.index = torch.arange(count, device=input_ids.device)
+        self.lengths = [self.prompt_length] * count
+        self.final_lengths = list(self.lengths)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the ids live."""
+        return self.ids.device
+
+    @property
+    def room(self) -> list[int]:
+        """Tokens that each running row may still emit."""
+        return [self.max_length - length for length in self.lengths]
+
+    def _uniform(self) -> bool:
+        return len(self.rows) == len(self.ids) and min(self.lengths) == max(self.lengths)
+
+    def window(self, behind: int, ahead: int) -> Tensor:
+        """The last ``behind`` tokens of each running row and ``ahead`` columns beyond, [B, behind + ahead]."""
+        if self._uniform():
+            length = self.lengths[0]
+            return self.ids[:, length - behind : length + ahead]
+        return self.ids[self.index[:, None], self._columns(-behind, ahead)]
+
+    def write(self, offset: int, block: Tensor) -> None:
+        """Put ``block`` [B, n] behind each row's end, ``offset`` columns on."""
+        if self._uniform():
+            begin = self.lengths[0] + offset
+            self.ids[:, begin : begin + block.shape[1]] = block
+        else:
+            self.ids[self.index[:, None], self._columns(offset, offset + block.shape[1])] = block
+
+    def _columns(self, first: int, last: int) -> Tensor:
+        ends = torch.tensor(self.lengths, device=self.device)[:, None]
+        return ends + torch.arange(first, last, device=self.device)[None]
+
+    def extend(self, counts: Sequence[int]) -> None:
+        """Rows have grown by ``counts`` tokens, already written."""
+        self.lengths = [length + count for length, count in zip(self.lengths, counts)]
+        for row, length in zip(self.rows, self.lengths):
+            self.final_lengths[row] = length
+
+    def keep_rows(self, kept: Sequence[int], index: Tensor) -> None:
+        """Only these of the running rows go on."""
+        self.rows = [self.rows[place] for place in kept]
+        self.lengths = [self.lengths[place] for place in kept]
+        self.index = self.index.index_select(0, index)
+
+    def sequences(self) -> Tensor:
+        """All rows, prompt and emitted tokens, padded on the right to the longest, [R, L]."""
+        longest = max(self.final_lengths)
+        ends = torch.tensor(self.final_lengths, device=self.device)[:, None]
+        behind = torch.arange(longest, device=self.device)[None] >= ends
+        return self.ids[:, :longest].masked_fill(behind, self.pad_token_id)
+
+    def emitted(self, row: int) -> Tensor:
+        """Tokens that row ``row`` of the call has emitted so far."""
+        return self.ids[row, self.prompt_length : self.final_lengths[row]]
+
+
+def left_padding(mask: Tensor | None, count: int) -> list[int]:
+    """Padding columns on the left of each row of ``mask`` [R, P]; zeros for None."""
+    if mask is None:
+        return [0] * count
+    present = mask.bool()
+    pads = (~present).sum(dim=1)
+    columns = torch.arange(mask.shape[1], device=mask.device)[None]
+    if not torch.equal(present, columns >= pads[:, None]):
+        raise InputError(
+            "attention_mask: prompts must be padded on the left; set tokenizer.padding_side = 'left'"
+        )
+    if bool((pads == mask.shape[1]).any()):
+        raise InputError("attention_mask: a row masks its whole prompt; give every row at least one token")
+    return pads.tolist()
