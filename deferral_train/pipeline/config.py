@@ -1,0 +1,126 @@
+"""What a run is made of. Every field is a YAML key and a flag; defaults are for a pair that the user brings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from deferral_train.errors import InputError
+
+PARTS = ("fit", "validation", "calibration", "test")
+
+
+@dataclass(frozen=True)
+class PromptPart:
+    """Where the prompts of one part come from; the fields are those of ``pairs.read_prompts``.
+
+    Attributes:
+        path: prompts file, data set folder or the name of one for ``datasets``.
+        reference_path: second file of parallel text.
+        prompt_field, reference_field: column names; the usual ones are found by themselves.
+        template: text around every prompt, with ``{prompt}`` in it.
+        split: split of a data set.
+        start, limit: rows to pass over, and most rows to take.
+    """
+
+    path: str = ""
+    reference_path: str | None = None
+    prompt_field: str | None = None
+    reference_field: str | None = None
+    template: str = "{prompt}"
+    split: str = "train"
+    start: int = 0
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Real text in four parts that never overlap: a head learns, is chosen, is tuned and is judged on different ones.
+
+    Attributes:
+        stdlib: take the Python standard library's sources instead of files.
+        fit, validation, calibration, test: the parts; ignored with ``stdlib`` but for their ``limit``.
+        prompt_characters, reference_characters: size of a window of source text, with ``stdlib``.
+    """
+
+    stdlib: bool = False
+    fit: PromptPart = field(default_factory=PromptPart)
+    validation: PromptPart = field(default_factory=PromptPart)
+    calibration: PromptPart = field(default_factory=PromptPart)
+    test: PromptPart = field(default_factory=PromptPart)
+    prompt_characters: int = 400
+    reference_characters: int = 240
+
+    def __post_init__(self) -> None:
+        for part in PARTS:
+            if not self.stdlib and not getattr(self, part).path:
+                raise InputError(f"text.{part}.path is empty; name a prompts file, or set text.stdlib: true")
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """What a pair must show before hours are spent on it.
+
+    Attributes:
+        min_nats: the verifier's advantage on held-out text, nats a token.
+        min_cost_ratio: the verifier's pass in drafter passes; below, drafting cannot pay.
+        required: False reports the numbers and goes on.
+    """
+
+    min_nats: float = 0.2
+    min_cost_ratio: float = 3.0
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class TracesConfig:
+    """How distributions are logged; see ``deferral-train collect``.
+
+    Attributes:
+        prefixes: "reference" (teacher-forced) or an on-policy source.
+        temperature: sampling temperature that D_TV is logged at besides 1.
+        log_top_k: logged candidates of each model.
+        chunk_prompts: prompts a shard.
+        batch_tokens: most tokens of a padded batch.
+    """
+
+    prefixes: str = "reference"
+    temperature: float = 0.0
+    log_top_k: int = 16
+    chunk_prompts: int = 64
+    batch_tokens: int = 4096
+
+
+@dataclass(frozen=True)
+class OperatingPointConfig:
+    """How every rule's dial is set on the calibration part, so that rules are compared at the same price.
+
+    Attributes:
+        rejection_share: the rejection rate to match, as a share of lossless's.
+        max_token_risk: largest certified rise of the local token risk over the verifier's, for the chosen rule.
+        confidence: of that certificate.
+    """
+
+    rejection_share: float = 0.5
+    max_token_risk: float = 0.02
+    confidence: float = 0.95
+
+
+@dataclass(frozen=True)
+class DecodeSection:
+    """How held-out prompts are decoded; see ``deferral-train decode``.
+
+    Attributes:
+        limit: most test prompts.
+        num_draft_tokens: drafted block.
+        max_new_tokens: per prompt.
+        temperature: 0 is greedy.
+        batch_size: prompts side by side.
+        repetitions: interleaved, for timing.
+    """
+
+    limit: int = 200
+    num_draft_tokens: int = 5
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    batch_size: int = 1
+    repetitions: int = 3
