@@ -1,7 +1,7 @@
 """Short stable names for a checkpoint and a tokenizer, quick even on many gigabytes of weights.
 
-A model's fingerprint covers its config, every tensor's name, type, shape and place (the safetensors header) and
-sampled stretches of bytes of each file; a fine-tuned copy differs in all of the stretches.
+A model's fingerprint covers its config, every tensor's name, type, shape and place (the safetensors
+header) and sampled stretches of bytes of each file; a fine-tuned copy differs in all of the stretches.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ SAMPLES, STRETCH = 32, 4096  # stretches per file, bytes per stretch
 def checkpoint_fingerprint(folder: str | Path) -> dict[str, Any]:
     """``{"name", "revision", "config", "weights"}`` of a local checkpoint folder.
 
-    ``config`` and ``weights`` are hashes; ``revision`` is the hub's commit where the folder is a cached snapshot
-    of the hub, else None.
+    ``config`` and ``weights`` are hashes; ``revision`` is the hub's commit where the folder is a cached
+    snapshot of the hub, else None.
 
     Args:
         folder: a checkpoint as ``save_pretrained`` writes it, weights in safetensors (one file or several).

@@ -177,8 +177,8 @@ def _one_line(role: str, folder: Path, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """A model's shards load without a progress bar of their own; the setting is put back."""
+def without_bars() -> Iterator[None]:
+    """Within, transformers shows no progress bar for each file that it reads or writes."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -208,7 +208,7 @@ def load_tokenizer(folder: str | Path, role: str = "tokenizer", trust_remote_cod
 def _load_model(
     folder: Path, role: str, config: Any, device: torch.device, dtype: str, trust_remote_code: bool
 ) -> Any:
-    with _one_line(role, folder, "weights"), _without_bars():
+    with _one_line(role, folder, "weights"), without_bars():
         from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM

@@ -1,0 +1,220 @@
+"""Whether a pair is worth hours of work: the verifier must be clearly better, and its pass clearly dearer."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deferral_train.errors import InputError
+from deferral_train.pairs.batches import IGNORED, pad
+from deferral_train.pairs.load import ModelPair
+from deferral_train.pairs.optimise import next_token_logits
+from deferral_train.pairs.prompts import Prompt
+
+BATCH = 8  # sequences scored at once
+PREFIX = 48  # cached tokens that a timed pass attends to
+REPETITIONS = 60  # timed passes of each model a try
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """Held-out quality and cost of a pair.
+
+    Attributes:
+        drafter_nats, verifier_nats: mean negative log-likelihood, nats a token, on the same ``tokens``
+            tokens.
+        mean_tv: mean total variation between the two laws there; 1 - mean_tv is what rejection sampling
+            accepts.
+        agreement: share of tokens at which both have the same most probable token.
+        drafter_seconds, verifier_seconds: median time of one cached pass over one token.
+    """
+
+    drafter_nats: float
+    verifier_nats: float
+    mean_tv: float
+    agreement: float
+    tokens: int
+    drafter_seconds: float
+    verifier_seconds: float
+
+    @property
+    def advantage(self) -> float:
+        """Nats a token by which the verifier is better."""
+        return self.drafter_nats - self.verifier_nats
+
+    @property
+    def cost_ratio(self) -> float:
+        """The verifier's pass in passes of the drafter."""
+        return self.verifier_seconds / self.drafter_seconds
+
+    def reasons(self, min_nats: float = 0.2, min_cost_ratio: float = 3.0) -> list[str]:
+        """What speaks against the pair, in words; empty where it passes."""
+        found = []
+        if not self.advantage >= min_nats:
+            found.append(
+                f"the verifier is better by {self.advantage:.3f} nats a token on held-out text, needs {min_nats}"
+            )
+        if not self.cost_ratio >= min_cost_ratio:
+            found.append(f"its pass costs {self.cost_ratio:.2f} times the drafter's, needs {min_cost_ratio}")
+        return found
+
+    def require(self, min_nats: float = 0.2, min_cost_ratio: float = 3.0) -> None:
+        """Raise one line of :class:`InputError` unless the pair passes."""
+        found = self.reasons(min_nats, min_cost_ratio)
+        if found:
+            raise InputError(
+                f"pair: {'; '.join(found)}; use a larger verifier or a smaller drafter, or train longer"
+            )
+
+
+def check_pair(
+    pair: ModelPair,
+    texts: Sequence[Prompt],
+    *,
+    context: int = 128,
+    max_tokens: int = 20_000,
+    min_cost_ratio: float = 3.0,
+    tries: int = 3,
+) -> GateResult:
+    """Score held-out texts under both models and time their passes.
+
+    Args:
+        pair: the models.
+        texts: held-out texts (prompt followed by reference; encoder-decoder: reference given prompt).
+        context: tokens that are scored together.
+        max_tokens: stop scoring after about this many.
+        min_cost_ratio: a measured ratio below it is measured again, since other work on the machine
+            disturbs it.
+        tries: most measurements; the largest ratio counts.
+
+    Raises:
+        InputError: no token to score in ``texts``.
+    """
+    quality = _score(pair, texts, context, max_tokens)
+    best = (1.0, 0.0)
+    for _ in range(tries):
+        times = pass_seconds(pair, texts)
+        if times[1] / times[0] > best[1] / best[0]:
+            best = times
+        if best[1] >= min_cost_ratio * best[0]:
+            break
+    return GateResult(**quality, drafter_seconds=best[0], verifier_seconds=best[1])
+
+
+@torch.inference_mode()
+def _score(pair: ModelPair, texts: Sequence[Prompt], context: int, max_tokens: int) -> dict[str, Any]:
+    sums = torch.zeros(4, dtype=torch.float64)
+    tokens = 0
+    for batch in _batches(pair, texts, context):
+        batch = {name: value.to(pair.device) for name, value in batch.items()}
+        wanted = batch["labels"] != IGNORED
+        drafter, verifier = (
+            next_token_logits(model, batch)[wanted][:, : pair.vocab_size].float().log_softmax(-1)
+            for model in (pair.drafter, pair.verifier)
+        )
+        labels = batch["labels"][wanted]
+        sums += torch.stack(
+            [
+                F.nll_loss(drafter, labels, reduction="sum"),
+                F.nll_loss(verifier, labels, reduction="sum"),
+                (drafter.exp() - verifier.exp()).abs().sum() / 2,
+                (drafter.argmax(-1) == verifier.argmax(-1)).sum(),
+            ]
+        ).cpu()
+        tokens += len(labels)
+        if tokens >= max_tokens:
+            break
+    if not tokens:
+        raise InputError(
+            "held-out text: no token to score; give longer texts (with references for a T5 pair)"
+        )
+    names = ("drafter_nats", "verifier_nats", "mean_tv", "agreement")
+    return {**{name: float(value) / tokens for name, value in zip(names, sums)}, "tokens": tokens}
+
+
+def _batches(pair: ModelPair, texts: Sequence[Prompt], context: int) -> Iterator[Mapping[str, Tensor]]:
+    """Padded batches in the order of the texts, which take turns window by window so that all are heard."""
+    rows = _pairs(pair, texts, context) if pair.is_encoder_decoder else _windows(pair, texts, context)
+    for start in range(0, len(rows), BATCH):
+        inputs, labels = zip(*rows[start : start + BATCH])
+        mask = pad([[1] * len(row) for row in inputs], 0)
+        yield {"input_ids": pad(inputs, 0), "attention_mask": mask, "labels": pad(labels, IGNORED)}
+
+
+def _pairs(pair: ModelPair, texts: Sequence[Prompt], context: int) -> list[tuple[list[int], list[int]]]:
+    encoded = (
+        (_ids(pair, text.prompt)[:context], _ids(pair, text.reference or "")[:context])
+        for text in texts
+        if text.reference
+    )
+    return [(source, target) for source, target in encoded if source and target]
+
+
+def _windows(pair: ModelPair, texts: Sequence[Prompt], context: int) -> list[tuple[list[int], list[int]]]:
+    turns: list[tuple[int, tuple[list[int], list[int]]]] = []
+    for text in texts:
+        ids = _ids(pair, text.prompt + (text.reference or ""))
+        for number, at in enumerate(range(0, len(ids) - 1, context)):
+            window = ids[at : at + context + 1]
+            turns.append((number, (window[:-1], window[1:])))
+    return [row for _, row in sorted(turns, key=lambda turn: turn[0])]
+
+
+def _ids(pair: ModelPair, text: str) -> list[int]:
+    return list(pair.tokenizer(text, verbose=False)["input_ids"])
+
+
+def pass_seconds(pair: ModelPair, texts: Sequence[Prompt]) -> tuple[float, float]:
+    """Median seconds of (drafter's, verifier's) cached pass over one token, measured in turns."""
+    prefix = next((row[0] for row in _prefixes(pair, texts)), [0])
+    passes = [_one_token_pass(pair, model, prefix) for model in (pair.drafter, pair.verifier)]
+    times: list[list[float]] = [[], []]
+    for repetition in range(REPETITIONS + 5):
+        for run, seconds in zip(passes, times):
+            taken = run()
+            if repetition >= 5:
+                seconds.append(taken)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def _prefixes(pair: ModelPair, texts: Sequence[Prompt]) -> Iterator[tuple[list[int]]]:
+    for text in texts:
+        ids = _ids(pair, text.prompt)[:PREFIX]
+        if ids:
+            yield (ids,)
+
+
+def _one_token_pass(pair: ModelPair, model: Any, prefix: list[int]) -> Callable[[], float]:
+    """A function that runs one cached pass over one token and returns its seconds; the cache grows by one."""
+    ids = torch.tensor([prefix], device=pair.device)
+    token = ids[:, -1:]
+    inputs: dict[str, Any] = {"input_ids": token}
+    with torch.inference_mode():
+        if pair.is_encoder_decoder:
+            encoded = model.get_encoder()(input_ids=ids)
+            inputs = {"encoder_outputs": encoded, "decoder_input_ids": token}
+            start = model(encoder_outputs=encoded, decoder_input_ids=ids[:, :8], use_cache=True)
+        else:
+            start = model(input_ids=ids, use_cache=True)
+
+    @torch.inference_mode()
+    def run() -> float:
+        _wait(pair.device)
+        begun = time.perf_counter()
+        model(**inputs, past_key_values=start.past_key_values, use_cache=True)
+        _wait(pair.device)
+        return time.perf_counter() - begun
+
+    return run
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

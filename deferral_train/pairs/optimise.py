@@ -1,0 +1,171 @@
+"""The training loop of one model: plain torch, and the same bits with or without an interruption."""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deferral_train import provenance
+from deferral_train.errors import InputError
+from deferral_train.pairs.batches import IGNORED, Batches
+from deferral_train.pairs.train_config import Schedule
+
+FINAL_RATE = 0.1  # of the peak, reached at the last step
+Report = Callable[[int, int, float], None]  # steps done, tokens of the last step, its loss
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What a loop needs besides model, batches and schedule; ``outcome`` ties a checkpoint to its config."""
+
+    checkpoint: Path
+    outcome: str
+    seed: int = 0
+    autocast: bool = False
+    checkpoint_seconds: float = 20.0
+
+
+def optimise(
+    model: Any,
+    batches: Batches,
+    schedule: Schedule,
+    settings: LoopSettings,
+    teacher: Any = None,
+    report: Report | None = None,
+) -> float:
+    """Train ``model`` in place and return the mean loss (nats a token) of the last tenth of the steps.
+
+    Batches, dropout and rates depend on the step alone, and a checkpoint holds weights, optimiser state
+    and step; a run that was killed and started again therefore ends with bitwise the weights of one that
+    was not.
+
+    Args:
+        teacher: verifier whose law the drafter is drawn to with weight ``schedule.distil``.
+        report: called after every step.
+
+    Raises:
+        InputError: the checkpoint is of another configuration, or the loss is no longer finite.
+    """
+    optimizer = _optimizer(model, schedule)
+    step, losses = _resume(settings, model, optimizer)
+    saved = time.monotonic()
+    model.train()
+    with torch.random.fork_rng(devices=[]):
+        while step < schedule.steps:
+            torch.manual_seed((settings.seed * 7_368_787 + step) % 2**63)
+            _set_rate(optimizer, schedule, step)
+            loss, tokens = _step(model, batches.batch(step), optimizer, schedule, settings, teacher)
+            step += 1
+            losses = [*losses, loss][-max(1, schedule.steps // 10) :]
+            if not math.isfinite(loss):
+                raise InputError(
+                    f"training: loss is {loss} at step {step}; lower learning_rate or embedding_rate"
+                )
+            if report is not None:
+                report(step, tokens, loss)
+            if time.monotonic() - saved > settings.checkpoint_seconds and step < schedule.steps:
+                _save(settings, model, optimizer, step, losses)
+                saved = time.monotonic()
+    model.eval()
+    return sum(losses) / len(losses)
+
+
+def next_token_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Logits [B, T, V] that predict ``batch["labels"]``; an encoder-decoder is fed the shifted labels."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+    return model(**inputs, use_cache=False).logits
+
+
+def _step(
+    model: Any,
+    batch: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    settings: LoopSettings,
+    teacher: Any,
+) -> tuple[float, int]:
+    precision = torch.autocast("cpu", torch.bfloat16) if settings.autocast else nullcontext()
+    labels = batch["labels"].flatten()
+    with precision:
+        logits = next_token_logits(model, batch).flatten(0, 1).float()
+        text_loss = loss = F.cross_entropy(logits, labels, ignore_index=IGNORED)
+        if teacher is not None and schedule.distil > 0:
+            with torch.no_grad():
+                law = next_token_logits(teacher, batch).flatten(0, 1).float().log_softmax(-1)
+            divergence = F.kl_div(logits.log_softmax(-1), law, reduction="none", log_target=True).sum(-1)
+            loss = (1 - schedule.distil) * loss + schedule.distil * divergence[labels != IGNORED].mean()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return text_loss.item(), int((labels != IGNORED).sum())
+
+
+def _optimizer(model: Any, schedule: Schedule) -> torch.optim.Optimizer:
+    """AdamW; embeddings learn ``embedding_rate`` times faster, since each row is seen in few batches."""
+    embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    groups: dict[str, list[Tensor]] = {"embeddings": [], "matrices": [], "vectors": []}
+    for parameter in model.parameters():
+        kind = (
+            "embeddings" if id(parameter) in embeddings else "matrices" if parameter.dim() > 1 else "vectors"
+        )
+        groups[kind].append(parameter)
+    settings = [
+        {"params": groups["embeddings"], "scale": schedule.embedding_rate, "weight_decay": 0.0},
+        {"params": groups["matrices"], "scale": 1.0, "weight_decay": schedule.weight_decay},
+        {"params": groups["vectors"], "scale": 1.0, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(settings, lr=schedule.learning_rate, betas=(0.9, 0.98), fused=True)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> None:
+    if step < schedule.warmup:
+        share = (step + 1) / schedule.warmup
+    else:
+        done = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
+        share = FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * done))
+    for group in optimizer.param_groups:
+        group["lr"] = schedule.learning_rate * group["scale"] * share
+
+
+def _save(
+    settings: LoopSettings, model: Any, optimizer: torch.optim.Optimizer, step: int, losses: list[float]
+) -> None:
+    state = {
+        "outcome": settings.outcome,
+        "step": step,
+        "losses": losses,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    provenance.write_bytes(settings.checkpoint, buffer.getvalue())
+
+
+def _resume(settings: LoopSettings, model: Any, optimizer: torch.optim.Optimizer) -> tuple[int, list[float]]:
+    if not settings.checkpoint.is_file():
+        return 0, []
+    try:
+        state = torch.load(settings.checkpoint, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"{settings.checkpoint}: not a readable checkpoint ({error}); delete it") from error
+    if state["outcome"] != settings.outcome:
+        raise InputError(
+            f"{settings.checkpoint}: of another configuration; choose another folder or delete this one"
+        )
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["step"]), list(state["losses"])

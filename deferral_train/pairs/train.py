@@ -1,0 +1,211 @@
+"""Train a tokenizer, a verifier and a drafter from scratch; resumable; records what was seen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deferral_train import provenance
+from deferral_train.errors import InputError
+from deferral_train.pairs import overlap
+from deferral_train.pairs.batches import Batches, PairBatches, WindowBatches
+from deferral_train.pairs.gate import GateResult, check_pair
+from deferral_train.pairs.load import load_models, load_tokenizer, without_bars
+from deferral_train.pairs.optimise import LoopSettings, Report, optimise
+from deferral_train.pairs.prompts import Prompt
+from deferral_train.pairs.tokenizer import train_tokenizer
+from deferral_train.pairs.train_config import ModelSize, PairConfig, Schedule
+from deferral_train.pairs.training_text import TrainingText, load_training_text
+
+RECORD = "pair.json"
+# What a progress display is asked for: a report for one model's training, given its name and number of steps.
+Progress = Callable[[str, int], Report]
+
+
+@dataclass(frozen=True)
+class PairResult:
+    """A finished pair on disk. ``losses`` are training nats a token at the end, by role; ``reused`` says that
+    nothing had to be trained."""
+
+    drafter: Path
+    verifier: Path
+    training_ids: Path
+    losses: dict[str, float]
+    gate: GateResult
+    reused: bool
+
+
+def train_pair(config: PairConfig, out: str | Path, progress: Progress | None = None) -> PairResult:
+    """Train the pair that ``config`` describes into ``out/drafter`` and ``out/verifier``.
+
+    Each folder is a transformers checkpoint with the tokenizer. Beside them: ``training_ids.json`` and
+    ``pair.json`` (configuration, losses, held-out quality and cost). What is finished in ``out`` is kept;
+    a model that was cut short continues from its checkpoint and ends with the same bits.
+
+    Raises:
+        InputError: unreadable text, a folder of another configuration, a loss that is no longer finite.
+    """
+    out = Path(out)
+    finished = _finished(config, out)
+    if finished is not None:
+        return finished
+    provenance.write_json(out / "work" / "config.json", {"outcome": config.outcome_hash(), **asdict(config)})
+    before = torch.get_num_threads()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    try:
+        return _train(config, out, progress)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _finished(config: PairConfig, out: Path) -> PairResult | None:
+    """The stored result; refuses a folder that another configuration began."""
+    for path in (out / RECORD, out / "work" / "config.json"):
+        if path.is_file() and json.loads(path.read_text())["outcome"] != config.outcome_hash():
+            raise InputError(
+                f"{out}: holds a pair of another configuration; choose another folder or delete it"
+            )
+    if not (out / RECORD).is_file():
+        return None
+    record = json.loads((out / RECORD).read_text())
+    return _result(out, record["losses"], GateResult(**record["gate"]), reused=True)
+
+
+def _result(out: Path, losses: dict[str, float], gate: GateResult, reused: bool) -> PairResult:
+    return PairResult(out / "drafter", out / "verifier", out / overlap.FILE, losses, gate, reused)
+
+
+def _train(config: PairConfig, out: Path, progress: Progress | None) -> PairResult:
+    text = load_training_text(config.text)
+    overlap.write_training_ids(out / overlap.FILE, text.train)
+    tokenizer = _tokenizer(config, out / "work" / "tokenizer", text)
+    batches = {
+        role: _batches(config, tokenizer, text.train, schedule.batch, config.seed + offset)
+        for offset, (role, schedule) in enumerate(_schedules(config).items())
+    }
+    losses = {"verifier": _one_model("verifier", config, out, tokenizer, batches["verifier"], None, progress)}
+    teacher = _load(config, out / "verifier") if config.drafter_schedule.distil else None
+    losses["drafter"] = _one_model("drafter", config, out, tokenizer, batches["drafter"], teacher, progress)
+    pair = load_models(out / "drafter", out / "verifier", device="cpu", dtype="float32")
+    gate = check_pair(pair, text.heldout, context=config.context)
+    record = {
+        "schema_version": 1,
+        "outcome": config.outcome_hash(),
+        "config": asdict(config),
+        "losses": losses,
+        "gate": asdict(gate),
+        "fingerprints": pair.fingerprints,
+        "provenance": provenance.collect({"seed": config.seed}),
+    }
+    provenance.write_json(out / RECORD, record)
+    shutil.rmtree(out / "work", ignore_errors=True)
+    return _result(out, losses, gate, reused=False)
+
+
+def _schedules(config: PairConfig) -> dict[str, Schedule]:
+    return {"verifier": config.verifier_schedule, "drafter": config.drafter_schedule}
+
+
+def _one_model(
+    role: str,
+    config: PairConfig,
+    out: Path,
+    tokenizer: Any,
+    batches: Batches,
+    teacher: Any,
+    progress: Progress | None,
+) -> float:
+    """Train and publish one model unless it is there; returns its closing training loss."""
+    kept = out / "work" / f"{role}.json"
+    if (out / role).is_dir() and kept.is_file():
+        return float(json.loads(kept.read_text())["loss"])
+    schedule = _schedules(config)[role]
+    model = new_model(config, config.verifier if role == "verifier" else config.drafter, tokenizer, role)
+    settings = LoopSettings(
+        checkpoint=out / "work" / f"{role}.pt",
+        outcome=config.outcome_hash(),
+        seed=config.seed,
+        autocast=config.autocast,
+        checkpoint_seconds=config.checkpoint_seconds,
+    )
+    report = progress(role, schedule.steps) if progress else None
+    loss = optimise(model, batches, schedule, settings, teacher, report)
+    provenance.write_json(kept, {"loss": loss})
+    _publish(out / role, model, tokenizer)
+    settings.checkpoint.unlink(missing_ok=True)
+    return loss
+
+
+def _publish(folder: Path, *parts: Any) -> None:
+    """``save_pretrained`` of all parts into ``folder``, which appears only when it is complete."""
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    with without_bars():
+        for part in parts:
+            part.save_pretrained(unfinished)
+    for file in unfinished.iterdir():
+        provenance.sync_folder(file)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+    provenance.sync_folder(folder.parent)
+
+
+def _tokenizer(config: PairConfig, folder: Path, text: TrainingText) -> Any:
+    if not folder.is_dir():
+        texts = (side for item in text.train for side in (item.prompt, item.reference) if side)
+        _publish(folder, train_tokenizer(texts, config.vocab_size, close_texts=config.kind == "t5"))
+    return load_tokenizer(folder)
+
+
+def _batches(config: PairConfig, tokenizer: Any, texts: Sequence[Prompt], size: int, seed: int) -> Batches:
+    if config.kind == "t5":
+        sources = _encode(tokenizer, [text.prompt for text in texts], config.context)
+        targets = _encode(tokenizer, [text.reference or "" for text in texts], config.context)
+        return PairBatches(sources, targets, tokenizer.pad_token_id, size, seed)
+    stream: list[int] = []
+    for ids in _encode(tokenizer, [text.prompt for text in texts], None):
+        stream += [*ids, tokenizer.eos_token_id]
+    return WindowBatches(torch.tensor(stream, dtype=torch.int32), config.context, size, seed)
+
+
+def _encode(tokenizer: Any, texts: list[str], longest: int | None) -> list[list[int]]:
+    rows = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+    return [row if longest is None or len(row) <= longest else [*row[: longest - 1], row[-1]] for row in rows]
+
+
+def new_model(config: PairConfig, size: ModelSize, tokenizer: Any, role: str) -> Any:
+    """A freshly initialised model; weights depend on the seed and the role alone."""
+    from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed * 2 + (role == "verifier"))
+        if config.kind == "t5":
+            shape = T5Config(
+                vocab_size=len(tokenizer), d_model=size.width, d_kv=size.width // size.heads,
+                d_ff=size.feed_forward, num_layers=size.layers, num_decoder_layers=size.layers,
+                num_heads=size.heads, dropout_rate=0.0, feed_forward_proj="gated-gelu",
+                tie_word_embeddings=True, decoder_start_token_id=tokenizer.pad_token_id, **ids,
+            )  # fmt: skip
+            return T5ForConditionalGeneration(shape)
+        shape = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=size.width, intermediate_size=size.feed_forward,
+            num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.heads,
+            max_position_embeddings=max(1024, 4 * config.context), tie_word_embeddings=True,
+            bos_token_id=None, **ids,
+        )  # fmt: skip
+        return LlamaForCausalLM(shape)
+
+
+def _load(config: PairConfig, folder: Path) -> Any:
+    from transformers import LlamaForCausalLM, T5ForConditionalGeneration
+
+    kind = T5ForConditionalGeneration if config.kind == "t5" else LlamaForCausalLM
+    return kind.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)

@@ -1,0 +1,148 @@
+"""Everything that decides how a trained pair comes out. Light to import: no torch, no transformers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from deferral_train import provenance
+from deferral_train.errors import InputError
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Shape of one model.
+
+    Attributes:
+        layers: decoder layers; of a T5 model also its encoder layers.
+        width: hidden width, a multiple of ``heads``.
+        heads: attention heads.
+        feed_forward: inner width of the (gated) feed-forward layers.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    feed_forward: int
+
+    def __post_init__(self) -> None:
+        if min(self.layers, self.width, self.heads, self.feed_forward) < 1 or self.width % (2 * self.heads):
+            raise InputError(f"{self}: sizes must be positive and width a multiple of 2 * heads")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast one model is trained.
+
+    Attributes:
+        steps: optimiser steps.
+        batch: sequences a step (text windows of ``context`` tokens, or sentence pairs).
+        learning_rate: peak rate of AdamW for everything but the embeddings; linear warm-up, cosine to a
+            tenth.
+        embedding_rate: the embeddings' rate as a multiple of it.
+        warmup: steps of warm-up.
+        weight_decay: on matrices, not on norms and embeddings.
+        distil: weight of KL(verifier, drafter) against the text's cross entropy; the drafter's alone.
+    """
+
+    steps: int
+    batch: int
+    learning_rate: float = 1.5e-3
+    embedding_rate: float = 10.0
+    warmup: int = 50
+    weight_decay: float = 0.05
+    distil: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch < 1 or self.warmup < 0:
+            raise InputError(f"{self}: steps and batch must be at least 1, warmup not negative")
+        if not self.learning_rate > 0 or not self.embedding_rate > 0 or not 0 <= self.distil <= 1:
+            raise InputError(f"{self}: rates must be positive and distil in [0, 1]")
+
+
+@dataclass(frozen=True)
+class PairText:
+    """The text a pair learns from. Plain text files are cut into blocks of lines, table rows are texts.
+
+    Attributes:
+        files: text, jsonl, csv or parquet files (``.gz`` too), or the word ``stdlib`` alone for the
+            running Python's own library sources.
+        targets: the other side of parallel text, file for file; needed for T5.
+        heldout: files for the quality gate, default a fixed 3% of the texts (``stdlib``: its validation
+            part).
+        heldout_targets: the other side of ``heldout``.
+        start, limit: rows (lines of parallel text) of each file to pass over, and most to take.
+    """
+
+    files: tuple[str, ...] = ("stdlib",)
+    targets: tuple[str, ...] = ()
+    heldout: tuple[str, ...] = ()
+    heldout_targets: tuple[str, ...] = ()
+    start: int = 0
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.files:
+            raise InputError("text.files is empty; name text files, or stdlib")
+        for name, targets, files in (
+            ("targets", self.targets, self.files),
+            ("heldout_targets", self.heldout_targets, self.heldout if self.targets else ()),
+        ):
+            if targets and len(targets) != len(files):
+                raise InputError(f"text.{name} has {len(targets)} files for {len(files)}; give one for each")
+
+
+@dataclass(frozen=True)
+class PairConfig:
+    """A drafter, a verifier and their tokenizer, trained from scratch.
+
+    Attributes:
+        kind: ``llama`` (decoder-only, any text) or ``t5`` (encoder-decoder, parallel text).
+        text: what to learn from.
+        vocab_size: byte-level BPE pieces, special tokens included.
+        context: most tokens of a training sequence (T5: of either side; longer pairs are cut).
+        drafter, verifier: shapes.
+        drafter_schedule, verifier_schedule: training.
+        seed: of weights and batch order.
+        threads: CPU threads of the training, 0 leaves torch's setting.
+        autocast: bfloat16 matrix products; about 1.4x faster where the CPU has them, very slow where it
+            has not.
+        checkpoint_seconds: an interrupted training continues from at most this long before.
+    """
+
+    kind: Literal["llama", "t5"] = "llama"
+    text: PairText = field(default_factory=PairText)
+    vocab_size: int = 2048
+    context: int = 128
+    drafter: ModelSize = field(default_factory=lambda: ModelSize(1, 64, 2, 192))
+    verifier: ModelSize = field(default_factory=lambda: ModelSize(6, 192, 4, 512))
+    drafter_schedule: Schedule = field(default_factory=lambda: Schedule(2400, 5, 3e-3))
+    verifier_schedule: Schedule = field(default_factory=lambda: Schedule(1300, 5, 1.5e-3))
+    seed: int = 0
+    threads: int = 0
+    autocast: bool = False
+    checkpoint_seconds: float = 20.0
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 300:
+            raise InputError(
+                f"vocab_size={self.vocab_size}: at least 300 (256 bytes, special tokens, some merges)"
+            )
+        if self.context < 8:
+            raise InputError(f"context={self.context}: at least 8 tokens")
+        if self.kind == "t5" and not self.text.targets:
+            raise InputError(
+                "text.targets is empty; a t5 pair learns from parallel text, name the other side"
+            )
+        if self.kind == "llama" and self.text.targets:
+            raise InputError(
+                "text.targets is set; a llama pair learns from plain text, leave it out or use kind: t5"
+            )
+        if self.verifier_schedule.distil:
+            raise InputError("verifier_schedule.distil: the verifier learns from text alone; set it to 0")
+
+    def outcome_hash(self) -> str:
+        """Hash of what changes the trained weights; how often to checkpoint does not."""
+        values: dict[str, Any] = asdict(self)
+        del values["checkpoint_seconds"]
+        return provenance.hash_of(values)
