@@ -69,9 +69,8 @@ class GateResult:
         """Raise one line of :class:`InputError` unless the pair passes."""
         found = self.reasons(min_nats, min_cost_ratio)
         if found:
-            raise InputError(
-                f"pair: {'; '.join(found)}; use a larger verifier or a smaller drafter, or train longer"
-            )
+            remedy = "use a larger verifier or a smaller drafter, or train longer"
+            raise InputError(f"pair: {'; '.join(found)}; {remedy}")
 
 
 def check_pair(
