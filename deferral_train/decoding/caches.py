@@ -1,11 +1,11 @@
 """Key/value caches whose rows roll back on their own.
 
-Every row is *right-aligned*: its newest token sits in the last column, padding on the left. A row that lost more
-drafted tokens than its neighbours moves right, so that no row ever has a hole. This is exact for rotary and learned
-positions (given as ``position_ids``) and for T5, whose relative bias is computed from columns.
+Every row is *right-aligned*: its newest token sits in the last column, padding on the left. A row that lost
+more drafted tokens than its neighbours moves right, so that no row ever has a hole. This is exact for rotary
+and learned positions (given as ``position_ids``) and for T5, whose relative bias is computed from columns.
 
-Storage is allocated ahead and grows by doubling; appending writes in place, forgetting the same number of tokens in
-every row only moves an end mark, and nothing is copied when nothing was rejected.
+Storage is allocated ahead and grows by doubling; appending writes in place, forgetting the same number of
+tokens in every row only moves an end mark, and nothing is copied when nothing was rejected.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class RowLayer(DynamicLayer):
         self.released = 0  # older columns that a sliding window has given up, still counted as positions
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        # Zeros, not uninitialised memory: a masked column still enters the product with weight 0, and 0 * NaN is NaN.
+        # Zeros, not uninitialised memory: a masked column still enters the product with weight 0, and 0 *
+        # NaN is NaN.
         self.dtype, self.device = key_states.dtype, key_states.device
         self.capacity = max(self.capacity, key_states.shape[-2])
         self.keys = _zeros(key_states, self.capacity)

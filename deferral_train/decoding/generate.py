@@ -68,19 +68,21 @@ def cascade_generate(
     Args:
         model: the verifier.
         input_ids: [R, P] prompts, or decoder start tokens of an encoder-decoder model.
-        logits_processor, stopping_criteria, generation_config: as prepared by ``generate``. Decisions read the laws
-            after every processor except temperature and truncation warpers; criteria are checked per emitted token.
+        logits_processor, stopping_criteria, generation_config: as prepared by ``generate``. Decisions read
+            the laws after every processor except temperature and truncation warpers; criteria are checked
+            per emitted token.
         drafter: a model over the same tokens.
         rule: a rule or its name.
         num_draft_tokens: most tokens drafted per block, at least 1.
-        drafter_inputs: encoder inputs (``input_ids``, ``attention_mask``) of an encoder-decoder drafter, one row per
-            prompt; default the verifier's own.
+        drafter_inputs: encoder inputs (``input_ids``, ``attention_mask``) of an encoder-decoder drafter, one
+            row per prompt; default the verifier's own.
         inputs_tensor: the encoder's ids, handed over by ``generate``.
         stop: adaptive draft length, see :mod:`deferral_train.decoding.stopping`.
         execution: ``speculative``, ``token`` (Algorithm 2), ``lazy`` or ``sequence``.
-        bonus: the law of the token after a block that was emitted whole: ``verifier`` (p, free) or ``exact`` (the
-            rule's target law, one more drafter pass).
-        max_request_loss: bound B on the summed estimated loss of kept tokens per row; beyond it a row is lossless.
+        bonus: the law of the token after a block that was emitted whole: ``verifier`` (p, free) or ``exact``
+            (the rule's target law, one more drafter pass).
+        max_request_loss: bound B on the summed estimated loss of kept tokens per row; beyond it a row is
+            lossless.
         generator: source of randomness; default torch's.
         token_streamer: gets the tokens of a single row as they are emitted (``put``, ``end``).
         token_log: collects what both models thought of every token, see
@@ -101,7 +103,8 @@ def cascade_generate(
     checks.check_request(request)
     ends = EndOfRow(stopping_criteria or [], generation_config.max_length)
     tokens = TokenRows(
-        input_ids, _prompt_mask(model, model_kwargs), ends.max_length, num_draft_tokens, _pad_id(generation_config)
+        input_ids, _prompt_mask(model, model_kwargs), ends.max_length, num_draft_tokens,
+        _pad_id(generation_config)
     )  # fmt: skip
     laws = SamplingLaws(logits_processor or [], bool(generation_config.do_sample))
     ledger = Ledger(len(input_ids), num_draft_tokens)

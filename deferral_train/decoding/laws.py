@@ -1,7 +1,8 @@
 """From a model's logits to the laws that rules decide by and tokens are drawn from.
 
-transformers hands over one list of logits processors. Temperature and truncation warpers shape only the sampling
-law; everything else (penalties, bans, constraints) shapes the decision law too, and sees each drafted prefix.
+transformers hands over one list of logits processors. Temperature and truncation warpers shape only the
+sampling law; everything else (penalties, bans, constraints) shapes the decision law too, and sees each
+drafted prefix.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ WARPERS = (
     hf.EpsilonLogitsWarper,
     hf.EtaLogitsWarper,
 )
-# They run the model, or keep a state that advances once per call: neither survives a drafted prefix being dropped.
+# They run the model, or keep a state that advances once per call: neither survives a drafted prefix being
+# dropped.
 UNSUPPORTED = (
     hf.UnbatchedClassifierFreeGuidanceLogitsProcessor,
     hf.SynthIDTextWatermarkLogitsProcessor,
@@ -95,7 +97,8 @@ class SamplingLaws:
             return logits
         result = logits.clone()
         for length, places, steps in _by_length(tokens.lengths, logits.shape[1], offset):
-            # Processors get the rows of the whole call: some keep per-row facts (padding, constraints by batch id).
+            # Processors get the rows of the whole call: some keep per-row facts (padding, constraints by
+            # batch id).
             rows = tokens.index[places]
             scores = logits.new_zeros(len(tokens.ids), logits.shape[-1])
             scores[rows] = logits[places, steps]

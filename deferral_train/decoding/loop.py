@@ -30,7 +30,8 @@ class Draft:
         tokens: [B, T] drafted tokens; row b proposes the first ``lengths[b]``.
         lengths: [B] int64.
         logits: the drafter's decision logits, [B, T, V] or [B, T+1, V] for an exact bonus.
-        sampling: its logits after temperature and truncation, same shape, or None (see SamplingLaws.sampling).
+        sampling: its logits after temperature and truncation, same shape, or None (see
+            SamplingLaws.sampling).
         hidden: the drafter's hidden states [B, T (+1), D], or None.
     """
 
@@ -85,8 +86,8 @@ def speculative(cascade: Cascade) -> None:
 def propose(cascade: Cascade) -> Draft:
     """Draft up to ``num_draft_tokens`` per row, one less than the row may still emit.
 
-    On a CPU drafting ends as soon as no row wants more; on an accelerator that would wait for the device, so that
-    rows run on past their end and the surplus is cut by ``lengths``.
+    On a CPU drafting ends as soon as no row wants more; on an accelerator that would wait for the device, so
+    that rows run on past their end and the surplus is cut by ``lengths``.
     """
     tokens, laws = cascade.tokens, cascade.laws
     limits = [min(cascade.num_draft_tokens, room - 1) if cascade.rule.drafts else 0 for room in tokens.room]

@@ -34,8 +34,8 @@ class GenerationStats:
     Attributes:
         counts: one [R] int64 tensor per name in :data:`COUNTS`; ``drafted = kept + accepted + unverified +
             rejected + discarded`` on every row.
-        positions: one [T] int64 tensor per name in :data:`POSITION_COUNTS`, summed over rows; index = place in the
-            drafted block. ``accepted`` counts kept tokens too: every drafted token that was emitted.
+        positions: one [T] int64 tensor per name in :data:`POSITION_COUNTS`, summed over rows; index = place
+            in the drafted block. ``accepted`` counts kept tokens too: every drafted token that was emitted.
         origin: [R, N] int8, an :class:`~deferral_train.rules.verify.Origin` per emitted token, NONE after.
         spent: [R] estimated loss spent under ``max_request_loss``, else None.
         verifier_passes, drafter_passes: forward passes of the whole batch.

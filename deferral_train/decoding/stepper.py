@@ -24,7 +24,8 @@ class Stepper:
         tokens: the rows; ``fed[b]`` of the leading columns of row b are in the cache.
         capacity: columns to allocate for the cache at first.
         margin: see :class:`~deferral_train.decoding.caches.RowCache`.
-        encoder: encoder states [B, S, D] and mask [B, S] (None = nothing padded), encoder-decoder models only.
+        encoder: encoder states [B, S, D] and mask [B, S] (None = nothing padded), encoder-decoder models
+            only.
         tap: hidden states are read here where a rule asks for them.
         vocab_size: logits beyond this many columns are padding of the model's vocabulary and cut off.
     """
@@ -58,8 +59,8 @@ class Stepper:
         Rows that lag behind decide the width of the pass; the others are fed their last tokens again.
 
         Returns:
-            logits [B, keep, V] of the newest ``keep`` columns, float32; the first of them follows the row's newest
-            token when ``keep == ahead + 1``.
+            logits [B, keep, V] of the newest ``keep`` columns, float32; the first of them follows the row's
+            newest token when ``keep == ahead + 1``.
         """
         lengths = self.tokens.lengths
         behind = max(length - min(fed, length - 1) for length, fed in zip(lengths, self.fed))

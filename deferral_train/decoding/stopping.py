@@ -1,7 +1,8 @@
 """When to stop drafting: adaptive draft length behind one interface.
 
-A stop rule is asked after each drafted token whether the row should draft beyond it. It sees what the drafter sees,
-nothing of the verifier, so that it never changes which law a token follows, only how far a block reaches.
+A stop rule is asked after each drafted token whether the row should draft beyond it. It sees what the
+drafter sees, nothing of the verifier, so that it never changes which law a token follows, only how far a
+block reaches.
 """
 
 from __future__ import annotations
@@ -148,8 +149,8 @@ class EntropyStop(StopDrafting):
 class HeadStop(StopDrafting):
     """Stop once a draft-stage head expects a rejection: predicted r * D_TV above ``threshold``.
 
-    The head predicts the loss gap and D_TV from the drafter alone; a position that it would not defer is never
-    rejected, one that it defers is rejected with probability D_TV (Lemma 3).
+    The head predicts the loss gap and D_TV from the drafter alone; a position that it would not defer is
+    never rejected, one that it defers is rejected with probability D_TV (Lemma 3).
 
     Raises:
         InputError: a head of the verify stage.

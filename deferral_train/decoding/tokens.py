@@ -13,9 +13,9 @@ from deferral_train.errors import InputError
 class TokenRows:
     """Token ids of every row, prompt first, each row as long as it happens to be.
 
-    ``ids`` [R, C] holds all rows of the call, prompts with their padding included; ``lengths`` counts the columns
-    in use of the *running* rows, whose places in ``ids`` are ``rows``. Drafted tokens are written behind a row's
-    end before they are accepted, so that processors and models read one buffer.
+    ``ids`` [R, C] holds all rows of the call, prompts with their padding included; ``lengths`` counts the
+    columns in use of the *running* rows, whose places in ``ids`` are ``rows``. Drafted tokens are written
+    behind a row's end before they are accepted, so that processors and models read one buffer.
 
     Args:
         input_ids: prompts [R, P] (encoder-decoder: decoder start tokens), padded on the left.

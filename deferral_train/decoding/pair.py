@@ -1,0 +1,297 @@
+"""``Pair``: prompts in, texts and statistics out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
+
+from deferral_train.decoding.compatibility import check_consulted, check_head, heads_of, with_counting
+from deferral_train.decoding.generate import cascade_generate
+from deferral_train.decoding.stats import GenerationStats
+from deferral_train.decoding.stopping import StopDrafting
+from deferral_train.errors import InputError
+from deferral_train.pairs.encode import EncodedPrompt, encode_prompts
+from deferral_train.pairs.load import ModelPair, load_models
+from deferral_train.pairs.prompts import Prompt
+from deferral_train.rules.base import Rule
+from deferral_train.rules.registry import make_rule
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to decode; the same meaning as the arguments of ``cascade_generate``.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k, top_p: truncation of the sampling laws; 0 and 1 mean none.
+        seed: of the sampling; every batch draws from its own stream of it.
+        stop_strings: end a row once its text holds one of these.
+        chat: use the tokenizer's chat template: ``auto``, ``on`` or ``off``.
+        accept_mismatch: go on with a head made for other weights, dtype or temperature.
+    """
+
+    num_draft_tokens: int = 5
+    max_new_tokens: int = 128
+    batch_size: int = 8
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    execution: str = "speculative"
+    bonus: str = "verifier"
+    max_request_loss: float | None = None
+    stop: StopDrafting | None = None
+    stop_strings: Sequence[str] = ()
+    chat: str = "auto"
+    accept_mismatch: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_draft_tokens", "max_new_tokens", "batch_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} is {value!r}; give an integer of at least 1")
+        if not 0.0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature is {self.temperature}; give a number >= 0 (0 is greedy)")
+        if self.top_k < 0 or not 0.0 < self.top_p <= 1.0:
+            raise InputError(f"top_k is {self.top_k}, top_p {self.top_p}; give top_k >= 0 and 0 < top_p <= 1")
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """One decoded batch: emitted ids of each row, statistics, wall-clock seconds of the call."""
+
+    tokens: list[list[int]]
+    stats: GenerationStats
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What ``Pair.generate`` gives back, in the order of the prompts.
+
+    Attributes:
+        texts: decoded, special tokens left out.
+        sequences: emitted ids of each prompt, end of sequence included.
+        stats: counts, calls and token origins; row i belongs to prompt i.
+        seconds: wall clock of all calls.
+        mismatches: what was accepted although a head records otherwise.
+    """
+
+    texts: list[str]
+    sequences: list[list[int]]
+    stats: GenerationStats
+    seconds: float
+    mismatches: list[str] = field(default_factory=list)
+
+
+class Pair:
+    """A drafter and a verifier that decode together.
+
+    Args:
+        models: as loaded by :func:`deferral_train.pairs.load.load_models`.
+    """
+
+    def __init__(self, models: ModelPair) -> None:
+        self.models = models
+        self.tokenizer = models.tokenizer
+
+    def generate(
+        self, prompts: str | Sequence[str | Prompt], rule: Rule | str = "lossless", **settings: Any
+    ) -> Generation:
+        """Decode prompts under a rule.
+
+        Args:
+            prompts: one text or many.
+            rule: a rule or its name.
+            settings: fields of :class:`Settings`.
+
+        Raises:
+            InputError: a prompt that is empty or longer than the context, a setting that cannot work.
+        """
+        options = Settings(**_known(settings))
+        rule = make_rule(rule) if isinstance(rule, str) else rule
+        mismatches = self.check(rule, options)
+        encoded = self.encode(as_prompts(prompts), options)
+        results = list(self.batches(encoded, rule, options))
+        tokens = [row for result in results for row in result.tokens]
+        stats = GenerationStats.joined([result.stats for result in results])
+        seconds = sum(result.seconds for result in results)
+        return Generation([self.text(row) for row in tokens], tokens, stats, seconds, mismatches)
+
+    def check(self, rule: Rule, options: Settings) -> list[str]:
+        """Refuse heads that belong to another pair; returns the mismatches that were accepted."""
+        verifier = self.models.verifier
+        facts = {
+            "vocab_size": self.models.vocab_size,
+            "dtype": str(verifier.dtype).removeprefix("torch."),
+            "quantization": _quantization(verifier),
+            "temperature": options.temperature,
+        }
+        found: list[str] = []
+        for head in heads_of(rule, options.stop):
+            found += check_head(head, self.models.fingerprints, facts, options.accept_mismatch)
+        return found
+
+    def encode(self, prompts: Sequence[Prompt], options: Settings) -> list[EncodedPrompt]:
+        """Ids of every prompt; refuses the first that is empty or does not fit the context."""
+        encoded = encode_prompts(
+            self.tokenizer, prompts, is_encoder_decoder=self.models.is_encoder_decoder, chat=options.chat
+        )
+        if encoded.skipped:
+            raise InputError(f"{encoded.skipped[0]}; remove it or give it a text")
+        for prompt in encoded.kept:
+            self._check_context(prompt, options.max_new_tokens)
+        return encoded.kept
+
+    def _check_context(self, prompt: EncodedPrompt, new: int) -> None:
+        for role in ("drafter", "verifier"):
+            config = getattr(self.models, role).config.get_text_config(decoder=True)
+            context = getattr(config, "max_position_embeddings", None)
+            needed = len(prompt.input_ids) + (0 if self.models.is_encoder_decoder else new)
+            if context is not None and needed > context:
+                raise InputError(
+                    f"prompt {prompt.id}: {len(prompt.input_ids)} tokens and room for {new} more exceed the "
+                    f"{role}'s context of {context}; shorten it or lower max_new_tokens"
+                )
+
+    def batches(
+        self,
+        encoded: Sequence[EncodedPrompt],
+        rule: Rule,
+        options: Settings,
+        token_log: Callable[[int], Any] | None = None,
+    ) -> Iterator[BatchResult]:
+        """Decode batch after batch, yielding each as it is done.
+
+        Args:
+            token_log: makes the log of a batch from its number, see ``cascade_generate``.
+        """
+        rule, stop, counters = with_counting(rule, options.stop)
+        drafted = 0
+        for number, start in enumerate(range(0, len(encoded), options.batch_size)):
+            batch = encoded[start : start + options.batch_size]
+            log = token_log(number) if token_log is not None else None
+            result = self.decode_batch(batch, rule, options, stop, number, log)
+            drafted += int(result.stats.drafted.sum())
+            yield result
+        check_consulted(counters, drafted)
+
+    def decode_batch(
+        self,
+        batch: Sequence[EncodedPrompt],
+        rule: Rule,
+        options: Settings,
+        stop: StopDrafting | None,
+        number: int,
+        token_log: Any = None,
+    ) -> BatchResult:
+        """One call of ``verifier.generate``; ``number`` picks the batch's stream of random numbers."""
+        models = self.models
+        inputs = pad_batch([prompt.input_ids for prompt in batch], self._pad_id(), models)
+        generator = torch.Generator(device=models.device).manual_seed(options.seed * 1_000_003 + number)
+        began = time.perf_counter()
+        output = models.verifier.generate(
+            **inputs,
+            **self._generate_options(options),
+            stopping_criteria=self._criteria(options),
+            custom_generate=cascade_generate,
+            drafter=models.drafter,
+            rule=rule,
+            num_draft_tokens=options.num_draft_tokens,
+            stop=stop,
+            execution=options.execution,
+            bonus=options.bonus,
+            max_request_loss=options.max_request_loss,
+            generator=generator,
+            token_log=token_log,
+            vocab_size=models.vocab_size,
+        )
+        seconds = time.perf_counter() - began
+        prompt_length = 1 if models.is_encoder_decoder else inputs["input_ids"].shape[1]
+        counts = output.stats.emitted.tolist()
+        rows = output.sequences[:, prompt_length:].tolist()
+        return BatchResult([row[:count] for row, count in zip(rows, counts)], output.stats, seconds)
+
+    def _generate_options(self, options: Settings) -> dict[str, Any]:
+        sampling: dict[str, Any] = {"do_sample": False}
+        if options.temperature > 0:
+            sampling = {
+                "do_sample": True,
+                "temperature": options.temperature,
+                "top_k": options.top_k,
+                "top_p": options.top_p,
+            }
+        return sampling | {
+            "max_new_tokens": options.max_new_tokens,
+            "num_beams": 1,
+            "eos_token_id": list(self.models.eos_ids) or None,
+            "pad_token_id": self._pad_id(),
+            "return_dict_in_generate": True,
+        }
+
+    def _criteria(self, options: Settings) -> StoppingCriteriaList:
+        if not options.stop_strings:
+            return StoppingCriteriaList()
+        return StoppingCriteriaList([StopStringCriteria(self.tokenizer, list(options.stop_strings))])
+
+    def _pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        if pad is None:
+            pad = self.models.eos_ids[0] if self.models.eos_ids else 0
+        return int(pad)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Emitted ids as text, special tokens left out."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+def load_pair(
+    drafter: str, verifier: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> Pair:
+    """Load two checkpoints as a :class:`Pair`; arguments and errors as for ``load_models``."""
+    return Pair(load_models(drafter, verifier, device, dtype, trust_remote_code))
+
+
+def as_prompts(prompts: str | Sequence[str | Prompt]) -> list[Prompt]:
+    """Texts as prompts with ids; prompts stay as they are."""
+    given = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not given:
+        raise InputError("prompts is empty; give at least one")
+    return [
+        one if isinstance(one, Prompt) else Prompt(f"prompt:{number}", one)
+        for number, one in enumerate(given, 1)
+    ]
+
+
+def pad_batch(rows: Sequence[Sequence[int]], pad: int, models: ModelPair) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask``: padded left for decoder-only models, right for an encoder."""
+    width = max(len(row) for row in rows)
+    right = models.is_encoder_decoder
+    ids = [[*row, *[pad] * (width - len(row))] if right else [*[pad] * (width - len(row)), *row] for row in rows]
+    ones = [[1] * len(row) for row in rows]
+    mask = [[*one, *[0] * (width - len(one))] if right else [*[0] * (width - len(one)), *one] for one in ones]
+    return {
+        "input_ids": torch.tensor(ids, device=models.device),
+        "attention_mask": torch.tensor(mask, device=models.device),
+    }
+
+
+def _quantization(model: Any) -> str | None:
+    found = getattr(model.config, "quantization_config", None)
+    if found is None:
+        return None
+    return str(found.get("quant_method") if isinstance(found, dict) else found.quant_method)
+
+
+def _known(settings: dict[str, Any]) -> dict[str, Any]:
+    unknown = sorted(set(settings) - set(Settings.__dataclass_fields__))
+    if unknown:
+        known = ", ".join(Settings.__dataclass_fields__)
+        raise InputError(f"generate has no setting {unknown[0]!r}; known: {known}")
+    return settings
