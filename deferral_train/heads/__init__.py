@@ -1,0 +1,22 @@
+"""Heads: learned estimators of the loss gap, and the folder they are exported to."""
+
+from deferral_train.heads.artifact import check_pair, push_to_hub, set_operating_point
+from deferral_train.heads.base import DeferralHead
+from deferral_train.heads.cost_sensitive import CostSensitiveHead
+from deferral_train.heads.gap import GapHead
+from deferral_train.heads.plug_in import PlugInHead
+from deferral_train.heads.registry import HEADS
+from deferral_train.heads.truth import TokenHead, TruthMixtureHead
+
+__all__ = [
+    "HEADS",
+    "CostSensitiveHead",
+    "DeferralHead",
+    "GapHead",
+    "PlugInHead",
+    "TokenHead",
+    "TruthMixtureHead",
+    "check_pair",
+    "push_to_hub",
+    "set_operating_point",
+]

@@ -1,0 +1,147 @@
+"""The exported head: config.json + model.safetensors + README.md in one folder, or the same on the Hub.
+
+Loading needs torch and safetensors alone. No pickle is read, and an artifact can name neither code nor paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from deferral_train.errors import InputError, MissingExtraError
+from deferral_train.heads.base import DeferralHead
+from deferral_train.heads.card import make_card
+from deferral_train.heads.config import FORMAT_VERSION, METADATA, head_from_config, read_config
+from deferral_train.provenance import write_bytes, write_json, write_text
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+
+
+def full_config(head: DeferralHead) -> dict[str, Any]:
+    """The head's config with what marks and explains the artifact: version, ``"lossy": true``, metadata."""
+    unknown = sorted(set(head.metadata) - set(METADATA))
+    if unknown:
+        raise InputError(f"head metadata {', '.join(unknown)} is unknown; known: {', '.join(METADATA)}")
+    return {"format_version": FORMAT_VERSION, "lossy": True, **head.config, **head.metadata}
+
+
+def save_head(head: DeferralHead, folder: str | Path, card: str | None = None) -> Path:
+    """Write the three files; config.json is written last, so that a folder without it is not a head."""
+    folder = Path(folder)
+    config = full_config(head)
+    (folder / CONFIG).unlink(missing_ok=True)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in head.state_dict().items()}
+    write_bytes(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    write_text(folder / CARD, card if card is not None else make_card(config))
+    write_json(folder / CONFIG, config)
+    return folder
+
+
+def load_head(folder: str | Path, cls: type[DeferralHead] | None = None) -> DeferralHead:
+    """Head in evaluation mode from a folder or, where no such folder exists, from a hub id ``owner/name``.
+
+    Raises InputError with one line where a file is absent, malformed, of another schema, or holds tensors
+    that do not fit the config.
+    """
+    path = Path(folder) if Path(folder).is_dir() else _download(str(folder))
+    head = head_from_config(read_config(path / CONFIG), cls)
+    _load_weights(head, path / WEIGHTS)
+    return head.eval()
+
+
+def _load_weights(head: DeferralHead, path: Path) -> None:
+    expected = head.state_dict()
+    limit = sum(t.numel() * t.element_size() for t in expected.values()) + (1 << 20)
+    try:
+        if path.stat().st_size > limit:
+            raise InputError(
+                f"{path} is larger than the config allows ({limit} bytes); it holds another head"
+            )
+        tensors = load(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; the head folder is incomplete") from None
+    except (OSError, SafetensorError, ValueError, KeyError, OverflowError) as error:
+        raise InputError(
+            f"{path} is no readable safetensors file: {' '.join(str(error).split())[:200]}"
+        ) from None
+    _check_tensors(path, tensors, expected)
+    head.load_state_dict(tensors)
+
+
+def _check_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+) -> None:
+    if set(tensors) != set(expected):
+        difference = ", ".join(sorted(set(tensors) ^ set(expected)))[:300]
+        raise InputError(f"{path} does not fit config.json: tensors {difference} are absent or unexpected")
+    for name, tensor in tensors.items():
+        wanted = expected[name]
+        if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
+            raise InputError(
+                f"{path}: tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, "
+                f"config.json asks for {wanted.dtype} {list(wanted.shape)}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{path}: tensor {name!r} holds values that are not finite")
+
+
+def set_operating_point(
+    folder: str | Path, alpha: float, certificate: Mapping[str, Any] | None = None
+) -> None:
+    """Write a chosen alpha and its certificate into an exported head and renew its card."""
+    head = load_head(folder)
+    head.metadata = {**head.metadata, "alpha": float(alpha)}
+    head.metadata.pop("certificate", None)
+    if certificate is not None:
+        head.metadata["certificate"] = dict(certificate)
+    save_head(head, folder)
+
+
+def check_pair(head: DeferralHead, fingerprints: Mapping[str, Any]) -> None:
+    """Refuse a pair that differs from the one recorded in the head, naming every difference.
+
+    Only what both sides record is compared: vocabulary, tokenizer, drafter and verifier fingerprints.
+    """
+    recorded = head.metadata.get("pair") or {}
+    wrong = [
+        f"{key}: head has {str(recorded[key])[:80]!r}, here {str(fingerprints[key])[:80]!r}"
+        for key in recorded
+        if key in fingerprints and recorded[key] != fingerprints[key]
+    ]
+    if wrong:
+        raise InputError("this head belongs to another pair: " + "; ".join(wrong))
+
+
+def push_to_hub(head: DeferralHead, folder: str | Path, repo_id: str, token: str | None = None) -> str:
+    """Save to ``folder`` and upload its files to ``repo_id``; returns the address. Needs huggingface_hub."""
+    hub = _hub()
+    save_head(head, folder)
+    api = hub.HfApi(token=token)
+    api.create_repo(repo_id, exist_ok=True)
+    patterns = [CONFIG, WEIGHTS, CARD, "*.onnx"]
+    return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder), allow_patterns=patterns))
+
+
+def _download(repo_id: str) -> Path:
+    if repo_id.count("/") != 1 or repo_id.startswith((".", "/")):
+        raise InputError(f"{repo_id!r} is neither a folder nor a hub id 'owner/name'")
+    try:
+        return Path(_hub().snapshot_download(repo_id, allow_patterns=[CONFIG, WEIGHTS, CARD]))
+    except MissingExtraError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"no folder {repo_id!r}, and the hub gave no head of that name: {reason}") from None
+
+
+def _hub() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise MissingExtraError("huggingface_hub", "train") from None
+    return huggingface_hub

@@ -1,0 +1,198 @@
+"""DeferralHead: what every head shares. Features in, normalisation inside, expected loss gap out.
+
+N rows, C raw columns, F features. A head estimates gap = E_P[l(y,q) - l(y,p)]; its rule defers where
+gap > alpha * tv (docs/equations.md, Lemma 4).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from deferral_train.errors import InputError
+from deferral_train.heads.bodies import make_body
+from deferral_train.heads.features import FeatureSet
+from deferral_train.heads.recalibration import CONFIDENCES, Recalibration
+from deferral_train.rules.summary import Summary
+
+LOSSES = ("zero_one", "log", "prob")
+
+
+class DeferralHead(nn.Module):
+    """Base of all heads. A subclass states ``head_type``, the number of body ``outputs`` and ``forward``.
+
+    Args:
+        features: summary names with optional transforms (:mod:`deferral_train.heads.features`).
+        stage: ``"verify"`` (both models have scored the position) or ``"draft"`` (only the drafter has).
+        loss: the loss whose gap is estimated: ``"zero_one"``, ``"log"`` or ``"prob"``.
+        body: ``"linear"`` or ``"mlp"`` with widths ``hidden``.
+        widths: width of each hidden-state feature.
+        recalibration: ``"none"``, ``"temperature"`` or ``"isotonic"``, applied to max q and max p on entry.
+    """
+
+    head_type: ClassVar[str]
+    inputs_beside: ClassVar[int] = 0  # numbers that reach the body besides the features
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        features: Sequence[str],
+        *,
+        stage: str = "verify",
+        loss: str = "zero_one",
+        body: str = "mlp",
+        hidden: Sequence[int] = (64, 64),
+        widths: Mapping[str, int] | None = None,
+        recalibration: str = "none",
+    ) -> None:
+        super().__init__()
+        if loss not in LOSSES:
+            raise InputError(f"loss {loss!r} is unknown; choose one of: {', '.join(LOSSES)}")
+        if isinstance(features, str) or not features:
+            raise InputError(
+                "features must be a non-empty list of names, e.g. ['drafter_max', 'verifier_max']"
+            )
+        self.stage, self.loss = stage, loss
+        self.gated = stage == "verify" and loss == "zero_one"
+        self.inputs = FeatureSet(features, stage, widths, self.extra_columns())
+        self.recalibration = Recalibration(recalibration)
+        self.body = self.make_body(body, hidden)
+        self.register_buffer("mean", torch.zeros(self.inputs.out_features))
+        self.register_buffer("scale", torch.ones(self.inputs.out_features))
+        self.metadata: dict[str, Any] = {}
+        self._arguments = {"body": body, "hidden": list(hidden), "recalibration": recalibration}
+
+    # What a subclass states
+
+    @property
+    def outputs(self) -> int:
+        """Numbers per row that the body gives."""
+        raise NotImplementedError
+
+    def extra_columns(self) -> tuple[str, ...]:
+        """Raw columns needed besides the features; the zero-one gap is known to be 0 where the argmaxes
+        agree.
+        """
+        return ("argmaxes_differ",) if self.gated else ()
+
+    def make_body(self, kind: str, hidden: Sequence[int]) -> nn.Module:
+        """The map from normalised features to ``outputs``."""
+        return make_body(kind, self.inputs.out_features + self.inputs_beside, self.outputs, hidden)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Raw columns ``[N, C]`` to named outputs ``[N]``: ``gap``, and at the draft stage ``tv`` and
+        ``reject``.
+        """
+        raise NotImplementedError
+
+    # What rules, traces and training read
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Summary fields that must be present to call this head."""
+        return self.inputs.needs
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Everything needed to build the same head again, as plain JSON types."""
+        return {
+            "deferral_head_type": self.head_type,
+            "stage": self.stage,
+            "loss": self.loss,
+            "features": [str(f) for f in self.inputs.features],
+            "schema_hash": self.inputs.schema_hash,
+            "widths": dict(self.inputs.widths),
+            **self._arguments,
+        }
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable numbers."""
+        return sum(p.numel() for p in self.parameters())
+
+    def columns(self, summary: Summary) -> Tensor:
+        """Raw columns ``[.., C]`` that :meth:`forward` takes, from a summary."""
+        return self.inputs.columns(summary)
+
+    def gap(self, summary: Summary) -> Tensor:
+        """Estimated gap ``[..]`` in units of the loss; not-a-number inputs give +inf, which defers."""
+        return self._predict(summary, "gap").nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+
+    def tv(self, summary: Summary) -> Tensor:
+        """Estimated total variation ``[..]``; draft stage only, the verify stage knows it."""
+        return self._of_draft(summary, "tv")
+
+    def reject(self, summary: Summary) -> Tensor:
+        """Estimated probability ``[..]`` that a deferred drafted token is rejected; draft stage only."""
+        return self._of_draft(summary, "reject")
+
+    def _of_draft(self, summary: Summary, name: str) -> Tensor:
+        if self.stage != "draft":
+            raise InputError(f"a verify-stage head does not predict {name}: the summary's tv is exact")
+        return self._predict(summary, name)
+
+    def _predict(self, summary: Summary, name: str) -> Tensor:
+        x = self.columns(summary)
+        with torch.no_grad():
+            outputs = self(x.reshape(-1, x.shape[-1]))
+        return outputs[name].reshape(x.shape[:-1])
+
+    # Inside
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Raw columns to recalibrated, transformed, normalised features ``[N, F]``."""
+        return (self.inputs(self.recalibrated(x)) - self.mean) * self.scale
+
+    def recalibrated(self, x: Tensor) -> Tensor:
+        """``x`` with the confidence columns recalibrated; the same tensor where nothing is to do."""
+        if self.recalibration.kind == "none":
+            return x
+        x = x.clone()
+        for which, name in enumerate(CONFIDENCES):
+            if name in self.inputs.start:
+                column = self.inputs.start[name]
+                x[..., column] = self.recalibration(x[..., column], which)
+        return x
+
+    def gate(self, x: Tensor, gap: Tensor) -> Tensor:
+        """Gap set to its known value 0 where both models' argmaxes agree (zero-one loss, verify stage)."""
+        return gap * self.inputs.column(x, "argmaxes_differ") if self.gated else gap
+
+    @torch.no_grad()
+    def fit_normalisation(self, blocks: Iterable[Tensor]) -> None:
+        """Set mean and 1/deviation of every feature from raw columns given in blocks ``[n, C]``; constants
+        get 1.
+        """
+        count, total, squares = 0, torch.zeros(()), torch.zeros(())
+        for block in blocks:
+            z = self.inputs(self.recalibrated(block)).double()
+            count, total, squares = count + len(z), total + z.sum(0), squares + (z * z).sum(0)
+        if count == 0:
+            raise InputError("no rows to normalise features on: the fit split is empty")
+        mean = total / count
+        deviation = (squares / count - mean * mean).clamp_min(0).sqrt()
+        self.mean.copy_(mean)
+        self.scale.copy_(
+            torch.where(deviation > 1e-6, 1 / deviation.clamp_min(1e-6), torch.ones_like(deviation))
+        )
+
+    # Artifact
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> DeferralHead:
+        """Load a head from a folder or a hub id; see :func:`deferral_train.heads.artifact.load_head`."""
+        from deferral_train.heads.artifact import load_head
+
+        return load_head(folder, None if cls is DeferralHead else cls)
+
+    def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> Path:
+        """Write config.json, model.safetensors and README.md; see :mod:`deferral_train.heads.artifact`."""
+        from deferral_train.heads.artifact import save_head
+
+        return save_head(self, folder, card)

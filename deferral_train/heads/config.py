@@ -1,0 +1,113 @@
+"""Reading config.json of a head: types, sizes and hashes are checked before anything is allocated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deferral_train.errors import InputError
+from deferral_train.heads.base import DeferralHead
+from deferral_train.heads.registry import HEADS
+
+FORMAT_VERSION = 1
+MAX_BYTES = 4 << 20
+MAX_FEATURES = 4096
+METADATA = ("alpha", "certificate", "pair", "training", "cost", "evaluation")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json as a dictionary; anything malformed is an InputError naming the file."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"{path} is larger than {MAX_BYTES} bytes; this is no head config")
+        config = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except FileNotFoundError:
+        raise InputError(
+            f"{path} does not exist; give a folder written by save_pretrained or export"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {_one_line(error)}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path} must hold a JSON object, found {type(config).__name__}")
+    return config
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _typed(config: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
+    value = config.get(key, default)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise InputError(f"head config field {key!r} must be a {kind.__name__}, got {str(value)[:80]!r}")
+    return value
+
+
+def _list_of(config: Mapping[str, Any], key: str, kind: type, limit: int) -> list:
+    values = _typed(config, key, list)
+    if len(values) > limit or not all(isinstance(v, kind) and not isinstance(v, bool) for v in values):
+        raise InputError(
+            f"head config field {key!r} must be a list of at most {limit} {kind.__name__} values"
+        )
+    return values
+
+
+def head_from_config(config: Mapping[str, Any], cls: type[DeferralHead] | None = None) -> DeferralHead:
+    """Build the head that a config describes, with fresh weights.
+
+    ``cls`` is a class of the caller's own, accepted where its ``head_type`` is the config's. Raises
+    InputError for an unknown type or version, a wrong field, or features whose schema hash is not the one
+    recorded.
+    """
+    version = config.get("format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"head format_version {version!r} is not readable here (known: {FORMAT_VERSION}); upgrade"
+        )
+    head_class = _head_class(_typed(config, "deferral_head_type", str), cls)
+    widths = _typed(config, "widths", dict, {})
+    if not all(isinstance(v, int) and not isinstance(v, bool) for v in widths.values()):
+        raise InputError("head config field 'widths' must map names to integers")
+    head = head_class(
+        _list_of(config, "features", str, MAX_FEATURES),
+        stage=_typed(config, "stage", str),
+        loss=_typed(config, "loss", str),
+        body=_typed(config, "body", str),
+        hidden=_list_of(config, "hidden", int, 16),
+        widths=widths,
+        recalibration=_typed(config, "recalibration", str, "none"),
+    )
+    _check_schema(config, head)
+    head.metadata = {key: config[key] for key in METADATA if config.get(key) is not None}
+    _check_alpha(head.metadata.get("alpha"))
+    return head
+
+
+def _head_class(name: str, cls: type[DeferralHead] | None) -> type[DeferralHead]:
+    if cls is not None:
+        if cls.head_type != name:
+            raise InputError(f"this folder holds a {name!r} head, not a {cls.head_type!r} one")
+        return cls
+    if name not in HEADS:
+        raise InputError(f"deferral_head_type {name[:80]!r} is unknown; known: {', '.join(HEADS)}")
+    return HEADS[name]
+
+
+def _check_schema(config: Mapping[str, Any], head: DeferralHead) -> None:
+    recorded = config.get("schema_hash")
+    if recorded is not None and recorded != head.inputs.schema_hash:
+        raise InputError(
+            f"the head's feature schema {str(recorded)[:32]!r} differs from this version's "
+            f"{head.inputs.schema_hash!r} for the same names; use the release that wrote it"
+        )
+
+
+def _check_alpha(alpha: Any) -> None:
+    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
+        raise InputError(f"head config field 'alpha' must be a number, got {str(alpha)[:80]!r}")

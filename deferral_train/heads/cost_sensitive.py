@@ -1,0 +1,55 @@
+"""CostSensitiveHead: classify 1[z > alpha * tv] with weight |z - alpha * tv|, alpha being an input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deferral_train.errors import InputError
+from deferral_train.heads.base import DeferralHead
+from deferral_train.rules.summary import Summary
+
+
+class CostSensitiveHead(DeferralHead):
+    """A decision score for (features, alpha): defer where it is positive.
+
+    Weighted logistic loss with alpha drawn afresh is Fisher-consistent for the sign of E[z] - alpha * tv, z
+    being an unbiased label of the gap. It has no gap of its own: rules call :meth:`defer`. At the verify
+    stage the body sees alpha and alpha * tv besides the features, at the draft stage alpha alone.
+    """
+
+    head_type = "cost_sensitive"
+    inputs_beside = 2
+
+    @property
+    def outputs(self) -> int:
+        return 1
+
+    def extra_columns(self) -> tuple[str, ...]:
+        return (*super().extra_columns(), *(("tv",) if self.stage == "verify" else ()))
+
+    def score(self, x: Tensor, alpha: Tensor) -> Tensor:
+        """Score ``[N]`` of raw columns ``[N, C]`` at ``alpha [N]``."""
+        price = alpha * self.inputs.column(x, "tv") if self.stage == "verify" else alpha
+        beside = torch.stack([alpha, price], dim=-1).to(x.dtype)
+        score = self.body(torch.cat([self.prepare(x), beside], dim=-1))[:, 0]
+        if not self.gated:
+            return score
+        # Where the argmaxes agree the gap is 0 and only the sign of the price matters; ties keep the drafter.
+        return torch.where(self.inputs.column(x, "argmaxes_differ") > 0, score, -price)
+
+    def forward(self, x: Tensor, alpha: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        return {"score": self.score(x, alpha)}
+
+    def defer(self, summary: Summary, alpha: float) -> Tensor:
+        """Decision ``[..]`` at a scalar alpha; not-a-number scores defer."""
+        x = self.columns(summary)
+        flat = x.reshape(-1, x.shape[-1])
+        with torch.no_grad():
+            score = self.score(flat, torch.full_like(flat[:, 0], alpha))
+        return ~(score <= 0).reshape(x.shape[:-1])
+
+    def gap(self, summary: Summary) -> Tensor:
+        raise InputError(
+            "a cost_sensitive head decides without estimating the gap; use a gap or truth_mixture head"
+        )

@@ -1,0 +1,158 @@
+"""What heads are trained to minimise. Each objective takes (head, batch, generator) and gives a scalar.
+
+A batch is a dictionary of tensors over N rows: ``x`` raw columns [N, C], ``z`` unbiased label of the gap,
+``tv`` exact total variation; where asked for also ``reject`` (probability that the drafted token is
+rejected), ``target`` (0 where gold is v_p, 1 where it is v_q and not v_p, 2 else) and logged candidates
+(:data:`CANDIDATES`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from deferral_train.errors import InputError
+from deferral_train.heads.base import DeferralHead
+from deferral_train.heads.cost_sensitive import CostSensitiveHead
+from deferral_train.heads.truth import TokenHead, TruthHead, TruthMixtureHead
+
+Batch = Mapping[str, Tensor]
+H = TypeVar("H", bound=DeferralHead)
+# [N, K] log q, log p of the logged union, whether an entry is the gold token, whether it is distinct and
+# present, whether it is v_p or v_q; [N] log tail masses.
+CANDIDATES = (
+    "cand_drafter",
+    "cand_verifier",
+    "cand_gold",
+    "cand_valid",
+    "cand_top",
+    "tail_drafter",
+    "tail_verifier",
+)
+ALPHA_RANGE = (0.0, 1.0)
+
+
+def squared(head: DeferralHead, batch: Batch, generator: torch.Generator) -> Tensor:
+    """E (gap^ - z)^2, whose minimiser is E[z | features] = gap; at the draft stage plus tv and rejection."""
+    out = head(batch["x"])
+    loss = F.mse_loss(out["gap"], batch["z"])
+    return loss + _draft_terms(out, batch) if head.stage == "draft" else loss
+
+
+def huber(head: DeferralHead, batch: Batch, generator: torch.Generator) -> Tensor:
+    """As :func:`squared` with errors above 1 counted linearly: for the heavy tails of the log loss
+    (biased).
+    """
+    out = head(batch["x"])
+    loss = F.huber_loss(out["gap"], batch["z"])
+    return loss + _draft_terms(out, batch) if head.stage == "draft" else loss
+
+
+def _draft_terms(out: Mapping[str, Tensor], batch: Batch) -> Tensor:
+    loss = F.mse_loss(out["tv"], batch["tv"])
+    if "reject" in batch:
+        reject = out["reject"].float().clamp(1e-6, 1 - 1e-6)
+        loss = loss + F.mse_loss(reject, batch["reject"])
+    return loss
+
+
+def draw_alpha(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Fresh alphas of the shape of ``like``, uniform on :data:`ALPHA_RANGE`."""
+    low, high = ALPHA_RANGE
+    drawn = torch.rand(like.shape, generator=generator, dtype=torch.float32)
+    return (low + (high - low) * drawn).to(like.device)
+
+
+def cost_sensitive(head: DeferralHead, batch: Batch, generator: torch.Generator) -> Tensor:
+    """E |z - alpha tv| log(1 + exp(-s (2 1[z > alpha tv] - 1))), s the score, alpha drawn afresh.
+
+    A GapHead is scored by (gap^ - alpha tv) * 8: the same surrogate then trains one gap for every alpha.
+    """
+    alpha = draw_alpha(batch["z"], generator)
+    margin = batch["z"] - alpha * batch["tv"]
+    if isinstance(head, CostSensitiveHead):
+        score = head.score(batch["x"], alpha)
+    else:
+        out = head(batch["x"])
+        tv = out["tv"] if head.stage == "draft" else batch["tv"]
+        score = 8 * (out["gap"] - alpha * tv)
+    loss = (margin.abs() * F.softplus(-score * margin.sign())).mean()
+    if head.stage == "draft" and not isinstance(head, CostSensitiveHead):
+        loss = loss + _draft_terms(out, batch)
+    return loss
+
+
+def likelihood(head: DeferralHead, batch: Batch, generator: torch.Generator) -> Tensor:
+    """-log P^(gold): of its class among v_p, v_q and the rest, and within the rest of the logged candidate
+    or tail.
+
+    The second term shares a and b with the first and needs the candidates; without them the first stands
+    alone.
+    """
+    mixture = _expect(head, TruthMixtureHead, "likelihood")
+    classes = mixture.class_logits(batch["x"]).float()
+    loss = F.cross_entropy(classes, batch["target"])
+    if "cand_gold" not in batch:
+        return loss
+    a, b, _ = mixture.coefficients(batch["x"])
+    weight = a.unsqueeze(-1) * batch["cand_verifier"] + b.unsqueeze(-1) * batch["cand_drafter"]
+    usable = batch["cand_valid"] & ~batch["cand_top"]
+    weight = weight.float().masked_fill(~usable, -1e4)
+    tail = (a * batch["tail_verifier"] + b * batch["tail_drafter"]).float()
+    logits = torch.cat([weight, tail.unsqueeze(-1)], dim=-1)
+    hit = batch["cand_gold"] & usable
+    place = torch.where(
+        hit.any(-1), hit.int().argmax(-1), torch.full_like(batch["target"], logits.shape[-1] - 1)
+    )
+    within = F.cross_entropy(logits, place, reduction="none")
+    return loss + (within * (batch["target"] == 2)).mean()
+
+
+def candidates(head: DeferralHead, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Binary log loss of P^(v) against 1[v = gold], summed over a row's distinct logged candidates."""
+    token = _expect(head, TokenHead, "candidates")
+    odds = token.log_odds(batch["x"], batch["cand_drafter"], batch["cand_verifier"]).float()
+    each = F.binary_cross_entropy_with_logits(odds, batch["cand_gold"].float(), reduction="none")
+    return (each * batch["cand_valid"]).sum(-1).mean()
+
+
+def _expect(head: DeferralHead, kind: type[H], objective: str) -> H:
+    if not isinstance(head, kind):
+        raise InputError(f"objective {objective!r} trains a {kind.head_type} head, not {head.head_type!r}")
+    return head
+
+
+Objective = Callable[[DeferralHead, Batch, torch.Generator], Tensor]
+OBJECTIVES: dict[str, Objective] = {
+    "squared": squared,
+    "huber": huber,
+    "cost_sensitive": cost_sensitive,
+    "likelihood": likelihood,
+    "candidates": candidates,
+}
+_DEFAULTS = {"cost_sensitive": "cost_sensitive", "truth_mixture": "likelihood", "token": "candidates"}
+
+
+def objective_for(head: DeferralHead, name: str = "auto") -> str:
+    """Check that an objective fits a head; ``"auto"`` picks the head's own."""
+    if name == "auto":
+        return _DEFAULTS.get(head.head_type, "squared")
+    if name not in OBJECTIVES:
+        raise InputError(f"objective {name!r} is unknown; known: auto, {', '.join(OBJECTIVES)}")
+    fits = {
+        "likelihood": isinstance(head, TruthMixtureHead),
+        "candidates": isinstance(head, TokenHead),
+        "cost_sensitive": not isinstance(head, TokenHead),
+    }.get(name, not isinstance(head, CostSensitiveHead))
+    if not fits:
+        raise InputError(f"objective {name!r} does not fit a {head.head_type} head; use objective='auto'")
+    return name
+
+
+def needs_candidates(head: DeferralHead) -> bool:
+    """Whether the head's own objective reads logged candidates."""
+    return isinstance(head, TruthHead)

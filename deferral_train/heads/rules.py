@@ -1,0 +1,115 @@
+"""Heads as rules: the token rule of a truth head, and what ``--rules`` on the command line means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from deferral_train.errors import InputError
+from deferral_train.heads.base import DeferralHead
+from deferral_train.heads.truth import TruthHead
+from deferral_train.rules import make_rule
+from deferral_train.rules.base import Dial, Rule, TokenRule
+from deferral_train.rules.learned import LearnedRule
+from deferral_train.rules.summary import Summary
+
+
+@dataclass(frozen=True)
+class LearnedTokenRule(TokenRule):
+    """Keep v where P^(v) >= P^(v_p) - alpha: equation (12) with a learned P^ in place of P.
+
+    Rejecting v pays alpha and leaves the emission to the verifier, whose argmax is right with probability
+    P^(v_p).
+    """
+
+    head: TruthHead
+    alpha: float = 0.0
+
+    name: ClassVar[str] = "learned_token"
+    dial: ClassVar[Dial] = Dial("alpha", -1.0, 1.0, lossless=None, drafter=1.0)
+    reads_drafter_confidence: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset(self.head.features)
+
+    def keep(self, drafter_logprobs: Tensor, verifier_logprobs: Tensor, summary: Summary) -> Tensor:
+        floor = self.head.verifier_truth(summary) - self.alpha
+        return self.head.truth(drafter_logprobs, verifier_logprobs, summary) >= floor.unsqueeze(-1)
+
+    def estimated_gap(self, summary: Summary) -> Tensor:
+        """P^(v_p) - P^(v_q) at each position, expected token errors."""
+        return self.head.gap(summary)
+
+    @property
+    def gap_needs(self) -> frozenset[str]:
+        return self.needs
+
+
+def learned_rule(head: DeferralHead, alpha: float | None = None, *, tokenwise: bool | None = None) -> Rule:
+    """The rule that a head serves, at ``alpha`` or at the operating point stored in the head.
+
+    A token head gives a token rule unless ``tokenwise`` is False; a truth mixture gives one if it is True.
+    """
+    if alpha is None:
+        alpha = head.metadata.get("alpha")
+    if alpha is None:
+        raise InputError("this head has no chosen alpha; give one, e.g. learned:head=FOLDER,alpha=0.1")
+    if tokenwise is None:
+        tokenwise = head.head_type == "token"
+    if not tokenwise:
+        return LearnedRule(head=head, alpha=float(alpha))
+    if not isinstance(head, TruthHead):
+        raise InputError(
+            f"a {head.head_type} head has no estimate per token; use a token or truth_mixture head"
+        )
+    return LearnedTokenRule(head=head, alpha=float(alpha))
+
+
+def rule_from_spec(spec: str) -> Rule:
+    """A rule from text: ``opt``, ``opt:alpha=0.2``, ``my_pkg.mine:MyRule:alpha=1``,
+    ``learned:head=FOLDER,alpha=0.1``.
+
+    ``learned`` takes ``head`` (folder or hub id), ``alpha`` (default: stored in the head) and ``tokenwise``.
+    The text is one that the user typed, never one read from an artifact: ``module:Class`` is imported.
+    """
+    name, parameters = parse_spec(spec)
+    if name != "learned":
+        return make_rule(name, allow_import=True, **parameters)
+    unknown = sorted(set(parameters) - {"head", "alpha", "tokenwise"})
+    if unknown or "head" not in parameters:
+        problem = f"unknown parameter {unknown[0]!r}" if unknown else "no head"
+        raise InputError(f"rule {spec!r}: {problem}; write learned:head=FOLDER,alpha=0.1[,tokenwise=true]")
+    head = DeferralHead.from_pretrained(str(parameters["head"]))
+    return learned_rule(head, parameters.get("alpha"), tokenwise=parameters.get("tokenwise"))
+
+
+def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
+    """``name[:key=value,...]`` into the name (which may hold a colon: module:Class) and typed parameters."""
+    head, colon, tail = spec.rpartition(":") if "=" in spec.rpartition(":")[2] else (spec, "", "")
+    if not colon and "=" in spec:
+        raise InputError(
+            f"rule {spec!r} has parameters but no name; write name:key=value, e.g. opt:alpha=0.2"
+        )
+    if "=" in head:  # a value held a colon, as a path with a drive or a hub address may
+        head, _, tail = spec.partition(":")
+    parameters = {}
+    for item in filter(None, tail.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip().isidentifier():
+            raise InputError(f"rule {spec!r}: {item!r} is no key=value")
+        parameters[key.strip()] = _value(value.strip())
+    return head.strip(), parameters
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
