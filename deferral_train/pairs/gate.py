@@ -59,7 +59,7 @@ class GateResult:
         found = []
         if not self.advantage >= min_nats:
             found.append(
-                f"the verifier is better by {self.advantage:.3f} nats a token on held-out text, needs {min_nats}"
+                f"the verifier is better by {self.advantage:.3f} nats a held-out token, needs {min_nats}"
             )
         if not self.cost_ratio >= min_cost_ratio:
             found.append(f"its pass costs {self.cost_ratio:.2f} times the drafter's, needs {min_cost_ratio}")

@@ -43,7 +43,7 @@ def load_training_text(text: PairText) -> TrainingText:
         heldout = [item for item in texts if part_of(item.id, HELD_OUT) == "heldout"]
     if not train or not heldout:
         raise InputError(
-            f"text: {len(train)} texts to train on and {len(heldout)} held out; give more, or name text.heldout"
+            f"text: {len(train)} texts to train on, {len(heldout)} held out; give more, or name text.heldout"
         )
     return TrainingText(train, heldout)
 
