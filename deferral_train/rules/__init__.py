@@ -1,0 +1,26 @@
+"""Rules: when to keep the drafter, what law that emits, how a block is verified. Torch only."""
+
+from deferral_train.rules.base import Dial, LawRule, PositionRule, Rule, TokenRule
+from deferral_train.rules.learned import Judge, LearnedRule
+from deferral_train.rules.registry import RULES, make_rule
+from deferral_train.rules.summary import FIELDS, Field, Summary, summarize
+from deferral_train.rules.verify import Origin, Verdict, verify_block
+
+__all__ = [
+    "FIELDS",
+    "RULES",
+    "Dial",
+    "Field",
+    "Judge",
+    "LawRule",
+    "LearnedRule",
+    "Origin",
+    "PositionRule",
+    "Rule",
+    "Summary",
+    "TokenRule",
+    "Verdict",
+    "make_rule",
+    "summarize",
+    "verify_block",
+]

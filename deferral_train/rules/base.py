@@ -1,8 +1,9 @@
 """What a rule is: a dial, the summary fields it needs, and one of three questions.
 
 A position rule answers "defer?", a token rule "keep this token?", a law rule gives the target law itself. The
-target law of all three is derived here, once. Decisions read the laws before temperature and truncation; sampling
-reads the laws after. A token whose processed verifier logit is -inf is never emitted, whatever a rule keeps.
+target law of all three is derived here, once. Decisions read the laws before temperature and truncation;
+sampling reads the laws after. A token whose processed verifier logit is -inf is never emitted, whatever a
+rule keeps.
 """
 
 from __future__ import annotations
@@ -105,8 +106,8 @@ class Rule:
     def estimated_gap(self, summary: Summary) -> Tensor:
         """Estimated loss of keeping the drafter at a position, in expected token errors, [..].
 
-        For rules without an estimate of their own: E_P[l(y,q) - l(y,p)] with zero_one loss and P := p, that is
-        p(v_p) - p(v_q).
+        For rules without an estimate of their own: E_P[l(y,q) - l(y,p)] with zero_one loss and P := p, that
+        is p(v_p) - p(v_q).
         """
         return summary["verifier_max"] - summary["verifier_at_drafter_argmax"]
 
@@ -125,7 +126,7 @@ class Rule:
         Args:
             drafter_logits, verifier_logits: decision logits [.., V].
             temperature: of the sampling laws; 0 is greedy.
-            drafter_sampling_logits, verifier_sampling_logits: logits after temperature and truncation [.., V].
+            drafter_sampling_logits, verifier_sampling_logits: logits after temperature and truncation.
             context: summary fields that logits do not give (hidden states, positions), leading shape [..].
 
         Returns:
@@ -152,7 +153,7 @@ class Rule:
         context: Summary | None = None,
         extra: frozenset[str] = frozenset(),
     ) -> Summary:
-        """The summary that this rule's decision needs (and `extra` fields), from laws and the given context."""
+        """The summary that this rule's decision needs (and `extra` fields), from laws and context."""
         wanted = (self.needs | extra) if not self.is_lossless else extra
         absent = (wanted & CONTEXT_FIELDS) - set(context.names if context is not None else ())
         if absent:
@@ -165,10 +166,17 @@ class Rule:
         return columns.with_fields(given)
 
     def law_from(self, laws: Laws, summary: Summary) -> Tensor:
-        """pi [.., V] from laws and the summary that the rule needs; the verifier's law at the lossless end."""
+        """pi [.., V] from laws and the summary it needs; the verifier's law at the lossless end."""
         if self.is_lossless:
             return laws.p
         return self._law(laws, summary)
+
+    def step_law(self, laws: Laws, summary: Summary, token: Tensor) -> Tensor:
+        """The law [.., V] that a drafted token [..] is checked and corrected against.
+
+        The target law, except for rules whose check depends on which token was drafted (cactus, judge).
+        """
+        return self.law_from(laws, summary)
 
     def _law(self, laws: Laws, summary: Summary) -> Tensor:
         raise NotImplementedError
@@ -176,14 +184,14 @@ class Rule:
 
 @dataclass(frozen=True)
 class PositionRule(Rule):
-    """Answers "defer?" once per position. pi = q where it keeps and p where it defers: T_delta, equation (6)."""
+    """Answers "defer?" once per position. pi = q where it keeps, p where it defers: T_delta, equation (6)."""
 
     def defer(self, summary: Summary) -> Tensor:
         """True where the position is left to the verifier, bool [..]."""
         raise NotImplementedError
 
     def _law(self, laws: Laws, summary: Summary) -> Tensor:
-        keep = ~self.defer(summary).unsqueeze(-1)
+        keep = ~self.defer(summary).to(laws.q.device).unsqueeze(-1)
         return keep_law(laws.q, laws.p, keep & laws.support)
 
 
@@ -195,8 +203,8 @@ class TokenRule(Rule):
         """True for candidates that are kept when drafted, bool [.., K].
 
         Args:
-            drafter_logprobs, verifier_logprobs: log q and log p of the candidates (decision laws) [.., K]; the
-                whole vocabulary or any part of it.
+            drafter_logprobs, verifier_logprobs: log q and log p of the candidates (decision laws) [.., K];
+                the whole vocabulary or any part of it.
             summary: fields in `needs`, leading shape [..].
         """
         raise NotImplementedError

@@ -1,7 +1,8 @@
 """From a target law pi to what a drafted position emits, derived once for every rule.
 
-Draft x ~ q, accept with probability min(1, pi(x)/q(x)), else sample max(0, pi - q), normalised. The q is the law
-that x was really drawn from: it is never renormalised onto another support. Shapes [.., V]; probabilities.
+Draft x ~ q, accept with probability min(1, pi(x)/q(x)), else sample max(0, pi - q), normalised. The q is the
+law that x was really drawn from: it is never renormalised onto another support. Shapes [.., V];
+    probabilities.
 Source: speculative sampling (Leviathan et al. 2023), for any target: Narasimhan et al. 2025, Algorithm 4.
 """
 
@@ -20,13 +21,13 @@ def keep_law(q: Tensor, p: Tensor, keep: Tensor) -> Tensor:
     """
     kept = torch.where(keep, q, torch.zeros((), dtype=q.dtype, device=q.device))
     eta = torch.where(keep, torch.zeros((), dtype=q.dtype, device=q.device), q).sum(dim=-1, keepdim=True)
-    # Where nothing is kept eta is sum q = 1; written as 1, so that a full deferral is the verifier's law to the bit.
+    # Where nothing is kept eta is sum q = 1; written as 1, so that a full deferral is p to the bit.
     nothing_kept = ~keep.expand_as(q).any(dim=-1, keepdim=True)
     return kept + p * torch.where(nothing_kept, torch.ones_like(eta), eta)
 
 
 def onto_support(pi: Tensor, p: Tensor, support: Tensor) -> Tensor:
-    """pi without the tokens that the verifier's processing forbids; their mass goes to the verifier's law p."""
+    """pi without the tokens that the verifier's processing forbids; their mass goes to p."""
     allowed = torch.where(support, pi, torch.zeros((), dtype=pi.dtype, device=pi.device))
     return allowed + p * (pi - allowed).sum(dim=-1, keepdim=True)
 
@@ -37,7 +38,7 @@ def acceptance(pi: Tensor, q: Tensor) -> Tensor:
 
 
 def residual(pi: Tensor, q: Tensor) -> Tensor:
-    """Law of the correction after a rejection: max(0, pi - q), normalised; pi itself where nothing is left."""
+    """Law of the correction after a rejection: max(0, pi - q), normalised; pi where nothing is left."""
     excess = (pi - q).clamp(min=0.0)
     total = excess.sum(dim=-1, keepdim=True)
     return torch.where(total > 0, excess / total, pi)

@@ -114,6 +114,11 @@ class Summary(Mapping[str, Tensor]):
             return self._leading(name)
         return torch.Size()
 
+    def full(self, value: bool) -> Tensor:
+        """One decision for every position, bool of the leading shape."""
+        device = next(iter(self._columns.values())).device if self._columns else None
+        return torch.full(self.shape, value, dtype=torch.bool, device=device)
+
     def select(self, mask: Tensor) -> Summary:
         """The summary at some positions: a boolean mask or an index over the leading shape."""
         return Summary({name: column[mask] for name, column in self._columns.items()})

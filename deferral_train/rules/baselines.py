@@ -1,0 +1,197 @@
+"""Lossy baselines that give their target law directly, each with its own parameter.
+
+All run by draft + accept + residual of their law (emission.py), which for `lossy`, `lenient`, `mentored` and
+`ensemble` is the procedure of their authors. Laws [.., V] are sampling laws.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from deferral_train.rules.base import Dial, LawRule
+from deferral_train.rules.emission import residual
+from deferral_train.rules.floors import clip_between, mentored_cap, normalising_floor
+from deferral_train.rules.laws import Laws
+from deferral_train.rules.summary import Summary
+
+
+@dataclass(frozen=True)
+class Lossy(LawRule):
+    """Lossy speculative decoding: pi = max(min(q, p/(1-alpha)), p/beta), beta the one that normalises. Lemma
+    2.
+
+    beta is infinite where min(q, p/(1-alpha)) leaves no rejection mass. At temperature 0 it is lossless.
+    """
+
+    name: ClassVar[str] = "lossy"
+    dial: ClassVar[Dial] = Dial("alpha", 0.0, 1.0, lossless=0.0, drafter=1.0)
+
+    alpha: float = 0.2
+
+    def law(self, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
+        """pi [.., V]."""
+        cap = _inverse(1 - self.alpha, p)
+        return clip_between(q, p, normalising_floor(q, p, cap), cap)
+
+
+@dataclass(frozen=True)
+class Lenient(LawRule):
+    """Lenient speculative decoding (Leviathan et al. 2023, A.5): accept min(1, p/((1-alpha) q)), beta = 1.
+
+    The residual is max(0, p - q) as in lossless decoding, so that its law is
+    pi = min(q, p/(1-alpha)) + R norm(max(0, p - q)), R the rejection mass. At temperature 0 it is lossless.
+    """
+
+    name: ClassVar[str] = "lenient"
+    dial: ClassVar[Dial] = Dial("alpha", 0.0, 1.0, lossless=0.0, drafter=1.0)
+
+    alpha: float = 0.2
+
+    def law(self, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
+        """pi [.., V]."""
+        accepted = clip_between(q, p, torch.zeros_like(p[..., :1]), _inverse(1 - self.alpha, p))
+        rejected = (q - accepted).sum(dim=-1, keepdim=True)
+        return accepted + rejected * residual(p, q)
+
+
+@dataclass(frozen=True)
+class Mentored(LawRule):
+    """Mentored decoding (V. Tran-Thien, 2023): the most acceptance with KL(p||pi) <= divergence (nats).
+
+    pi = clip(q, p/beta, p/alpha) with alpha <= 1 <= beta found to full precision; q itself where KL(p||q) is
+    within the limit.
+    """
+
+    name: ClassVar[str] = "mentored"
+    dial: ClassVar[Dial] = Dial("divergence", 0.0, 5.0, lossless=0.0, drafter=None)
+
+    divergence: float = 0.1
+
+    def law(self, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
+        """pi [.., V]."""
+        cap = mentored_cap(q, p, self.divergence)
+        return clip_between(q, p, normalising_floor(q, p, cap), cap)
+
+
+@dataclass(frozen=True)
+class Cactus(LawRule):
+    """Cactus (arXiv 2604.04987): a drafted token x is checked against h_x.
+
+    h_x(x) = min(1, p(x) + sqrt(2 delta p(x) (1 - p(x)))), the rest of p scaled to sum to one. The law checked
+    depends on the drafted token; `law` is the law that all of it together emits.
+    """
+
+    name: ClassVar[str] = "cactus"
+    dial: ClassVar[Dial] = Dial("delta", 0.0, 5.0, lossless=0.0, drafter=None)
+
+    delta: float = 0.1
+
+    def raised(self, p: Tensor) -> Tensor:
+        """h_v(v) for every token v, [.., V]."""
+        return (p + torch.sqrt((2 * self.delta * p * (1 - p)).clamp(min=0.0))).clamp(max=1.0)
+
+    def law(self, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
+        """pi(v) = min(q, h_v(v)) + sum_x (q(x) - h_x(x))+ norm(max(0, h_x - q))(v), [.., V].
+
+        The residual of x is max(0, c_x p - q) with c_x = (1 - h_x(x))/(1 - p(x)), so that one sort by q/p
+        serves
+        every x: sum_x is p A - q B with suffix sums A, B over the x whose c_x exceeds q(v)/p(v).
+        """
+        raised = self.raised(p)
+        rejected = (q - raised).clamp(min=0.0)
+        scale = torch.where(p < 1, (1 - raised) / (1 - p), torch.ones_like(p)).clamp(0.0, 1.0)
+        ratio = torch.where(p > 0, q / p, torch.full_like(p, torch.inf))
+        order = ratio.argsort(dim=-1)
+        ratio_sorted = ratio.gather(-1, order)
+        mass_p, mass_q = (_prefix(law.gather(-1, order)) for law in (p, q))
+        count = torch.searchsorted(ratio_sorted, scale.contiguous())  # tokens with q/p < c_x
+        normaliser = scale * mass_p.gather(-1, count) - mass_q.gather(-1, count)
+        # The normaliser is at least q(x) - h_x(x), so that the weight is at most 1.
+        weight = torch.where(rejected > 0, rejected / torch.maximum(normaliser, rejected), rejected)
+        by_scale = scale.argsort(dim=-1)
+        first = torch.searchsorted(scale.gather(-1, by_scale), ratio, right=True)
+        weight_sorted, scale_sorted = weight.gather(-1, by_scale), scale.gather(-1, by_scale)
+        of_p = _suffix(weight_sorted * scale_sorted).gather(-1, first)
+        of_q = _suffix(weight_sorted).gather(-1, first)
+        return torch.minimum(q, raised) + (p * of_p - q * of_q).clamp(min=0.0)
+
+    def step_law(self, laws: Laws, summary: Summary, token: Tensor) -> Tensor:
+        """h_x for the drafted tokens x, [.., V]."""
+        p, index = laws.p, token.unsqueeze(-1)
+        raised, own = self.raised(p).gather(-1, index), p.gather(-1, index)
+        scale = torch.where(own < 1, (1 - raised) / (1 - own), torch.zeros_like(own))
+        return (p * scale).scatter(-1, index, raised)
+
+
+@dataclass(frozen=True)
+class Ensemble(LawRule):
+    """The fixed ensemble that transformers ships (`assistant_ensemble_weight`): pi = w p + (1 - w) q.
+
+    At temperature 0 it emits the argmax of the mixture of the processed laws.
+    """
+
+    name: ClassVar[str] = "ensemble"
+    dial: ClassVar[Dial] = Dial("weight", 0.0, 1.0, lossless=1.0, drafter=0.0)
+    reads_drafter_confidence: ClassVar[bool] = True
+
+    weight: float = 0.5
+
+    def law(self, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
+        """pi [.., V]."""
+        return self.weight * p + (1 - self.weight) * q
+
+    def greedy(self, laws: Laws, summary: Summary) -> Tensor:
+        """argmax of w p + (1 - w) q among tokens that may be emitted, [..]."""
+        if self.weight == 0:
+            return laws.q.max(dim=-1).indices
+        p = torch.softmax(laws.processed_verifier_logits, dim=-1)
+        q = torch.softmax(laws.processed_drafter_logits, dim=-1)
+        mixture = self.law(q, p, summary).masked_fill(~laws.support, -1.0)
+        return mixture.max(dim=-1).indices
+
+
+@dataclass(frozen=True)
+class Biased(LawRule):
+    """Self-Speculative Biased Decoding (arXiv 2509.21740): P' = (1 - bias) p + bias * point mass at the
+    draft.
+
+    Over drafts from q its law is (1 - bias) p + bias q. At temperature 0 the draft stands iff
+    p(v_q) >= max p - bias/(1 - bias), and always where it is the argmax.
+    """
+
+    name: ClassVar[str] = "biased"
+    dial: ClassVar[Dial] = Dial("bias", 0.0, 1.0, lossless=0.0, drafter=1.0)
+    needs: ClassVar[frozenset[str]] = frozenset({"verifier_max", "verifier_at_drafter_argmax"})
+
+    bias: float = 0.2
+
+    def law(self, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
+        """pi [.., V]."""
+        return (1 - self.bias) * p + self.bias * q
+
+    def greedy(self, laws: Laws, summary: Summary) -> Tensor:
+        """v_q where the margin allows it, else v_p, [..]."""
+        drafter, verifier = laws.q.max(dim=-1).indices, laws.p.max(dim=-1).indices
+        margin = self.bias / (1 - self.bias) if self.bias < 1 else torch.inf
+        gap = summary["verifier_max"] - summary["verifier_at_drafter_argmax"]
+        stands = (gap <= margin) & (self.bias > 0)
+        return torch.where(stands, drafter, verifier)
+
+
+def _inverse(value: float, like: Tensor) -> Tensor:
+    """1/value [.., 1], infinite at 0."""
+    return torch.full_like(like[..., :1], torch.inf if value == 0 else 1 / value)
+
+
+def _prefix(values: Tensor) -> Tensor:
+    """Sums of the first k values, k = 0..V, [.., V+1]."""
+    return torch.nn.functional.pad(values.cumsum(dim=-1), (1, 0))
+
+
+def _suffix(values: Tensor) -> Tensor:
+    """Sums of the values from index k on, k = 0..V, [.., V+1]."""
+    return torch.nn.functional.pad(values.flip(-1).cumsum(dim=-1).flip(-1), (0, 1))

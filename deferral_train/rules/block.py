@@ -1,0 +1,148 @@
+"""A drafted block as it is given to verification: shapes checked once, positions read as rows.
+
+Knows nothing about rules. B batch, T drafted positions, V vocabulary, R rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deferral_train.errors import InputError
+from deferral_train.rules.laws import Laws, as_float, check_temperature
+from deferral_train.rules.summary import Summary
+
+BONUSES = ("verifier", "exact", "none")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Drafted tokens and both models' logits, checked. `drafter_logits` None: one-hot proposals."""
+
+    drafted: Tensor  # [B, T] int64, 0 beyond a row's length
+    lengths: Tensor  # [B] int64
+    drafter_logits: Tensor | None  # [B, T or T+1, V]
+    verifier_logits: Tensor  # [B, T+1, V]
+    drafter_sampling_logits: Tensor | None
+    verifier_sampling_logits: Tensor | None
+    temperature: float
+    context: Summary | None  # [B, T or T+1, ..]
+
+    @classmethod
+    def of(
+        cls,
+        drafted: Tensor,
+        drafter_logits: Tensor | None,
+        verifier_logits: Tensor,
+        temperature: float,
+        drafter_sampling_logits: Tensor | None,
+        verifier_sampling_logits: Tensor | None,
+        lengths: Tensor | None,
+        context: Summary | None,
+    ) -> Block:
+        """Check everything that needs no pass over the vocabulary.
+
+        Raises:
+            InputError: shapes, vocabularies or ids that do not fit.
+        """
+        if not isinstance(drafted, Tensor) or drafted.dim() != 2 or drafted.dtype.is_floating_point:
+            raise InputError("drafted must be an integer tensor [B, T] of token ids")
+        rows, drafts = drafted.shape
+        verifier = as_float(verifier_logits, "verifier_logits")
+        vocabulary = verifier.shape[-1]
+        _check_shape("verifier_logits", verifier, rows, (drafts + 1,), vocabulary)
+        given: dict[str, Tensor | None] = {}
+        for name, logits, counts in (
+            ("drafter_logits", drafter_logits, (drafts, drafts + 1)),
+            ("drafter_sampling_logits", drafter_sampling_logits, (drafts, drafts + 1)),
+            ("verifier_sampling_logits", verifier_sampling_logits, (drafts + 1,)),
+        ):
+            given[name] = None if logits is None else as_float(logits, name)
+            if given[name] is not None:
+                _check_shape(name, given[name], rows, counts, vocabulary)
+        if drafter_logits is None and drafter_sampling_logits is not None:
+            raise InputError(
+                "drafter_sampling_logits without drafter_logits; pass both, or neither (one-hot)"
+            )
+        lengths = _check_lengths(lengths, drafted)
+        inside = torch.arange(drafts, device=drafted.device) < lengths.unsqueeze(1)
+        tokens = torch.where(inside, drafted, 0).long()
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+            raise InputError(f"drafted holds ids outside the vocabulary 0..{vocabulary - 1}")
+        return cls(
+            tokens,
+            lengths,
+            temperature=check_temperature(temperature),
+            context=_check_context(context, rows, drafts),
+            verifier_logits=verifier,
+            **given,
+        )  # type: ignore[arg-type]
+
+    @property
+    def inside(self) -> Tensor:
+        """Positions that were drafted, bool [B, T]."""
+        steps = torch.arange(self.drafted.shape[1], device=self.drafted.device)
+        return steps < self.lengths.unsqueeze(1)
+
+    def rows(self, batch: Tensor, step: Tensor) -> Laws:
+        """Laws [R, V] at some positions; the drafter's are one-hot where it gives no law."""
+        verifier = self.verifier_logits[batch, step]
+        if self.drafter_logits is None:
+            tokens = self.drafted[batch, step].unsqueeze(1)
+            drafter = torch.full_like(verifier, -torch.inf).scatter_(1, tokens, 0.0)
+        else:
+            drafter = self.drafter_logits[batch, step]
+
+        def pick(logits: Tensor | None) -> Tensor | None:
+            return None if logits is None else logits[batch, step]
+
+        return Laws.of(
+            drafter,
+            verifier,
+            self.temperature,
+            pick(self.drafter_sampling_logits),
+            pick(self.verifier_sampling_logits),
+        )
+
+    def context_at(self, batch: Tensor, step: Tensor) -> Summary:
+        """The context [R] at some positions; the place in the block is always known."""
+        columns = {} if self.context is None else {name: c[batch, step] for name, c in self.context.items()}
+        return Summary({"draft_position": step, **columns})
+
+
+def _check_shape(name: str, logits: Tensor, rows: int, counts: tuple[int, ...], vocabulary: int) -> None:
+    shape = tuple(logits.shape)
+    if len(shape) == 3 and shape[-1] != vocabulary:
+        raise InputError(
+            f"vocabularies differ: {name} has {shape[-1]}, verifier_logits {vocabulary}; "
+            "cut or pad both to the tokenizer's size"
+        )
+    if len(shape) != 3 or shape[0] != rows or shape[1] not in counts:
+        wanted = " or ".join(f"[{rows}, {count}, V]" for count in counts)
+        raise InputError(f"{name} has shape {list(shape)}; for this block it must be {wanted}")
+
+
+def _check_lengths(lengths: Tensor | None, drafted: Tensor) -> Tensor:
+    rows, drafts = drafted.shape
+    if lengths is None:
+        return torch.full((rows,), drafts, dtype=torch.int64, device=drafted.device)
+    lengths = torch.as_tensor(lengths, device=drafted.device)
+    if lengths.shape != (rows,) or lengths.dtype.is_floating_point:
+        raise InputError(f"lengths has shape {list(lengths.shape)}; pass one integer per row, [{rows}]")
+    if rows and not 0 <= int(lengths.min()) <= int(lengths.max()) <= drafts:
+        raise InputError(f"lengths holds {lengths.tolist()}; each must lie in 0..{drafts}")
+    return lengths.long()
+
+
+def _check_context(context: Summary | None, rows: int, drafts: int) -> Summary | None:
+    if context is None or not context.names:
+        return None
+    context = context if isinstance(context, Summary) else Summary(context)
+    if tuple(context.shape) not in ((rows, drafts), (rows, drafts + 1)):
+        raise InputError(
+            f"context has leading shape {list(context.shape)}; it must be [{rows}, {drafts}] or "
+            f"[{rows}, {drafts + 1}]"
+        )
+    return context

@@ -1,0 +1,146 @@
+"""Rules driven by an estimator given as an object: any object with these names will do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from deferral_train.errors import InputError
+from deferral_train.rules.base import Dial, LawRule, PositionRule
+from deferral_train.rules.emission import residual
+from deferral_train.rules.laws import Laws
+from deferral_train.rules.summary import DRAFTER_CONFIDENCE_FIELDS, FIELDS, Summary
+
+
+@runtime_checkable
+class GapEstimator(Protocol):
+    """What `LearnedRule` asks of a head.
+
+    `features`: summary fields it reads; `stage`: ``"draft"`` or ``"verify"``; `gap(summary)`: the estimate of
+    E_P[l(y,q) - l(y,p)] [..], in units of the head's loss. At the draft stage also `tv(summary)`: the
+    estimate of D_TV [..]. A head may define `defer(summary, alpha)` itself.
+    """
+
+    features: tuple[str, ...]
+    stage: str
+
+    def gap(self, summary: Summary) -> Tensor:
+        """The estimated loss gap, [..]."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class LearnedRule(PositionRule):
+    """Defer iff the head's estimated gap > alpha * D_TV: the optimal rule of Lemma 4, equation (9), with an
+    estimate.
+
+    A draft-stage head estimates D_TV too. No alpha is lossless: the estimate may be of any size.
+    """
+
+    name: ClassVar[str] = "learned"
+    dial: ClassVar[Dial] = Dial("alpha", -1.0, 1.0, lossless=None, drafter=None, unbounded=True)
+    needs = frozenset({"tv"})
+    stage = "verify"
+    reads_drafter_confidence = False
+
+    head: Any = None
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        features = frozenset(_checked_features("learned", self.head, "gap"))
+        stage = getattr(self.head, "stage", "verify")
+        if stage == "draft" and not callable(getattr(self.head, "tv", None)):
+            raise InputError("rule learned: a draft-stage head must define tv(summary)")
+        late = sorted(n for n in features if stage == "draft" and FIELDS[n].sees in ("verifier", "both"))
+        if late:
+            raise InputError(f"rule learned: a draft-stage head cannot read {', '.join(late)}")
+        object.__setattr__(self, "stage", stage)
+        object.__setattr__(self, "needs", features if stage == "draft" else features | {"tv"})
+        object.__setattr__(self, "reads_drafter_confidence", bool(features & DRAFTER_CONFIDENCE_FIELDS))
+
+    @property
+    def gap_needs(self) -> frozenset[str]:
+        """The head's features."""
+        return frozenset(self.head.features)
+
+    def estimated_gap(self, summary: Summary) -> Tensor:
+        """The head's gap [..], in units of its loss."""
+        return self.head.gap(summary)
+
+    def defer(self, summary: Summary) -> Tensor:
+        """gap > alpha D_TV, bool [..]; the head's own decision where it defines one."""
+        own = getattr(self.head, "defer", None)
+        if callable(own):
+            return own(summary, self.alpha)
+        tv = self.head.tv(summary) if self.stage == "draft" else summary["tv"]
+        return self.head.gap(summary) > self.alpha * tv
+
+
+@dataclass(frozen=True, eq=False)
+class Judge(LawRule):
+    """Judge decoding (arXiv 2501.19309): accept a drafted token if the head approves it OR the exact check
+    does.
+
+    The head is an object with `features` (usually ``verifier_hidden``, which must belong to the drafted
+    token) and `score(summary)` in 0..1 [..]; a token is approved iff its score > threshold. The residual is
+    lossless decoding's, so that pi = q J + min(q, p)(1 - J) + R norm(max(0, p - q)), J the approval of each
+    token.
+    """
+
+    name: ClassVar[str] = "judge"
+    dial: ClassVar[Dial] = Dial("threshold", 0.0, 1.0, lossless=1.0, drafter=None)
+    needs = frozenset()
+    reads_drafter_confidence = False
+
+    head: Any = None
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        features = frozenset(_checked_features("judge", self.head, "score"))
+        object.__setattr__(self, "needs", features)
+        object.__setattr__(self, "reads_drafter_confidence", bool(features & DRAFTER_CONFIDENCE_FIELDS))
+
+    def approved(self, summary: Summary) -> Tensor:
+        """score > threshold, bool of the summary's leading shape."""
+        return self.head.score(summary) > self.threshold
+
+    def _law(self, laws: Laws, summary: Summary) -> Tensor:
+        approved = self._approval_of_all(laws, summary) & laws.support
+        accepted = torch.where(approved, laws.q, torch.minimum(laws.q, laws.p))
+        rejected = (laws.q - accepted).sum(dim=-1, keepdim=True)
+        return accepted + rejected * residual(laws.p, laws.q)
+
+    def step_law(self, laws: Laws, summary: Summary, token: Tensor) -> Tensor:
+        """q where the drafted token is approved (so that it stands), else p, [.., V]."""
+        allowed = laws.support.gather(-1, token.unsqueeze(-1))
+        approved = self.approved(summary).unsqueeze(-1) & allowed
+        return torch.where(approved, laws.q, laws.p)
+
+    def _approval_of_all(self, laws: Laws, summary: Summary) -> Tensor:
+        size = laws.p.shape[-1]
+        tokens = torch.arange(size, device=laws.p.device).expand(laws.p.shape)
+        everyone = summary.expand_candidates(tokens)
+        logprobs = {
+            "drafter_logprob": laws.drafter_logprobs,
+            "verifier_logprob": laws.verifier_logprobs,
+        }
+        needed = {name: value for name, value in logprobs.items() if name in self.needs}
+        return self.approved(everyone.with_fields(needed))
+
+
+def _checked_features(rule: str, head: Any, method: str) -> tuple[str, ...]:
+    features = getattr(head, "features", None)
+    if features is None or not callable(getattr(head, method, None)):
+        raise InputError(
+            f"rule {rule}: head is {type(head).__name__}; "
+            f"pass an object with .features and .{method}(summary)"
+        )
+    unknown = [name for name in features if name not in FIELDS]
+    if unknown:
+        raise InputError(f"rule {rule}: the head reads unknown summary field(s) {', '.join(unknown)}")
+    return tuple(features)
