@@ -1,0 +1,254 @@
+"""What a trace folder says about itself: the header and one line per finished shard.
+
+``manifest.json`` is written once, before the first shard, and fixes everything that decides the bytes of the
+shards: pair, prompts, prefixes, chunks with their seeds and batches. ``chunks.jsonl`` gains a line when a shard
+is complete on disk; a process beyond the first writes ``chunks.rankN.jsonl``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from deferral_train.errors import InputError
+from deferral_train.traces.folder import Folder
+from deferral_train.traces.schema import READABLE_VERSIONS, RELEASES, SCHEMA_VERSION, Layout
+
+HEADER, LEDGER = "manifest.json", "chunks.jsonl"
+PREFIX_SOURCES = ("reference", "drafter", "verifier")  # or "cascade:<rule>"
+# Says how an output came to be, not what it holds: may differ between the runs that fill one folder.
+FREE = frozenset({"provenance"})
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The unit of work and of storage: some prompts, their seed and how they are batched.
+
+    Attributes:
+        id: place in the manifest; the shard is ``shard-<id>.arrow``.
+        seed: of everything random in this chunk.
+        batches: prompt numbers of each batch, in order of work.
+    """
+
+    id: int
+    seed: int
+    batches: tuple[tuple[int, ...], ...]
+
+    @property
+    def file(self) -> str:
+        return f"shard-{self.id:05d}.arrow"
+
+    @property
+    def prompts(self) -> list[int]:
+        """The chunk's prompt numbers, ascending: the order of its rows."""
+        return sorted(number for batch in self.batches for number in batch)
+
+
+@dataclass(frozen=True)
+class ChunkRecord:
+    """One finished shard, as its line in the ledger says.
+
+    Attributes:
+        id: chunk id.
+        file: shard file name.
+        rows: token rows in it.
+        bytes: file size.
+        sha256: of the whole file.
+        columns: CRC-32 of each column's values, so that a reader can check just what it reads.
+        nonfinite: positions left out because a model gave NaN or infinite logits.
+        nonfinite_at: the first few of them as [prompt number, position, model].
+    """
+
+    id: int
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+    columns: Mapping[str, int]
+    nonfinite: int = 0
+    nonfinite_at: tuple[tuple[int, int, str], ...] = ()
+
+    def line(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def parse(cls, value: Mapping[str, Any]) -> ChunkRecord:
+        places = tuple(tuple(place) for place in value.get("nonfinite_at", ()))
+        return cls(**{**value, "nonfinite_at": places})
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Header of a trace folder.
+
+    Attributes:
+        pair: fingerprints of drafter, verifier and tokenizer, vocabulary size, dtype.
+        prefixes: ``reference``, ``drafter``, ``verifier`` or ``cascade:<rule>``.
+        temperature: of the sampling laws that ``tv`` compares (and of sampled prefixes); 0 is greedy.
+        top_k: K, logged candidates of each model.
+        hidden: width by role of the logged hidden states.
+        truth: None, ``teacher`` or ``exact``.
+        seed: base seed; each chunk's own is derived from it.
+        chunking: prompts per chunk and padded tokens per batch.
+        prompt_ids: ids of the prompts that are logged; a row's ``prompt`` is an index into them.
+        chunks: the work, complete: the folder is finished when each has a line in the ledger.
+        prompts: hash of the encoded prompts, and what was left out or cut, with reasons.
+        settings: everything else that decides the bytes (token limits, rule, teacher, ...).
+        provenance: command line, versions, revision, machine, time.
+    """
+
+    pair: Mapping[str, Any]
+    prefixes: str
+    prompt_ids: tuple[str, ...]
+    chunks: tuple[Chunk, ...]
+    temperature: float = 1.0
+    top_k: int = 0
+    hidden: Mapping[str, int] = field(default_factory=dict)
+    truth: str | None = None
+    seed: int = 0
+    chunking: Mapping[str, Any] = field(default_factory=dict)
+    prompts: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if self.prefixes not in PREFIX_SOURCES and not self.prefixes.startswith("cascade:"):
+            raise InputError(f"prefixes={self.prefixes!r}: use {', '.join(PREFIX_SOURCES)} or cascade:<rule>")
+
+    @property
+    def layout(self) -> Layout:
+        """The optional columns of the shards."""
+        cascade = self.prefixes.startswith("cascade:")
+        return Layout(self.top_k, dict(self.hidden), self.truth is not None, cascade)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, in reading order, the long lists last."""
+        value = asdict(self)
+        value["chunks"] = [[chunk.seed, chunk.batches] for chunk in self.chunks]
+        order = ["schema_version", "prefixes", "temperature", "top_k", "hidden", "truth", "seed"]
+        order += ["chunking", "settings", "pair", "provenance", "prompts", "prompt_ids", "chunks"]
+        return {name: value[name] for name in order}
+
+    @classmethod
+    def parse(cls, value: Mapping[str, Any]) -> Manifest:
+        version = value.get("schema_version")
+        if version not in READABLE_VERSIONS:
+            release = RELEASES.get(version) if isinstance(version, int) else None
+            remedy = (
+                f"use release {release}" if release else "use the release of deferral-train that wrote it"
+            )
+            raise InputError(
+                f"schema_version={version}: this release reads {', '.join(map(str, READABLE_VERSIONS))}; {remedy}"
+            )
+        chunks = tuple(
+            Chunk(number, seed, tuple(tuple(batch) for batch in batches))
+            for number, (seed, batches) in enumerate(value["chunks"])
+        )
+        return cls(**{**value, "chunks": chunks, "prompt_ids": tuple(value["prompt_ids"])})
+
+
+def write_header(folder: Folder, manifest: Manifest) -> None:
+    """Write ``manifest.json``: readable at the top, one line per long list."""
+    value = json.loads(json.dumps(manifest.as_json()))
+    lines = [f"  {json.dumps(name)}: {_block(name, item)}" for name, item in value.items()]
+    folder.write(HEADER, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+
+
+def _block(name: str, item: Any) -> str:
+    if name in ("prompt_ids", "chunks"):
+        return json.dumps(item, separators=(",", ":"))
+    return json.dumps(item, indent=2, ensure_ascii=False).replace("\n", "\n  ")
+
+
+def read_header(folder: Folder) -> Manifest:
+    """Read ``manifest.json``.
+
+    Raises:
+        InputError: not a trace folder, a damaged header, or a schema version that this release does not read.
+    """
+    if folder.size(HEADER) is None:
+        raise InputError(f"{folder} is not a trace folder (no {HEADER}); give the --out of a collect run")
+    try:
+        return Manifest.parse(json.loads(folder.read(HEADER)))
+    except InputError as error:
+        raise InputError(f"{folder}/{HEADER}: {error}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{folder}/{HEADER} is damaged ({str(error)[:100]}); collect into a new folder"
+        ) from error
+
+
+def ledger_name(rank: int) -> str:
+    """Where a process writes its lines."""
+    return LEDGER if rank == 0 else f"chunks.rank{rank}.jsonl"
+
+
+def ledger_files(folder: Folder) -> list[str]:
+    names = [name for name in folder.names() if name.startswith("chunks.") and name.endswith(".jsonl")]
+    return sorted(names, key=lambda name: (name != LEDGER, name))
+
+
+def read_ledger(folder: Folder) -> tuple[dict[int, ChunkRecord], str | None]:
+    """Finished shards by chunk id, and why collecting was stopped on purpose, if it was.
+
+    A last line cut by a crash counts as not written: its chunk is collected again.
+    """
+    records: dict[int, ChunkRecord] = {}
+    stopped: str | None = None
+    for name in ledger_files(folder):
+        lines = folder.read(name).decode("utf-8", "replace").split("\n")
+        for number, line in enumerate(lines[:-1], 1):
+            value = _entry(folder, name, number, line)
+            if "stopped" in value:
+                stopped = value["stopped"]
+            elif value:
+                record = ChunkRecord.parse(value)
+                records[record.id] = record
+    return records, stopped
+
+
+def _entry(folder: Folder, name: str, number: int, line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+        if "stopped" not in value:
+            ChunkRecord.parse(value)
+        return value
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{folder}/{name}, line {number}: damaged; run collect again with the same settings to repair it"
+        ) from error
+
+
+def write_ledger(folder: Folder, records: Iterable[ChunkRecord]) -> None:
+    """Replace all ledger files by one with these lines: what a resumed run starts from."""
+    ordered = sorted(records, key=lambda record: record.id)
+    folder.write(LEDGER, "".join(record.line() + "\n" for record in ordered).encode())
+    for name in ledger_files(folder):
+        if name != LEDGER:
+            folder.remove(name)
+
+
+def differences(before: Manifest, now: Manifest) -> list[str]:
+    """What two headers disagree in, as ``name: before -> now``; empty where one can continue the other."""
+    plain = json.loads(json.dumps([before.as_json(), now.as_json()]))
+    first, second = ({key: value for key, value in one.items() if key not in FREE} for one in plain)
+    return list(_compare(first, second, ""))
+
+
+def _compare(before: Any, now: Any, path: str) -> Iterable[str]:
+    if before == now:
+        return
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*before, *(key for key in now if key not in before)]:
+            yield from _compare(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+    elif isinstance(before, list) and isinstance(now, list):
+        yield (
+            f"{path}: {len(before)} -> {len(now)} entries"
+            if len(before) != len(now)
+            else f"{path}: entries differ"
+        )
+    else:
+        yield f"{path}: {before} -> {now}"

@@ -1,0 +1,64 @@
+"""Labels: the loss gap E_P[l(y, q) - l(y, p)] of every row, under each notion of the true law P."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deferral_train.errors import InputError
+from deferral_train.rules import risks
+from deferral_train.traces.reader import Traces
+
+TRUTHS = ("reference", "verifier", "teacher", "exact")
+_EXPECTED_FIELDS = ("verifier_max", "verifier_at_drafter_argmax", "kl", "verifier_sum_squares", "product_sum")
+_GOLD_FIELDS = ("drafter_max", "drafter_argmax", "verifier_argmax", "drafter_logprob", "verifier_logprob")
+# loss -> (drafter column, verifier column, sign): gap = sign * (drafter - verifier)
+_TRUTH_TERMS = {
+    "zero_one": ("truth_drafter_argmax", "truth_verifier_argmax", -1.0),  # l(v, q) = 1 - P(v_q)
+    "log": ("truth_drafter_log", "truth_verifier_log", 1.0),  # E_P -log q
+    "prob": ("truth_drafter_prob", "truth_verifier_prob", -1.0),  # 1 - sum P q
+}
+
+
+def gap(traces: Traces, truth: str = "reference", loss: str = "zero_one") -> Tensor:
+    """The loss gap of every row, float32 [N], in units of the loss (nats for ``log``).
+
+    Args:
+        truth: ``reference`` one gold token (unbiased, noisy); ``verifier`` P := p in closed form;
+            ``teacher`` and ``exact`` the law logged in the truth group.
+        loss: ``zero_one``, ``log`` or ``prob``.
+
+    Raises:
+        InputError: a truth that these traces do not hold, or an unknown name.
+    """
+    if truth not in TRUTHS or loss not in risks.LOSSES:
+        raise InputError(
+            f"truth={truth!r}, loss={loss!r}: use one of {', '.join(TRUTHS)} and one of {', '.join(risks.LOSSES)}"
+        )
+    if truth == "reference":
+        return _from_gold(traces, loss)
+    if truth == "verifier":
+        return risks.expected_gap(traces.summary(_EXPECTED_FIELDS), loss)
+    return _from_truth_group(traces, truth, loss)
+
+
+def _from_gold(traces: Traces, loss: str) -> Tensor:
+    gold = torch.from_numpy(traces.column("gold")).long()
+    if bool((gold < 0).any()):
+        raise InputError(
+            f"truth='reference': prefixes are {traces.manifest.prefixes!r}, rows without a gold token; "
+            "use truth='verifier', or collect with --prefixes reference"
+        )
+    # Teacher-forced on references the logged token is the gold one, so its log-probabilities are stored.
+    return risks.gap_from_gold(traces.summary(_GOLD_FIELDS).with_fields({"token": gold}), loss)
+
+
+def _from_truth_group(traces: Traces, truth: str, loss: str) -> Tensor:
+    logged = traces.manifest.truth
+    if logged != truth:
+        have = f"a {logged} law" if logged else "no law of their own"
+        raise InputError(
+            f"truth={truth!r}: these traces log {have}; use reference or verifier, or collect with one"
+        )
+    drafter, verifier, sign = _TRUTH_TERMS[loss]
+    return sign * torch.from_numpy(traces.column(drafter) - traces.column(verifier))
