@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from deferral_train.errors import InputError
+from deferral_train.pairs.train_config import PairConfig
 
 PARTS = ("fit", "validation", "calibration", "test")
 
@@ -54,6 +55,27 @@ class TextConfig:
         for part in PARTS:
             if not self.stdlib and not getattr(self, part).path:
                 raise InputError(f"text.{part}.path is empty; name a prompts file, or set text.stdlib: true")
+
+
+@dataclass(frozen=True)
+class PairSection:
+    """The two models: a pair to train, or one that exists.
+
+    Attributes:
+        drafter, verifier: checkpoint folders or hub ids.
+        train: how to train a pair instead; see ``deferral-train train-pair``.
+        device, dtype: as ``pairs.load_models`` takes them.
+    """
+
+    drafter: str = ""
+    verifier: str = ""
+    train: PairConfig | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.train is None and not (self.drafter and self.verifier):
+            raise InputError("pair: name drafter and verifier (folders or hub ids), or give pair.train")
 
 
 @dataclass(frozen=True)

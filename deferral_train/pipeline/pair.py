@@ -1,0 +1,65 @@
+"""The pair stage: train a pair or take the user's, and see whether it is worth the rest of the run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from deferral_train import provenance
+from deferral_train.pairs.gate import GateResult, check_pair
+from deferral_train.pairs.load import ModelPair, load_models
+from deferral_train.pairs.train import train_pair
+from deferral_train.pipeline.config import GateConfig, PairSection
+from deferral_train.pipeline.console import RunConsole
+from deferral_train.pipeline.text import read_part, refuse_seen
+
+FOLDER = "pair"
+GATE_FILE = "gate.json"
+# Held-out prompts that a brought pair is scored and timed on.
+GATE_PROMPTS = 100
+
+
+def prepare_pair(config: PairSection, gate: GateConfig, run: Path, console: RunConsole) -> dict[str, Any]:
+    """Train or check the pair; returns where it lies, its gate and how many training texts were compared.
+
+    Raises:
+        InputError: the pair fails a required gate, or prompts of the run were in its training text.
+    """
+    result = _trained(config, run, console) if config.train is not None else _brought(config, run)
+    compared = refuse_seen(Path(result["drafter"]).parent, run)
+    measured = GateResult(**result["gate"])
+    if gate.required:
+        measured.require(gate.min_nats, gate.min_cost_ratio)
+    warnings = measured.reasons(gate.min_nats, gate.min_cost_ratio)
+    console.line(
+        f"       held-out nats a token: drafter {measured.drafter_nats:.2f}, verifier {measured.verifier_nats:.2f}; "
+        f"mean total variation {measured.mean_tv:.2f}; a verifier pass costs {measured.cost_ratio:.1f} drafter passes"
+    )
+    return {**result, "compared_training_texts": compared, "warnings": warnings}
+
+
+def open_pair(config: PairSection, result: dict[str, Any]) -> ModelPair:
+    """The models that the pair stage settled on."""
+    return load_models(result["drafter"], result["verifier"], config.device, config.dtype)
+
+
+def _trained(config: PairSection, run: Path, console: RunConsole) -> dict[str, Any]:
+    assert config.train is not None
+    with console.progress() as display:
+        done = train_pair(config.train, run / FOLDER, progress=display)
+    return {"drafter": str(done.drafter), "verifier": str(done.verifier), "gate": asdict(done.gate), "trained": True}
+
+
+def _brought(config: PairSection, run: Path) -> dict[str, Any]:
+    """Score and time a pair once; timings are noisy, so a rerun reads what was measured first."""
+    record = run / FOLDER / GATE_FILE
+    pair = load_models(config.drafter, config.verifier, config.device, config.dtype)
+    wanted = {"fingerprints": pair.fingerprints, "device": str(pair.device)}
+    if record.is_file() and (stored := json.loads(record.read_text())).get("for") == wanted:
+        gate = stored["gate"]
+    else:
+        gate = asdict(check_pair(pair, read_part(run, "validation", GATE_PROMPTS)))
+        provenance.write_json(record, {"for": wanted, "gate": gate})
+    return {"drafter": config.drafter, "verifier": config.verifier, "gate": gate, "trained": False}
