@@ -197,7 +197,13 @@ class PositionRule(Rule):
 
 @dataclass(frozen=True)
 class TokenRule(Rule):
-    """Answers "keep this token?" for each candidate. pi is pi_Token, equation (11)."""
+    """Answers "keep this token?" for each candidate. pi is pi_Token, equation (11).
+
+    Attributes:
+        monotone: a token with a higher q(v) and a higher p(v) than a kept one is kept too.
+    """
+
+    monotone: ClassVar[bool] = False
 
     def keep(self, drafter_logprobs: Tensor, verifier_logprobs: Tensor, summary: Summary) -> Tensor:
         """True for candidates that are kept when drafted, bool [.., K].

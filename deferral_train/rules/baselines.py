@@ -176,10 +176,13 @@ class Biased(LawRule):
     def greedy(self, laws: Laws, summary: Summary) -> Tensor:
         """v_q where the margin allows it, else v_p, [..]."""
         drafter, verifier = laws.q.max(dim=-1).indices, laws.p.max(dim=-1).indices
+        return torch.where(self.stands(summary), drafter, verifier)
+
+    def stands(self, summary: Summary) -> Tensor:
+        """max p - p(v_q) <= bias/(1 - bias) and bias > 0: the draft stands at temperature 0, bool [..]."""
         margin = self.bias / (1 - self.bias) if self.bias < 1 else torch.inf
         gap = summary["verifier_max"] - summary["verifier_at_drafter_argmax"]
-        stands = (gap <= margin) & (self.bias > 0)
-        return torch.where(stands, drafter, verifier)
+        return (gap <= margin) & (self.bias > 0)
 
 
 def _inverse(value: float, like: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ class TokenV1(TokenRule):
     name: ClassVar[str] = "token_v1"
     dial: ClassVar[Dial] = Dial("alpha", -1.0, 1.0, lossless=-1.0, drafter=1.0)
     needs: ClassVar[frozenset[str]] = frozenset({"verifier_max"})
+    monotone: ClassVar[bool] = True
     reads_drafter_confidence: ClassVar[bool] = True
 
     alpha: float = 0.2
@@ -40,6 +41,7 @@ class TokenV2(TokenRule):
     name: ClassVar[str] = "token_v2"
     dial: ClassVar[Dial] = Dial("alpha", -1.0, 1.0, lossless=-1.0, drafter=1.0)
     needs: ClassVar[frozenset[str]] = frozenset({"verifier_max"})
+    monotone: ClassVar[bool] = True
 
     alpha: float = 0.2
 
@@ -58,6 +60,7 @@ class TokenV3(TokenRule):
     name: ClassVar[str] = "token_v3"
     dial: ClassVar[Dial] = Dial("alpha", 0.0, 1.0, lossless=None, drafter=1.0)
     needs: ClassVar[frozenset[str]] = frozenset({"verifier_max"})
+    monotone: ClassVar[bool] = True
 
     alpha: float = 0.2
 
@@ -76,6 +79,7 @@ class Typical(TokenRule):
     name: ClassVar[str] = "typical"
     dial: ClassVar[Dial] = Dial("epsilon", 0.0, 1.0, lossless=None, drafter=0.0)
     needs: ClassVar[frozenset[str]] = frozenset({"verifier_entropy"})
+    monotone: ClassVar[bool] = True
 
     epsilon: float = 0.09
     delta: float | None = None
@@ -106,6 +110,7 @@ class LogitMargin(TokenRule):
     name: ClassVar[str] = "logit_margin"
     dial: ClassVar[Dial] = Dial("margin", 0.0, 10.0, lossless=0.0, drafter=None)
     needs: ClassVar[frozenset[str]] = frozenset({"verifier_max"})
+    monotone: ClassVar[bool] = True
 
     margin: float = 0.5
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from deferral_train.errors import InputError
 from deferral_train.rules.base import Rule, named
 from deferral_train.rules.block import BONUSES, Block
+from deferral_train.rules.laws import Laws
 from deferral_train.rules.limit import Walk, walk
 from deferral_train.rules.sampling import draw, uniforms
 from deferral_train.rules.scoring import score_block
@@ -179,8 +180,6 @@ def _bonus(
 
 
 def _verifier_row(block: Block, batch: Tensor, step: Tensor) -> Tensor:
-    from deferral_train.rules.laws import Laws
-
     verifier = block.verifier_logits[batch, step]
     given = block.verifier_sampling_logits
     sampling = None if given is None else given[batch, step]

@@ -1,0 +1,153 @@
+"""Logged candidates as laws: what is known of each token, and what the unlogged tail may hold.
+
+With tail masses t_q, t_p and the exact D_TV, the tail's excess d = sum_tail (q - p)+ and its overlap o = t_q
+- d are known exactly. Two stand-ins for the tail bracket everything computed here: *dispersed*, the pseudo
+tokens (q, p) = (o, o), (d, 0), (0, t_p - o), and *merged*, (t_q, o), (0, t_p - o). Both keep the masses and
+D_TV.
+Shapes: N positions, K candidates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deferral_train.errors import InputError
+from deferral_train.rules.summary import Summary
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Logged tokens of each position.
+
+    Attributes:
+        ids: [N, K] int64, no id twice in a row; -1 marks an empty place.
+        drafter_logprobs, verifier_logprobs: log q and log p (decision laws) [N, K]; -inf at empty places.
+        drafter_least, verifier_least: [N], no token outside has a higher log q, or log p: the last of each
+            model's own top list.
+    """
+
+    ids: Tensor
+    drafter_logprobs: Tensor
+    verifier_logprobs: Tensor
+    drafter_least: Tensor
+    verifier_least: Tensor
+
+    @classmethod
+    def union(
+        cls,
+        drafter_ids: Tensor,
+        drafter_top: tuple[Tensor, Tensor],
+        verifier_ids: Tensor,
+        verifier_top: tuple[Tensor, Tensor],
+    ) -> Candidates:
+        """Join both models' top tokens, each once.
+
+        Args:
+            drafter_ids, verifier_ids: [N, K], each model's top ids, likeliest first.
+            drafter_top, verifier_top: (log q, log p) of those ids, [N, K] each.
+        """
+        again = (verifier_ids.unsqueeze(-1) == drafter_ids.unsqueeze(-2)).any(dim=-1)
+        ids = torch.cat([drafter_ids, verifier_ids.masked_fill(again, -1)], dim=-1).long()
+        drafter = torch.cat([drafter_top[0], verifier_top[0].masked_fill(again, -torch.inf)], dim=-1)
+        verifier = torch.cat([drafter_top[1], verifier_top[1].masked_fill(again, -torch.inf)], dim=-1)
+        return cls(ids, drafter.double(), verifier.double(), drafter_top[0][..., -1].double(),
+                   verifier_top[1][..., -1].double())  # fmt: skip
+
+    def with_token(self, token: Tensor, drafter_logprob: Tensor, verifier_logprob: Tensor) -> Candidates:
+        """The candidates and one more token per position [N] (a gold token), unless it is among them."""
+        absent = ~(self.ids == token.unsqueeze(-1)).any(dim=-1, keepdim=True)
+
+        def append(values: Tensor, more: Tensor, empty: float) -> Tensor:
+            return torch.cat([values, torch.where(absent, more.unsqueeze(-1).to(values), empty)], dim=-1)
+
+        return Candidates(
+            append(self.ids, token, -1),
+            append(self.drafter_logprobs, drafter_logprob, -torch.inf),
+            append(self.verifier_logprobs, verifier_logprob, -torch.inf),
+            self.drafter_least,
+            self.verifier_least,
+        )
+
+
+@dataclass(frozen=True)
+class TailedLaws:
+    """Sampling laws on candidates with the tail's masses.
+
+    Attributes:
+        q, p: [N, K].
+        excess: d, [N]; overlap: o, [N]; verifier_rest: t_p - o, [N].
+        slack: [N], how far the tail masses themselves are unknown (0 at temperature 1).
+    """
+
+    q: Tensor
+    p: Tensor
+    excess: Tensor
+    overlap: Tensor
+    verifier_rest: Tensor
+    slack: Tensor
+
+    @classmethod
+    def of(cls, candidates: Candidates, tv: Tensor, temperature: float) -> TailedLaws:
+        """Laws at a temperature in (0, 1]; `tv` [N] is of those laws.
+
+        Below 1 a tail's share after tempering is only bounded, by its mass and its likeliest token; the
+        middle of the bounds is taken and half their distance given as slack.
+
+        Raises:
+            InputError: a temperature above 1, where the tail's share has no useful bound.
+        """
+        if not 0 < temperature <= 1:
+            raise InputError(
+                f"temperature {temperature}: logged candidates bound a token rule's law at temperatures "
+                "0 to 1 only; measure it with decode"
+            )
+        q, tail_q, slack_q = _tempered(candidates.drafter_logprobs, candidates.drafter_least, temperature)
+        p, tail_p, slack_p = _tempered(candidates.verifier_logprobs, candidates.verifier_least, temperature)
+        logged = (q - p).clamp(min=0.0).sum(dim=-1)
+        # Rounding in the log (half precision) may leave d slightly outside what the masses allow.
+        excess = torch.minimum((tv.double() - logged).clamp(min=0.0), tail_q)
+        overlap = torch.minimum(tail_q - excess, tail_p)
+        return cls(q, p, excess, overlap, tail_p - overlap, slack_q + slack_p)
+
+    def with_tail(self, dispersed: bool) -> tuple[Tensor, Tensor]:
+        """(q, p) with the tail's pseudo tokens appended, [N, K+3] or [N, K+2]."""
+        zero = torch.zeros_like(self.excess)
+        if dispersed:
+            tail_q, tail_p = [self.overlap, self.excess, zero], [self.overlap, zero, self.verifier_rest]
+        else:
+            tail_q, tail_p = [self.overlap + self.excess, zero], [self.overlap, self.verifier_rest]
+        return (
+            torch.cat([self.q, torch.stack(tail_q, dim=-1)], dim=-1),
+            torch.cat([self.p, torch.stack(tail_p, dim=-1)], dim=-1),
+        )
+
+
+def _tempered(logprobs: Tensor, least: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Candidate probabilities, tail mass and its uncertainty after dividing logits by the temperature."""
+    tail = (1 - logprobs.exp().sum(dim=-1)).clamp(min=0.0)
+    if temperature == 1:
+        return logprobs.exp(), tail, torch.zeros_like(tail)
+    powered = (logprobs / temperature).exp()
+    logged = powered.sum(dim=-1)
+    # The sum of q^(1/T) over a tail whose tokens are at most `least`.
+    most = tail * (least * (1 / temperature - 1)).exp()
+    middle = logged + most / 2
+    return powered / middle.unsqueeze(-1), most / 2 / middle, most / (logged + most) / 2
+
+
+def needs_candidates(candidates: Candidates | None, rule: str) -> Candidates:
+    """The candidates, or InputError where a rule cannot be scored without them."""
+    if candidates is None:
+        raise InputError(f"rule {rule}: its law needs logged candidates; pass candidates=")
+    return candidates
+
+
+def argmax_logprobs(summary: Summary) -> tuple[Tensor, Tensor]:
+    """(log q, log p) of the drafter's argmax as one candidate, [N, 1] each."""
+    return (
+        summary["drafter_max"].double().log().unsqueeze(-1),
+        summary["verifier_at_drafter_argmax"].double().log().unsqueeze(-1),
+    )
