@@ -78,19 +78,21 @@ def _check_execution(request: Request) -> None:
         raise InputError(f"execution is {execution!r}; use one of {', '.join(EXECUTION_NAMES)}")
     if execution == "speculative":
         return
-    if not isinstance(rule, PositionRule) and rule.drafts and rule.name != "lossless":
+    if not isinstance(rule, PositionRule):
         raise InputError(
             f"execution={execution!r} needs a rule that decides per position; {rule.name} does not"
         )
-    if execution in ("lazy", "sequence") and rule.stage != "draft":
+    if execution in ("lazy", "sequence") and rule.stage != "draft" and rule.name != "drafter_only":
         raise InputError(
             f"execution={execution!r} decides before the verifier has run; rule {rule.name} is of stage "
             f"{rule.stage!r}; use a rule of stage 'draft' (chow, chow_log, a draft-stage head)"
         )
     if request.max_request_loss is not None:
         raise InputError(f"max_request_loss needs execution='speculative', not {execution!r}")
-    if request.stop is not None and execution != "lazy":
-        raise InputError(f"stop needs execution='speculative' or 'lazy', not {execution!r}")
+    if request.stop is not None:
+        raise InputError(f"stop shortens drafted blocks: it needs execution='speculative', not {execution!r}")
+    if request.token_streamer is not None and execution == "sequence":
+        raise InputError("token_streamer: execution='sequence' may take back a whole text; leave it out")
 
 
 def _check_models(model: Any, drafter: Any, vocab_size: int | None) -> None:

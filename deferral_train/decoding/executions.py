@@ -4,8 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from deferral_train.decoding.lazy import lazy_cascade
 from deferral_train.decoding.loop import Cascade, speculative
+from deferral_train.decoding.sequence import sequence_cascade
+from deferral_train.decoding.token_execution import token_cascade
 
 EXECUTIONS: dict[str, Callable[[Cascade], None]] = {
     "speculative": speculative,
+    "token": token_cascade,
+    "lazy": lazy_cascade,
+    "sequence": sequence_cascade,
 }
+
+
+def execute(execution: str, cascade: Cascade) -> None:
+    """Run the cascade until every row has ended.
+
+    The drafter alone needs no verification, whatever the execution: it runs as a token cascade that never defers.
+    """
+    alone = cascade.rule.name == "drafter_only"
+    EXECUTIONS["token" if alone else execution](cascade)

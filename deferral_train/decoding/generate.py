@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 
 from deferral_train.decoding import checks
 from deferral_train.decoding.criteria import EndOfRow
-from deferral_train.decoding.executions import EXECUTIONS
+from deferral_train.decoding.executions import execute
 from deferral_train.decoding.hidden import HiddenTap, tap_hidden
 from deferral_train.decoding.laws import SamplingLaws
 from deferral_train.decoding.loop import Cascade
@@ -124,7 +124,7 @@ def cascade_generate(
         )  # fmt: skip
         if stop is not None:
             stop.start(len(input_ids), num_draft_tokens)
-        EXECUTIONS[execution](cascade)
+        execute(execution, cascade)
     if token_streamer is not None:
         token_streamer.end()
     stats = ledger.finish(cascade.verifier.passes, cascade.drafter.passes)

@@ -62,8 +62,10 @@ class Cascade:
     token_streamer: Any = None
     token_log: Any = None
     context_fields: frozenset[str] = field(init=False)
+    active: list[Stepper] = field(init=False)  # models whose caches follow the running rows
 
     def __post_init__(self) -> None:
+        self.active = [self.drafter, self.verifier]
         asked = self.rule.needs | (self.rule.gap_needs if self.max_request_loss is not None else frozenset())
         self.context_fields = asked & CONTEXT_FIELDS
         if self.max_request_loss is not None:
@@ -273,7 +275,7 @@ def _leave(cascade: Cascade, kept: list[int]) -> None:
     tokens.keep_rows(kept, index)
     if not kept:
         return
-    for stepper in (cascade.drafter, cascade.verifier):
+    for stepper in cascade.active:
         stepper.keep_rows(kept, index)
     if cascade.spent is not None:
         cascade.spent = cascade.spent.index_select(0, index)

@@ -92,6 +92,14 @@ class TokenRows:
         self.lengths = [self.lengths[place] for place in kept]
         self.index = self.index.index_select(0, index)
 
+    def restart(self, rows: Sequence[int]) -> None:
+        """Run these rows of the call again from their prompts."""
+        self.rows = list(rows)
+        self.index = torch.tensor(self.rows, dtype=torch.long, device=self.device)
+        self.lengths = [self.prompt_length] * len(self.rows)
+        for row in self.rows:
+            self.final_lengths[row] = self.prompt_length
+
     def sequences(self) -> Tensor:
         """All rows, prompt and emitted tokens, padded on the right to the longest, [R, L]."""
         longest = max(self.final_lengths)
