@@ -76,7 +76,9 @@ class RowLayer(DynamicLayer):
         self.end += tokens_to_remove
 
     def move_right(self, rows: Tensor, columns: int) -> None:
-        """Shift the given rows so that their last ``columns`` columns are overwritten by what stood before them."""
+        """Shift the given rows so that their last ``columns`` columns are overwritten by what stood before
+        them.
+        """
         source, target = slice(self.start, self.end - columns), slice(self.start + columns, self.end)
         self.keys[rows, :, target] = self.keys[rows, :, source]
         self.values[rows, :, target] = self.values[rows, :, source]

@@ -37,6 +37,7 @@ class Request:
     max_request_loss: float | None
     stop: Any
     token_streamer: Any
+    token_log: Any
     vocab_size: int | None
     model_kwargs: dict[str, Any]
 
@@ -91,6 +92,8 @@ def _check_execution(request: Request) -> None:
         raise InputError(f"max_request_loss needs execution='speculative', not {execution!r}")
     if request.stop is not None:
         raise InputError(f"stop shortens drafted blocks: it needs execution='speculative', not {execution!r}")
+    if request.token_log is not None:
+        raise InputError(f"token_log needs execution='speculative', not {execution!r}")
     if request.token_streamer is not None and execution == "sequence":
         raise InputError("token_streamer: execution='sequence' may take back a whole text; leave it out")
 

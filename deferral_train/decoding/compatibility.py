@@ -1,4 +1,6 @@
-"""Does a head belong to this pair? Another vocabulary never works; other weights only where the user accepts it."""
+"""Does a head belong to this pair? Another vocabulary never works; other weights only where the user accepts
+it.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ def check_head(
     """Compare what the head recorded with the pair that it is to serve.
 
     Args:
-        head: an object with ``metadata`` ({"pair": fingerprints, "certificate": ...}); one without is not checked.
+        head: an object with ``metadata`` ({"pair": fingerprints, "certificate": ...}); one without is not
+            checked.
         fingerprints: of the loaded pair: ``drafter``, ``verifier``, ``tokenizer``.
         facts: what else is so here: ``vocab_size``, ``dtype``, ``quantization``, ``temperature``.
         accept_mismatch: go on with other weights, number formats or temperatures.

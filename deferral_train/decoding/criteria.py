@@ -1,4 +1,6 @@
-"""When a row ends: end-of-sequence tokens, length and any other stopping criterion, checked token by token."""
+"""When a row ends: end-of-sequence tokens, length and any other stopping criterion, checked token by
+token.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from deferral_train.decoding.tokens import TokenRows
 
 
 class EndOfRow:
-    """Splits a prepared list of stopping criteria into what is checked for a block at once and what per token.
+    """Splits a prepared list of stopping criteria into what is checked for a block at once and what per
+    token.
 
     Attributes:
         max_length: columns that a row may fill, the least of the length criteria.

@@ -20,7 +20,8 @@ EXECUTIONS: dict[str, Callable[[Cascade], None]] = {
 def execute(execution: str, cascade: Cascade) -> None:
     """Run the cascade until every row has ended.
 
-    The drafter alone needs no verification, whatever the execution: it runs as a token cascade that never defers.
+    The drafter alone needs no verification, whatever the execution: it runs as a token cascade that never
+        defers.
     """
     alone = cascade.rule.name == "drafter_only"
     EXECUTIONS["token" if alone else execution](cascade)

@@ -61,7 +61,8 @@ def cascade_generate(
 ) -> Tensor | CascadeOutput:
     """Decode with a drafter and a verifier under a deferral rule; use as::
 
-        verifier.generate(**inputs, custom_generate=cascade_generate, drafter=drafter, rule=make_rule("opt", alpha=0.2))
+        verifier.generate(**inputs, custom_generate=cascade_generate, drafter=drafter, rule=make_rule("opt",
+        alpha=0.2))
 
     transformers prepares everything (processors, criteria, encoder states) and hands it over.
 
@@ -98,7 +99,8 @@ def cascade_generate(
     rule = make_rule(rule) if isinstance(rule, str) else rule
     request = checks.Request(
         model, drafter, input_ids, generation_config, rule, num_draft_tokens, execution, bonus,
-        max_request_loss, stop, token_streamer, vocab_size, model_kwargs,
+        max_request_loss, stop, token_streamer, token_log, vocab_size,
+        model_kwargs,
     )  # fmt: skip
     checks.check_request(request)
     ends = EndOfRow(stopping_criteria or [], generation_config.max_length)
@@ -162,7 +164,9 @@ def _encoders(
     drafter_inputs: dict[str, Tensor] | None,
     rows: int,
 ) -> list[tuple[Tensor, Tensor | None] | None]:
-    """Encoder states and masks of drafter and verifier, one row per decoded row; None for decoder-only models."""
+    """Encoder states and masks of drafter and verifier, one row per decoded row; None for decoder-only
+    models.
+    """
     if not model.config.is_encoder_decoder:
         return [None, None]
     mask = _padding_or_none(model_kwargs.get("attention_mask"))

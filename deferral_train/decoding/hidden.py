@@ -27,7 +27,8 @@ class HiddenTap:
 
 @contextlib.contextmanager
 def tap_hidden(model: Any, wanted: bool = True) -> Iterator[HiddenTap | None]:
-    """Record the decoder's output (after its final norm, ``hidden_states[-1]``) of each pass; None if not wanted.
+    """Record the decoder's output (after its final norm, ``hidden_states[-1]``) of each pass; None if not
+    wanted.
 
     The hook is removed on leaving, also when an error leaves.
     """

@@ -67,11 +67,15 @@ class SamplingLaws:
         return self._whole is not None or bool(self._shaping)
 
     def decision(self, logits: Tensor, tokens: TokenRows, offset: int = 0) -> Tensor:
-        """Decision logits of ``logits`` [B, k, V], whose row j follows the prefix of ``offset + j`` more tokens."""
+        """Decision logits of ``logits`` [B, k, V], whose row j follows the prefix of ``offset + j`` more
+        tokens.
+        """
         return self._through(self.processors, logits, tokens, offset)
 
     def sampling(self, logits: Tensor, decision: Tensor, tokens: TokenRows, offset: int = 0) -> Tensor | None:
-        """Logits after temperature and truncation [B, k, V]; None where softmax(decision / temperature) is meant."""
+        """Logits after temperature and truncation [B, k, V]; None where softmax(decision / temperature) is
+        meant.
+        """
         if self._whole is not None:
             return self._through(self._whole, logits, tokens, offset)
         if not self._shaping:

@@ -1,8 +1,8 @@
 """Lazy cascade: a draft-stage rule decides, and the verifier is called only when it is needed.
 
 Tokens that the rule keeps are emitted unverified. Where it defers, the drafted token is checked against the
-verifier: one pass scores it and takes in every token emitted since the last pass; if it stands, the same pass gives
-a bonus token. The target law is the token cascade's, except that bonus tokens follow the verifier
+verifier: one pass scores it and takes in every token emitted since the last pass; if it stands, the same
+pass gives a bonus token. The target law is the token cascade's, except that bonus tokens follow the verifier
 (``bonus="exact"`` withholds them).
 """
 

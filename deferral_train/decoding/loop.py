@@ -78,7 +78,9 @@ class Cascade:
 
 
 def speculative(cascade: Cascade) -> None:
-    """Draft a block, verify it in one pass, emit what the rule's target law lets through; until all rows end."""
+    """Draft a block, verify it in one pass, emit what the rule's target law lets through; until all rows
+    end.
+    """
     while cascade.running:
         draft = propose(cascade)
         verdict = judge(cascade, draft)
@@ -216,12 +218,14 @@ def judge(cascade: Cascade, draft: Draft) -> Verdict:
         spent=cascade.spent,
     )
     if cascade.token_log is not None:
-        cascade.token_log.block(cascade, draft, decision, sampling, verdict)
+        cascade.token_log.block(cascade, draft, decision, verdict)
     return verdict
 
 
 def context_of(cascade: Cascade, draft: Draft) -> Summary | None:
-    """Summary fields [B, T (+1 for an exact bonus)] that logits do not give, as far as the rule asks for them."""
+    """Summary fields [B, T (+1 for an exact bonus)] that logits do not give, as far as the rule asks for
+    them.
+    """
     if not cascade.context_fields:
         return None
     columns = draft.logits.shape[1]

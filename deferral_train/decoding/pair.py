@@ -273,7 +273,9 @@ def pad_batch(rows: Sequence[Sequence[int]], pad: int, models: ModelPair) -> dic
     """``input_ids`` and ``attention_mask``: padded left for decoder-only models, right for an encoder."""
     width = max(len(row) for row in rows)
     right = models.is_encoder_decoder
-    ids = [[*row, *[pad] * (width - len(row))] if right else [*[pad] * (width - len(row)), *row] for row in rows]
+    ids = [
+        [*row, *[pad] * (width - len(row))] if right else [*[pad] * (width - len(row)), *row] for row in rows
+    ]
     ones = [[1] * len(row) for row in rows]
     mask = [[*one, *[0] * (width - len(one))] if right else [*[0] * (width - len(one)), *one] for one in ones]
     return {

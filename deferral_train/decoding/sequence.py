@@ -1,7 +1,7 @@
 """Sequence cascade: the drafter writes the whole answer, then the rule decides once per row.
 
-SeqCascade[Chow] of the paper: leave the row to the verifier iff q(x | prompt) < 1 - alpha. Other draft-stage rules
-see the mean entropy of the row, heads the means of their gap and D_TV.
+SeqCascade[Chow] of the paper: leave the row to the verifier iff q(x | prompt) < 1 - alpha. Other draft-stage
+rules see the mean entropy of the row, heads the means of their gap and D_TV.
 """
 
 from __future__ import annotations

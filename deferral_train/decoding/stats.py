@@ -1,4 +1,6 @@
-"""What happened in a run: counts per row, counts per drafted position, model passes, the origin of every token."""
+"""What happened in a run: counts per row, counts per drafted position, model passes, the origin of every
+token.
+"""
 
 from __future__ import annotations
 
@@ -151,7 +153,9 @@ class Ledger:
         origin: Tensor,
         deferred: Tensor,
     ) -> None:
-        """One verified block: per running row what was proposed, accepted and emitted after cutting, [B] each."""
+        """One verified block: per running row what was proposed, accepted and emitted after cutting, [B]
+        each.
+        """
         self.blocks.append(_Block(rows, proposed, accepted, counts, drafter_calls, origin, deferred))
 
     def emit(self, row: int, origin: Origin) -> None:

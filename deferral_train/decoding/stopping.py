@@ -98,7 +98,9 @@ def _probability(name: str, value: float) -> None:
 
 @dataclass
 class ConfidenceStop(StopDrafting):
-    """Stop once the drafted token's probability is below ``threshold`` (transformers' assistant threshold)."""
+    """Stop once the drafted token's probability is below ``threshold`` (transformers' assistant
+    threshold).
+    """
 
     threshold: float = 0.4
 

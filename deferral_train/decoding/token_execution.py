@@ -1,7 +1,8 @@
 """Token cascade: one decision per token, no block (Narasimhan et al. 2025, Algorithms 2 and 3).
 
-A draft-stage rule calls the verifier only where it defers; the tokens kept since its last call are then fed to it
-in the same pass. A rule that reads the verifier calls it at every token (the oracle cascade, Algorithm 3).
+A draft-stage rule calls the verifier only where it defers; the tokens kept since its last call are then fed
+to it in the same pass. A rule that reads the verifier calls it at every token (the oracle cascade, Algorithm
+3).
 """
 
 from __future__ import annotations

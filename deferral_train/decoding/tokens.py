@@ -62,7 +62,9 @@ class TokenRows:
         return len(self.rows) == len(self.ids) and min(self.lengths) == max(self.lengths)
 
     def window(self, behind: int, ahead: int) -> Tensor:
-        """The last ``behind`` tokens of each running row and ``ahead`` columns beyond, [B, behind + ahead]."""
+        """The last ``behind`` tokens of each running row and ``ahead`` columns beyond, [B, behind +
+        ahead].
+        """
         if self._uniform():
             length = self.lengths[0]
             return self.ids[:, length - behind : length + ahead]

@@ -1,0 +1,244 @@
+"""``decode``: prompts in, any list of rules side by side; outputs as rows finish, a summary at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deferral_train import provenance
+from deferral_train.decoding.compatibility import Consulted, check_consulted, with_counting
+from deferral_train.decoding.outputs import BATCHES, OutputFolder, read_lines
+from deferral_train.decoding.pair import BatchResult, Pair, Settings
+from deferral_train.decoding.stopping import StopDrafting
+from deferral_train.decoding.summary import summarize_rule
+from deferral_train.decoding.token_log import TokenLog
+from deferral_train.errors import InputError
+from deferral_train.pairs.encode import EncodedPrompt
+from deferral_train.pairs.prompts import Prompt
+from deferral_train.rules.base import Rule
+from deferral_train.rules.registry import make_rule
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How to run ``decode``.
+
+    Attributes:
+        settings: of the decoding itself.
+        repetitions: times that every batch is decoded with every rule; rules take turns batch by batch, so
+            that
+            whatever else the machine does falls on all of them.
+        log_tokens: candidates per model to record for every token; 0 records none.
+        sort_by_length: put prompts of like length into one batch.
+    """
+
+    settings: Settings = field(default_factory=Settings)
+    repetitions: int = 1
+    log_tokens: int = 0
+    sort_by_length: bool = True
+
+    def __post_init__(self) -> None:
+        if self.repetitions < 1:
+            raise InputError(f"repetitions is {self.repetitions}; give at least 1")
+        if self.log_tokens < 0:
+            raise InputError(f"log_tokens is {self.log_tokens}; give a number of candidates, 0 for none")
+
+
+@dataclass
+class _Contestant:
+    label: str
+    rule: Rule
+    stop: StopDrafting | None
+    counters: list[Consulted]
+    drafted: int = 0
+
+
+def decode(
+    pair: Pair,
+    prompts: Sequence[Prompt],
+    rules: Mapping[str, Rule] | Sequence[Rule | str],
+    config: DecodeConfig | None = None,
+    out: str | Path = "runs/decode",
+) -> dict[str, Any]:
+    """Decode all prompts with all rules and write ``outputs.jsonl``, ``batches.jsonl`` and ``summary.json``.
+
+    Finished batches survive any interruption; the same call again does the rest and gives the same texts and
+    counts.
+
+    Args:
+        rules: rules by label, or a list of rules or names (labelled by name and dial).
+        out: folder for the outputs.
+
+    Returns:
+        the content of ``summary.json``.
+
+    Raises:
+        InputError: bad prompts or settings, a head of another pair, a folder that holds another run, too
+            little
+            memory (finished outputs stay on the disk).
+        RuntimeError: a head was configured but never asked.
+    """
+    config = config or DecodeConfig()
+    named = labelled(rules)
+    mismatches = {label: pair.check(rule, config.settings) for label, rule in named.items()}
+    encoded = pair.encode(prompts, config.settings)
+    references = {prompt.id: prompt.reference for prompt in prompts}
+    folder = OutputFolder(out, _identity(pair, prompts, named, config))
+    contestants = [_Contestant(label, *_counted(rule, config)) for label, rule in named.items()]
+    try:
+        _run(pair, encoded, references, contestants, config, folder)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise InputError(
+            f"out of memory at batch_size={config.settings.batch_size}; {len(folder.finished)} finished batches stay "
+            f"in {folder.folder}; decode again into another folder with a smaller batch_size"
+        ) from error
+    for contestant in contestants:
+        check_consulted(contestant.counters, contestant.drafted)
+    summary = _summary(folder, named, mismatches, config)
+    provenance.write_json(folder.folder / "summary.json", summary)
+    return summary
+
+
+def labelled(rules: Mapping[str, Rule] | Sequence[Rule | str]) -> dict[str, Rule]:
+    """Rules by label; a label says the name and the dial's value."""
+    if isinstance(rules, Mapping):
+        named = dict(rules)
+    else:
+        made = [make_rule(rule) if isinstance(rule, str) else rule for rule in rules]
+        named = {rule_label(rule): rule for rule in made}
+        if len(named) < len(made):
+            raise InputError("rules: the same rule is given twice; name each once")
+    if not named:
+        raise InputError("rules is empty; give at least one")
+    return named
+
+
+def rule_label(rule: Rule) -> str:
+    """For example ``opt:alpha=0.2``."""
+    return rule.name if rule.dial is None else f"{rule.name}:{rule.dial.parameter}={rule.dial_value:g}"
+
+
+def _counted(rule: Rule, config: DecodeConfig) -> tuple[Rule, StopDrafting | None, list[Consulted]]:
+    return with_counting(rule, config.settings.stop)
+
+
+def _identity(
+    pair: Pair, prompts: Sequence[Prompt], named: Mapping[str, Rule], config: DecodeConfig
+) -> dict[str, Any]:
+    settings = asdict(replace(config.settings, stop=None)) | {"stop": repr(config.settings.stop)}
+    return {
+        "prompts": provenance.hash_of([[p.id, p.prompt, p.reference] for p in prompts]),
+        "rules": {label: _describe(rule) for label, rule in named.items()},
+        "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()},
+        "repetitions": config.repetitions,
+        "log_tokens": config.log_tokens,
+        "sort_by_length": config.sort_by_length,
+        "pair": pair.models.fingerprints,
+    }
+
+
+def _describe(rule: Rule) -> str:
+    head = getattr(rule, "head", None)
+    weights = "" if head is None else provenance.hash_of(_weights(head))
+    return f"{rule.name}:{rule.dial_value}:{weights}" if head is not None else repr(rule)
+
+
+def _weights(head: Any) -> Any:
+    if not isinstance(head, torch.nn.Module):
+        return repr(head)
+    return [[name, tensor.flatten().tolist()] for name, tensor in sorted(head.state_dict().items())]
+
+
+def _run(
+    pair: Pair,
+    encoded: Sequence[EncodedPrompt],
+    references: Mapping[str, str | None],
+    contestants: Sequence[_Contestant],
+    config: DecodeConfig,
+    folder: OutputFolder,
+) -> None:
+    size = config.settings.batch_size
+    order = sorted(encoded, key=lambda p: -len(p.input_ids)) if config.sort_by_length else list(encoded)
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    jobs = [
+        (repetition, number, contestant)
+        for repetition in range(config.repetitions)
+        for number in range(len(batches))
+        for contestant in contestants
+    ]
+    open_jobs = [job for job in jobs if (job[2].label, job[0], job[1]) not in folder.finished]
+    if open_jobs:
+        _warm_up(pair, batches[0], contestants, config)
+    for repetition, number, contestant in open_jobs:
+        batch = batches[number]
+        log = TokenLog(len(batch), config.log_tokens) if config.log_tokens else None
+        stream = repetition * len(batches) + number
+        result = pair.decode_batch(batch, contestant.rule, config.settings, contestant.stop, stream, log)
+        contestant.drafted += int(result.stats.drafted.sum())
+        where = {"rule": contestant.label, "repetition": repetition, "batch": number}
+        rows = [
+            where | _row(pair, prompt, references[prompt.id], result, index, log)
+            for index, prompt in enumerate(batch)
+        ]
+        folder.append(rows, where | _batch(result))
+
+
+def _warm_up(
+    pair: Pair, batch: Sequence[EncodedPrompt], contestants: Sequence[_Contestant], config: DecodeConfig
+) -> None:
+    """A short call per rule, so that the first timed batch does not pay for first-time work."""
+    short = replace(config.settings, max_new_tokens=min(8, config.settings.max_new_tokens))
+    for contestant in contestants:
+        pair.decode_batch(batch[:1], contestant.rule, short, contestant.stop, 0)
+
+
+def _row(
+    pair: Pair, prompt: EncodedPrompt, reference: str | None, result: BatchResult, index: int, log: Any
+) -> dict[str, Any]:
+    tokens, stats = result.tokens[index], result.stats
+    row: dict[str, Any] = {
+        "id": prompt.id,
+        "text": pair.text(tokens),
+        "reference": reference,
+        "tokens": tokens,
+        "origin": stats.origin[index, : len(tokens)].tolist(),
+        "counts": stats.row(index),
+        "prompt_tokens": len(prompt.input_ids),
+        "spent": None if stats.spent is None else float(stats.spent[index]),
+    }
+    if log is not None:
+        row["token_log"] = log.of(index, len(tokens))
+    return row
+
+
+def _batch(result: BatchResult) -> dict[str, Any]:
+    return {
+        "rows": len(result.tokens),
+        "seconds": result.seconds,
+        "verifier_passes": result.stats.verifier_passes,
+        "drafter_passes": result.stats.drafter_passes,
+        "positions": {name: values.tolist() for name, values in result.stats.positions.items()},
+    }
+
+
+def _summary(
+    folder: OutputFolder, named: Mapping[str, Rule], mismatches: Mapping[str, list[str]], config: DecodeConfig
+) -> dict[str, Any]:
+    rows, batches = list(folder.rows()), list(read_lines(folder.folder / BATCHES))
+    rules = {
+        label: summarize_rule(
+            [row for row in rows if row["rule"] == label], [b for b in batches if b["rule"] == label]
+        )
+        | {"accepted_mismatches": mismatches[label]}
+        for label in named
+    }
+    return {
+        "rules": rules,
+        "repetitions": config.repetitions,
+        "settings": asdict(replace(config.settings, stop=None)) | {"stop": repr(config.settings.stop)},
+        "provenance": provenance.collect({"decode": config.settings.seed}),
+    }

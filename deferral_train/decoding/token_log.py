@@ -1,0 +1,72 @@
+"""What both models thought of every emitted token, for people who want to look (``decode --log-tokens``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deferral_train.decoding.loop import Cascade, Draft, context_of
+from deferral_train.rules.laws import Laws
+from deferral_train.rules.summary import Summary
+from deferral_train.rules.verify import Verdict
+
+
+class TokenLog:
+    """Per row and emitted token: both models' top candidates, estimated gap, D_TV and the decision.
+
+    Args:
+        rows: rows of the call.
+        top: candidates per model.
+    """
+
+    def __init__(self, rows: int, top: int = 5) -> None:
+        self.top = top
+        self.rows: list[list[dict[str, Any]]] = [[] for _ in range(rows)]
+
+    def block(self, cascade: Cascade, draft: Draft, decision: Tensor, verdict: Verdict) -> None:
+        """Take in a verified block; ``decision`` [B, T+1, V] are the verifier's decision logits."""
+        depth = draft.tokens.shape[1]
+        verifier = _candidates(decision, self.top)
+        drafter = _candidates(draft.logits[:, :depth], self.top) if depth else None
+        gaps, distances = self._gap_and_tv(cascade, draft, decision) if depth else ([], [])
+        accepted, following = verdict.accepted.tolist(), verdict.next_token.tolist()
+        deferred = verdict.deferred.tolist()
+        for place, row in enumerate(cascade.tokens.rows):
+            for step in range(accepted[place] + int(following[place] >= 0)):
+                entry: dict[str, Any] = {"verifier_top": verifier[place][step]}
+                if drafter is not None and step < int(draft.lengths[place]):
+                    entry |= {
+                        "drafted": int(draft.tokens[place, step]),
+                        "drafter_top": drafter[place][step],
+                        "gap": round(gaps[place][step], 6),
+                        "tv": round(distances[place][step], 6),
+                        "deferred": bool(deferred[place][step]),
+                    }
+                self.rows[row].append(entry)
+
+    def _gap_and_tv(
+        self, cascade: Cascade, draft: Draft, decision: Tensor
+    ) -> tuple[list[list[float]], list[list[float]]]:
+        rule, depth = cascade.rule, draft.tokens.shape[1]
+        laws = Laws.of(draft.logits[:, :depth], decision[:, :depth], cascade.laws.temperature)
+        context = context_of(cascade, draft)
+        if context is not None:
+            context = Summary({name: context[name][:, :depth] for name in context.names})
+        summary = rule.read(laws, draft.tokens, context, rule.gap_needs | {"tv"})
+        gap = rule.estimated_gap(summary)
+        return gap.tolist(), summary["tv"].tolist()
+
+    def of(self, row: int, emitted: int) -> list[dict[str, Any]]:
+        """The entries of the tokens that row ``row`` really emitted."""
+        return self.rows[row][:emitted]
+
+
+def _candidates(logits: Tensor, top: int) -> list[list[list[list[float]]]]:
+    """Top ids and log probabilities [B, T, k, 2] as plain lists."""
+    values, ids = torch.log_softmax(logits, dim=-1).topk(min(top, logits.shape[-1]), dim=-1)
+    return [
+        [[[int(i), round(v, 4)] for i, v in zip(*pair)] for pair in zip(row_ids, row_values)]
+        for row_ids, row_values in zip(ids.tolist(), values.tolist())
+    ]
