@@ -17,10 +17,11 @@ from deferral_train.pairs import overlap
 from deferral_train.pairs.batches import Batches, PairBatches, WindowBatches
 from deferral_train.pairs.gate import GateResult, check_pair
 from deferral_train.pairs.load import load_models, load_tokenizer, without_bars
+from deferral_train.pairs.models import load_trained, new_model
 from deferral_train.pairs.optimise import LoopSettings, Report, optimise
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.pairs.tokenizer import train_tokenizer
-from deferral_train.pairs.train_config import ModelSize, PairConfig, Schedule
+from deferral_train.pairs.train_config import PairConfig, Schedule
 from deferral_train.pairs.training_text import TrainingText, load_training_text
 
 RECORD = "pair.json"
@@ -91,7 +92,7 @@ def _train(config: PairConfig, out: Path, progress: Progress | None) -> PairResu
         for offset, (role, schedule) in enumerate(_schedules(config).items())
     }
     losses = {"verifier": _one_model("verifier", config, out, tokenizer, batches["verifier"], None, progress)}
-    teacher = _load(config, out / "verifier") if config.drafter_schedule.distil else None
+    teacher = load_trained(config, out / "verifier") if config.drafter_schedule.distil else None
     losses["drafter"] = _one_model("drafter", config, out, tokenizer, batches["drafter"], teacher, progress)
     pair = load_models(out / "drafter", out / "verifier", device="cpu", dtype="float32")
     gate = check_pair(pair, text.heldout, context=config.context)
@@ -127,7 +128,7 @@ def _one_model(
     if (out / role).is_dir() and kept.is_file():
         return float(json.loads(kept.read_text())["loss"])
     schedule = _schedules(config)[role]
-    model = new_model(config, config.verifier if role == "verifier" else config.drafter, tokenizer, role)
+    model = new_model(config, role, tokenizer)
     settings = LoopSettings(
         checkpoint=out / "work" / f"{role}.pt",
         outcome=config.outcome_hash(),
@@ -178,34 +179,3 @@ def _batches(config: PairConfig, tokenizer: Any, texts: Sequence[Prompt], size: 
 def _encode(tokenizer: Any, texts: list[str], longest: int | None) -> list[list[int]]:
     rows = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
     return [row if longest is None or len(row) <= longest else [*row[: longest - 1], row[-1]] for row in rows]
-
-
-def new_model(config: PairConfig, size: ModelSize, tokenizer: Any, role: str) -> Any:
-    """A freshly initialised model; weights depend on the seed and the role alone."""
-    from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
-
-    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed * 2 + (role == "verifier"))
-        if config.kind == "t5":
-            shape = T5Config(
-                vocab_size=len(tokenizer), d_model=size.width, d_kv=size.width // size.heads,
-                d_ff=size.feed_forward, num_layers=size.layers, num_decoder_layers=size.layers,
-                num_heads=size.heads, dropout_rate=0.0, feed_forward_proj="gated-gelu",
-                tie_word_embeddings=True, decoder_start_token_id=tokenizer.pad_token_id, **ids,
-            )  # fmt: skip
-            return T5ForConditionalGeneration(shape)
-        shape = LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=size.width, intermediate_size=size.feed_forward,
-            num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.heads,
-            max_position_embeddings=max(1024, 4 * config.context), tie_word_embeddings=True,
-            bos_token_id=None, **ids,
-        )  # fmt: skip
-        return LlamaForCausalLM(shape)
-
-
-def _load(config: PairConfig, folder: Path) -> Any:
-    from transformers import LlamaForCausalLM, T5ForConditionalGeneration
-
-    kind = T5ForConditionalGeneration if config.kind == "t5" else LlamaForCausalLM
-    return kind.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)

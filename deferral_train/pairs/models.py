@@ -1,0 +1,61 @@
+"""Fresh Llama-style and T5 models of a given size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deferral_train.pairs.train_config import ModelSize, PairConfig
+
+
+def new_model(config: PairConfig, role: str, tokenizer: Any) -> Any:
+    """A freshly initialised drafter or verifier (``role``); weights depend on the seed and the role alone."""
+    size = config.verifier if role == "verifier" else config.drafter
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed * 2 + (role == "verifier"))
+        build = _t5 if config.kind == "t5" else _llama
+        return build(size, config.context, {"vocab_size": len(tokenizer), "tie_word_embeddings": True, **ids})
+
+
+def load_trained(config: PairConfig, folder: Path) -> Any:
+    """A finished model of the pair, frozen, in eval mode."""
+    from transformers import LlamaForCausalLM, T5ForConditionalGeneration
+
+    kind = T5ForConditionalGeneration if config.kind == "t5" else LlamaForCausalLM
+    return kind.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+
+
+def _t5(size: ModelSize, context: int, common: dict[str, Any]) -> Any:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        d_model=size.width,
+        d_kv=size.width // size.heads,
+        d_ff=size.feed_forward,
+        num_layers=size.layers,
+        num_decoder_layers=size.layers,
+        num_heads=size.heads,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        **{"decoder_start_token_id": common["pad_token_id"], **common},
+    )
+    return T5ForConditionalGeneration(config)
+
+
+def _llama(size: ModelSize, context: int, common: dict[str, Any]) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=size.width,
+        intermediate_size=size.feed_forward,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
+        max_position_embeddings=max(1024, 4 * context),
+        bos_token_id=None,
+        **common,
+    )
+    return LlamaForCausalLM(config)
