@@ -1,0 +1,67 @@
+"""The operating points: every rule's dial set on the calibration part to the same price, and the best rule there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from deferral_train.evaluation import score_rules
+from deferral_train.evaluation.table import ScoreTable
+from deferral_train.pipeline.config import OperatingPointConfig
+from deferral_train.traces import Traces
+
+# Fine enough that neighbouring settings differ by less than a point of rejection rate on real pairs.
+DIAL_POINTS = 201
+# Comparisons across rule families need the loss of the token that is emitted, not of the model deferred to.
+LOSS = "emitted_risk"
+
+
+def choose_points(
+    traces: Traces, rules: Mapping[str, str], config: OperatingPointConfig, num_draft_tokens: int, seed: int
+) -> dict[str, Any]:
+    """Dial value of every rule that comes nearest to the wanted rejection rate, and the rule that loses least there.
+
+    Args:
+        traces: of the calibration part.
+        rules: name to be shown -> spec without a dial value.
+
+    Returns:
+        ``{"target_rejection_rate", "points": {name: {...}}, "best"}``; risks are token error rates.
+    """
+    table = score_rules(
+        traces, dict(rules), grid=DIAL_POINTS, bootstrap=0, num_draft_tokens=num_draft_tokens, seed=seed
+    )
+    target = config.rejection_share * float(table["lossless"].metrics["rejection_rate"][0])
+    points = {name: _nearest(table, name, target, config.rejection_share) for name in rules}
+    return {
+        "target_rejection_rate": target,
+        "points": points,
+        "best": min(points, key=lambda name: points[name]["risk_at_match"]),
+        "lossless_risk": float(table["lossless"].metrics[LOSS][0]),
+        "drafter_risk": float(table["drafter_only"].metrics[LOSS][0]),
+    }
+
+
+def _nearest(table: ScoreTable, name: str, target: float, share: float) -> dict[str, Any]:
+    scores = table[name]
+    rates = scores.metrics["rejection_rate"]
+    index = int(np.abs(rates - target).argmin())
+    at_match, _ = table.curve(name, LOSS).at([share])
+    return {
+        "parameter": scores.parameter,
+        "value": scores.values[index],
+        "rejection_rate": float(rates[index]),
+        "risk": float(scores.metrics[LOSS][index]),
+        "risk_at_match": float(at_match[0]),
+        "predicted_acceptance_length": float(scores.metrics["acceptance_length"][index]),
+    }
+
+
+def with_value(spec: str, parameter: str | None, value: float | None) -> str:
+    """``opt`` and 0.2 to ``opt:alpha=0.2``; ``learned:head=F`` and 0.1 to ``learned:head=F,alpha=0.1``."""
+    if parameter is None or value is None:
+        return spec
+    # repr keeps every digit: a dial rounded for show could land on the other side of a step.
+    return f"{spec}{',' if ':' in spec else ':'}{parameter}={value!r}"
