@@ -39,7 +39,7 @@ class Curve:
     x_redrawn: np.ndarray
     y_redrawn: np.ndarray
 
-    def at(self, shares: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    def at(self, shares: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Value at each share of the cost range, [M] and redrawn [M, B]."""
         wanted = np.asarray(shares, dtype=np.float64)
         redrawn = [at_share(x, y, wanted) for x, y in zip(self.x_redrawn.T, self.y_redrawn.T)]

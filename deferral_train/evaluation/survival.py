@@ -21,21 +21,21 @@ prefixes it is an approximation.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where rows sorted by prompt go in a padded [prompts, positions] grid.
+    """Where the rows of each prompt lie: rows are sorted by prompt, and by position within a prompt.
 
-    Args:
-        prompt: [N] prompt number of each row, 0-based and sorted; rows of one prompt in order of position.
+    Attributes:
         starts: [P] first row of each prompt. lengths: [P] rows of each prompt.
     """
 
-    prompt: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
 
@@ -43,50 +43,86 @@ class Layout:
     def of(cls, prompt: np.ndarray) -> Layout:
         """From sorted prompt numbers [N]; every number from 0 to the last must occur."""
         starts = np.flatnonzero(np.r_[True, prompt[1:] != prompt[:-1]]) if len(prompt) else np.zeros(0, int)
-        return cls(prompt, starts, np.diff(np.r_[starts, len(prompt)]))
+        return cls(starts, np.diff(np.r_[starts, len(prompt)]))
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Sums over the rows of each prompt: [.., N] to [.., P]."""
+        return np.add.reduceat(values, self.starts, axis=-1)
+
+    @cached_property
+    def longest_first(self) -> np.ndarray:
+        """Prompts in order of falling length, [P]."""
+        return np.argsort(-self.lengths, kind="stable")
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Expected work per prompt, each [.., P]: verifier ``calls``, ``judged`` drafted positions, ``rejected``
-    ones.
-    """
+    """Expected work per prompt, each [P, S]: verifier ``calls``, drafted positions ``judged``, ``rejected``
+    ones and, where asked for, ``deferred`` ones among the judged."""
 
     calls: np.ndarray
     judged: np.ndarray
     rejected: np.ndarray
+    deferred: np.ndarray | None = None
 
 
-def block_chain(acceptance: np.ndarray, layout: Layout, num_draft_tokens: int = 5) -> Blocks:
-    """Expected verifier calls for the logged sequences.
+def expected_calls(acceptance: np.ndarray, layout: Layout, num_draft_tokens: int = 5) -> np.ndarray:
+    """Expected verifier calls [P, S] of the logged sequences; see :func:`block_chain` for the arguments."""
+    calls = np.zeros((len(layout.lengths), acceptance.shape[1]), dtype=acceptance.dtype)
+    order = layout.longest_first
+    for rows, place, _ in _walk(acceptance, layout, num_draft_tokens):
+        calls[: len(rows)] += place[0]
+    return calls[np.argsort(order)]
+
+
+def block_chain(
+    acceptance: np.ndarray,
+    layout: Layout,
+    num_draft_tokens: int = 5,
+    deferral: np.ndarray | None = None,
+) -> Blocks:
+    """Expected calls and decisions of the logged sequences, under S settings at once.
 
     Args:
-        acceptance: [.., N] probability that a draft at this row's position is accepted.
+        acceptance: [N, S] probability that a draft at this row's position is accepted.
         layout: of the N rows.
         num_draft_tokens: block size g >= 1.
-
-    Prompts are walked longest first, so that at step t the ones still running are a prefix of the array.
+        deferral: [N, S] probability that the position is deferred where it is judged.
     """
-    lead = acceptance.shape[:-1]
-    flat = acceptance.reshape(-1, acceptance.shape[-1])
-    order = np.argsort(-layout.lengths, kind="stable")
-    lengths, starts = layout.lengths[order], layout.starts[order]
+    shape = (len(layout.lengths), acceptance.shape[1])
+    calls, judged, rejected, deferred = (np.zeros(shape, dtype=np.float64) for _ in range(4))
+    for rows, place, drafted in _walk(acceptance, layout, num_draft_tokens):
+        running = slice(len(rows))
+        calls[running] += place[0]
+        judged[running] += drafted
+        rejected[running] += drafted * (1 - acceptance[rows])
+        if deferral is not None:
+            deferred[running] += drafted * deferral[rows]
+    back = np.argsort(layout.longest_first)
+    return Blocks(calls[back], judged[back], rejected[back], None if deferral is None else deferred[back])
+
+
+def _walk(
+    acceptance: np.ndarray, layout: Layout, num_draft_tokens: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Step through positions: (rows [C], h [g+1, C, S], drafted = 1 - h[g] [C, S]) of the C prompts still
+    running.
+
+    Prompts come longest first, so that the running ones are always a leading part of the state.
+    """
+    lengths, starts = layout.lengths[layout.longest_first], layout.starts[layout.longest_first]
     running = np.searchsorted(-lengths, -np.arange(lengths.max(initial=0)), side="left")
-    calls, judged, rejected = (np.zeros((len(lengths), len(flat)), dtype=np.float64) for _ in range(3))
-    by_row = np.ascontiguousarray(flat.T)
-    place = [np.zeros((len(lengths), len(flat)), dtype=by_row.dtype) for _ in range(num_draft_tokens + 1)]
-    place[0][:] = 1
+    place = np.zeros((num_draft_tokens + 1, len(lengths), acceptance.shape[1]), dtype=acceptance.dtype)
+    place[0] = 1
+    after = np.empty_like(place)
     for step, count in enumerate(running):
-        accept = by_row[starts[:count] + step]
-        place = [part[:count] for part in place]
-        drafted = 1 - place[-1]
-        turned = drafted * (1 - accept)
-        calls[:count] += place[0]
-        judged[:count] += drafted
-        rejected[:count] += turned
-        place = [turned + place[-1], *(part * accept for part in place[:-1])]
-    back = np.argsort(order)
-    return Blocks(*(part[back].T.reshape(*lead, len(lengths)) for part in (calls, judged, rejected)))
+        rows = starts[:count] + step
+        accept, now = acceptance[rows], place[:, :count]
+        drafted = 1 - now[-1]
+        yield rows, now, drafted
+        np.multiply(now[:-1], accept, out=after[1:, :count])
+        np.subtract(1, drafted * accept, out=after[0, :count])  # (1-a)(1-h_g) + h_g
+        place, after = after, place
 
 
 def acceptance_given_token(drafter_prob: np.ndarray, target_prob: np.ndarray) -> np.ndarray:
@@ -99,19 +135,15 @@ def acceptance_given_token(drafter_prob: np.ndarray, target_prob: np.ndarray) ->
     return np.minimum(share, 1.0)
 
 
-def relative_latency(
-    calls: np.ndarray, judged: np.ndarray, tokens: np.ndarray, costs: dict[str, float]
-) -> np.ndarray:
-    """Predicted time against the verifier alone, from measured costs of one pass.
+def relative_latency(calls_per_token: np.ndarray, costs: Mapping[str, float]) -> np.ndarray:
+    """Predicted time against the verifier alone, from measured seconds of one pass; any shape.
 
-    time = calls * (verifier + num_draft_tokens * drafter + head) ; verifier alone = tokens * verifier_token.
+    A block costs verifier + num_draft_tokens * drafter + head; the verifier alone costs verifier_token per
+    token.
 
     Args:
-        costs: ``drafter`` and ``verifier`` seconds of one drafter step and one verifying pass,
-            ``num_draft_tokens``,
-            optional ``verifier_token`` (one-token verifier step, default ``verifier``) and ``head`` per
-            block.
+        costs: ``drafter`` and ``verifier``, seconds of one drafter step and one verifying pass,
+            ``num_draft_tokens``, optional ``verifier_token`` (default ``verifier``) and ``head`` per block.
     """
     block = costs["verifier"] + costs["num_draft_tokens"] * costs["drafter"] + costs.get("head", 0.0)
-    alone = costs.get("verifier_token", costs["verifier"])
-    return calls * block / (tokens * alone)
+    return calls_per_token * block / costs.get("verifier_token", costs["verifier"])

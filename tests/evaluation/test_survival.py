@@ -5,7 +5,13 @@ from functools import lru_cache
 import numpy as np
 import pytest
 
-from deferral_train.evaluation.survival import Layout, acceptance_given_token, block_chain, relative_latency
+from deferral_train.evaluation.survival import (
+    Layout,
+    acceptance_given_token,
+    block_chain,
+    expected_calls,
+    relative_latency,
+)
 
 
 def calls_by_recursion(acceptance: np.ndarray, block: int) -> float:
@@ -30,31 +36,35 @@ def test_calls_equal_the_definition_on_ragged_prompts(block: int) -> None:
     generator = np.random.default_rng(0)
     lengths = [7, 1, 12, 4]
     layout = Layout.of(np.repeat(np.arange(4), lengths))
-    acceptance = generator.uniform(size=(3, sum(lengths)))
-    blocks = block_chain(acceptance, layout, block)
+    acceptance = generator.uniform(size=(sum(lengths), 3))
+    deferral = np.clip(2 * (1 - acceptance), 0, 1)
+    blocks = block_chain(acceptance, layout, block, deferral)
+    np.testing.assert_allclose(expected_calls(acceptance, layout, block), blocks.calls)
     for setting in range(3):
         for prompt, (start, length) in enumerate(zip(layout.starts, layout.lengths)):
-            own = acceptance[setting, start : start + length]
-            assert blocks.calls[setting, prompt] == pytest.approx(calls_by_recursion(own, block))
+            own = acceptance[start : start + length, setting]
+            assert blocks.calls[prompt, setting] == pytest.approx(calls_by_recursion(own, block))
     # Every position is either drafted and judged, or the bonus after a full block; each rejection opens a
     # block.
-    assert (blocks.judged <= layout.lengths + 1e-9).all()
+    assert (blocks.judged <= layout.lengths[:, None] + 1e-9).all()
     assert (blocks.rejected <= blocks.calls + 1e-9).all()
+    assert (blocks.rejected <= blocks.deferred + 1e-9).all()
 
 
 def test_constant_acceptance_gives_the_textbook_length_on_long_sequences() -> None:
     a, block, n = 0.8, 5, 20000
-    blocks = block_chain(np.full(n, a), Layout.of(np.zeros(n, dtype=int)), block)
-    assert n / blocks.calls[0] == pytest.approx((1 - a ** (block + 1)) / (1 - a), rel=1e-3)
+    blocks = block_chain(np.full((n, 1), a), Layout.of(np.zeros(n, dtype=int)), block)
+    assert n / blocks.calls[0, 0] == pytest.approx((1 - a ** (block + 1)) / (1 - a), rel=1e-3)
 
 
 def test_iid_formula_is_off_where_acceptance_varies() -> None:
     """The reason for this module: half the positions always accepted, half never, in long runs."""
     acceptance = np.tile(np.r_[np.ones(60), np.zeros(60)], 20)
-    blocks = block_chain(acceptance, Layout.of(np.zeros(len(acceptance), dtype=int)), 5)
+    layout = Layout.of(np.zeros(len(acceptance), dtype=int))
+    calls = expected_calls(acceptance[:, None], layout, 5)[0, 0]
     iid = (1 - 0.5**6) / 0.5
-    assert len(acceptance) / blocks.calls[0] == pytest.approx(2 / (1 + 1 / 6), rel=0.01)
-    assert abs(iid - len(acceptance) / blocks.calls[0]) > 0.2
+    assert len(acceptance) / calls == pytest.approx(2 / (1 + 1 / 6), rel=0.01)
+    assert abs(iid - len(acceptance) / calls) > 0.2
 
 
 def test_conditioning_on_the_token_is_unbiased_for_sampled_sequences() -> None:
@@ -79,7 +89,7 @@ def test_conditioning_on_the_token_is_unbiased_for_sampled_sequences() -> None:
     before = np.c_[np.zeros(n, dtype=int), tokens[:, :-1]]
     given = acceptance_given_token(q[before, tokens], p[before, tokens]).ravel()
     layout = Layout.of(np.repeat(np.arange(n), length))
-    predicted = block_chain(given, layout, block).calls
+    predicted = expected_calls(given[:, None], layout, block)[:, 0]
     error = np.std(counted - predicted) / np.sqrt(n)
     assert abs(counted.mean() - predicted.mean()) < 4 * error  # fails by chance once in 16,000
     assert given.mean() == pytest.approx((1 - np.abs(p - q)[before].sum(-1) / 2).mean(), abs=0.01)
@@ -87,4 +97,4 @@ def test_conditioning_on_the_token_is_unbiased_for_sampled_sequences() -> None:
 
 def test_latency_counts_drafting_and_verifying() -> None:
     costs = {"drafter": 0.1, "verifier": 1.0, "num_draft_tokens": 5}
-    assert relative_latency(np.array(25.0), np.array(75.0), np.array(100.0), costs) == pytest.approx(0.375)
+    assert relative_latency(np.array(0.25), costs) == pytest.approx(0.375)

@@ -1,0 +1,43 @@
+"""What token and law rules do on a block, from the logged candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from deferral_train.evaluation.positions import Block
+from deferral_train.rules.base import Rule
+from deferral_train.rules.offline import deferral_rate, emitted_gold_risk, rejection_rate
+
+
+def law_sums(settings: Sequence[Rule], block: Block) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Sums per prompt [S, P'] and the rejection probability D_TV(q, pi) [S, n].
+
+    ``candidate_bound`` sums the most by which the unlogged tail can change the rejection probability. The
+    emitted token's loss needs a gold token; other truths do not say P(v) for every candidate.
+    """
+    by_prompt = block.layout.sums
+    rejections = [
+        rejection_rate(rule, block.summary, block.candidates, block.temperature) for rule in settings
+    ]
+    rejection = _stack([value for value, _ in rejections])
+    sums = {
+        "rejected": by_prompt(rejection),
+        "candidate_bound": by_prompt(_stack([bound for _, bound in rejections])),
+    }
+    deferred = [
+        deferral_rate(rule, block.summary, block.candidates, block.temperature)[0] for rule in settings
+    ]
+    sums["deferred"] = by_prompt(_stack(deferred))
+    if block.truth == "reference" and block.losses.emitted_drafter is not None:
+        risks = [
+            emitted_gold_risk(rule, block.summary, block.candidates, block.gold, block.temperature)[0]
+            for rule in settings
+        ]
+        sums["emitted_loss"] = by_prompt(_stack(risks))
+    return sums, rejection
+
+
+def _stack(rows: Sequence) -> np.ndarray:
+    return np.stack([row.numpy() for row in rows]).astype(np.float32)
