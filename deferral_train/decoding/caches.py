@@ -27,6 +27,9 @@ class RowLayer(DynamicLayer):
         capacity: columns allocated at first; grown by doubling.
     """
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, capacity: int) -> None:
         super().__init__()
         self.capacity = capacity
@@ -149,6 +152,11 @@ class RowCache(Cache):
         self.pads = list(pads)
         self.width = 0
 
+    @property
+    def written(self) -> list[RowLayer]:
+        """Layers in use: a T5 decoder shallower than its encoder leaves layers that are never written."""
+        return [layer for layer in self.layers if isinstance(layer, RowLayer) and layer.is_initialized]
+
     def extended(self, columns: int) -> None:
         """Record that the model has appended ``columns`` columns."""
         self.width += columns
@@ -173,9 +181,8 @@ class RowCache(Cache):
     def _move_right(self, rows: list[int], shift: int) -> None:
         for row in rows:
             self.pads[row] += shift
-        for layer in self.layers:
-            if layer.is_initialized:
-                layer.move_right(torch.tensor(rows, device=layer.device), shift)
+        for layer in self.written:
+            layer.move_right(torch.tensor(rows, device=layer.device), shift)
 
     def _trim(self) -> None:
         unused = min(self.pads)
@@ -185,10 +192,8 @@ class RowCache(Cache):
             self.pads = [pad - unused for pad in self.pads]
 
     def _each_layer(self, method: str, columns: int) -> None:
-        # A T5 decoder shallower than its encoder leaves layers that are never written.
-        for layer in self.layers:
-            if layer.is_initialized:
-                getattr(layer, method)(columns)
+        for layer in self.written:
+            getattr(layer, method)(columns)
 
     def keep_rows(self, rows: Sequence[int], index: Tensor) -> None:
         """Only these rows stay; ``index`` is the same selection on the device."""

@@ -110,8 +110,8 @@ def _check_models(model: Any, drafter: Any, vocab_size: int | None) -> None:
         raise InputError(f"vocab_size is {vocab_size}; the models have {sizes[0]} and {sizes[1]} columns")
     if vocab_size is None and sizes[0] != sizes[1]:
         raise InputError(
-            f"vocabularies differ: drafter {sizes[0]}, verifier {sizes[1]}; use a pair with one tokenizer, and "
-            "pass vocab_size=len(tokenizer) where one model only pads its vocabulary (load_pair does)"
+            f"vocabularies differ: drafter {sizes[0]}, verifier {sizes[1]}; use a pair with one tokenizer, "
+            "and pass vocab_size=len(tokenizer) where one model only pads its vocabulary (load_pair does)"
         )
 
 
@@ -156,8 +156,8 @@ def _check_lengths(request: Request) -> None:
         context = getattr(one.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if context is not None and longest > context:
             raise InputError(
-                f"prompt of {prompt} tokens and room for {longest - prompt} more exceed the {role}'s context of "
-                f"{context}; shorten the prompt or lower max_new_tokens"
+                f"prompt of {prompt} tokens and room for {longest - prompt} more exceed the {role}'s context "
+                f"of {context}; shorten the prompt or lower max_new_tokens"
             )
 
 

@@ -93,8 +93,8 @@ def decode(
         _run(pair, encoded, references, contestants, config, folder)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise InputError(
-            f"out of memory at batch_size={config.settings.batch_size}; {len(folder.finished)} finished batches stay "
-            f"in {folder.folder}; decode again into another folder with a smaller batch_size"
+            f"out of memory at batch_size={config.settings.batch_size}; {len(folder.finished)} finished batches "
+            f"stay in {folder.folder}; decode again into another folder with a smaller batch_size"
         ) from error
     for contestant in contestants:
         check_consulted(contestant.counters, contestant.drafted)

@@ -117,7 +117,7 @@ def cascade_generate(
         size = vocab_size or model.config.get_text_config(decoder=True).vocab_size
         capacity = min(tokens.ids.shape[1], tokens.prompt_length + 256)
         steppers = [
-            Stepper(one, tokens, capacity, margin, encoder, tap, size)
+            Stepper(one, tokens, capacity, margin, size, encoder, tap)
             for one, encoder, tap in zip((drafter, model), encoders, taps)
         ]
         cascade = Cascade(

@@ -7,6 +7,7 @@ drafted prefix.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,10 +56,12 @@ class SamplingLaws:
         warpers = [one for one in processors if isinstance(one, WARPERS)] if do_sample else []
         temperatures = [one.temperature for one in warpers if isinstance(one, hf.TemperatureLogitsWarper)]
         self.temperature = (float(temperatures[-1]) if temperatures else 1.0) if do_sample else 0.0
-        self._shaping = [] if len(warpers) == len(temperatures) <= 1 else warpers
+        self._shaping: list[Any] = [] if len(warpers) == len(temperatures) <= 1 else warpers
         # A processor behind a warper (watermarks) must stay behind it in the sampling law.
         last = [one for one in processors if do_sample or not isinstance(one, WARPERS)]
-        mixed = any(isinstance(a, WARPERS) and not isinstance(b, WARPERS) for a, b in zip(last, last[1:]))
+        mixed = any(
+            isinstance(a, WARPERS) and not isinstance(b, WARPERS) for a, b in itertools.pairwise(last)
+        )
         self._whole = last if mixed else None
 
     @property
@@ -82,7 +85,7 @@ class SamplingLaws:
             return None
         shaped = decision.flatten(0, 1)
         for warper in self._shaping:
-            shaped = warper(None, shaped)
+            shaped = warper(tokens.ids, shaped)  # warpers look at the scores alone
         return shaped.view_as(decision)
 
     def draw(self, decision: Tensor, sampling: Tensor | None, generator: torch.Generator | None) -> Tensor:

@@ -231,12 +231,12 @@ def context_of(cascade: Cascade, draft: Draft) -> Summary | None:
     columns = draft.logits.shape[1]
     place = torch.arange(columns, device=draft.tokens.device)[None].expand(len(draft.tokens), -1)
     generated = torch.tensor(cascade.tokens.lengths, device=place.device) - cascade.tokens.prompt_length
-    given = {"draft_position": place, "position": place + generated[:, None]}
+    given: dict[str, Tensor | None] = {"draft_position": place, "position": place + generated[:, None]}
     if "drafter_hidden" in cascade.context_fields:
         given["drafter_hidden"] = draft.hidden
     if "verifier_hidden" in cascade.context_fields:
         given["verifier_hidden"] = cascade.verifier.hidden(draft.tokens.shape[1] + 1)[:, :columns]
-    return Summary({name: given[name] for name in cascade.context_fields})
+    return Summary({name: value for name in cascade.context_fields if (value := given[name]) is not None})
 
 
 def emit(cascade: Cascade, draft: Draft, verdict: Verdict) -> None:

@@ -47,7 +47,8 @@ class OutputFolder:
         if hash_of(before) != hash_of(json.loads(json.dumps(identity))):
             changed = sorted(k for k in {*before, *identity} if before.get(k) != identity.get(k))
             raise InputError(
-                f"out={self.folder} holds a run with other {', '.join(changed) or 'settings'}; use another folder"
+                f"out={self.folder} holds a run with other {', '.join(changed) or 'settings'}; "
+                "use another folder"
             )
 
     def _recover(self) -> None:

@@ -36,9 +36,9 @@ class Stepper:
         tokens: TokenRows,
         capacity: int,
         margin: int | None,
+        vocab_size: int,
         encoder: tuple[Tensor, Tensor | None] | None = None,
         tap: HiddenTap | None = None,
-        vocab_size: int | None = None,
     ) -> None:
         self.model, self.tokens, self.tap, self.vocab_size = model, tokens, tap, vocab_size
         self.encoder = encoder
@@ -106,9 +106,11 @@ class Stepper:
         positions = (columns[:, self.cache.width :] - pads).clamp_(min=0)
         return (columns >= pads).long(), positions
 
-    def hidden(self, count: int) -> Tensor | None:
-        """Hidden states [B, count, D] of the newest columns of the latest pass, None without a tap."""
-        return None if self.tap is None else self.tap.last(count)
+    def hidden(self, count: int) -> Tensor:
+        """Hidden states [B, count, D] of the newest columns of the latest pass; needs a tap."""
+        if self.tap is None:
+            raise RuntimeError("hidden states were asked for without a tap")
+        return self.tap.last(count)
 
     def keep_rows(self, rows: Sequence[int], index: Tensor) -> None:
         """Finished rows leave: cache, encoder states and masks."""

@@ -91,7 +91,7 @@ def _context(cascade: Cascade) -> Summary | None:
     given = {"draft_position": torch.zeros_like(lengths), "position": lengths - tokens.prompt_length}
     for name, stepper in (("drafter_hidden", cascade.drafter), ("verifier_hidden", cascade.verifier)):
         if name in cascade.context_fields:
-            given[name] = stepper.hidden(1)[:, 0]  # type: ignore[index]
+            given[name] = stepper.hidden(1)[:, 0]
     return Summary({name: given[name] for name in cascade.context_fields})
 
 

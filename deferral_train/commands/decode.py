@@ -1,0 +1,157 @@
+"""`deferral-train decode`: prompts in, outputs and a summary out, for any list of rules side by side."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from deferral_train.errors import InputError
+
+if TYPE_CHECKING:
+    from deferral_train.decoding.stopping import StopDrafting
+
+STOPS = ("confidence", "cumulative", "entropy", "head", "speed")
+
+
+def run(
+    drafter: str,
+    verifier: str,
+    prompts: str,
+    out: str = "runs/decode",
+    rules: list[str] = ["lossless"],  # noqa: B006 - read only; the command line shows it as the default
+    format: str | None = None,
+    references: str | None = None,
+    prompt_field: str | None = None,
+    reference_field: str | None = None,
+    template: str = "{prompt}",
+    split: str = "train",
+    start: int = 0,
+    limit: int | None = None,
+    num_draft_tokens: int = 5,
+    max_new_tokens: int = 128,
+    batch_size: int = 8,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    repetitions: int = 1,
+    execution: str = "speculative",
+    bonus: str = "verifier",
+    max_request_loss: float | None = None,
+    stop: str | None = None,
+    stop_strings: list[str] = [],  # noqa: B006
+    chat: str = "auto",
+    log_tokens: int = 0,
+    accept_mismatch: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> int:
+    """Decode prompts with a drafter and a verifier under any rules, side by side.
+
+    Writes outputs.jsonl (a line per rule, repetition and prompt, as batches finish), batches.jsonl and
+    summary.json (quality, tokens/s, ms/token, calls, deferral and rejection rates, output length). The same
+    call again resumes.
+
+    Args:
+        drafter: checkpoint folder or hub id of the small model.
+        verifier: checkpoint folder or hub id of the large model.
+        prompts: jsonl, csv, parquet or text file, or the name of a data set.
+        out: folder for the outputs.
+        rules: rules to compare, such as opt:alpha=0.2 or learned:head=FOLDER,alpha=0.1.
+        format: format of the prompts, default by suffix.
+        references: second file of parallel text: line by line the reference of each prompt.
+        prompt_field: field or column of the prompt.
+        reference_field: field or column of the reference.
+        template: text around every prompt.
+        split: split of a data set.
+        start: rows to pass over first.
+        limit: most prompts to read.
+        num_draft_tokens: most tokens drafted per block.
+        max_new_tokens: most tokens emitted per prompt.
+        batch_size: prompts decoded together.
+        temperature: of the sampling; 0 is greedy.
+        top_k: truncation of the sampling laws, 0 for none.
+        top_p: truncation of the sampling laws, 1 for none.
+        seed: of the sampling.
+        repetitions: times that everything is decoded; rules take turns batch by batch.
+        execution: speculative, token, lazy or sequence.
+        bonus: law of the token after a whole block: verifier or exact.
+        max_request_loss: bound on the summed estimated loss of kept tokens per prompt; then lossless.
+        stop: adaptive draft length: confidence:threshold=0.4, cumulative:threshold=0.2,
+            entropy:threshold=0.4,weight=0.2, head:head=FOLDER,alpha=0.1,threshold=0.5, speed:cost=0.1.
+        stop_strings: end a text once it holds one of these.
+        chat: use the tokenizer's chat template: auto, on or off.
+        log_tokens: candidates of both models to record per token, 0 for none.
+        accept_mismatch: serve a head made for other weights, dtype or temperature; recorded in the summary.
+        device: auto, cpu, cuda, cuda:N or mps.
+        dtype: auto, float32, float16 or bfloat16.
+    """
+    from deferral_train.decoding.decode import DecodeConfig, decode
+    from deferral_train.decoding.pair import Settings, load_pair
+    from deferral_train.heads.rules import rule_from_spec
+    from deferral_train.pairs.prompts import read_prompts
+
+    settings = Settings(
+        num_draft_tokens, max_new_tokens, batch_size, temperature, top_k, top_p, seed, execution, bonus,
+        max_request_loss, stop_from_spec(stop), tuple(stop_strings), chat, accept_mismatch,
+    )  # fmt: skip
+    config = DecodeConfig(settings, repetitions, log_tokens)
+    named = {spec: rule_from_spec(spec) for spec in rules}
+    if len(named) < len(rules):
+        raise InputError("rules: the same rule is given twice; name each once")
+    texts = read_prompts(
+        prompts, format, reference_path=references, prompt_field=prompt_field,
+        reference_field=reference_field, template=template, split=split, start=start, limit=limit,
+    )  # fmt: skip
+    summary = decode(load_pair(drafter, verifier, device, dtype), texts, named, config, out)
+    for line in table(summary):
+        print(line)
+    print(f"outputs and summary in {out}")
+    return 0
+
+
+def stop_from_spec(spec: str | None) -> StopDrafting | None:
+    """A stop rule from text, for example ``confidence:threshold=0.4``; None stays None."""
+    if spec is None:
+        return None
+    from deferral_train.decoding import stopping
+    from deferral_train.heads.base import DeferralHead
+    from deferral_train.heads.rules import parse_spec
+
+    name, parameters = parse_spec(spec)
+    classes: dict[str, type[StopDrafting]] = {
+        "confidence": stopping.ConfidenceStop,
+        "cumulative": stopping.CumulativeStop,
+        "entropy": stopping.EntropyStop,
+        "head": stopping.HeadStop,
+        "speed": stopping.ExpectedSpeedStop,
+    }
+    if name not in classes:
+        raise InputError(f"stop {spec!r} is unknown; known: {', '.join(STOPS)}")
+    if "head" in parameters:
+        parameters["head"] = DeferralHead.from_pretrained(str(parameters["head"]))
+    try:
+        return classes[name](**parameters)
+    except TypeError as error:
+        raise InputError(f"stop {spec!r}: {error}") from error
+
+
+def table(summary: dict[str, Any]) -> list[str]:
+    """The summary as a few aligned lines."""
+    heads = ("BLEU", 6), ("tok/s", 8), ("ms/tok", 7), ("accept", 7), ("defer", 6), ("reject", 6), ("len", 6)
+    lines = [f"{'rule':<32} " + " ".join(f"{name:>{width}}" for name, width in heads)]
+    for label, rule in summary["rules"].items():
+        cells = (
+            _cell(rule["quality"].get("bleu"), 6, 2),
+            _cell(rule["tokens_per_second"], 8, 1),
+            _cell(rule["ms_per_token"], 7, 2),
+            _cell(rule["mean_acceptance_length"], 7, 2),
+            _cell(rule["deferral_rate"], 6, 3),
+            _cell(rule["rejection_rate"], 6, 3),
+            _cell(rule["mean_output_tokens"], 6, 1),
+        )
+        lines.append(f"{label[-32:]:<32} " + " ".join(cells))
+    return lines
+
+
+def _cell(value: float | None, width: int, digits: int) -> str:
+    return f"{'-':>{width}}" if value is None else f"{value:>{width}.{digits}f}"
