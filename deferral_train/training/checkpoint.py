@@ -1,0 +1,29 @@
+"""Lightning checkpoints of a fit: read safely, as a head and the scalars it was saved with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from deferral_train.errors import InputError
+from deferral_train.heads.base import DeferralHead
+from deferral_train.heads.config import head_from_config
+
+
+def read_checkpoint(path: str | Path) -> tuple[DeferralHead, dict[str, float]]:
+    """Head of a Lightning checkpoint, read with ``weights_only=True``, and the scalars logged when it was
+    saved.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        config, state = checkpoint["deferral_head"], checkpoint["state_dict"]
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; give a checkpoint of deferral-train fit") from None
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"{path} is no checkpoint of deferral-train fit: {reason}") from None
+    head = head_from_config(config)
+    prefix = "head."
+    head.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
+    return head.eval(), {k: float(v) for k, v in checkpoint.get("deferral_scalars", {}).items()}

@@ -1,0 +1,116 @@
+"""Settings of a fit, its default features, and the untrained head they describe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deferral_train.errors import InputError
+from deferral_train.heads.base import DeferralHead
+from deferral_train.heads.registry import HEADS
+from deferral_train.traces import Traces
+from deferral_train.training.datamodule import ALPHAS
+from deferral_train.training.table import hidden_widths
+
+VERIFY_FEATURES = (
+    "drafter_max:logit",
+    "verifier_max:logit",
+    "drafter_max",
+    "verifier_max",
+    "drafter_at_verifier_argmax:log",
+    "verifier_at_drafter_argmax:log",
+    "verifier_at_drafter_argmax",
+    "drafter_entropy",
+    "verifier_entropy",
+    "tv",
+    "kl:log1p",
+    "reverse_kl:log1p",
+    "position:log1p",
+)
+DRAFT_FEATURES = (
+    "drafter_max:logit",
+    "drafter_max",
+    "drafter_entropy",
+    "drafter_sum_squares",
+    "drafter_logsumexp",
+    "position:log1p",
+)
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Everything that decides a fitted head.
+
+    Attributes:
+        train: trace folder, or opened traces.
+        val: the same for validation; None sets ``val_fraction`` of the prompts of ``train`` aside.
+        head: type in :data:`deferral_train.heads.HEADS`.
+        stage, loss, features, body, hidden, recalibration: of the head; no features means the stage's
+        default. truth: what labels the gap. temperature: of the sampling laws; None is the traces' own.
+        alphas: grid on which regret is tracked. objective, lr, weight_decay, optimizer, schedule: of the
+        training; objective auto is the head's own. batch_size, epochs, patience, seed: early stopping after
+        ``patience`` epochs without a better val/regret. precision: of Lightning: 32-true, bf16-mixed,
+        16-mixed. devices, accelerator, strategy: of Lightning. pair_training: record of what the pair was
+        trained on; shared prompts are refused.
+    """
+
+    train: Any
+    val: Any = None
+    head: str = "gap"
+    stage: str = "verify"
+    loss: str = "zero_one"
+    features: Sequence[str] = ()
+    body: str = "mlp"
+    hidden: Sequence[int] = (64, 64)
+    recalibration: str = "none"
+    truth: str = "reference"
+    temperature: float | None = None
+    alphas: Sequence[float] = ALPHAS
+    val_fraction: float = 0.1
+    objective: str = "auto"
+    lr: float = 3e-3
+    weight_decay: float = 1e-4
+    optimizer: str = "adamw"
+    schedule: str = "cosine"
+    batch_size: int = 1024
+    epochs: int = 30
+    patience: int = 10
+    seed: int = 0
+    precision: str = "32-true"
+    accelerator: str = "cpu"
+    devices: int = 1
+    strategy: str = "auto"
+    figure_every: int = 5
+    pair_training: str | None = None
+
+
+def make_head(config: FitConfig, traces: Traces) -> DeferralHead:
+    """The untrained head of a config; widths of hidden states come from the traces."""
+    if config.head not in HEADS:
+        raise InputError(f"head {config.head!r} is unknown; known: {', '.join(HEADS)}")
+    if config.head == "plug_in":
+        return HEADS["plug_in"](recalibration=config.recalibration)  # type: ignore[call-arg]
+    default = VERIFY_FEATURES if config.stage == "verify" else DRAFT_FEATURES
+    features = tuple(config.features) or default
+    widths = {
+        name: d for name, d in hidden_widths(traces).items() if any(f.startswith(name) for f in features)
+    }
+    return HEADS[config.head](
+        features,
+        stage=config.stage,
+        loss=config.loss,
+        body=config.body,
+        hidden=tuple(config.hidden),
+        widths=widths,
+        recalibration=config.recalibration,
+    )
+
+
+def plain_settings(config: FitConfig) -> dict[str, Any]:
+    """The config as JSON-like values; opened traces become their number of rows."""
+    shallow = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    for name in ("train", "val"):
+        if isinstance(shallow[name], Traces):
+            shallow[name] = f"{len(shallow[name])} rows in memory"
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in shallow.items()}

@@ -1,0 +1,147 @@
+"""TraceDataModule: traces preloaded as columns, batches as index blocks, splits by prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import Tensor
+
+from deferral_train.errors import InputError
+from deferral_train.heads.base import DeferralHead
+from deferral_train.traces import Traces, open_traces, split_prompts
+from deferral_train.training import baselines
+from deferral_train.training.loader import TableLoader
+from deferral_train.training.metrics import check_alphas
+from deferral_train.training.table import fit_table, score_table
+
+ALPHAS = tuple(round(0.1 * i, 1) for i in range(11))
+SCORE_ROWS = 65_536
+
+
+class TraceDataModule(pl.LightningDataModule):
+    """Fit, validation and test columns of a head, from trace folders.
+
+    Args:
+        train: trace folder to fit on.
+        val: trace folder to validate on; without it ``val_fraction`` of the prompts of ``train``.
+        test: trace folder to test on; without it the validation traces.
+        val_fraction: share of the prompts set aside where ``val`` is not given.
+        truth: what labels the gap: reference, verifier, teacher or exact.
+        temperature: of the sampling laws; None is the traces' own.
+        alphas: ascending grid on which regret is tracked.
+        batch_size: rows per step and process.
+        seed: of the split and of the batch order.
+        pair_training: record of what the pair was trained on (file or folder of the trained pair); prompts
+        found
+            there are refused.
+    """
+
+    def __init__(
+        self,
+        train: str,
+        val: str | None = None,
+        test: str | None = None,
+        val_fraction: float = 0.1,
+        truth: str = "reference",
+        temperature: float | None = None,
+        alphas: Sequence[float] = ALPHAS,
+        batch_size: int = 4096,
+        seed: int = 0,
+        pair_training: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False, ignore=["train", "val", "test"])
+        self.folders = {"train": train, "val": val, "test": test}
+        self.val_fraction, self.truth, self.temperature = val_fraction, truth, temperature
+        self.alphas, self.batch_size, self.seed = check_alphas(alphas), batch_size, seed
+        self.pair_training = pair_training
+        self._traces: dict[str, Traces] | None = None
+        self.tables: dict[str, dict[str, Tensor]] = {}
+        self.plug_ins: list[str] = []
+
+    @property
+    def traces(self) -> dict[str, Traces]:
+        """Opened traces of the three splits; opening checks overlap before anything is loaded."""
+        if self._traces is None:
+            self._traces = self._open()
+        return self._traces
+
+    def _open(self) -> dict[str, Traces]:
+        given = {name: _opened(source) for name, source in self.folders.items() if source is not None}
+        if "val" not in given:
+            parts = split_prompts(given["train"], [1 - self.val_fraction, self.val_fraction], self.seed)
+            given["train"], given["val"] = parts
+        given.setdefault("test", given["val"])
+        self._refuse_shared_prompts(given)
+        if self.pair_training is not None:
+            refuse_pair_training(self.pair_training, given)
+        return given
+
+    @staticmethod
+    def _refuse_shared_prompts(traces: dict[str, Traces]) -> None:
+        for name in ("val", "test"):
+            shared = set(traces["train"].prompt_ids) & set(traces[name].prompt_ids)
+            if shared:
+                raise InputError(
+                    f"{len(shared)} prompts are in both train and {name} traces, first {min(shared)}; "
+                    "split by prompt: a head must not be judged on what it was fitted on"
+                )
+
+    def prepare(self, head: DeferralHead) -> None:
+        """Load the columns that ``head`` needs; checks everything before training starts."""
+        fit = self.traces["train"]
+        self.tables["train"] = fit_table(fit, head, self.truth, self.temperature)
+        names = baselines.DRAFT_PLUG_INS if head.stage == "draft" else baselines.PLUG_INS
+        best = baselines.best_plug_in(fit, self.tables["train"]["z"], self.alphas, self.temperature, names)
+        self.plug_ins = baselines.describe(best)
+        fixed = {"opt": baselines.opt_rules(self.alphas), "plug_in": best}
+        for name in ("val", "test"):
+            if name == "test" and self.traces["test"] is self.traces["val"]:
+                self.tables["test"] = self.tables["val"]
+                continue
+            self.tables[name] = score_table(self.traces[name], head, self.truth, self.temperature, fixed)
+
+    def setup(self, stage: str) -> None:
+        if not self.tables:
+            assert self.trainer is not None
+            head = self.trainer.lightning_module.head
+            assert isinstance(head, DeferralHead)
+            self.prepare(head)
+
+    def _loader(self, name: str, batch_size: int, seed: int | None) -> TableLoader:
+        trainer = self.trainer
+        if trainer is None:
+            return TableLoader(self.tables[name], batch_size, seed)
+        return TableLoader(
+            self.tables[name],
+            batch_size,
+            seed,
+            trainer.global_rank,
+            trainer.world_size,
+            lambda: trainer.current_epoch,
+        )
+
+    def train_dataloader(self) -> TableLoader:
+        return self._loader("train", self.batch_size, self.seed)
+
+    def val_dataloader(self) -> TableLoader:
+        return self._loader("val", SCORE_ROWS, None)
+
+    def test_dataloader(self) -> TableLoader:
+        return self._loader("test", SCORE_ROWS, None)
+
+
+def _opened(source: Any) -> Traces:
+    return source if isinstance(source, Traces) else open_traces(source)
+
+
+def refuse_pair_training(record: str, traces: dict[str, Traces]) -> None:
+    """Raise InputError where a trace's prompt was in the pair's training text (by id)."""
+    from deferral_train.pairs.overlap import check_no_overlap, read_training_ids
+    from deferral_train.pairs.prompts import Prompt
+
+    seen = read_training_ids(record)
+    for part in traces.values():
+        check_no_overlap(seen, [Prompt(id=name, prompt="", reference=None) for name in part.prompt_ids])

@@ -1,0 +1,197 @@
+"""Fit a head from Python: one call with plain settings, as the pipeline and the studies do it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from pytorch_lightning.loggers import TensorBoardLogger
+
+from deferral_train import provenance
+from deferral_train.heads.base import DeferralHead
+from deferral_train.training.checkpoint import read_checkpoint
+from deferral_train.training.config import FitConfig, make_head, plain_settings
+from deferral_train.training.datamodule import TraceDataModule
+from deferral_train.training.module import HEADLINE, DeferralModule
+from deferral_train.training.preparation import fit_recalibration
+from deferral_train.training.scoring import score
+
+REPORTED = (
+    "regret",
+    "excess_over_opt",
+    "excess_over_plug_in",
+    "hindsight_excess",
+    "auroc",
+    "gap_ece",
+    "gap_brier",
+)
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """A fitted head and where its record lies.
+
+    Attributes:
+        head: best on val/regret, in evaluation mode.
+        checkpoint: Lightning checkpoint it was read from; None for a head without trained weights.
+        metrics: scalars of the best head on validation, by name (``val/...`` without the prefix).
+        log_dir: TensorBoard folder.
+        epochs: epochs run.
+    """
+
+    head: DeferralHead
+    checkpoint: Path | None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    log_dir: Path | None = None
+    epochs: int = 0
+
+
+def fit(
+    config: FitConfig, out_dir: str | Path, *, resume: bool = True, initial: DeferralHead | None = None
+) -> FitResult:
+    """Fit a head; everything is checked before training starts.
+
+    Args:
+        config: settings.
+        out_dir: gets ``checkpoints/``, ``log/`` (TensorBoard), ``fit.json`` (settings, metrics, provenance).
+        resume: continue from ``checkpoints/last.ckpt`` where it exists.
+        initial: start from this head's weights instead of fresh ones (refitting on new prefixes).
+
+    Raises:
+        InputError: bad settings or traces, by name.
+    """
+    out = Path(out_dir)
+    with quiet_lightning():
+        pl.seed_everything(config.seed, verbose=False)
+    data = _data(config)
+    head = make_head(config, data.traces["train"])
+    if initial is not None:
+        head.load_state_dict(initial.state_dict())
+    data.prepare(head)
+    if config.head == "plug_in":
+        result = _closed_form(config, data, head)
+    else:
+        result = _train(config, data, head, out, resume)
+    result.head.metadata = _metadata(config, data, result)
+    _record(config, data, result, out)
+    return result
+
+
+def _data(config: FitConfig) -> TraceDataModule:
+    return TraceDataModule(
+        train=config.train,
+        val=config.val,
+        val_fraction=config.val_fraction,
+        truth=config.truth,
+        temperature=config.temperature,
+        alphas=config.alphas,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        pair_training=config.pair_training,
+    )
+
+
+def _train(
+    config: FitConfig, data: TraceDataModule, head: DeferralHead, out: Path, resume: bool
+) -> FitResult:
+    module = DeferralModule(
+        head,
+        objective=config.objective,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        seed=config.seed,
+        figure_every=config.figure_every,
+    )
+    logger = TensorBoardLogger(str(out), name="log", version="", default_hp_metric=False)
+    best = ModelCheckpoint(
+        out / "checkpoints", filename="best", monitor=HEADLINE, save_last=True, enable_version_counter=False
+    )
+    last = out / "checkpoints" / "last.ckpt"
+    with quiet_lightning():
+        trainer = make_trainer(config, logger, [best, EarlyStopping(HEADLINE, patience=config.patience)])
+        start = str(last) if resume and last.exists() else None
+        trainer.fit(module, data, ckpt_path=start, weights_only=True)
+    head, scalars = read_checkpoint(best.best_model_path)
+    return FitResult(head, Path(best.best_model_path), scalars, Path(logger.log_dir), trainer.current_epoch)
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Lightning's advice and hardware notes held back while a library call runs; warnings still pass."""
+    logger = logging.getLogger("pytorch_lightning")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def make_trainer(config: FitConfig, logger: Any, callbacks: list[Callback]) -> pl.Trainer:
+    """Trainer of a config: quiet, deterministic, one validation per epoch."""
+    return pl.Trainer(
+        max_epochs=config.epochs,
+        logger=logger,
+        callbacks=callbacks,
+        accelerator=config.accelerator,
+        devices=config.devices,
+        strategy=config.strategy,
+        precision=config.precision,  # type: ignore[arg-type]
+        deterministic=True,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=20,
+        use_distributed_sampler=False,
+    )
+
+
+def _closed_form(config: FitConfig, data: TraceDataModule, head: DeferralHead) -> FitResult:
+    """Recalibrated plug-in: fitted in closed form, scored as trained heads are."""
+    fit_recalibration(head, data.traces["train"])
+    return FitResult(head.eval(), None, score(head, data.tables["val"], data.alphas))
+
+
+def _metadata(config: FitConfig, data: TraceDataModule, result: FitResult) -> dict[str, Any]:
+    manifest = data.traces["train"].manifest
+    names = (
+        "regret",
+        "excess_over_opt",
+        "excess_over_plug_in",
+        "hindsight_excess",
+        "auroc",
+        "gap_ece",
+        "gap_brier",
+    )
+    scalars = {name: round(result.metrics[name], 8) for name in names if name in result.metrics}
+    settings = {k: v for k, v in plain_settings(config).items() if k not in ("train", "val")}
+    return {
+        "pair": dict(manifest.pair),
+        "training": {
+            "rows": len(data.traces["train"]),
+            "prompts": len(data.traces["train"].prompt_ids),
+            "prefixes": manifest.prefixes,
+            "settings": settings,
+            "versions": provenance.versions(),
+        },
+        "evaluation": {"dataset": "validation traces", "metrics": scalars},
+    }
+
+
+def _record(config: FitConfig, data: TraceDataModule, result: FitResult, out: Path) -> None:
+    record = {
+        "config": plain_settings(config),
+        "plug_in_chosen": dict(zip(map(str, data.alphas), data.plug_ins)),
+        "epochs": result.epochs,
+        "metrics": {k: v for k, v in result.metrics.items() if v == v},
+        "provenance": provenance.collect({"seed": config.seed}),
+    }
+    provenance.write_json(out / "fit.json", record)

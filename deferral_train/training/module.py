@@ -1,0 +1,173 @@
+"""DeferralModule: a head, an objective, an optimiser, and regret tracked while it learns."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor
+
+from deferral_train.errors import InputError
+from deferral_train.heads.artifact import full_config
+from deferral_train.heads.base import DeferralHead
+from deferral_train.heads.objectives import OBJECTIVES, objective_for
+from deferral_train.training.datamodule import TraceDataModule
+from deferral_train.training.figures import draw
+from deferral_train.training.loader import step_seed
+from deferral_train.training.preparation import prepare_head
+from deferral_train.training.scoring import label_range
+from deferral_train.training.tracking import Tracker, predict
+
+OPTIMIZERS = ("adamw", "sgd", "rmsprop")
+SCHEDULES = ("constant", "cosine", "linear")
+HEADLINE = "val/regret"
+
+
+class DeferralModule(pl.LightningModule):
+    """Trains a head on a :class:`TraceDataModule`.
+
+    Args:
+        head: the head; its normalisation and recalibration are fitted on the fit split before the first step.
+        objective: name in :data:`deferral_train.heads.objectives.OBJECTIVES`; auto is the head's own.
+        lr: peak learning rate.
+        weight_decay: of adamw; coupled L2 for the others.
+        optimizer: adamw, sgd or rmsprop.
+        schedule: constant, cosine or linear decay to zero over the run.
+        warmup_steps: steps over which the rate rises linearly.
+        seed: of everything drawn while training (alpha); a function of the step, so that a resumed run
+        repeats it. figure_every: epochs between figures in the log; 0 draws none.
+    """
+
+    def __init__(
+        self,
+        head: DeferralHead,
+        objective: str = "auto",
+        lr: float = 3e-3,
+        weight_decay: float = 1e-4,
+        optimizer: str = "adamw",
+        schedule: str = "cosine",
+        warmup_steps: int = 0,
+        seed: int = 0,
+        figure_every: int = 5,
+    ) -> None:
+        super().__init__()
+        if optimizer not in OPTIMIZERS or schedule not in SCHEDULES:
+            raise InputError(
+                f"optimizer={optimizer!r}, schedule={schedule!r}: use one of {', '.join(OPTIMIZERS)} and "
+                f"one of {', '.join(SCHEDULES)}"
+            )
+        self.save_hyperparameters(ignore=["head"])
+        self.head = head
+        self.objective = objective_for(head, objective)
+        self.optimizer, self.schedule, self.warmup_steps = optimizer, schedule, warmup_steps
+        self.lr, self.weight_decay, self.seed, self.figure_every = lr, weight_decay, seed, figure_every
+        self.generator = torch.Generator()
+        self.trackers = torch.nn.ModuleDict()
+        self.scalars: dict[str, float] = {}  # of the latest validation
+
+    @property
+    def data(self) -> TraceDataModule:
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            prepare_head(self.head, self.data.traces["train"], self.data.tables["train"])
+        for split in ("val", "test"):
+            table = self.data.tables[split]
+            limits = label_range(self.head.loss, table["z"])
+            self.trackers[split] = Tracker(self.head, self.data.alphas, "exact" in table, limits)
+        self.trackers.to(self.device)
+
+    def on_fit_start(self) -> None:
+        if isinstance(self.logger, TensorBoardLogger):
+            names = (HEADLINE, "val/excess_over_plug_in", "val/hindsight_excess")
+            self.logger.log_hyperparams(self._facts(), dict.fromkeys(names, math.nan))
+
+    def _facts(self) -> dict[str, Any]:
+        """Flat settings of head, data and training for the log's table of hyper-parameters."""
+        facts = {f"head/{k}": v for k, v in self.head.config.items()}
+        facts |= {f"data/{k}": v for k, v in self.data.hparams.items()}
+        facts |= {**self.hparams, "objective": self.objective, "parameters": self.head.num_parameters}
+        return {name: _flat(value) for name, value in facts.items()}
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        self.generator.manual_seed(step_seed(self.seed + 1, self.global_step * 4096 + self.global_rank))
+        loss = OBJECTIVES[self.objective](self.head, batch, self.generator)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
+        self._score("val", batch)
+
+    def test_step(self, batch: dict[str, Tensor], index: int) -> None:
+        self._score("test", batch)
+
+    def _score(self, split: str, batch: dict[str, Tensor]) -> None:
+        tracker = self._tracker(split)
+        alphas = torch.tensor(tracker.alphas, device=self.device)
+        out = predict(self.head, batch, alphas)
+        tracker.update(out, batch)
+        if split == "val" and "gap" in out:
+            self._last_gap = out["gap"]
+
+    def _tracker(self, split: str) -> Tracker:
+        tracker = self.trackers[split]
+        assert isinstance(tracker, Tracker)
+        return tracker
+
+    def on_validation_epoch_end(self) -> None:
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+
+    def _report(self, split: str) -> None:
+        tracker = self._tracker(split)
+        scalars = tracker.compute()
+        if not self.trainer.sanity_checking:
+            self.log_dict({f"{split}/{name}": value for name, value in scalars.items()}, rank_zero_only=False)
+            self._draw(split, tracker, scalars)
+            self.scalars = scalars if split == "val" else self.scalars
+        tracker.reset()
+
+    def _draw(self, split: str, tracker: Tracker, scalars: dict[str, float]) -> None:
+        due = self.figure_every > 0 and self.current_epoch % self.figure_every == 0
+        last = split == "test" or self.current_epoch + 1 == self.trainer.max_epochs
+        if not isinstance(self.logger, TensorBoardLogger) or not self.figure_every or not (due or last):
+            return
+        if self.trainer.is_global_zero:
+            for tag, figure in draw(tracker, scalars).items():
+                self.logger.experiment.add_figure(f"{split}/{tag}", figure, self.global_step)
+            if split == "val" and hasattr(self, "_last_gap"):
+                self.logger.experiment.add_histogram("val/gap", self._last_gap, self.global_step)
+
+    def configure_optimizers(self) -> Any:
+        parameters = [p for p in self.head.parameters() if p.requires_grad]
+        if not parameters:
+            raise InputError(f"a {self.head.head_type} head has nothing to train; use it without fit")
+        classes = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop}
+        optimizer = classes[self.optimizer](parameters, lr=self.lr, weight_decay=self.weight_decay)
+        total = max(1, int(self.trainer.estimated_stepping_batches))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._rate(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _rate(self, step: int, total: int) -> float:
+        """Factor of the peak rate after ``step`` of ``total`` steps."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        left = max(0.0, 1 - (step - self.warmup_steps) / max(1, total - self.warmup_steps))
+        cosine = 0.5 - 0.5 * math.cos(math.pi * left)
+        return {"constant": 1.0, "linear": left, "cosine": cosine}[self.schedule]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["deferral_head"] = full_config(self.head)
+        checkpoint["deferral_scalars"] = self.scalars
+
+
+def _flat(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return str(value) if isinstance(value, dict) or value is None else value

@@ -1,0 +1,187 @@
+"""From traces to the columns that a head is fitted on and scored with, checked before training starts.
+
+N rows. A table is a dictionary of tensors with N rows: ``x`` raw feature columns, ``z`` label of the gap,
+``tv``; for fitting also what the objective reads; for scoring also ``position``, decisions of fixed rules,
+the exact gap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from deferral_train.errors import InputError
+from deferral_train.heads.base import DeferralHead
+from deferral_train.heads.features import HIDDEN_FIELDS, fields_of
+from deferral_train.heads.objectives import needs_candidates
+from deferral_train.heads.truth import LOG_FLOOR
+from deferral_train.rules.base import PositionRule
+from deferral_train.rules.summary import TOKEN_FIELDS, Summary
+from deferral_train.traces import Traces, read_candidates, truth
+
+CANDIDATE_BLOCK = 65_536  # rows whose candidates are read at once
+
+
+def fit_table(
+    traces: Traces, head: DeferralHead, label: str = "reference", temperature: float | None = None
+) -> dict[str, Tensor]:
+    """Columns to fit ``head`` on.
+
+    Args:
+        traces: at least one row.
+        head: says which columns, which loss, which stage.
+        label: truth that labels the gap: reference, verifier, teacher or exact.
+        temperature: of the sampling laws that tv compares; None is the manifest's.
+
+    Raises:
+        InputError: an empty split, missing or not finite features, labels that are all equal, a gold token
+        used as
+            a feature of itself.
+    """
+    check_features(traces, head)
+    table = _shared(traces, head, label, temperature)
+    z = table["z"]
+    if bool((z == z[0]).all()):
+        raise InputError(
+            f"labels are of one class: every gap is {float(z[0]):g} under truth={label!r}; "
+            "collect more prompts or use another truth"
+        )
+    if head.stage == "draft":
+        table["reject"] = _rejection(traces, table["tv"])
+    if needs_candidates(head):
+        table |= _gold_columns(traces, head)
+    return table
+
+
+def score_table(
+    traces: Traces,
+    head: DeferralHead,
+    label: str = "reference",
+    temperature: float | None = None,
+    baselines: Mapping[str, Sequence[PositionRule]] | None = None,
+) -> dict[str, Tensor]:
+    """Columns to score ``head`` on: ``x z tv position``, ``exact`` where the traces know it, and the
+    decisions ``[N, A]`` of each named baseline, given as one rule per alpha.
+    """
+    check_features(traces, head)
+    table = _shared(traces, head, label, temperature)
+    table["position"] = torch.from_numpy(traces.column("position").copy()).long()
+    if traces.manifest.truth == "exact":
+        table["exact"] = truth.gap(traces, "exact", head.loss)
+    if needs_candidates(head) and label == "reference":
+        table |= _gold_columns(traces, head)
+    if head.stage == "draft":
+        table["reject"] = _rejection(traces, table["tv"])
+    if baselines:
+        table |= decisions(traces, baselines, temperature)
+    return table
+
+
+def decisions(
+    traces: Traces, baselines: Mapping[str, Sequence[PositionRule]], temperature: float | None = None
+) -> dict[str, Tensor]:
+    """Bool ``[N, A]`` per baseline."""
+    fields = frozenset().union(*(rule.needs for rules in baselines.values() for rule in rules))
+    summary = traces.summary(sorted(fields), temperature)
+    return {
+        name: torch.stack([rule.defer(summary) for rule in rules], dim=-1)
+        for name, rules in baselines.items()
+    }
+
+
+def check_features(traces: Traces, head: DeferralHead) -> None:
+    """Refuse an empty split, features that the traces lack, and a gold token among the features."""
+    if len(traces) == 0:
+        raise InputError("an empty split: these traces hold no token; collect more or change the fractions")
+    absent = [name for name in head.features if name not in traces.summary_fields]
+    if absent:
+        raise InputError(
+            f"the traces lack feature(s) {', '.join(absent)}; they hold {', '.join(traces.summary_fields)}"
+        )
+    leaks = [name for name in head.features if name in TOKEN_FIELDS]
+    if leaks and traces.manifest.prefixes == "reference":
+        raise InputError(
+            f"feature(s) {', '.join(leaks)} speak of the gold token in reference traces and leak the label; "
+            "leave them out or collect on prefixes of the drafter or the cascade"
+        )
+
+
+def _shared(traces: Traces, head: DeferralHead, label: str, temperature: float | None) -> dict[str, Tensor]:
+    wanted = list(dict.fromkeys([*head.features, "tv"]))
+    summary = traces.summary(wanted, temperature)
+    x = head.columns(summary)
+    _refuse_nan(head, summary)
+    return {"x": x, "z": truth.gap(traces, label, head.loss).float(), "tv": summary["tv"].float()}
+
+
+def _refuse_nan(head: DeferralHead, summary: Summary) -> None:
+    for name in head.inputs.names:
+        for field in fields_of(name):
+            value = summary[field]
+            bad = int((~torch.isfinite(value.float())).sum())
+            if bad:
+                raise InputError(
+                    f"feature {field} is not finite in {bad} of {len(value)} rows; collect again"
+                )
+
+
+def _rejection(traces: Traces, tv: Tensor) -> Tensor:
+    """Label of the rejection probability: of the drafted token where it was logged, else its mean, tv.
+
+    E_{x~q} max(0, 1 - p(x)/q(x)) = D_TV(p, q), so tv is unbiased for a head that does not see the token.
+    """
+    if traces.manifest.prefixes == "reference":
+        return tv
+    logs = traces.summary(["drafter_logprob", "verifier_logprob"])
+    return (1 - (logs["verifier_logprob"] - logs["drafter_logprob"]).exp()).clamp(0, 1)
+
+
+def _gold_columns(traces: Traces, head: DeferralHead) -> dict[str, Tensor]:
+    """Class of the gold token and, where logged, the candidates, as :mod:`heads.objectives` reads them."""
+    gold = torch.from_numpy(traces.column("gold").copy()).long()
+    if bool((gold < 0).any()):
+        raise InputError(
+            f"a {head.head_type} head learns from gold tokens; these traces have prefixes "
+            f"{traces.manifest.prefixes!r} without them"
+        )
+    tops = traces.summary(["drafter_argmax", "verifier_argmax"])
+    target = torch.full_like(gold, 2)
+    target[gold == tops["drafter_argmax"]] = 1
+    target[gold == tops["verifier_argmax"]] = 0
+    columns = {"target": target}
+    if traces.manifest.top_k:
+        columns |= _candidates(traces, gold, tops)
+    elif head.head_type == "token":
+        raise InputError("a token head needs logged candidates; collect with --log-top-k 16 or more")
+    return columns
+
+
+def _candidates(traces: Traces, gold: Tensor, tops: Summary) -> dict[str, Tensor]:
+    blocks = []
+    for start in range(0, len(traces), CANDIDATE_BLOCK):
+        rows = slice(start, min(start + CANDIDATE_BLOCK, len(traces)))
+        found = read_candidates(traces, rows)
+        top = [found.ids == tops[name][rows].unsqueeze(-1) for name in ("drafter_argmax", "verifier_argmax")]
+        blocks.append(
+            {
+                "cand_drafter": found.drafter_logprobs.clamp_min(LOG_FLOOR),
+                "cand_verifier": found.verifier_logprobs.clamp_min(LOG_FLOOR),
+                "cand_gold": found.ids == gold[rows].unsqueeze(-1),
+                "cand_valid": found.valid,
+                "cand_top": top[0] | top[1],
+                "tail_drafter": found.drafter_rest.clamp_min(1e-6).log(),
+                "tail_verifier": found.verifier_rest.clamp_min(1e-6).log(),
+            }
+        )
+    return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def hidden_widths(traces: Traces) -> dict[str, int]:
+    """Widths of the logged hidden states by summary name, as heads take them."""
+    return {
+        f"{role}_hidden": int(d)
+        for role, d in traces.manifest.hidden.items()
+        if f"{role}_hidden" in HIDDEN_FIELDS
+    }
