@@ -1,0 +1,189 @@
+"""Read a run folder and assert what must hold: a report of numbers that do not add up cannot be made.
+
+Every file is optional; a file that is there must be right.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deferral_train.errors import InputError
+from deferral_train.report.events import read_training
+
+TOLERANCE = 1e-4  # of sums of float32 columns
+EMITTED = ("kept", "accepted", "unverified", "resampled", "bonus")
+PROPOSED = ("kept", "accepted", "unverified", "rejected", "discarded")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds; None or empty where a part was not run.
+
+    Attributes:
+        folder: the run's folder.
+        verdict, scores, skew, summary, provenance: ``verdict.json``, ``evaluation/scores.json``,
+            ``evaluation/skew.json``, ``decode/summary.json``, ``provenance.json``.
+        prefixes: ``evaluation/prefixes.json``, logged prefixes for the alpha slider.
+        outputs: rows of ``decode/outputs.jsonl``.
+        training: scalar curves of the fit, tag to [(step, value)].
+    """
+
+    folder: Path
+    verdict: dict[str, Any] | None = None
+    scores: dict[str, Any] | None = None
+    skew: dict[str, Any] | None = None
+    prefixes: dict[str, Any] | None = None
+    summary: dict[str, Any] | None = None
+    provenance: dict[str, Any] | None = None
+    outputs: list[dict[str, Any]] = field(default_factory=list)
+    training: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+
+
+def load_run(folder: str | Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        InputError: no such folder, nothing to report in it, a file that is no JSON, or numbers that break an
+            identity; the message names the file and the identity.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise InputError(f"run folder {root} does not exist; give the --out of `run` or `quickstart`")
+    run = Run(
+        root,
+        verdict=_json(root / "verdict.json"),
+        scores=_json(root / "evaluation" / "scores.json"),
+        skew=_json(root / "evaluation" / "skew.json"),
+        prefixes=_json(root / "evaluation" / "prefixes.json"),
+        summary=_json(root / "decode" / "summary.json"),
+        provenance=_json(root / "provenance.json"),
+        outputs=list(_lines(root / "decode" / "outputs.jsonl")),
+        training=read_training(root / "fit"),
+    )
+    if not any((run.verdict, run.scores, run.summary, run.training)):
+        raise InputError(
+            f"run folder {root} holds nothing to report: none of verdict.json, evaluation/scores.json, "
+            "decode/summary.json, fit/; run `deferral-train evaluate` or `decode` into it first"
+        )
+    check(run)
+    return run
+
+
+def check(run: Run) -> None:
+    """Assert every identity; raises InputError naming file and identity."""
+    if run.scores is not None:
+        check_scores(run.scores, run.folder / "evaluation" / "scores.json")
+    check_outputs(run.outputs, run.folder / "decode" / "outputs.jsonl")
+    if run.summary is not None and run.outputs:
+        check_summary(run.summary, run.outputs, run.folder / "decode" / "summary.json")
+
+
+def check_scores(scores: Mapping[str, Any], path: Path) -> None:
+    """Rates lie in their ranges; regret = priced risk - priced risk of the oracle, and is not negative."""
+    block = scores["meta"]["num_draft_tokens"] + 1
+    for point in scores["points"]:
+        where = f"{path}: {point['rule']} at {point['parameter']}={point['value']}"
+        for name in ("deferral_rate", "rejection_rate"):
+            _require(-TOLERANCE <= _value(point, name, 0.0) <= 1 + TOLERANCE, where, f"0 <= {name} <= 1")
+        calls = _value(point, "calls_per_token", 1.0)
+        _require(
+            1 / block - TOLERANCE <= calls <= 1 + TOLERANCE, where, "1/(block+1) <= calls_per_token <= 1"
+        )
+        _check_regret(point, where)
+        for name, number in point.items():
+            if isinstance(number, Mapping) and number["low"] is not None:
+                _require(number["low"] <= number["high"], where, f"low <= high of {name}")
+
+
+def _check_regret(point: Mapping[str, Any], where: str) -> None:
+    name = "regret" if "regret" in point else "hindsight_excess"
+    if name not in point:
+        return
+    regret = point[name]["value"]
+    _require(regret >= -TOLERANCE, where, f"{name} >= 0")
+    if "risk" in point:
+        priced = point["risk"]["value"] + point["value"] * point["rejection_rate"]["value"]
+        expected = priced - point["oracle_priced_risk"]["value"]
+        _require(
+            math.isclose(regret, expected, abs_tol=TOLERANCE * (1 + abs(point["value"]))),
+            where,
+            f"{name} = risk + alpha * rejection - oracle on the same tokens ({regret:.6g} and {expected:.6g})",
+        )
+
+
+def check_outputs(outputs: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """Counts of every row add up, and agree with its tokens."""
+    for row in outputs:
+        counts, where = row["counts"], f"{path}: {row['rule']}, prompt {row['id']}"
+        parts = sum(counts[name] for name in PROPOSED)
+        _require(
+            counts["drafted"] == parts, where, "drafted = kept + accepted + unverified + rejected + discarded"
+        )
+        emitted = sum(counts[name] for name in EMITTED)
+        _require(
+            counts["emitted"] == emitted, where, "emitted = kept + accepted + unverified + resampled + bonus"
+        )
+        _require(emitted == len(row["tokens"]) == len(row["origin"]), where, "emitted = number of tokens")
+        _require(
+            counts["deferred"] <= counts["decided"] <= counts["drafted"],
+            where,
+            "deferred <= decided <= drafted",
+        )
+
+
+def check_summary(summary: Mapping[str, Any], outputs: list[dict[str, Any]], path: Path) -> None:
+    """Totals of each rule are the sums over its rows, and rates their ratios."""
+    for label, rule in summary["rules"].items():
+        rows = [row for row in outputs if row["rule"] == label]
+        if not rows:
+            continue
+        for name, total in rule["counts"].items():
+            _require(
+                total == sum(row["counts"][name] for row in rows),
+                f"{path}: {label}",
+                f"{name} = sum over outputs",
+            )
+        counts = rule["counts"]
+        if counts["verifier_calls"]:
+            length = counts["emitted"] / counts["verifier_calls"]
+            _require(
+                math.isclose(rule["mean_acceptance_length"], length, rel_tol=1e-6),
+                f"{path}: {label}",
+                "mean_acceptance_length = emitted / verifier_calls",
+            )
+
+
+def _require(holds: bool, where: str, identity: str) -> None:
+    if not holds:
+        raise InputError(f"{where}: the identity `{identity}` does not hold; run that stage again")
+
+
+def _value(point: Mapping[str, Any], name: str, default: float) -> float:
+    return point[name]["value"] if name in point else default
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is no JSON ({error}); run that stage again") from error
+
+
+def _lines(path: Path) -> Iterable[dict[str, Any]]:
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}, line {number + 1} is no JSON ({error}); run decode again") from error

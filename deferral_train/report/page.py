@@ -1,0 +1,83 @@
+"""One self-contained HTML page about a run folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from deferral_train import provenance
+from deferral_train.report.load import Run, load_run
+from deferral_train.report.sections import answer, calibration, curves, length, online, skew, training
+from deferral_train.report.tokens import Texts, slider_data, token_data
+
+HERE = Path(__file__).parent
+
+
+def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
+    """Check a run folder and write its page.
+
+    Args:
+        run_dir: folder of a run, see :class:`deferral_train.report.load.Run` for what is read.
+        out: where to write; default ``report.html`` inside the run folder.
+
+    Returns:
+        path of the page.
+
+    Raises:
+        InputError: as :func:`deferral_train.report.load.load_run`.
+    """
+    run = load_run(run_dir)
+    path = Path(out) if out is not None else run.folder / "report.html"
+    provenance.write_text(path, render(run))
+    return path
+
+
+def render(run: Run) -> str:
+    """The page as text. Everything from outside is escaped by the template; data for scripts by
+    :func:`embed`.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    texts = Texts.of(run)
+    template = environment.get_template("page.html.jinja")
+    return template.render(
+        name=run.folder.resolve().name,
+        style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
+        script=Markup((HERE / "script.js").read_text(encoding="utf-8")),
+        answer=answer(run),
+        curves=curves(run),
+        online=online(run),
+        training=training(run),
+        calibration=calibration(run),
+        skew=skew(run),
+        length=length(run),
+        tokens=_embedded(token_data(run, texts)),
+        slider=_embedded(slider_data(run, texts)),
+        provenance=_provenance(run),
+    )
+
+
+def embed(value: Any) -> Markup:
+    """JSON that cannot leave its script element, whatever text it holds."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+def _embedded(value: Any) -> Markup | None:
+    return None if value is None else embed(value)
+
+
+def _provenance(run: Run) -> str | None:
+    return None if run.provenance is None else json.dumps(run.provenance, indent=1, ensure_ascii=False)
