@@ -176,7 +176,10 @@ class Rule:
 
         The target law, except for rules whose check depends on which token was drafted (cactus, judge).
         """
-        return self.law_from(laws, summary)
+        return laws.p if self.is_lossless else self._step_law(laws, summary, token)
+
+    def _step_law(self, laws: Laws, summary: Summary, token: Tensor) -> Tensor:
+        return self._law(laws, summary)
 
     def _law(self, laws: Laws, summary: Summary) -> Tensor:
         raise NotImplementedError

@@ -24,11 +24,12 @@ class Lossy(LawRule):
     """Lossy speculative decoding: pi = max(min(q, p/(1-alpha)), p/beta), beta the one that normalises. Lemma
     2.
 
-    beta is infinite where min(q, p/(1-alpha)) leaves no rejection mass. At temperature 0 it is lossless.
+    beta is infinite where min(q, p/(1-alpha)) leaves no rejection mass. At temperature 0 it is lossless at
+    every alpha. At alpha = 1 it keeps every token that the verifier gives any probability.
     """
 
     name: ClassVar[str] = "lossy"
-    dial: ClassVar[Dial] = Dial("alpha", 0.0, 1.0, lossless=0.0, drafter=1.0)
+    dial: ClassVar[Dial] = Dial("alpha", 0.0, 1.0, lossless=0.0, drafter=None)
 
     alpha: float = 0.2
 
@@ -47,7 +48,7 @@ class Lenient(LawRule):
     """
 
     name: ClassVar[str] = "lenient"
-    dial: ClassVar[Dial] = Dial("alpha", 0.0, 1.0, lossless=0.0, drafter=1.0)
+    dial: ClassVar[Dial] = Dial("alpha", 0.0, 1.0, lossless=0.0, drafter=None)
 
     alpha: float = 0.2
 
@@ -119,7 +120,7 @@ class Cactus(LawRule):
         of_q = _suffix(weight_sorted).gather(-1, first)
         return torch.minimum(q, raised) + (p * of_p - q * of_q).clamp(min=0.0)
 
-    def step_law(self, laws: Laws, summary: Summary, token: Tensor) -> Tensor:
+    def _step_law(self, laws: Laws, summary: Summary, token: Tensor) -> Tensor:
         """h_x for the drafted tokens x, [.., V]."""
         p, index = laws.p, token.unsqueeze(-1)
         raised, own = self.raised(p).gather(-1, index), p.gather(-1, index)

@@ -48,6 +48,8 @@ def mentored_cap(q: Tensor, p: Tensor, limit: float) -> Tensor:
     The divergence grows with the cap; log a is found by bisection to the last bit.
     """
     unlimited = torch.full_like(p[..., :1], torch.inf)
+    if limit == 0:
+        return torch.ones_like(unlimited)
     low, high = torch.zeros_like(unlimited), torch.full_like(unlimited, _most_log(p.dtype))
     for _ in range(BISECTIONS):
         middle = (low + high) / 2

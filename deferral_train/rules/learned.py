@@ -115,7 +115,7 @@ class Judge(LawRule):
         rejected = (laws.q - accepted).sum(dim=-1, keepdim=True)
         return accepted + rejected * residual(laws.p, laws.q)
 
-    def step_law(self, laws: Laws, summary: Summary, token: Tensor) -> Tensor:
+    def _step_law(self, laws: Laws, summary: Summary, token: Tensor) -> Tensor:
         """q where the drafted token is approved (so that it stands), else p, [.., V]."""
         allowed = laws.support.gather(-1, token.unsqueeze(-1))
         approved = self.approved(summary).unsqueeze(-1) & allowed

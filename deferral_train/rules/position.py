@@ -178,7 +178,7 @@ class BiLD(PositionRule):
         if self.discrepancy == "tv":
             object.__setattr__(self, "dial", Dial("alpha", 0.0, 1.0, lossless=0.0, drafter=1.0))
             object.__setattr__(self, "needs", frozenset({"tv"}))
-            super().__post_init__()
+        super().__post_init__()
 
     def defer(self, summary: Summary) -> Tensor:
         """D(q, p) > alpha, bool [..]."""

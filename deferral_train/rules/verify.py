@@ -151,7 +151,7 @@ def _correction(
 ) -> Tensor:
     """A token from max(0, pi - q) at the rejected position, [1]."""
     laws, token = block.rows(batch, step), block.drafted[batch, step]
-    if rule.is_lossless or not bool(allowed):
+    if not bool(allowed):
         pi = laws.p
     else:
         pi = rule.step_law(laws, rule.read(laws, token, block.context_at(batch, step)), token)

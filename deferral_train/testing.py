@@ -1,0 +1,322 @@
+"""Contracts for what users write: `check_rule`, in the spirit of scikit-learn's check_estimator.
+
+Everything is checked by enumeration in float64, with no sampling: the laws at hand have few tokens, so that
+draft, acceptance and correction of every token can be added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deferral_train.errors import InputError
+from deferral_train.rules.base import LawRule, PositionRule, Rule, TokenRule
+from deferral_train.rules.emission import rejection_mass, residual
+from deferral_train.rules.laws import Laws
+from deferral_train.rules.scoring import score_laws
+from deferral_train.rules.summary import CONTEXT_FIELDS, FIELDS, TOKEN_FIELDS, Summary
+from deferral_train.rules.verify import verify_block
+
+TEMPERATURES = (0.0, 0.5, 1.0)
+TOLERANCE = 1e-12
+VOCABULARY = 9
+
+
+@dataclass(frozen=True)
+class Case:
+    """Decision and sampling logits [N, V] of one kind of law at one temperature."""
+
+    name: str
+    temperature: float
+    drafter: Tensor
+    verifier: Tensor
+    drafter_sampling: Tensor | None = None
+    verifier_sampling: Tensor | None = None
+
+    def laws(self) -> Laws:
+        """The four laws."""
+        return Laws.of(
+            self.drafter, self.verifier, self.temperature, self.drafter_sampling, self.verifier_sampling
+        )
+
+
+@dataclass(frozen=True)
+class RuleReport:
+    """What `check_rule` found.
+
+    Attributes:
+        name: of the rule.
+        kind: ``"position"``, ``"token"`` or ``"law"``.
+        positions: positions checked.
+        worst: largest |enumerated - target| of any token.
+        rejection: largest |enumerated rejection - D_TV(q, pi)|; for a rule whose check depends on the drafted
+            token this is an inequality in general, and an identity here.
+        lossless_end, drafter_end: ``"exact"`` where the dial declares one and it was verified, else
+            ``"none"``.
+    """
+
+    name: str
+    kind: str
+    positions: int
+    worst: float
+    rejection: float
+    lossless_end: str
+    drafter_end: str
+
+
+def check_rule(rule: Rule, context: Callable[[int], Summary] | None = None, seed: int = 0) -> RuleReport:
+    """Check that a rule keeps the contract, or raise AssertionError saying where it does not.
+
+    Checked on random, tied, peaked, disjoint and one-hot laws, at temperatures 0, 0.5 and 1, with and without
+    top-k and top-p: the target is a law within the verifier's support; draft + accept + residual emits it
+    within 1e-12; the dial's declared ends; a batch equals its rows; a summary read back decides as the logits
+    do; and bad input is refused by the rule's name.
+
+    Args:
+        rule: an instance, at any value of its dial.
+        context: makes the context fields that the rule needs, for N positions.
+        seed: of the random laws.
+    """
+    _check_declaration(rule)
+    worst = rejection = 0.0
+    positions = 0
+    for case in cases(seed):
+        given = _context(rule, context, case.drafter.shape[0])
+        error, rejection_error = _check_law(rule, case, given)
+        worst, rejection = max(worst, error), max(rejection, rejection_error)
+        positions += case.drafter.shape[0]
+        _check_ends(rule, case, given)
+        _check_batching(rule, case, given)
+        _check_offline(rule, case, given)
+    _check_refusals(rule, _context(rule, context, 1))
+    dial = rule.dial
+    return RuleReport(
+        rule.name,
+        kind_of(rule),
+        positions,
+        worst,
+        rejection,
+        "exact" if rule.is_lossless or (dial is not None and dial.lossless is not None) else "none",
+        "exact" if dial is not None and dial.drafter is not None else "none",
+    )
+
+
+def kind_of(rule: Rule) -> str:
+    """position, token or law."""
+    for kind, base in (("position", PositionRule), ("token", TokenRule), ("law", LawRule)):
+        if isinstance(rule, base):
+            return kind
+    raise AssertionError(f"{type(rule).__name__} must subclass PositionRule, TokenRule or LawRule")
+
+
+def cases(seed: int = 0, vocabulary: int = VOCABULARY, positions: int = 6) -> Iterator[Case]:
+    """The laws that rules are checked on: five kinds, three temperatures, plain, top-k and top-p."""
+    generator = torch.Generator().manual_seed(seed)
+    for kind, (drafter, verifier) in _kinds(vocabulary, positions, generator).items():
+        for temperature in TEMPERATURES:
+            yield Case(kind, temperature, drafter, verifier)
+            for name, cut in (("top_k", top_k), ("top_p", top_p)):
+                scale = temperature or 1.0
+                sampling = cut(drafter / scale), cut(verifier / scale)
+                yield Case(f"{kind} {name}", temperature, drafter, verifier, *sampling)
+
+
+def top_k(logits: Tensor, k: int = 4) -> Tensor:
+    """Logits outside the k largest masked with -inf (ties: lowest index stays)."""
+    order = torch.sort(logits, dim=-1, descending=True, stable=True).indices
+    return torch.full_like(logits, -torch.inf).scatter(-1, order[..., :k], logits.gather(-1, order[..., :k]))
+
+
+def top_p(logits: Tensor, mass: float = 0.8) -> Tensor:
+    """Logits outside the smallest set that holds `mass` masked with -inf."""
+    ordered, order = torch.sort(logits, dim=-1, descending=True, stable=True)
+    law = torch.softmax(ordered, dim=-1)
+    outside = law.cumsum(dim=-1) - law >= mass
+    return torch.empty_like(logits).scatter(-1, order, ordered.masked_fill(outside, -torch.inf))
+
+
+def _kinds(vocabulary: int, positions: int, generator: torch.Generator) -> dict[str, tuple[Tensor, Tensor]]:
+    def random(scale: float) -> Tensor:
+        return torch.randn(positions, vocabulary, generator=generator, dtype=torch.float64) * scale
+
+    near = random(1.5)
+    tied = torch.randint(0, 3, (2, positions, vocabulary), generator=generator).double()
+    half = torch.arange(vocabulary) < vocabulary // 2
+    points = torch.randint(0, vocabulary, (2, positions), generator=generator)
+    hot = torch.full((2, positions, vocabulary), -torch.inf, dtype=torch.float64)
+    hot.scatter_(-1, points.unsqueeze(-1), 0.0)
+    return {
+        "random": (random(1.0), random(1.0)),
+        "near": (near, near + random(0.3)),
+        "tied": (tied[0], tied[1]),
+        "peaked": (random(12.0), random(12.0)),
+        "disjoint": (random(1.0).masked_fill(half, -torch.inf), random(1.0).masked_fill(~half, -torch.inf)),
+        "one_hot": (hot[0], hot[1]),
+        "one_hot drafter": (hot[0], random(1.0)),
+        "equal": (near, near),
+    }
+
+
+def _context(rule: Rule, make: Callable[[int], Summary] | None, positions: int) -> Summary | None:
+    wanted = rule.needs & CONTEXT_FIELDS
+    if not wanted:
+        return None
+    if make is None:
+        raise AssertionError(f"{rule.name} needs context ({', '.join(sorted(wanted))}); pass context=")
+    return make(positions)
+
+
+def _check_declaration(rule: Rule) -> None:
+    assert rule.name, f"{type(rule).__name__} must have a name"
+    kind_of(rule)
+    unknown = set(rule.needs) - set(FIELDS)
+    assert not unknown, f"{rule.name} needs unknown summary fields {sorted(unknown)}"
+    assert rule.stage in ("draft", "verify"), f"{rule.name}: stage is {rule.stage!r}"
+    if rule.stage == "draft":
+        late = sorted(name for name in rule.needs if FIELDS[name].sees in ("verifier", "both"))
+        assert not late, f"{rule.name} decides at the draft stage but needs {late}"
+    if rule.dial is None:
+        return
+    grid = rule.dial.grid(5)
+    ends = (grid[0], grid[-1])
+    assert ends == (rule.dial.low, rule.dial.high), f"{rule.name}: dial grid misses its ends"
+    for value in (*grid, rule.dial.lossless, rule.dial.drafter):
+        if value is not None:
+            assert rule.with_dial(value).dial_value == value, f"{rule.name}: with_dial({value}) did not hold"
+
+
+def enumerate_emission(rule: Rule, laws: Laws, context: Summary | None = None) -> tuple[Tensor, Tensor]:
+    """Law emitted by drafting every token in turn [N, V], and the probability of a rejection [N].
+
+    Uses what verify_block uses: the score of a drafted token and the law it is corrected by.
+    """
+    positions, vocabulary = laws.q.shape
+    row = torch.arange(positions).repeat_interleave(vocabulary)
+    token = torch.arange(vocabulary).repeat(positions)
+    drafted = laws.q.flatten()
+    # A token that is never drafted has no acceptance; the likeliest stands in for it, with weight 0.
+    token = torch.where(drafted > 0, token, laws.q.argmax(dim=-1)[row])
+    every = laws.at((row,))
+    given = None if context is None else context.select(row)
+    ratio = score_laws(rule, every, token, given, with_gap=False).ratio
+    law = rule.step_law(every, rule.read(every, token, given), token)
+    corrected = (drafted * (1 - ratio)).unsqueeze(-1) * residual(law, every.q)
+    emitted = (drafted * ratio).reshape(positions, vocabulary)
+    emitted = emitted + corrected.reshape(positions, vocabulary, vocabulary).sum(dim=1)
+    return emitted, (drafted * (1 - ratio)).reshape(positions, vocabulary).sum(dim=-1)
+
+
+def _check_law(rule: Rule, case: Case, context: Summary | None) -> tuple[float, float]:
+    where = f"{rule.name} on {case.name} laws at temperature {case.temperature:g}"
+    laws = case.laws()
+    pi = _target(rule, case, context)
+    assert bool((pi >= 0).all()), f"{where}: the target has negative entries"
+    assert float((pi.sum(dim=-1) - 1).abs().max()) <= TOLERANCE, f"{where}: the target does not sum to one"
+    assert not bool(pi[~laws.support].any()), f"{where}: a masked token has probability"
+    emitted, rejected = enumerate_emission(rule, laws, context)
+    error = float((emitted - pi).abs().max())
+    assert error <= TOLERANCE, f"{where}: draft + accept + residual misses the target by {error:.3g}"
+    rejection = float((rejected - rejection_mass(pi, laws.q)).abs().max())
+    assert rejection <= TOLERANCE, f"{where}: rejection differs from D_TV(q, pi) by {rejection:.3g}"
+    if case.temperature == 0:
+        assert bool(((pi == 0) | (pi == 1)).all()), f"{where}: greedy execution must be deterministic"
+    return error, rejection
+
+
+def _target(rule: Rule, case: Case, context: Summary | None) -> Tensor:
+    return rule.target(
+        case.drafter,
+        case.verifier,
+        case.temperature,
+        drafter_sampling_logits=case.drafter_sampling,
+        verifier_sampling_logits=case.verifier_sampling,
+        context=context,
+    )
+
+
+def _check_ends(rule: Rule, case: Case, context: Summary | None) -> None:
+    if rule.dial is None:
+        return
+    laws = case.laws()
+    where = f"{rule.name} on {case.name} laws at temperature {case.temperature:g}"
+    if rule.dial.lossless is not None:
+        end = rule.with_dial(rule.dial.lossless)
+        # Through the formula, not the short cut that execution takes there.
+        summary = Rule.read(_Formula(end), laws, None, context)  # type: ignore[arg-type]
+        error = float((end._law(laws, summary) - laws.p).abs().max())
+        assert error <= TOLERANCE, f"{where}: its lossless end misses the verifier's law by {error:.3g}"
+        assert bool((_target(end, case, context) == laws.p).all()), f"{where}: lossless end not exact"
+    if rule.dial.drafter is not None:
+        lost = laws.q.masked_fill(laws.support, 0.0).sum(dim=-1, keepdim=True)
+        kept = laws.q.masked_fill(~laws.support, 0.0) + lost * laws.p
+        error = float((_target(rule.with_dial(rule.dial.drafter), case, context) - kept).abs().max())
+        assert error <= TOLERANCE, f"{where}: its drafter end misses the drafter's law by {error:.3g}"
+
+
+class _Formula:
+    """A rule's needs without its lossless short cut."""
+
+    is_lossless = False
+
+    def __init__(self, rule: Rule) -> None:
+        self.needs = rule.needs
+
+
+def _check_batching(rule: Rule, case: Case, context: Summary | None) -> None:
+    whole = _target(rule, case, context)
+    for n in (0, whole.shape[0] - 1):
+
+        def one(values: Tensor | None, n: int = n) -> Tensor | None:
+            return None if values is None else values[n]
+
+        row = Case(case.name, case.temperature, case.drafter[n], case.verifier[n],
+                   one(case.drafter_sampling), one(case.verifier_sampling))  # fmt: skip
+        alone = _target(rule, row, None if context is None else context.select(torch.tensor(n)))
+        error = float((alone - whole[n]).abs().max())
+        assert error <= TOLERANCE, (
+            f"{rule.name} on {case.name}: a row alone differs from its batch by {error:.3g}"
+        )
+
+
+def _check_offline(rule: Rule, case: Case, context: Summary | None) -> None:
+    """A decision from a summary that went through columns is the decision from the logits."""
+    laws = case.laws()
+    online = rule.read(laws, None, context)
+    offline = Summary.from_columns({name: column.numpy().copy() for name, column in online.items()})
+    if isinstance(rule, PositionRule) and not rule.needs & TOKEN_FIELDS and not rule.is_lossless:
+        assert torch.equal(rule.defer(online), rule.defer(offline)), f"{rule.name}: offline decision differs"
+    if isinstance(rule, TokenRule) and not rule.is_lossless:
+        every = rule.keep(laws.drafter_logprobs, laws.verifier_logprobs, online)
+        some = torch.tensor([0, 3, laws.q.shape[-1] - 1])
+        part = rule.keep(laws.drafter_logprobs[..., some], laws.verifier_logprobs[..., some], offline)
+        assert torch.equal(every[..., some], part), f"{rule.name}: a token's decision depends on its company"
+
+
+def _check_refusals(rule: Rule, context: Summary | None) -> None:
+    logits = torch.zeros(1, VOCABULARY, dtype=torch.float64)
+    for bad, what in ((torch.nan, "NaN"), (torch.inf, "+inf")):
+        broken = logits.clone()
+        broken[0, 2] = bad
+        _refused(lambda b=broken: rule.target(logits, b, context=context), rule, f"{what} logits")
+    _refused(lambda: rule.target(logits, logits[:, 1:], context=context), rule, "another vocabulary")
+    if rule.reads_drafter_confidence and not rule.is_lossless:
+        drafted = torch.zeros(1, 1, dtype=torch.int64)
+        block = torch.zeros(1, 2, VOCABULARY, dtype=torch.float64)
+        _refused(lambda: verify_block(rule, drafted, None, block), rule, "one-hot proposals")
+    if rule.dial is not None:
+        _refused(lambda: rule.with_dial(float("nan")), rule, "a dial that is not a number")
+        if not rule.dial.unbounded:
+            _refused(lambda: rule.with_dial(rule.dial.high + 1), rule, "a dial out of range")  # type: ignore[union-attr]
+
+
+def _refused(call: Callable[[], object], rule: Rule, what: str) -> None:
+    message = ""
+    try:
+        call()
+    except InputError as error:
+        message = str(error)
+    assert message, f"{rule.name} accepts {what}"
+    assert rule.name in message, f"{rule.name}: the message on {what} does not name the rule: {message}"

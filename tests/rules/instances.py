@@ -1,0 +1,90 @@
+"""One table of rule instances that every test of rules runs over."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deferral_train.rules import Rule, Summary, make_rule
+
+
+class LinearGap:
+    """A small gap estimator with fixed weights, of the shape that trained heads have."""
+
+    features = ("drafter_max", "verifier_max", "verifier_at_drafter_argmax", "kl")
+    stage = "verify"
+
+    def gap(self, summary: Summary) -> Tensor:
+        mixed = summary.verifier_max - 0.6 * summary.verifier_at_drafter_argmax - 0.4 * summary.drafter_max
+        return mixed + 0.01 * summary.kl.clamp(max=5.0)
+
+
+class DraftGap:
+    """A draft-stage estimator: reads the drafter only, and estimates D_TV too."""
+
+    features = ("drafter_max", "drafter_entropy")
+    stage = "draft"
+
+    def gap(self, summary: Summary) -> Tensor:
+        return 0.7 - summary.drafter_max
+
+    def tv(self, summary: Summary) -> Tensor:
+        return torch.tanh(summary.drafter_entropy)
+
+
+class TokenJudge:
+    """A judge that looks at the drafted token and the verifier's law."""
+
+    features = ("token", "verifier_logprob", "verifier_max")
+
+    def score(self, summary: Summary) -> Tensor:
+        known = summary.verifier_logprob.clamp(min=-30.0).exp()
+        return torch.sigmoid(5 * known - summary.verifier_max + (summary.token % 3) / 3 - 0.4)
+
+
+PARAMETERS: dict[str, list[dict]] = {
+    "lossless": [{}],
+    "drafter_only": [{}],
+    "verifier_only": [{}],
+    "lossy": [{"alpha": 0.0}, {"alpha": 0.31}, {"alpha": 0.9}, {"alpha": 1.0}],
+    "lenient": [{"alpha": 0.0}, {"alpha": 0.31}, {"alpha": 0.9}, {"alpha": 1.0}],
+    "bild": [{"alpha": 1.3}, {"alpha": 0.37, "discrepancy": "tv"}],
+    "chow": [{"alpha": 0.0}, {"alpha": 0.43}, {"alpha": 1.0}],
+    "chow_log": [{"alpha": 0.0}, {"alpha": 1.2}],
+    "diff": [{"alpha": -1.0}, {"alpha": -0.13}, {"alpha": 0.13}, {"alpha": 1.0}],
+    "diff_log": [{"alpha": -0.2}, {"alpha": 0.3}],
+    "opt": [{"alpha": -3.1}, {"alpha": -0.13}, {"alpha": 0.17}, {"alpha": 2.3}],
+    "opt_log": [{"alpha": -0.2}, {"alpha": 0.3}],
+    "opt_verifier": [{"alpha": -1.0}, {"alpha": 0.13}, {"alpha": 1.1}],
+    "token_v1": [{"alpha": -1.0}, {"alpha": 0.13}, {"alpha": 1.0}],
+    "token_v2": [{"alpha": -1.0}, {"alpha": 0.13}, {"alpha": 1.0}],
+    "token_v3": [{"alpha": 0.0}, {"alpha": 0.37}, {"alpha": 1.0}],
+    "ensemble": [{"weight": 0.0}, {"weight": 0.37}, {"weight": 1.0}],
+    "typical": [{"epsilon": 0.0}, {"epsilon": 0.11}, {"epsilon": 0.3, "delta": 0.21}],
+    "mentored": [{"divergence": 0.0}, {"divergence": 0.05}, {"divergence": 0.7}],
+    "fuzzy": [{"threshold": 0.0}, {"threshold": 0.06}, {"threshold": 0.7}],
+    "cactus": [{"delta": 0.0}, {"delta": 0.03}, {"delta": 0.9}],
+    "logit_margin": [{"margin": 0.0}, {"margin": 0.61}],
+    "biased": [{"bias": 0.0}, {"bias": 0.23}, {"bias": 1.0}],
+    "judge": [{"threshold": 0.4}, {"threshold": 1.0}],
+    "learned": [{"alpha": 0.07}, {"alpha": -0.2}],
+}
+HEADS = {"judge": TokenJudge(), "learned": LinearGap()}
+
+
+def build(name: str, parameters: dict) -> Rule:
+    """An instance of a rule, with a head where it needs one."""
+    head = {"head": HEADS[name]} if name in HEADS else {}
+    return make_rule(name, **parameters, **head)
+
+
+def instances() -> list[Rule]:
+    """Every rule at several values of its dial."""
+    rules = [build(name, parameters) for name, several in PARAMETERS.items() for parameters in several]
+    return [*rules, make_rule("learned", head=DraftGap(), alpha=0.2)]
+
+
+def label(rule: Rule) -> str:
+    """A test id."""
+    value = "" if rule.dial_value is None else f"={rule.dial_value:g}"
+    return f"{rule.name}{value}"
