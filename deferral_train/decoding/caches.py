@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from deferral_train.errors import InputError
 
@@ -135,7 +135,7 @@ class RowCache(Cache):
     """Self-attention cache of right-aligned rows.
 
     Args:
-        config: the model's configuration; decides which layers slide.
+        layers: type of each layer's cache and its sliding window, as transformers would make it.
         pads: padding columns on the left of each row, [B] host integers.
         capacity: columns to allocate at first.
         margin: most columns that a later :meth:`forget` takes from a row, None where that is not known.
@@ -144,11 +144,15 @@ class RowCache(Cache):
         InputError: a layer cannot be rolled back (recurrent state, compressed or indexed cache).
     """
 
-    def __init__(self, config: Any, pads: Sequence[int], capacity: int, margin: int | None) -> None:
-        layers: list[Any] = [
-            _row_layer(layer, capacity, margin) for layer in DynamicCache(config=config).layers
-        ]
-        super().__init__(layers=layers)
+    def __init__(
+        self,
+        layers: Sequence[tuple[type, int | None]],
+        pads: Sequence[int],
+        capacity: int,
+        margin: int | None,
+    ) -> None:
+        made = [_row_layer(kind, window, capacity, margin) for kind, window in layers]
+        super().__init__(layers=list(made))
         self.pads = list(pads)
         self.width = 0
 
@@ -202,13 +206,13 @@ class RowCache(Cache):
         self._trim()
 
 
-def _row_layer(layer: Any, capacity: int, margin: int | None) -> RowLayer:
-    if type(layer) is DynamicLayer:
+def _row_layer(kind: type, window: int | None, capacity: int, margin: int | None) -> RowLayer:
+    if kind is DynamicLayer:
         return RowLayer(capacity)
-    if type(layer) is DynamicSlidingWindowLayer:
-        return SlidingRowLayer(capacity, layer.sliding_window, margin)
+    if kind is DynamicSlidingWindowLayer and window is not None:
+        return SlidingRowLayer(capacity, window, margin)
     raise InputError(
-        f"cache layer {type(layer).__name__}: cannot be rolled back row by row; "
+        f"cache layer {kind.__name__}: cannot be rolled back row by row; "
         "use a model whose layers are full or sliding-window attention"
     )
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from deferral_train.decoding.facts import facts_of
 from deferral_train.decoding.stopping import check_stop
 from deferral_train.errors import InputError
 from deferral_train.rules.base import PositionRule, Rule
@@ -105,7 +105,7 @@ def _check_models(model: Any, drafter: Any, vocab_size: int | None) -> None:
         raise InputError(
             "drafter and verifier: one is encoder-decoder and the other is not; use two of a kind"
         )
-    sizes = [one.config.get_text_config(decoder=True).vocab_size for one in (drafter, model)]
+    sizes = [facts_of(one).vocab_size for one in (drafter, model)]
     if vocab_size is not None and not 0 < vocab_size <= min(sizes):
         raise InputError(f"vocab_size is {vocab_size}; the models have {sizes[0]} and {sizes[1]} columns")
     if vocab_size is None and sizes[0] != sizes[1]:
@@ -142,8 +142,8 @@ def _aligns_right(request: Request) -> bool:
     """Whether every row may sit at its own offset: positions per row, or relative ones only."""
     models = (request.model, request.drafter)
     if not request.model.config.is_encoder_decoder:
-        return all("position_ids" in inspect.signature(one.forward).parameters for one in models)
-    return all(hasattr(one.config, "relative_attention_num_buckets") for one in models)
+        return all(facts_of(one).takes_positions for one in models)
+    return all(facts_of(one).relative_positions for one in models)
 
 
 def _check_lengths(request: Request) -> None:
@@ -153,7 +153,7 @@ def _check_lengths(request: Request) -> None:
     if longest <= prompt:
         raise InputError(f"max_length is {longest}, the prompt has {prompt} tokens; raise max_new_tokens")
     for role, one in (("drafter", request.drafter), ("verifier", request.model)):
-        context = getattr(one.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        context = facts_of(one).context
         if context is not None and longest > context:
             raise InputError(
                 f"prompt of {prompt} tokens and room for {longest - prompt} more exceed the {role}'s context "

@@ -27,6 +27,7 @@ class EndOfRow:
         self.max_length = min([max_length, *limits])
         ends = [one.eos_token_id.flatten() for one in criteria if type(one) is EosTokenCriteria]
         self.eos = torch.cat(ends) if ends else None
+        self._eos_set = frozenset() if self.eos is None else frozenset(self.eos.tolist())
         self.others = [one for one in criteria if type(one) not in (MaxLengthCriteria, EosTokenCriteria)]
 
     def is_eos(self, block: Tensor) -> Tensor:
@@ -35,20 +36,25 @@ class EndOfRow:
             return torch.zeros_like(block, dtype=torch.bool)
         return torch.isin(block, self.eos.to(block.device))
 
-    def cut(self, tokens: TokenRows, block: Tensor, counts: list[int]) -> tuple[list[int], list[bool]]:
+    def are_eos(self, block: Sequence[int]) -> list[bool]:
+        """The same for tokens that are on the host already."""
+        return [token in self._eos_set for token in block]
+
+    def cut(
+        self, tokens: TokenRows, block: Sequence[Sequence[int]], counts: list[int]
+    ) -> tuple[list[int], list[bool]]:
         """How many tokens of a written block are really emitted, and which rows end with them.
 
         Args:
-            tokens: the rows, ``block`` [B, n] already written behind their ends.
+            tokens: the rows; ``block`` [B][n] is already written behind their ends.
             counts: tokens on offer per row; no row gets more, nor a token beyond its end.
         """
         counts = [min(count, room) for count, room in zip(counts, tokens.room)]
         done = [count == room for count, room in zip(counts, tokens.room)]
-        if self.eos is not None:
-            for row, flags in enumerate(self.is_eos(block).tolist()):
-                if True in flags[: counts[row]]:
-                    counts[row] = flags.index(True) + 1
-                    done[row] = True
+        for row, ids in enumerate(block):
+            flags = self.are_eos(ids[: counts[row]])
+            if True in flags:
+                counts[row], done[row] = flags.index(True) + 1, True
         if self.others:
             self._cut_by_others(tokens, counts, done)
         return counts, done

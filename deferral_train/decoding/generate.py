@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 from deferral_train.decoding import checks
 from deferral_train.decoding.criteria import EndOfRow
 from deferral_train.decoding.executions import execute
+from deferral_train.decoding.facts import facts_of
 from deferral_train.decoding.hidden import HiddenTap, tap_hidden
 from deferral_train.decoding.laws import SamplingLaws
 from deferral_train.decoding.loop import Cascade
@@ -114,7 +115,7 @@ def cascade_generate(
         taps = _taps(stack, model, drafter, rule, stop)
         encoders = _encoders(model, drafter, model_kwargs, inputs_tensor, drafter_inputs, len(input_ids))
         margin = num_draft_tokens + 2 if execution == "speculative" else None
-        size = vocab_size or model.config.get_text_config(decoder=True).vocab_size
+        size = vocab_size or facts_of(model).vocab_size
         capacity = min(tokens.ids.shape[1], tokens.prompt_length + 256)
         steppers = [
             Stepper(one, tokens, capacity, margin, size, encoder, tap)

@@ -94,7 +94,7 @@ class SamplingLaws:
         Sampling races exponential clocks, which needs no copy to the host.
         """
         if self.temperature == 0.0:
-            return (decision if sampling is None else sampling).max(dim=-1).indices
+            return (decision if sampling is None else sampling).argmax(dim=-1)
         law = torch.softmax(decision / self.temperature if sampling is None else sampling, dim=-1)
         clocks = torch.empty_like(law).exponential_(generator=generator)
         return (law / clocks).argmax(dim=-1)

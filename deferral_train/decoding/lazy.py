@@ -58,7 +58,7 @@ def _emit(cascade: Cascade, drafted: Tensor, deferred: list[bool], verdict: Verd
         withheld = (verdict.next_token < 0).tolist()
         offered = [1 + int(d and p and not w) for d, p, w in zip(deferred, passed, withheld)]
     cascade.tokens.write(0, block)
-    counts, done = cascade.ends.cut(cascade.tokens, block, offered)
+    counts, done = cascade.ends.cut(cascade.tokens, block.tolist(), offered)
     for row, was_deferred, stood, count in zip(cascade.tokens.rows, deferred, passed, counts):
         _record(cascade, row, was_deferred, stood, count)
     advance(cascade, counts, done)

@@ -120,8 +120,8 @@ class _GrowingDraft:
 
     def __init__(self, cascade: Cascade, limits: list[int]) -> None:
         self.cascade = cascade
-        self.tokens = torch.empty(len(limits), max(limits), dtype=torch.long, device=cascade.tokens.device)
-        self.lengths = torch.tensor(limits, device=cascade.tokens.device)
+        self.lengths = limits
+        self.token = torch.empty(0, dtype=torch.long)
         self.decisions: list[Tensor] = []
         self.samplings: list[Tensor | None] = []
         self.hidden: list[Tensor] = []
@@ -143,39 +143,40 @@ class _GrowingDraft:
         token = cascade.laws.draw(
             self.decisions[-1][:, 0], None if sampling is None else sampling[:, 0], cascade.generator
         )
-        self.tokens[:, place] = token
         cascade.tokens.write(place, token[:, None])
-        self.drawn = place + 1
+        self.token, self.drawn = token, place + 1
         return token
 
     def complete(self, place: int) -> bool:
         """Whether no row wants to draft beyond ``place``; shortens the rows that end here."""
         if not self.watches:
             return False
-        ended = self.cascade.ends.is_eos(self.tokens[:, place])
+        ended = self.cascade.ends.are_eos(self.token.tolist())
         if self.cascade.stop is not None:
-            ended = ended | self.cascade.stop.stops(self._step(place))
-        if bool(ended.any()):
-            self.lengths = torch.where(ended, self.lengths.clamp(max=place + 1), self.lengths)
-        return int(self.lengths.max()) <= place + 1
+            stopped = self.cascade.stop.stops(self._step(place)).tolist()
+            ended = [over or stop for over, stop in zip(ended, stopped)]
+        if True in ended:
+            self.lengths = [
+                min(length, place + 1) if over else length for length, over in zip(self.lengths, ended)
+            ]
+        return max(self.lengths) <= place + 1
 
     def _step(self, place: int) -> DraftStep:
         sampling = self.samplings[-1]
         return DraftStep(
             place=place,
-            token=self.tokens[:, place],
+            token=self.token,
             logits=self.decisions[-1][:, 0],
             sampling=None if sampling is None else sampling[:, 0],
             temperature=self.cascade.laws.temperature,
             hidden=self.hidden[-1][:, 0] if self.hidden else None,
             generated=[n - self.cascade.tokens.prompt_length for n in self.cascade.tokens.lengths],
-            open=self.lengths > place,
         )
 
     def finished(self, laws: SamplingLaws, drawn: int) -> Draft:
         """The block, cut behind the first end of sequence."""
-        tokens = self.tokens[:, :drawn]
-        lengths = self.lengths.clamp(max=drawn)
+        tokens = self.cascade.tokens.window(0, drawn)
+        lengths = torch.tensor(self.lengths, device=tokens.device).clamp_(max=drawn)
         if not self.watches:
             ends = self.cascade.ends.is_eos(tokens)
             first = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, drawn)
@@ -242,15 +243,14 @@ def context_of(cascade: Cascade, draft: Draft) -> Summary | None:
 def emit(cascade: Cascade, draft: Draft, verdict: Verdict) -> None:
     """Append accepted tokens and the correction or bonus; cut at ends and limits; let finished rows leave."""
     tokens = cascade.tokens
-    block = torch.nn.functional.pad(draft.tokens, (0, 1), value=tokens.pad_token_id)
-    block.scatter_(1, verdict.accepted[:, None], verdict.next_token.clamp(min=0)[:, None])
-    tokens.write(0, block)
+    depth = draft.tokens.shape[1]
+    tokens.put(verdict.accepted, verdict.next_token.clamp(min=0))
+    facts = torch.stack([verdict.accepted, verdict.next_token, draft.lengths], dim=1)
     # The only wait for the device in a round.
-    accepted, following, proposed = torch.stack(
-        [verdict.accepted, verdict.next_token, draft.lengths]
-    ).tolist()
+    host = torch.cat([facts, tokens.window(0, depth + 1)], dim=1).tolist()
+    accepted, following, proposed = ([row[i] for row in host] for i in range(3))
     offered = [count + (token >= 0) for count, token in zip(accepted, following)]
-    counts, done = cascade.ends.cut(tokens, block, offered)
+    counts, done = cascade.ends.cut(tokens, [row[3:] for row in host], offered)
     exact = int(cascade.bonus == "exact" and cascade.rule.drafts)
     calls = [length + exact for length in proposed]
     cascade.ledger.block(tokens.rows, proposed, accepted, counts, calls, verdict.origin, verdict.deferred)

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from deferral_train.decoding.compatibility import check_consulted, check_head, heads_of, with_counting
+from deferral_train.decoding.facts import facts_of
 from deferral_train.decoding.generate import cascade_generate
 from deferral_train.decoding.stats import GenerationStats
 from deferral_train.decoding.stopping import StopDrafting
@@ -151,8 +153,7 @@ class Pair:
 
     def _check_context(self, prompt: EncodedPrompt, new: int) -> None:
         for role in ("drafter", "verifier"):
-            config = getattr(self.models, role).config.get_text_config(decoder=True)
-            context = getattr(config, "max_position_embeddings", None)
+            context = facts_of(getattr(self.models, role)).context
             needed = len(prompt.input_ids) + (0 if self.models.is_encoder_decoder else new)
             if context is not None and needed > context:
                 raise InputError(
@@ -227,13 +228,17 @@ class Pair:
                 "top_k": options.top_k,
                 "top_p": options.top_p,
             }
-        return sampling | {
-            "max_new_tokens": options.max_new_tokens,
-            "num_beams": 1,
-            "eos_token_id": list(self.models.eos_ids) or None,
-            "pad_token_id": self._pad_id(),
-            "return_dict_in_generate": True,
-        }
+        return (
+            sampling
+            | {
+                "max_new_tokens": options.max_new_tokens,
+                "num_beams": 1,
+                "eos_token_id": list(self.models.eos_ids) or None,
+                "pad_token_id": self._pad_id(),
+                "return_dict_in_generate": True,
+                "past_key_values": DynamicCache(),  # never filled; keeps generate from copying configs to make its own
+            }
+        )
 
     def _criteria(self, options: Settings) -> StoppingCriteriaList:
         if not options.stop_strings:

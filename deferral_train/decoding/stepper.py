@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from deferral_train.decoding.caches import RowCache
+from deferral_train.decoding.facts import facts_of
 from deferral_train.decoding.hidden import HiddenTap
 from deferral_train.decoding.tokens import TokenRows
 
@@ -42,15 +42,15 @@ class Stepper:
     ) -> None:
         self.model, self.tokens, self.tap, self.vocab_size = model, tokens, tap, vocab_size
         self.encoder = encoder
-        self.cache = RowCache(model.config, tokens.pads, capacity, margin)
+        facts = facts_of(model)
+        self.cache = RowCache(facts.cache_layers, tokens.pads, capacity, margin)
         self.past: Any = self.cache
         if encoder is not None:
             self.past = EncoderDecoderCache(self.cache, DynamicCache())
         self.fed = [0] * len(tokens.pads)
         self.passes = 0
-        accepted = inspect.signature(model.forward).parameters
-        self._takes_positions = encoder is None and "position_ids" in accepted
-        self._takes_keep = "logits_to_keep" in accepted
+        self._takes_positions = encoder is None and facts.takes_positions
+        self._takes_keep = facts.takes_keep
         self._encoder_states = None if encoder is None else BaseModelOutput(last_hidden_state=encoder[0])
 
     def feed(self, ahead: int = 0, keep: int = 1) -> Tensor:

@@ -31,7 +31,6 @@ class DraftStep:
         temperature: of the sampling law.
         hidden: [B, D] the drafter's hidden state there, where a tap is set.
         generated: tokens that each row had emitted before this block.
-        open: [B] bool, rows that were still drafting.
     """
 
     place: int
@@ -41,7 +40,6 @@ class DraftStep:
     temperature: float
     hidden: Tensor | None
     generated: Sequence[int]
-    open: Tensor
 
     def summary(self, fields: frozenset[str]) -> Summary:
         """The drafter's side of the summary at this position, leading shape [B]."""

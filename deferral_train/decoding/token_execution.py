@@ -28,7 +28,7 @@ def token_cascade(cascade: Cascade) -> None:
 def emit_one(cascade: Cascade, token: Tensor) -> None:
     """Append one token [B] per row."""
     cascade.tokens.write(0, token[:, None])
-    counts, done = cascade.ends.cut(cascade.tokens, token[:, None], [1] * len(token))
+    counts, done = cascade.ends.cut(cascade.tokens, token[:, None].tolist(), [1] * len(token))
     advance(cascade, counts, done)
 
 

@@ -78,6 +78,11 @@ class TokenRows:
         else:
             self.ids[self.index[:, None], self._columns(offset, offset + block.shape[1])] = block
 
+    def put(self, offsets: Tensor, values: Tensor) -> None:
+        """One token per running row, ``offsets`` [B] columns behind its end."""
+        ends = torch.tensor(self.lengths, device=self.device)
+        self.ids[self.index, ends + offsets] = values
+
     def _columns(self, first: int, last: int) -> Tensor:
         ends = torch.tensor(self.lengths, device=self.device)[:, None]
         return ends + torch.arange(first, last, device=self.device)[None]
