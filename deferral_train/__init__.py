@@ -21,7 +21,15 @@ _HOME = {
     "InputError": "deferral_train.errors",
 }
 
-__all__ = ["DeferralHead", "InputError", "cascade_generate", "load_pair", "make_rule", "open_traces", "score_rules"]
+__all__ = [
+    "DeferralHead",
+    "InputError",
+    "cascade_generate",
+    "load_pair",
+    "make_rule",
+    "open_traces",
+    "score_rules",
+]
 
 if TYPE_CHECKING:
     from deferral_train.decoding import cascade_generate, load_pair

@@ -12,6 +12,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -90,7 +91,7 @@ def _dispatch(name: str, words: list[str]) -> int:
     if getattr(module, "RAW_ARGUMENTS", False):
         return int(module.run(words) or 0)
     settings = _parse(name, module, words)
-    code = int(module.run(**settings) or 0)
+    code = int(module.run(**_grouped(module, settings)) or 0)
     _record(name, settings)
     return code
 
@@ -101,7 +102,8 @@ def _parse(name: str, module: ModuleType, words: list[str]) -> dict[str, Any]:
 
     parser = ArgumentParser(prog=f"{PROGRAM} {name}", exit_on_error=False, description=COMMANDS[name])
     parser.add_argument("--config", action="config", help="YAML file with any of the flags below as keys")
-    parser.add_function_arguments(module.run, sub_configs=True)
+    skipped = _add_settings(parser, module)
+    parser.add_function_arguments(module.run, sub_configs=True, skip=skipped)
     for positional in getattr(module, "POSITIONAL", ()):
         words = _name_positional(words, positional)
     try:
@@ -111,6 +113,22 @@ def _parse(name: str, module: ModuleType, words: list[str]) -> dict[str, Any]:
     settings = parser.instantiate_classes(parsed).as_dict()
     settings.pop("config", None)
     return settings
+
+
+def _add_settings(parser: Any, module: ModuleType) -> set[str]:
+    """A module whose `run` takes one config object names its class: the fields become the flags."""
+    if not hasattr(module, "SETTINGS"):
+        return set()
+    parser.add_class_arguments(module.SETTINGS, sub_configs=True)
+    return {"config"}
+
+
+def _grouped(module: ModuleType, settings: dict[str, Any]) -> dict[str, Any]:
+    if not hasattr(module, "SETTINGS"):
+        return settings
+    own = {field.name for field in fields(module.SETTINGS)}
+    config = module.SETTINGS(**{name: value for name, value in settings.items() if name in own})
+    return {"config": config, **{name: value for name, value in settings.items() if name not in own}}
 
 
 def _name_positional(words: list[str], name: str) -> list[str]:

@@ -13,7 +13,9 @@ from deferral_train.errors import InputError
 
 def call(*words: str, code: str | None = None) -> subprocess.CompletedProcess:
     program = code or "import sys; from deferral_train.cli import main; sys.exit(main())"
-    return subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=120
+    )
 
 
 def test_help_names_every_command_and_imports_nothing_heavy():
@@ -92,7 +94,11 @@ def test_flag_wins_over_file_wins_over_default(tmp_path, monkeypatch):
         (InputError("alpha: 3 is out of range; choose from [-1, 1]"), 2, "alpha: 3"),
         (PermissionError(13, "Permission denied", "runs/x"), 2, "runs/x"),
         (OSError(28, "No space left on device"), 2, "free some disk space"),
-        (ModuleNotFoundError("No module named 'transformers'", name="transformers"), 2, "deferral-train[train]"),
+        (
+            ModuleNotFoundError("No module named 'transformers'", name="transformers"),
+            2,
+            "deferral-train[train]",
+        ),
         (KeyboardInterrupt(), 130, "run the same command again"),
     ],
 )

@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def tracked_folders() -> set[str]:
     try:
-        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+        listed = subprocess.run(
+            ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.split("\n")
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("not a git checkout")
     folders = {parent.as_posix() for name in listed if name for parent in Path(name).parents}

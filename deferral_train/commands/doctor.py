@@ -95,7 +95,9 @@ def _device(cuda: str | None, available: bool, version: str) -> Finding:
             "reinstall with: make TORCH_INDEX=https://download.pytorch.org/whl/cu130",
         )
     if has_nvidia_gpu():
-        return Finding("note", "torch", f"{version} sees no CUDA device although a GPU is present: check its driver")
+        return Finding(
+            "note", "torch", f"{version} sees no CUDA device although a GPU is present: check its driver"
+        )
     return Finding("ok", "torch", f"{version} on CPU (no GPU found)")
 
 
@@ -113,7 +115,9 @@ def _memory() -> Finding:
     free = pages * size / 2**30
     level = "ok" if total >= 4 else "note"
     return Finding(
-        level, "memory", f"{total:.1f} GiB, {free:.1f} GiB untouched" + ("" if level == "ok" else "; quickstart needs 4")
+        level,
+        "memory",
+        f"{total:.1f} GiB, {free:.1f} GiB untouched" + ("" if level == "ok" else "; quickstart needs 4"),
     )
 
 
@@ -135,10 +139,14 @@ def pair(drafter: str | None, verifier: str | None) -> Iterator[Finding]:
     sizes = [sum(p.numel() for p in model.parameters()) / 1e6 for model in (models.drafter, models.verifier)]
     kind = "encoder-decoder" if models.is_encoder_decoder else "decoder-only"
     yield Finding(
-        "ok", "pair", f"{kind}, vocabulary {models.vocab_size}, drafter {sizes[0]:.2f}M, verifier {sizes[1]:.2f}M parameters"
+        "ok",
+        "pair",
+        f"{kind}, vocabulary {models.vocab_size}, drafter {sizes[0]:.2f}M, verifier {sizes[1]:.2f}M parameters",
     )
     if sizes[0] * 2 > sizes[1]:
-        yield Finding("note", "pair", "the drafter is more than half of the verifier's size: drafting will cost much")
+        yield Finding(
+            "note", "pair", "the drafter is more than half of the verifier's size: drafting will cost much"
+        )
 
 
 def trace_folder(folder: str) -> Iterator[Finding]:
@@ -147,7 +155,9 @@ def trace_folder(folder: str) -> Iterator[Finding]:
 
     opened = open_traces(folder, verify=True)
     yield Finding(
-        "ok", "traces", f"{len(opened)} tokens of {len(opened.prompt_ids)} prompts, prefixes: {opened.manifest.prefixes}"
+        "ok",
+        "traces",
+        f"{len(opened)} tokens of {len(opened.prompt_ids)} prompts, prefixes: {opened.manifest.prefixes}",
     )
 
 
@@ -156,7 +166,9 @@ def head_folder(folder: str) -> Iterator[Finding]:
     from deferral_train.heads import DeferralHead
 
     loaded = DeferralHead.from_pretrained(folder)
-    yield Finding("ok", "head", f"{type(loaded).__name__}, {loaded.stage} stage, reads {', '.join(loaded.features)}")
+    yield Finding(
+        "ok", "head", f"{type(loaded).__name__}, {loaded.stage} stage, reads {', '.join(loaded.features)}"
+    )
 
 
 def _guard(subject: str, examine: Callable[[], Iterator[Finding]]) -> list[Finding]:

@@ -29,7 +29,15 @@ def _row(name: str, rule: type[Rule]) -> tuple[str, ...]:
     needs = rule.needs if isinstance(rule.needs, frozenset) else None
     reads = "what its head reads" if needs is None else ", ".join(sorted(needs)) or "-"
     if dial is None:
-        return (name, "-", "-", "always" if name in ("lossless", "verifier_only") else "-", "-", rule.stage, reads)
+        return (
+            name,
+            "-",
+            "-",
+            "always" if name in ("lossless", "verifier_only") else "-",
+            "-",
+            rule.stage,
+            reads,
+        )
     bounds = f"{dial.low:g} to {dial.high:g}" + (" (any finite)" if dial.unbounded else "")
     return (name, dial.parameter, bounds, _end(dial.lossless), _end(dial.drafter), str(rule.stage), reads)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from deferral_train.errors import InputError
 from deferral_train.pairs.train_config import PairConfig
@@ -113,6 +115,21 @@ class TracesConfig:
 
 
 @dataclass(frozen=True)
+class HeadsConfig:
+    """Which heads are fitted; the one with the least val/regret is exported.
+
+    Attributes:
+        candidates: name to settings; the settings are those of ``training.FitConfig`` besides its traces.
+    """
+
+    candidates: dict[str, dict[str, Any]] = field(default_factory=lambda: {"gap": {"head": "gap"}})
+
+    def __post_init__(self) -> None:
+        if not self.candidates:
+            raise InputError("heads.candidates is empty; give at least one, such as gap: {head: gap}")
+
+
+@dataclass(frozen=True)
 class OperatingPointConfig:
     """How every rule's dial is set on the calibration part, so that rules are compared at the same price.
 
@@ -146,3 +163,62 @@ class DecodeSection:
     temperature: float = 0.0
     batch_size: int = 1
     repetitions: int = 3
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run.
+
+    Attributes:
+        out: the run folder.
+        seed: of everything that draws.
+        rules: plug-in rules to score offline, by spec without a dial value.
+        decoded: which of them are decoded beside ``verifier_only``, ``lossless`` and the learned head.
+        bootstrap: redraws of prompts for intervals.
+    """
+
+    text: TextConfig
+    pair: PairSection
+    out: str = "runs/run"
+    seed: int = 0
+    gate: GateConfig = field(default_factory=GateConfig)
+    traces: TracesConfig = field(default_factory=TracesConfig)
+    heads: HeadsConfig = field(default_factory=HeadsConfig)
+    rules: tuple[str, ...] = (
+        "chow",
+        "diff",
+        "opt",
+        "opt_verifier",
+        "token_v1",
+        "token_v2",
+        "token_v3",
+        "bild",
+    )
+    decoded: tuple[str, ...] = ("opt", "token_v3")
+    point: OperatingPointConfig = field(default_factory=OperatingPointConfig)
+    decode: DecodeSection = field(default_factory=DecodeSection)
+    bootstrap: int = 1000
+
+    def __post_init__(self) -> None:
+        absent = [rule for rule in self.decoded if rule not in self.rules]
+        if absent:
+            raise InputError(
+                f"decoded: {', '.join(absent)} not among rules; add it there, its dial is set on traces"
+            )
+
+
+def read_config(path: str | Path, **overrides: Any) -> RunConfig:
+    """The config of a YAML file, with top-level fields replaced.
+
+    Raises:
+        InputError: a key or value that does not fit, named.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(RunConfig, sub_configs=True)
+    try:
+        parsed = parser.instantiate_classes(parser.parse_path(str(path)))
+    except ArgumentError as error:
+        raise InputError(f"{path}: {' '.join(str(error).split())}") from None
+    return RunConfig(**{**parsed.as_dict(), **overrides})

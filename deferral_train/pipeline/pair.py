@@ -10,6 +10,7 @@ from typing import Any
 from deferral_train import provenance
 from deferral_train.pairs.gate import GateResult, check_pair
 from deferral_train.pairs.load import ModelPair, load_models
+from deferral_train.pairs.progress import TrainingBars
 from deferral_train.pairs.train import train_pair
 from deferral_train.pipeline.config import GateConfig, PairSection
 from deferral_train.pipeline.console import RunConsole
@@ -27,7 +28,7 @@ def prepare_pair(config: PairSection, gate: GateConfig, run: Path, console: RunC
     Raises:
         InputError: the pair fails a required gate, or prompts of the run were in its training text.
     """
-    result = _trained(config, run, console) if config.train is not None else _brought(config, run)
+    result = _trained(config, run) if config.train is not None else _brought(config, run)
     compared = refuse_seen(Path(result["drafter"]).parent, run)
     measured = GateResult(**result["gate"])
     if gate.required:
@@ -45,11 +46,16 @@ def open_pair(config: PairSection, result: dict[str, Any]) -> ModelPair:
     return load_models(result["drafter"], result["verifier"], config.device, config.dtype)
 
 
-def _trained(config: PairSection, run: Path, console: RunConsole) -> dict[str, Any]:
+def _trained(config: PairSection, run: Path) -> dict[str, Any]:
     assert config.train is not None
-    with console.progress() as display:
-        done = train_pair(config.train, run / FOLDER, progress=display)
-    return {"drafter": str(done.drafter), "verifier": str(done.verifier), "gate": asdict(done.gate), "trained": True}
+    with TrainingBars() as bars:
+        done = train_pair(config.train, run / FOLDER, bars)
+    return {
+        "drafter": str(done.drafter),
+        "verifier": str(done.verifier),
+        "gate": asdict(done.gate),
+        "trained": True,
+    }
 
 
 def _brought(config: PairSection, run: Path) -> dict[str, Any]:

@@ -108,7 +108,13 @@ class StageRunner:
         start = time.perf_counter()
         result = provenance.plain(stage.work(self.results()))
         seconds = round(time.perf_counter() - start, 3)
-        marker = {"stage": stage.name, "key": key, "outputs": self._outputs(stage), "result": result, "seconds": seconds}
+        marker = {
+            "stage": stage.name,
+            "key": key,
+            "outputs": self._outputs(stage),
+            "result": result,
+            "seconds": seconds,
+        }
         provenance.write_json(self._marker(stage), marker)
         return StageRecord(stage.name, result, seconds, False, _digest(marker))
 
@@ -139,7 +145,9 @@ def open_run(folder: Path, config: Any, fresh: bool) -> Path:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"out: {folder} is a file; name a folder")
     if folder.is_dir() and any(folder.iterdir()) and not ours:
-        raise InputError(f"out: {folder} is not empty and is no run folder ({RUN_FILE} is missing); name another folder")
+        raise InputError(
+            f"out: {folder} is not empty and is no run folder ({RUN_FILE} is missing); name another folder"
+        )
     if fresh and ours:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -85,7 +85,9 @@ def _by_rule(path: Path) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def _ratio_of_times(base: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], seed: int) -> Interval:
+def _ratio_of_times(
+    base: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], seed: int
+) -> Interval:
     """Time of ``base`` over time of ``other``: medians over repetitions per batch, batches redrawn together."""
     above, below = _median_seconds(base), _median_seconds(other)
     return _bootstrap(len(above), seed).ratio(above, below)
@@ -104,10 +106,14 @@ def _bootstrap(units: int, seed: int) -> PromptBootstrap:
 
 def _calls(rows: Sequence[Mapping[str, Any]]) -> float:
     """Verifier calls an emitted token."""
-    return sum(row["counts"]["verifier_calls"] for row in rows) / sum(row["counts"]["emitted"] for row in rows)
+    return sum(row["counts"]["verifier_calls"] for row in rows) / sum(
+        row["counts"]["emitted"] for row in rows
+    )
 
 
-def _quality(lossless: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+def _quality(
+    lossless: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], seed: int
+) -> dict[str, Any]:
     """Sentence chrF against the references, the rule's mean minus lossless's on the same prompts."""
     from sacrebleu.metrics import CHRF
 
@@ -160,7 +166,9 @@ def _headline(
 
 
 def _range(interval: Mapping[str, Any]) -> str:
-    return "" if interval["low"] is None else f" (95% interval {interval['low']:.2f} to {interval['high']:.2f})"
+    return (
+        "" if interval["low"] is None else f" (95% interval {interval['low']:.2f} to {interval['high']:.2f})"
+    )
 
 
 def _trust(

@@ -1,0 +1,21 @@
+"""`deferral-train run`: every stage for a given pair and prompts."""
+
+from __future__ import annotations
+
+from deferral_train.pipeline.config import RunConfig
+
+# The command line takes every field of the config as a flag and a YAML key.
+SETTINGS = RunConfig
+
+
+def run(config: RunConfig, *, fresh: bool = False) -> int:
+    """Run every stage and end in a verdict. A rerun reuses what is finished.
+
+    Args:
+        config: see the fields above.
+        fresh: start over: remove what an earlier run left in the folder.
+    """
+    from deferral_train.pipeline.run import run as run_stages
+
+    run_stages(config, fresh=fresh)
+    return 0

@@ -1,0 +1,292 @@
+"""A run: real text to pair, traces, head, operating points, evaluation, decoding, verdict and report.
+
+Every stage writes below the run folder and is reused while its settings and inputs stay the same.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from deferral_train import provenance
+from deferral_train.errors import InputError
+from deferral_train.pipeline import operate
+from deferral_train.pipeline.config import PARTS, RunConfig
+from deferral_train.pipeline.console import RunConsole
+from deferral_train.pipeline.pair import open_pair, prepare_pair
+from deferral_train.pipeline.stages import Stage, StageRecord, StageRunner, open_run
+from deferral_train.pipeline.text import part_path, prepare_text, read_part
+from deferral_train.pipeline.verdict import make_verdict
+
+Results = Mapping[str, Any]
+# What a run writes besides the user's own pair; small runs need far less.
+MIN_FREE_BYTES = 1 << 30
+
+
+def run(config: RunConfig, *, fresh: bool = False) -> dict[str, Any]:
+    """Run every unfinished stage and return the verdict; see the class docstrings of ``pipeline.config``.
+
+    Raises:
+        InputError: anything the user can mend, in one line; finished stages stay.
+    """
+    folder = Path(config.out)
+    free = shutil.disk_usage(
+        next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+    ).free
+    if free < MIN_FREE_BYTES:
+        raise InputError(
+            f"out: {folder} has {free >> 20} MiB free, a run needs {MIN_FREE_BYTES >> 20}; free some disk"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder.parent / f".{folder.name}.lock", timeout=0):
+            return Run(config, open_run(folder, config, fresh)).execute()
+    except Timeout:
+        raise InputError(
+            f"out: another run is working in {folder}; wait for it or name another folder"
+        ) from None
+
+
+class Run:
+    """The stages of one run and what they need from each other."""
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        self.config, self.folder, self.console = config, folder, RunConsole()
+
+    def execute(self) -> dict[str, Any]:
+        """Run all stages; returns the verdict."""
+        runner = StageRunner(self.folder, self.console.announce)
+        records = runner.run(self.stages())
+        self._close(records)
+        return dict(records["verdict"].result)
+
+    def stages(self) -> list[Stage]:
+        """The table of contents of a run."""
+        c = self.config
+        return [
+            Stage("text", "prompts in four parts that never overlap", c.text, (), ("data",), self.text),
+            Stage("pair", "a drafter and a verifier", [c.pair, c.gate], ("text",), ("pair",), self.pair),
+            Stage(
+                "traces",
+                "both models' token distributions",
+                [c.traces, c.seed],
+                ("text", "pair"),
+                ("traces",),
+                self.traces,
+            ),
+            Stage(
+                "fit", "heads learn the loss gap", [c.heads, c.seed], ("traces",), ("fit", "head"), self.fit
+            ),
+            Stage(
+                "point",
+                "dials set to one price on calibration",
+                [c.point, c.rules],
+                ("fit",),
+                ("point.json",),
+                self.point,
+            ),
+            Stage(
+                "evaluate",
+                "rules and head on the test traces",
+                [c.rules, c.bootstrap],
+                ("fit",),
+                ("evaluation",),
+                self.evaluate,
+            ),
+            Stage(
+                "decode",
+                "the cascade on held-out prompts",
+                [c.decode, c.decoded],
+                ("point",),
+                ("decode",),
+                self.decode,
+            ),
+            Stage(
+                "verdict",
+                "what is gained and lost",
+                {},
+                ("decode", "evaluate"),
+                ("verdict.json",),
+                self.verdict,
+            ),
+            Stage("report", "one page", {}, ("verdict",), ("report.html",), self.report),
+        ]
+
+    def text(self, _: Results) -> Any:
+        return prepare_text(self.config.text, self.folder)
+
+    def pair(self, _: Results) -> Any:
+        return prepare_pair(self.config.pair, self.config.gate, self.folder, self.console)
+
+    def traces(self, results: Results) -> Any:
+        """Log every part; unfinished folders are taken up where they stopped."""
+        from deferral_train.collecting import CollectConfig, collect
+
+        pair = results["pair"]
+        rows = {}
+        for part in PARTS:
+            settings = CollectConfig(
+                drafter=pair["drafter"],
+                verifier=pair["verifier"],
+                prompts=str(part_path(self.folder, part)),
+                device=self.config.pair.device,
+                dtype=self.config.pair.dtype,
+                seed=self.config.seed,
+                **asdict(self.config.traces),
+            )
+            collect(settings, self.trace_folder(part))
+            rows[part] = len(self.open(part))
+        return rows
+
+    def fit(self, results: Results) -> Any:
+        """Fit every candidate, keep the best on validation, export it."""
+        from deferral_train.pipeline.heads import fit_candidates
+
+        return fit_candidates(
+            self.config.heads.candidates,
+            self.open("fit"),
+            self.open("validation"),
+            self.folder,
+            self.config.seed,
+        )
+
+    def point(self, _: Results) -> Any:
+        points = operate.choose_points(
+            self.open("calibration"),
+            self.specs(),
+            self.config.point,
+            self.config.decode.num_draft_tokens,
+            self.config.seed,
+        )
+        provenance.write_json(self.folder / "point.json", points)
+        return points
+
+    def evaluate(self, results: Results) -> Any:
+        """Curves, areas and matched comparisons on the test traces."""
+        from deferral_train.evaluation import score_rules
+
+        table = score_rules(
+            self.open("test"),
+            self.specs(),
+            bootstrap=self.config.bootstrap,
+            seed=self.config.seed,
+            costs=self.costs(results["pair"]),
+            num_draft_tokens=self.config.decode.num_draft_tokens,
+        )
+        out = self.folder / "evaluation"
+        table.to_json(out / "scores.json")
+        table.to_csv(out / "scores.csv")
+        table.figures(out)
+        return {
+            "matched": [
+                row for row in table.matched() if row["share"] in ("area", self.config.point.rejection_share)
+            ]
+        }
+
+    def decode(self, results: Results) -> Any:
+        """Verifier alone, lossless and the rules at their operating points, on the test prompts."""
+        from deferral_train.decoding import Pair
+        from deferral_train.decoding.decode import DecodeConfig, decode
+        from deferral_train.decoding.pair import Settings
+        from deferral_train.heads.rules import rule_from_spec
+
+        section = asdict(self.config.decode)
+        limit, repetitions = section.pop("limit"), section.pop("repetitions")
+        rules = {name: rule_from_spec(name) for name in ("verifier_only", "lossless")}
+        rules |= {label: rule_from_spec(spec) for label, spec in self.decoded(results).items()}
+        settings = DecodeConfig(Settings(seed=self.config.seed, **section), repetitions, log_tokens=5)
+        pair = Pair(open_pair(self.config.pair, results["pair"]))
+        summary = decode(pair, read_part(self.folder, "test", limit), rules, settings, self.folder / "decode")
+        return {name: _short(scores) for name, scores in summary["rules"].items()}
+
+    def verdict(self, results: Results) -> Any:
+        verdict = make_verdict(
+            self.folder / "decode", self.chosen(results), results["pair"]["gate"], None, self.config.seed
+        )
+        provenance.write_json(self.folder / "verdict.json", verdict)
+        return verdict
+
+    def report(self, _: Results) -> Any:
+        from deferral_train.report import write_report
+
+        return {"page": write_report(self.folder).name}
+
+    def open(self, part: str) -> Any:
+        from deferral_train.traces import open_traces
+
+        return open_traces(self.trace_folder(part))
+
+    def trace_folder(self, part: str) -> Path:
+        return self.folder / "traces" / part
+
+    def specs(self) -> dict[str, str]:
+        """Every rule scored offline, the head last, without dial values."""
+        return {
+            **{rule: rule for rule in self.config.rules},
+            "learned": f"learned:head={self.folder / 'head'}",
+        }
+
+    def decoded(self, results: Results) -> dict[str, str]:
+        """Specs of the decoded rules at their operating points."""
+        points, specs = results["point"]["points"], self.specs()
+        return {
+            name: operate.with_value(specs[name], points[name]["parameter"], points[name]["value"])
+            for name in (*self.config.decoded, "learned")
+        }
+
+    def chosen(self, results: Results) -> dict[str, Any]:
+        """The decoded rule that lost least on calibration at the common price."""
+        points, decoded = results["point"]["points"], self.decoded(results)
+        name = min(decoded, key=lambda rule: points[rule]["risk_at_match"])
+        return {
+            "name": name,
+            "label": name,
+            "rule": name.partition(":")[0],
+            "spec": decoded[name],
+            "head": str(self.folder / "head") if name == "learned" else None,
+            "parameter": points[name]["parameter"],
+            "value": points[name]["value"],
+            "num_draft_tokens": self.config.decode.num_draft_tokens,
+        }
+
+    def costs(self, pair: Mapping[str, Any]) -> dict[str, float]:
+        """Seconds of a drafter and a verifier pass, as the gate measured them."""
+        return {"drafter": pair["gate"]["drafter_seconds"], "verifier": pair["gate"]["verifier_seconds"]}
+
+    def _close(self, records: Mapping[str, StageRecord]) -> None:
+        """The short table and the paths that a run ends with."""
+        decoded, verdict = records["decode"].result, records["verdict"].result
+        points = records["point"].result["points"]
+        opt = points.get("opt", {}).get("risk_at_match")
+        rows = [
+            [
+                name,
+                scores["chrf"],
+                scores["mean_acceptance_length"],
+                scores["deferral_rate"],
+                scores["tokens_per_second"],
+                None if opt is None or name not in points else points[name]["risk_at_match"] - opt,
+            ]
+            for name, scores in decoded.items()
+        ]
+        columns = ["rule", "chrF", "tokens/verifier call", "deferral rate", "tokens/s", "risk - OPT"]
+        self.console.table("held-out prompts, every rule at the same rejection rate", columns, rows)
+        self.console.line(verdict["headline"])
+        self.console.path("report", self.folder / "report.html")
+        self.console.path("TensorBoard", self.folder / "fit")
+
+
+def _short(scores: Mapping[str, Any]) -> dict[str, Any]:
+    keep = (
+        "mean_acceptance_length",
+        "deferral_rate",
+        "rejection_rate",
+        "tokens_per_second",
+        "mean_output_tokens",
+    )
+    return {name: scores[name] for name in keep} | {"chrf": scores["quality"].get("chrf")}
