@@ -1,4 +1,4 @@
-"""`deferral-train train-pair`: a drafter/verifier pair from scratch, as transformers checkpoints with a tokenizer."""
+"""`deferral-train train-pair`: a drafter/verifier pair from scratch, as transformers checkpoints."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from deferral_train.pairs.load import without_bars
 from deferral_train.pairs.train_config import ModelSize, PairConfig
 
 # The last matrix of an attention or feed-forward branch in Llama and in T5.
@@ -43,7 +44,8 @@ def load_trained(config: PairConfig, folder: Path) -> Any:
     from transformers import LlamaForCausalLM, T5ForConditionalGeneration
 
     kind = T5ForConditionalGeneration if config.kind == "t5" else LlamaForCausalLM
-    return kind.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    with without_bars():
+        return kind.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
 
 
 def _t5(size: ModelSize, context: int, common: dict[str, Any]) -> Any:

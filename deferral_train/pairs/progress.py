@@ -1,4 +1,4 @@
-"""Progress bars of a pair's training: steps, tokens a second, loss, time left. Plain lines where no terminal is."""
+"""Progress bars of a pair's training: steps, tokens a second, loss, time left; plain lines in a pipe."""
 
 from __future__ import annotations
 
