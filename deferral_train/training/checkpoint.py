@@ -9,6 +9,7 @@ import torch
 from deferral_train.errors import InputError
 from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.config import head_from_config
+from deferral_train.training.metadata import evaluation_metadata
 
 
 def read_checkpoint(path: str | Path) -> tuple[DeferralHead, dict[str, float]]:
@@ -26,4 +27,6 @@ def read_checkpoint(path: str | Path) -> tuple[DeferralHead, dict[str, float]]:
     head = head_from_config(config)
     prefix = "head."
     head.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
-    return head.eval(), {k: float(v) for k, v in checkpoint.get("deferral_scalars", {}).items()}
+    scalars = {k: float(v) for k, v in checkpoint.get("deferral_scalars", {}).items()}
+    head.metadata = {**head.metadata, **evaluation_metadata(scalars)}
+    return head.eval(), scalars

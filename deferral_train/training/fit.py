@@ -18,6 +18,7 @@ from deferral_train.heads.base import DeferralHead
 from deferral_train.training.checkpoint import read_checkpoint
 from deferral_train.training.config import FitConfig, make_head, plain_settings
 from deferral_train.training.datamodule import TraceDataModule
+from deferral_train.training.metadata import evaluation_metadata, training_metadata
 from deferral_train.training.module import HEADLINE, DeferralModule
 from deferral_train.training.preparation import fit_recalibration
 from deferral_train.training.scoring import score
@@ -78,7 +79,6 @@ def fit(
         result = _closed_form(config, data, head)
     else:
         result = _train(config, data, head, out, resume)
-    result.head.metadata = _metadata(config, data, result)
     _record(config, data, result, out)
     return result
 
@@ -111,9 +111,7 @@ def _train(
         figure_every=config.figure_every,
     )
     logger = TensorBoardLogger(str(out), name="log", version="", default_hp_metric=False)
-    best = ModelCheckpoint(
-        out / "checkpoints", filename="best", monitor=HEADLINE, save_last=True, enable_version_counter=False
-    )
+    best = best_checkpoint(out)
     last = out / "checkpoints" / "last.ckpt"
     with quiet_lightning():
         trainer = make_trainer(config, logger, [best, EarlyStopping(HEADLINE, patience=config.patience)])
@@ -133,6 +131,18 @@ def quiet_lightning() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def best_checkpoint(out: Path) -> ModelCheckpoint:
+    """Keeps ``checkpoints/best.ckpt`` by val/regret, and ``last.ckpt``, also when training is broken off."""
+    return ModelCheckpoint(
+        out / "checkpoints",
+        filename="best",
+        monitor=HEADLINE,
+        save_last=True,
+        save_on_exception=True,
+        enable_version_counter=False,
+    )
 
 
 def make_trainer(config: FitConfig, logger: Any, callbacks: list[Callback]) -> pl.Trainer:
@@ -157,33 +167,10 @@ def make_trainer(config: FitConfig, logger: Any, callbacks: list[Callback]) -> p
 def _closed_form(config: FitConfig, data: TraceDataModule, head: DeferralHead) -> FitResult:
     """Recalibrated plug-in: fitted in closed form, scored as trained heads are."""
     fit_recalibration(head, data.traces["train"])
-    return FitResult(head.eval(), None, score(head, data.tables["val"], data.alphas))
-
-
-def _metadata(config: FitConfig, data: TraceDataModule, result: FitResult) -> dict[str, Any]:
-    manifest = data.traces["train"].manifest
-    names = (
-        "regret",
-        "excess_over_opt",
-        "excess_over_plug_in",
-        "hindsight_excess",
-        "auroc",
-        "gap_ece",
-        "gap_brier",
-    )
-    scalars = {name: round(result.metrics[name], 8) for name in names if name in result.metrics}
-    settings = {k: v for k, v in plain_settings(config).items() if k not in ("train", "val")}
-    return {
-        "pair": dict(manifest.pair),
-        "training": {
-            "rows": len(data.traces["train"]),
-            "prompts": len(data.traces["train"].prompt_ids),
-            "prefixes": manifest.prefixes,
-            "settings": settings,
-            "versions": provenance.versions(),
-        },
-        "evaluation": {"dataset": "validation traces", "metrics": scalars},
-    }
+    scalars = score(head, data.tables["val"], data.alphas)
+    settings = {"recalibration": config.recalibration, "seed": config.seed}
+    head.metadata = {**training_metadata(data, settings), **evaluation_metadata(scalars)}
+    return FitResult(head.eval(), None, scalars)
 
 
 def _record(config: FitConfig, data: TraceDataModule, result: FitResult, out: Path) -> None:

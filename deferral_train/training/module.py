@@ -17,6 +17,7 @@ from deferral_train.heads.objectives import OBJECTIVES, objective_for
 from deferral_train.training.datamodule import TraceDataModule
 from deferral_train.training.figures import draw
 from deferral_train.training.loader import step_seed
+from deferral_train.training.metadata import training_metadata
 from deferral_train.training.preparation import prepare_head
 from deferral_train.training.scoring import label_range
 from deferral_train.training.tracking import Tracker, predict
@@ -75,6 +76,8 @@ class DeferralModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             prepare_head(self.head, self.data.traces["train"], self.data.tables["train"])
+            settings = {**self.hparams, "objective": self.objective, "batch_size": self.data.batch_size}
+            self.head.metadata = training_metadata(self.data, settings)
         for split in ("val", "test"):
             table = self.data.tables[split]
             limits = label_range(self.head.loss, table["z"])

@@ -1,0 +1,62 @@
+"""`deferral-train export`: a training checkpoint as a folder that others can load and serve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deferral_train.errors import InputError
+
+
+def run(
+    checkpoint: str,
+    out: str,
+    alpha: float | None = None,
+    onnx: bool = False,
+    traces: str | None = None,
+    push_to_hub: str | None = None,
+    token: str | None = None,
+) -> int:
+    """Write config.json, model.safetensors, README.md (and model.onnx) for a fitted head.
+
+    Args:
+        checkpoint: Lightning checkpoint of ``fit``, or a head folder to export anew.
+        out: head folder to write.
+        alpha: operating point to store; ``choose`` stores a certified one.
+        onnx: also write model.onnx, one file with dynamic batch, compared with torch on ``traces``.
+        traces: trace folder for the ONNX comparison; required with ``onnx``.
+        push_to_hub: repository ``owner/name`` to upload the folder to.
+        token: access token for the upload; without it the stored login is used.
+    """
+    from deferral_train.heads.artifact import push_to_hub as upload
+    from deferral_train.heads.base import DeferralHead
+
+    if onnx and traces is None:
+        raise InputError("--onnx needs --traces: the exported graph is compared with torch on real rows")
+    if Path(checkpoint).is_dir():
+        head = DeferralHead.from_pretrained(checkpoint)
+    else:
+        from deferral_train.training.checkpoint import read_checkpoint
+
+        head, _ = read_checkpoint(checkpoint)
+    if alpha is not None:
+        head.metadata = {k: v for k, v in head.metadata.items() if k != "certificate"} | {"alpha": alpha}
+    head.save_pretrained(out)
+    print(f"{head.head_type} head, {head.num_parameters} parameters: {out}")
+    if onnx:
+        _onnx(head, out, str(traces))
+    if push_to_hub is not None:
+        print(upload(head, out, push_to_hub, token))
+    return 0
+
+
+def _onnx(head: object, out: str, traces: str) -> None:
+    from deferral_train.heads.base import DeferralHead
+    from deferral_train.heads.onnx import export_onnx, parity
+    from deferral_train.traces import open_traces
+
+    assert isinstance(head, DeferralHead)
+    path = export_onnx(head, Path(out) / "model.onnx")
+    columns = head.columns(open_traces(traces).summary(list(head.features)))
+    for report in parity(head, path, columns):
+        print(report.line())
+        report.check()

@@ -1,0 +1,36 @@
+"""What a fitted head remembers of its training: pair, prefixes, rows, settings, versions, validation
+scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from deferral_train import provenance
+from deferral_train.training.datamodule import TraceDataModule
+
+REPORTED = ("regret", "excess_over_opt", "excess_over_plug_in", "hindsight_excess", "auroc", "gap_ece")
+
+
+def training_metadata(data: TraceDataModule, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts ``pair`` and ``training`` of a head's metadata."""
+    traces = data.traces["train"]
+    return {
+        "pair": dict(traces.manifest.pair),
+        "training": {
+            "prefixes": traces.manifest.prefixes,
+            "rows": len(traces),
+            "prompts": len(traces.prompt_ids),
+            "truth": data.truth,
+            "temperature": traces.manifest.temperature if data.temperature is None else data.temperature,
+            "settings": dict(settings),
+            "versions": provenance.versions(),
+        },
+    }
+
+
+def evaluation_metadata(scalars: Mapping[str, float]) -> dict[str, Any]:
+    """The part ``evaluation``: the scalars that matter, rounded."""
+    kept = {name: round(scalars[name], 8) for name in REPORTED if name in scalars}
+    return {"evaluation": {"dataset": "validation traces", "metrics": kept}}
