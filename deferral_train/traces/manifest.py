@@ -18,8 +18,8 @@ from deferral_train.traces.schema import READABLE_VERSIONS, RELEASES, SCHEMA_VER
 
 HEADER, LEDGER = "manifest.json", "chunks.jsonl"
 PREFIX_SOURCES = ("reference", "drafter", "verifier")  # or "cascade:<rule>"
-# Says how an output came to be, not what it holds: may differ between the runs that fill one folder.
-FREE = frozenset({"provenance"})
+# Say how an output came to be or where a checkpoint lies, not what it is: may differ between runs on one folder.
+FREE = frozenset({"provenance", "name", "revision"})
 
 
 @dataclass(frozen=True)
@@ -222,10 +222,16 @@ def _entry(folder: Folder, name: str, number: int, line: str) -> dict[str, Any]:
         ) from error
 
 
-def write_ledger(folder: Folder, records: Iterable[ChunkRecord]) -> None:
+def stop_line(reason: str) -> str:
+    """Says that collecting ended early on purpose, so that readers accept the part."""
+    return json.dumps({"stopped": reason})
+
+
+def write_ledger(folder: Folder, records: Iterable[ChunkRecord], stopped: str | None = None) -> None:
     """Replace all ledger files by one with these lines: what a resumed run starts from."""
-    ordered = sorted(records, key=lambda record: record.id)
-    folder.write(LEDGER, "".join(record.line() + "\n" for record in ordered).encode())
+    lines = [record.line() for record in sorted(records, key=lambda record: record.id)]
+    lines += [] if stopped is None else [stop_line(stopped)]
+    folder.write(LEDGER, "".join(line + "\n" for line in lines).encode())
     for name in ledger_files(folder):
         if name != LEDGER:
             folder.remove(name)
@@ -234,8 +240,7 @@ def write_ledger(folder: Folder, records: Iterable[ChunkRecord]) -> None:
 def differences(before: Manifest, now: Manifest) -> list[str]:
     """What two headers disagree in, as ``name: before -> now``; empty where one can continue the other."""
     plain = json.loads(json.dumps([before.as_json(), now.as_json()]))
-    first, second = ({key: value for key, value in one.items() if key not in FREE} for one in plain)
-    return list(_compare(first, second, ""))
+    return list(_compare(*plain, ""))
 
 
 def _compare(before: Any, now: Any, path: str) -> Iterable[str]:
@@ -243,6 +248,8 @@ def _compare(before: Any, now: Any, path: str) -> Iterable[str]:
         return
     if isinstance(before, dict) and isinstance(now, dict):
         for key in [*before, *(key for key in now if key not in before)]:
+            if key in FREE:
+                continue
             yield from _compare(before.get(key), now.get(key), f"{path}.{key}" if path else key)
     elif isinstance(before, list) and isinstance(now, list):
         yield (

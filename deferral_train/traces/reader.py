@@ -112,9 +112,19 @@ class Traces:
         return tuple(self.manifest.layout.columns)
 
     @property
+    def records(self) -> tuple[ChunkRecord, ...]:
+        """What the ledger says of the shards that hold these rows."""
+        return tuple(shard.record for shard in self._shards)
+
+    @property
+    def bytes(self) -> int:
+        """Size of these shards' files."""
+        return sum(record.bytes for record in self.records)
+
+    @property
     def nonfinite(self) -> int:
         """Positions left out because a model gave NaN or infinite logits."""
-        return sum(shard.record.nonfinite for shard in self._shards)
+        return sum(record.nonfinite for record in self.records)
 
     def column(self, name: str) -> np.ndarray:
         """All rows of a column: [N], or [N, K] of a list column.

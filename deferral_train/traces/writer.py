@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,7 @@ from deferral_train.traces.manifest import (
     ledger_name,
     read_header,
     read_ledger,
+    stop_line,
     write_header,
     write_ledger,
 )
@@ -74,14 +75,8 @@ class TraceWriter:
         return record
 
     def stop(self, reason: str) -> None:
-        """Record that collecting ended early on purpose, so that readers accept the part."""
-        self.folder.append_line(ledger_name(self.rank), _line({"stopped": reason}))
-
-
-def _line(value: Mapping[str, Any]) -> str:
-    import json
-
-    return json.dumps(value)
+        """Record that collecting ended early on purpose."""
+        self.folder.append_line(ledger_name(self.rank), stop_line(reason))
 
 
 def write_shard(
@@ -123,7 +118,7 @@ def prepare_folder(address: str | Folder, manifest: Manifest) -> list[Chunk]:
         if ledger_files(folder):
             raise InputError(f"{folder} has shards but no {HEADER}; choose another folder, or empty this one")
         write_header(folder, manifest)
-    _refuse_changes(folder, manifest)
+    refuse_changes(folder, manifest)
     finished = sound_records(folder)
     write_ledger(folder, finished.values())
     for name in folder.names():
@@ -132,7 +127,10 @@ def prepare_folder(address: str | Folder, manifest: Manifest) -> list[Chunk]:
     return [chunk for chunk in manifest.chunks if chunk.id not in finished]
 
 
-def _refuse_changes(folder: Folder, manifest: Manifest) -> None:
+def refuse_changes(folder: Folder, manifest: Manifest) -> None:
+    """Raises InputError where the folder was collected with other settings; a new folder is fine."""
+    if folder.size(HEADER) is None:
+        return
     changed = differences(read_header(folder), manifest)
     if changed:
         more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
@@ -157,8 +155,6 @@ def sound_records(folder: Folder) -> dict[int, ChunkRecord]:
 
 def _readable_lines(folder: Folder) -> dict[int, ChunkRecord]:
     """What a damaged ledger still says; the shards behind unreadable lines are collected again."""
-    import json
-
     records = {}
     for name in ledger_files(folder):
         for line in folder.read(name).decode("utf-8", "replace").splitlines():

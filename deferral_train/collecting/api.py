@@ -1,0 +1,127 @@
+"""``collect``: what the command line and the pipeline call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from deferral_train.collecting.batches import BatchCollector
+from deferral_train.collecting.config import CollectConfig
+from deferral_train.collecting.engine import run_engine
+from deferral_train.collecting.plan import Plan, make_plan, megabytes, read_any_prompts
+from deferral_train.collecting.prefixes import make_source
+from deferral_train.collecting.progress import check_room
+from deferral_train.errors import InputError
+from deferral_train.heads.rules import rule_from_spec
+from deferral_train.pairs.load import ModelPair, load_models
+from deferral_train.pairs.prompts import Prompt
+from deferral_train.traces import Manifest, open_traces
+from deferral_train.traces.folder import open_folder
+from deferral_train.traces.writer import refuse_changes
+
+
+def collect(
+    config: CollectConfig,
+    out: str | Path,
+    progress: bool = True,
+    *,
+    models: ModelPair | None = None,
+    prompts: Sequence[Prompt] | None = None,
+) -> Manifest:
+    """Run both models over prompts and log their token distributions as traces; resumes what is unfinished.
+
+    Args:
+        config: what to collect.
+        out: trace folder, local or an fsspec address.
+        progress: announce, show a bar, and say what was left out.
+        models: a pair already in memory, in place of ``config.drafter`` and ``config.verifier``.
+        prompts: prompts already read, in place of ``config.prompts``.
+
+    Returns:
+        The manifest of the finished folder.
+
+    Raises:
+        InputError: a pair, prompts or settings that cannot work, a folder collected with other settings, a full
+            disk.
+    """
+    out = str(out)
+    if config.rule is not None:
+        rule_from_spec(config.rule)  # a mistyped rule is refused before any model is loaded
+    pair, teacher = _models(config, models)
+    given = list(prompts) if prompts is not None else read_any_prompts(config)
+    plan = make_plan(config, pair, given[: config.limit], teacher, pair.device.type)
+    # Every process looks for itself, so that none is left waiting for one that gave up.
+    refuse_changes(open_folder(out), plan.manifest)
+    check_room(plan, out, config.max_bytes)
+    if progress:
+        _say_left_out(plan)
+    third = teacher.verifier if teacher else None
+    collector = BatchCollector(pair, third, make_source(config), plan.manifest, plan.prompts)
+    run_engine(
+        pair, third, collector, plan, out,
+        devices=config.devices, num_nodes=config.num_nodes, max_bytes=config.max_bytes, progress=progress,
+    )  # fmt: skip
+    if progress and _rank() == 0:
+        _say_result(out)
+    return plan.manifest
+
+
+def _models(config: CollectConfig, models: ModelPair | None) -> tuple[ModelPair, ModelPair | None]:
+    if models is None and not (config.drafter and config.verifier):
+        raise InputError("drafter, verifier: name both checkpoints")
+    device = _device(config.device)
+    pair = models or load_models(config.drafter, config.verifier, device, config.dtype)
+    if config.teacher is None:
+        return pair, None
+    # Loaded beside the drafter, so that its tokenizer is checked against the pair's.
+    other = load_models(config.drafter or config.teacher, config.teacher, str(pair.device), config.dtype)
+    if other.is_encoder_decoder != pair.is_encoder_decoder or other.vocab_size < pair.vocab_size:
+        raise InputError(f"teacher={config.teacher}: its vocabulary or kind does not fit the pair")
+    return pair, other
+
+
+def _device(device: str) -> str:
+    """Each process of a node its own GPU."""
+    import torch
+
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return device
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+
+
+def _say_left_out(plan: Plan) -> None:
+    if _rank() != 0:
+        return
+    for word, verb in (("skipped", "left out"), ("cut", "cut short")):
+        notices: Any = plan.manifest.prompts[word]
+        if notices:
+            name, reason = notices[0]
+            tqdm.write(
+                f"collect: {len(notices)} of {plan.manifest.prompts['given']} prompts {verb}; first: {name}: {reason}"
+            )
+
+
+def _say_result(out: str) -> None:
+    traces = open_traces(out, partial=True)
+    tqdm.write(f"collect: {len(traces):,} tokens, {megabytes(traces.bytes)} in {out}")
+    if not traces.complete:
+        missing = len(traces.manifest.chunks) - len(traces.records)
+        tqdm.write(
+            f"collect: stopped at max_bytes with {missing} of {len(traces.manifest.chunks)} shards not collected; "
+            "run again with a larger limit to go on"
+        )
+    if traces.nonfinite:
+        record = next(record for record in traces.records if record.nonfinite)
+        prompt, position, model = record.nonfinite_at[0]
+        tqdm.write(
+            f"collect: {traces.nonfinite} positions left out for NaN or infinite logits; first: prompt "
+            f"{traces.manifest.prompt_ids[prompt]}, position {position}, {model}"
+        )

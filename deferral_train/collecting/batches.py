@@ -1,0 +1,145 @@
+"""What a batch of prompts becomes: rows for the writer, on the models' device, in a fixed order.
+
+N scored positions of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deferral_train.collecting.measure import Measure
+from deferral_train.collecting.prefixes import Continuations, PrefixSource
+from deferral_train.collecting.scoring import Scores, make_inputs, score
+from deferral_train.pairs.encode import EncodedPrompt
+from deferral_train.pairs.load import ModelPair
+from deferral_train.rules import risks
+from deferral_train.traces import Chunk, Manifest
+
+TEACHER_ROWS = 256  # positions per block of the teacher's law
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one batch.
+
+    Attributes:
+        columns: every column of the layout, [N] or [N, K].
+        finite: [N], False where the row means nothing.
+        suspects: for each model by name, [N] bool: its logits were NaN or infinite there; empty where all is well.
+    """
+
+    columns: dict[str, Tensor]
+    finite: Tensor
+    suspects: dict[str, Tensor]
+
+
+class BatchCollector:
+    """Collects one batch: continue the prompts, score them with both models, measure.
+
+    Args:
+        pair: the models; their device is where the work is done.
+        teacher: a third model for the truth group, or None.
+        source: where prefixes come from.
+        manifest: says what is logged.
+        prompts: by number.
+    """
+
+    def __init__(
+        self,
+        pair: ModelPair,
+        teacher: Any | None,
+        source: PrefixSource,
+        manifest: Manifest,
+        prompts: Sequence[EncodedPrompt],
+    ) -> None:
+        self.pair, self.teacher, self.source = pair, teacher, source
+        self.manifest, self.prompts = manifest, prompts
+        self.measure = Measure(pair.vocab_size, manifest.top_k, manifest.temperature)
+
+    def __call__(self, chunk: Chunk, batch: int) -> Rows:
+        """Rows of the chunk's batch with this number."""
+        numbers = chunk.batches[batch]
+        prompts = [self.prompts[number] for number in numbers]
+        continuations = self.source(self.pair, prompts, (chunk.seed + batch) % 2**32)
+        tokens = [token for row in continuations.tokens for token in row]
+        device = self.pair.verifier.device
+        token = torch.tensor(tokens, device=device)
+        scores, rows = self._score(prompts, continuations)
+        drafter, verifier = scores["drafter"], scores["verifier"]
+        columns = self.measure(drafter.logits, verifier.logits, rows, token)
+        finite = columns.pop("finite")
+        suspects = {} if bool(finite.all()) else self._suspects(scores, rows)
+        columns |= self._context(numbers, continuations, token)
+        columns |= {f"{role}_hidden": s.hidden for role, s in scores.items() if s.hidden is not None}
+        if self.teacher is not None:
+            columns |= self._truth(scores, rows)
+        return Rows(columns, finite, suspects)
+
+    def _score(
+        self, prompts: Sequence[EncodedPrompt], continuations: Continuations
+    ) -> tuple[dict[str, Scores], Tensor]:
+        """Scores by role; the scored places are the same for all, because the tokens are."""
+        models = {"drafter": self.pair.drafter, "verifier": self.pair.verifier}
+        if self.teacher is not None:
+            models["teacher"] = self.teacher
+        ids = [prompt.input_ids for prompt in prompts]
+        device = self.pair.verifier.device
+        scores = {}
+        for role, model in models.items():
+            inputs = make_inputs(model, ids, continuations.tokens, device)
+            scores[role] = score(model, inputs, role in self.manifest.hidden)
+        return scores, inputs.rows
+
+    def _suspects(self, scores: dict[str, Scores], rows: Tensor) -> dict[str, Tensor]:
+        known = self.pair.vocab_size
+        return {
+            role: ~torch.isfinite(one.logits[:, :known].index_select(0, rows)).all(dim=1)
+            for role, one in scores.items()
+        }
+
+    def _context(
+        self, numbers: Sequence[int], continuations: Continuations, token: Tensor
+    ) -> dict[str, Tensor]:
+        """Prompt number, position, gold; for cascades the origin and the place in the block."""
+        lengths = [len(row) for row in continuations.tokens]
+        device = token.device
+        count = torch.tensor(lengths, device=device)
+        context = {
+            "prompt": torch.tensor(numbers, device=device).repeat_interleave(count),
+            "position": torch.cat([torch.arange(length, device=device) for length in lengths]),
+            "gold": token if continuations.gold else torch.full_like(token, -1),
+        }
+        if continuations.origin is not None and continuations.draft_position is not None:
+            flat = {"origin": continuations.origin, "draft_position": continuations.draft_position}
+            context |= {
+                name: torch.tensor([value for row in rows for value in row], device=device)
+                for name, rows in flat.items()
+            }
+        return context
+
+    def _truth(self, scores: dict[str, Scores], rows: Tensor) -> dict[str, Tensor]:
+        """The truth group under P := the teacher's law."""
+        parts = [self._truth_block(scores, block) for block in rows.split(TEACHER_ROWS)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _truth_block(self, scores: dict[str, Scores], rows: Tensor) -> dict[str, Tensor]:
+        laws = {
+            role: one.logits[:, : self.pair.vocab_size].index_select(0, rows).float().softmax(dim=-1)
+            for role, one in scores.items()
+        }
+        return truth_columns(laws["drafter"], laws["verifier"], laws["teacher"])
+
+
+def truth_columns(q: Tensor, p: Tensor, truth: Tensor) -> dict[str, Tensor]:
+    """The truth group for a known law P, from laws [N, V]."""
+    columns = {}
+    for role, law in (("drafter", q), ("verifier", p)):
+        columns[f"truth_{role}_argmax"] = 1 - risks.expected_loss("zero_one", law, truth)
+        columns[f"truth_{role}_log"] = risks.expected_loss("log", law, truth)
+        columns[f"truth_{role}_prob"] = 1 - risks.expected_loss("prob", law, truth)
+    return columns

@@ -1,0 +1,124 @@
+"""What a collect run is asked for: typed, checked, and split into what decides bytes and what does not."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from deferral_train.errors import InputError
+from deferral_train.traces.manifest import PREFIX_SOURCES
+
+HIDDEN = {"none": (), "drafter": ("drafter",), "verifier": ("verifier",), "both": ("drafter", "verifier")}
+ON_POLICY_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """Settings of :func:`deferral_train.collecting.collect`.
+
+    Attributes:
+        drafter, verifier: checkpoint folders or hub ids; may be left empty where models are handed over.
+        prompts: file, data set name or fsspec address; may be left empty where prompts are handed over.
+        prefixes: ``reference``, ``drafter``, ``verifier`` or ``cascade``.
+        rule: rule of a cascade, as ``--rules`` takes it (``opt:alpha=0.2``, ``learned:head=FOLDER``).
+        num_draft_tokens: most tokens a cascade drafts per block.
+        temperature: of sampled prefixes and of the laws that ``tv`` compares; 0 is greedy.
+        log_top_k: K, candidates of each model with both log-probabilities; 0 logs none.
+        hidden: whose last hidden states are logged, in 16 bit: none, drafter, verifier, both.
+        teacher: a third checkpoint whose law fills the truth group.
+        chunk_prompts: prompts per shard, the unit of work and of resuming.
+        batch_tokens: most padded tokens in a batch; None picks by device and vocabulary.
+        max_new_tokens: most tokens of a prefix; None: 128 on-policy, no limit on references.
+        max_prompt_tokens: longer prompts are left out and named; None: what the models can place.
+        max_bytes: stop cleanly before shards exceed this many bytes.
+        limit: use only the first so many prompts.
+        seed: base seed; every chunk has its own, derived from it.
+        devices, num_nodes: for Lightning's Trainer.
+        device: ``auto``, ``cpu`` or ``cuda``. dtype: as ``load_models`` takes it.
+        chat, template, prompt_format, reference_path, prompt_field, reference_field, subset, split: see
+            ``read_prompts`` and ``encode_prompts``.
+    """
+
+    drafter: str = ""
+    verifier: str = ""
+    prompts: str = ""
+    prefixes: str = "reference"
+    rule: str | None = None
+    num_draft_tokens: int = 5
+    temperature: float = 1.0
+    log_top_k: int = 64
+    hidden: str = "none"
+    teacher: str | None = None
+    chunk_prompts: int = 256
+    batch_tokens: int | None = None
+    max_new_tokens: int | None = None
+    max_prompt_tokens: int | None = None
+    max_bytes: int | None = None
+    limit: int | None = None
+    seed: int = 0
+    devices: int = 1
+    num_nodes: int = 1
+    device: str = "auto"
+    dtype: str = "auto"
+    chat: str = "auto"
+    template: str = "{prompt}"
+    prompt_format: str | None = None
+    reference_path: str | None = None
+    prompt_field: str | None = None
+    reference_field: str | None = None
+    subset: str | None = None
+    split: str = "train"
+
+    def __post_init__(self) -> None:
+        if self.prefixes not in (*PREFIX_SOURCES, "cascade"):
+            raise InputError(f"prefixes={self.prefixes!r}: use {', '.join(PREFIX_SOURCES)} or cascade")
+        if (self.prefixes == "cascade") != (self.rule is not None):
+            raise InputError(
+                f"prefixes={self.prefixes!r} with rule={self.rule!r}: a cascade needs a rule, nothing else takes one"
+            )
+        if self.hidden not in HIDDEN:
+            raise InputError(f"hidden={self.hidden!r}: use {', '.join(HIDDEN)}")
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature={self.temperature}: use a finite number >= 0 (0 is greedy)")
+        for name, least in _AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{name}={value}: must be at least {least}")
+
+    @property
+    def on_policy(self) -> bool:
+        return self.prefixes != "reference"
+
+    @property
+    def prefix_name(self) -> str:
+        """What the manifest says: ``cascade:<rule>`` for cascades."""
+        return f"cascade:{self.rule}" if self.prefixes == "cascade" else self.prefixes
+
+    @property
+    def new_tokens(self) -> int | None:
+        """Most tokens of a prefix."""
+        return ON_POLICY_TOKENS if self.on_policy and self.max_new_tokens is None else self.max_new_tokens
+
+    def deciding(self) -> dict[str, Any]:
+        """What the bytes depend on beyond what the manifest has a field for."""
+        names = ["chat", "template", "max_prompt_tokens"]
+        names += ["num_draft_tokens"] if self.prefixes == "cascade" else []
+        return {"max_new_tokens": self.new_tokens, **{name: getattr(self, name) for name in names}}
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+_AT_LEAST = {
+    "log_top_k": 0,
+    "chunk_prompts": 1,
+    "batch_tokens": 1,
+    "max_new_tokens": 1,
+    "max_prompt_tokens": 1,
+    "max_bytes": 1,
+    "limit": 1,
+    "seed": 0,
+    "devices": 1,
+    "num_nodes": 1,
+    "num_draft_tokens": 1,
+}

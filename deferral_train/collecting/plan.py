@@ -1,0 +1,287 @@
+"""The work before any model runs: encoded prompts, chunks with seeds and batches, the manifest, the estimate."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deferral_train import provenance
+from deferral_train.collecting.config import HIDDEN, CollectConfig
+from deferral_train.errors import InputError, MissingExtraError
+from deferral_train.pairs.encode import EncodedPrompt, encode_prompts
+from deferral_train.pairs.load import ModelPair
+from deferral_train.pairs.prompts import Prompt, read_prompts
+from deferral_train.traces import Chunk, Manifest
+from deferral_train.traces.folder import open_folder
+
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+BATCH_LOGITS = 1 << 28  # most logits of one model in a batch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Prompts by number and the manifest that fixes what is done with them.
+
+    Attributes:
+        prompts: encoded prompts; a row's ``prompt`` is an index into them.
+        manifest: header of the trace folder.
+        rows: most token rows each chunk can have (exact on references).
+    """
+
+    prompts: tuple[EncodedPrompt, ...]
+    manifest: Manifest
+    rows: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.rows)
+
+    def chunk_bytes(self, chunk: int) -> int:
+        """Most bytes a chunk's shard can take: values, and Arrow's own with some to spare."""
+        layout = self.manifest.layout
+        return self.rows[chunk] * layout.row_bytes + 512 * len(layout.columns)
+
+
+def read_any_prompts(config: CollectConfig) -> list[Prompt]:
+    """Prompts from a local file, a data set name, or a file at an fsspec address."""
+    with tempfile.TemporaryDirectory() as scratch:
+        places = [
+            None if path is None else _local(path, Path(scratch) / str(number))
+            for number, path in enumerate((config.prompts, config.reference_path))
+        ]
+        assert places[0] is not None
+        return read_prompts(
+            places[0],
+            config.prompt_format,
+            reference_path=places[1],
+            prompt_field=config.prompt_field,
+            reference_field=config.reference_field,
+            template=config.template,
+            subset=config.subset,
+            split=config.split,
+            limit=config.limit,
+        )
+
+
+def _local(path: str, scratch: Path) -> str:
+    if "://" not in path:
+        return path
+    try:
+        import fsspec
+    except ImportError as error:
+        raise MissingExtraError("fsspec", "train") from error
+    target = scratch / path.rsplit("/", 1)[-1]
+    target.parent.mkdir(parents=True)
+    try:
+        with fsspec.open(path, "rb") as source:
+            target.write_bytes(source.read())
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"prompts: {path} cannot be read ({error}); check the address") from error
+    return str(target)
+
+
+def make_plan(
+    config: CollectConfig, pair: ModelPair, prompts: Sequence[Prompt], teacher: ModelPair | None, device: str
+) -> Plan:
+    """Encode the prompts, leave out and name what cannot be used, and fix chunks, seeds and batches.
+
+    Raises:
+        InputError: no prompt can be used.
+    """
+    kept, notices = _encode(config, pair, prompts)
+    batch_tokens = config.batch_tokens or default_batch_tokens(device, pair.vocab_size)
+    chunks = tuple(
+        Chunk(number, _chunk_seed(config.seed, number), _batches(config, kept, numbers, batch_tokens))
+        for number, numbers in enumerate(_ranges(len(kept), config.chunk_prompts))
+    )
+    manifest = Manifest(
+        pair=_describe(pair, teacher),
+        prefixes=config.prefix_name,
+        prompt_ids=tuple(prompt.id for prompt in kept),
+        chunks=chunks,
+        temperature=float(config.temperature),
+        top_k=min(config.log_top_k, pair.vocab_size),
+        hidden={role: hidden_width(getattr(pair, role)) for role in HIDDEN[config.hidden]},
+        truth="teacher" if teacher else None,
+        seed=config.seed,
+        chunking={"chunk_prompts": config.chunk_prompts, "batch_tokens": batch_tokens},
+        prompts={"sha256": _hash(kept, config.on_policy), "given": len(prompts), **notices},
+        settings=config.deciding(),
+        provenance=provenance.collect({"seed": config.seed}),
+    )
+    most = config.new_tokens or 0
+    rows = [sum(most if config.on_policy else len(kept[n].reference_ids) for n in c.prompts) for c in chunks]
+    return Plan(tuple(kept), manifest, tuple(rows))
+
+
+def _encode(
+    config: CollectConfig, pair: ModelPair, prompts: Sequence[Prompt]
+) -> tuple[list[EncodedPrompt], dict[str, Any]]:
+    room = None if pair.is_encoder_decoder else _positions(pair)
+    most = config.max_prompt_tokens
+    if room is not None:
+        most = min(most or room, room - (config.new_tokens or 1 if config.on_policy else 1))
+    encoded = encode_prompts(
+        pair.tokenizer,
+        prompts,
+        is_encoder_decoder=pair.is_encoder_decoder,
+        chat=config.chat,
+        max_prompt_tokens=most,
+        max_reference_tokens=None if config.on_policy else config.new_tokens,
+        require_reference=not config.on_policy,
+    )
+    kept, skipped = [], [[notice.id, notice.reason] for notice in encoded.skipped]
+    for prompt in encoded.kept:
+        reason = None if config.on_policy else _unusable_reference(prompt, room)
+        if reason:
+            skipped.append([prompt.id, reason])
+        else:
+            kept.append(prompt)
+    if not kept:
+        raise InputError(
+            f"prompts: none of {len(prompts)} can be used; first: prompt {skipped[0][0]}: {skipped[0][1]}"
+            + ("" if config.on_policy else "; without references, use prefixes drafter, verifier or cascade")
+        )
+    return kept, {"skipped": skipped, "cut": [[notice.id, notice.reason] for notice in encoded.cut]}
+
+
+def _unusable_reference(prompt: EncodedPrompt, room: int | None) -> str | None:
+    if not prompt.reference_ids:
+        return "empty reference"
+    total = len(prompt.input_ids) + len(prompt.reference_ids)
+    if room is not None and total - 1 > room:
+        return f"{total} tokens with its reference, more than the models' {room} positions"
+    return None
+
+
+def _positions(pair: ModelPair) -> int | None:
+    """Positions that both decoder-only models can place; None where neither says."""
+    known = [
+        size
+        for model in (pair.drafter, pair.verifier)
+        if (size := getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None))
+    ]
+    return min(known, default=None)
+
+
+def hidden_width(model: Any) -> int:
+    """Width D of a model's last hidden state."""
+    return int(model.config.get_text_config(decoder=True).hidden_size)
+
+
+def default_batch_tokens(device: str, vocab_size: int) -> int:
+    """Padded tokens per batch: enough to keep the device busy, few enough that the logits fit."""
+    wished = BATCH_TOKENS["cpu" if device == "cpu" else "cuda"]
+    return max(1, min(wished, BATCH_LOGITS // vocab_size))
+
+
+def _chunk_seed(seed: int, number: int) -> int:
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+
+
+def _ranges(count: int, size: int) -> list[range]:
+    return [range(at, min(at + size, count)) for at in range(0, count, size)]
+
+
+def _batches(
+    config: CollectConfig, prompts: Sequence[EncodedPrompt], numbers: range, most: int
+) -> tuple[tuple[int, ...], ...]:
+    """Prompts of like length together; a batch's padded size is its count times its longest prompt and prefix."""
+    sizes = {
+        n: (
+            len(prompts[n].input_ids),
+            config.new_tokens or 0 if config.on_policy else len(prompts[n].reference_ids),
+        )
+        for n in numbers
+    }
+    batches: list[list[int]] = []
+    longest = [0, 0]
+    for number in sorted(numbers, key=lambda n: (sum(sizes[n]), sizes[n], n)):
+        wider = [max(old, new) for old, new in zip(longest, sizes[number])]
+        if batches and (len(batches[-1]) + 1) * sum(wider) <= most:
+            batches[-1].append(number)
+            longest = wider
+        else:
+            batches.append([number])
+            longest = list(sizes[number])
+    return tuple(tuple(batch) for batch in batches)
+
+
+def _describe(pair: ModelPair, teacher: ModelPair | None) -> dict[str, Any]:
+    roles = {"drafter": pair.drafter, "verifier": pair.verifier}
+    described = {role: pair.fingerprints.get(role) or fingerprint(model) for role, model in roles.items()}
+    if teacher is not None:
+        described["teacher"] = teacher.fingerprints.get("verifier") or fingerprint(teacher.verifier)
+    return {
+        **described,
+        "tokenizer": pair.fingerprints.get("tokenizer"),
+        "vocab_size": pair.vocab_size,
+        "is_encoder_decoder": pair.is_encoder_decoder,
+        "dtype": {role: str(model.dtype).removeprefix("torch.") for role, model in roles.items()},
+    }
+
+
+def fingerprint(model: Any) -> dict[str, str]:
+    """Fingerprint of a model that was handed over in memory: its config and sampled stretches of its tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(sample.tobytes())
+    kind = {"model_type": model.config.model_type}
+    return {"config": provenance.hash_of(kind), "weights": digest.hexdigest()[:16]}
+
+
+def _hash(prompts: Sequence[EncodedPrompt], on_policy: bool) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        reference = [] if on_policy else prompt.reference_ids
+        digest.update(repr((prompt.id, prompt.input_ids, reference)).encode())
+    return digest.hexdigest()
+
+
+def announcement(plan: Plan, out: str, done: set[int], seconds_per_token: float | None) -> str:
+    """What a run is about to do: tokens, time, bytes."""
+    todo = [chunk.id for chunk in plan.manifest.chunks if chunk.id not in done]
+    tokens = sum(plan.rows[chunk] for chunk in todo)
+    size = sum(plan.chunk_bytes(chunk) for chunk in todo)
+    most = "" if plan.manifest.prefixes == "reference" else "at most "
+    time = "" if seconds_per_token is None else f", {most}about {duration(tokens * seconds_per_token)}"
+    resumed = f" ({len(done)} of {len(plan.rows)} shards are there already)" if done else ""
+    return (
+        f"collect: {most}{tokens:,} tokens of {len(plan.prompts):,} prompts in {len(todo)} shards{time}, "
+        f"{most}{megabytes(size)} to {out}{resumed}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """``7 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def megabytes(size: int) -> str:
+    """Bytes in words: ``12.3 MB``, ``1.2 GB``."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def refuse_small_disk(out: str, size: int) -> None:
+    """Refuse a folder whose disk cannot take what is about to be written.
+
+    Raises:
+        InputError: says how much is needed and how much is free.
+    """
+    free = open_folder(out).free_bytes()
+    if free is not None and size > free:
+        raise InputError(
+            f"out={out}: about {megabytes(size)} are needed, {megabytes(free)} are free; "
+            "use max_bytes, a smaller log_top_k, or another disk"
+        )

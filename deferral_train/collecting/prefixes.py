@@ -1,0 +1,203 @@
+"""Where the tokens come from that both models are scored on: references, either model, or a cascade.
+
+A prefix source turns a batch of prompts into continuations. On-policy ones sample with the chunk's seed, so that
+the same batch gives the same tokens on the same machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from deferral_train.collecting.config import CollectConfig
+from deferral_train.collecting.scoring import decoder_start
+from deferral_train.pairs.encode import EncodedPrompt
+from deferral_train.pairs.load import ModelPair
+from deferral_train.rules.verify import Origin
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """What follows each prompt of a batch.
+
+    Attributes:
+        tokens: token ids, at least one per prompt.
+        gold: whether the tokens are gold.
+        origin: how each token came about (an ``Origin``), for cascades.
+        draft_position: 0-based place in its drafted block, for cascades.
+    """
+
+    tokens: list[list[int]]
+    gold: bool
+    origin: list[list[int]] | None = None
+    draft_position: list[list[int]] | None = None
+
+
+class PrefixSource(Protocol):
+    def __call__(self, pair: ModelPair, prompts: Sequence[EncodedPrompt], seed: int) -> Continuations: ...
+
+
+def make_source(config: CollectConfig) -> PrefixSource:
+    """The source that a configuration asks for."""
+    if config.prefixes == "reference":
+        return from_references
+    assert config.new_tokens is not None
+    if config.prefixes == "cascade":
+        assert config.rule is not None
+        return FromCascade(config.rule, config.temperature, config.new_tokens, config.num_draft_tokens)
+    return FromModel(config.prefixes, config.temperature, config.new_tokens)
+
+
+def from_references(pair: ModelPair, prompts: Sequence[EncodedPrompt], seed: int) -> Continuations:
+    """Teacher forcing: the reference's own tokens."""
+    return Continuations([prompt.reference_ids for prompt in prompts], gold=True)
+
+
+@dataclass(frozen=True)
+class FromModel:
+    """Text of the drafter or the verifier itself."""
+
+    role: str
+    temperature: float
+    max_new_tokens: int
+
+    def __call__(self, pair: ModelPair, prompts: Sequence[EncodedPrompt], seed: int) -> Continuations:
+        model = getattr(pair, self.role)
+        inputs = _prompt_inputs(pair, prompts, model.device)
+        settings = _settings(pair, model, self.temperature, self.max_new_tokens)
+        with _only(model, settings), torch.random.fork_rng(devices=_cuda_devices(model.device)):
+            torch.manual_seed(seed)
+            ids = model.generate(**inputs, generation_config=settings, logits_processor=_known_tokens(pair))
+        return Continuations(_new_tokens(pair, ids, _prompt_width(pair, inputs)), gold=False)
+
+
+@dataclass(frozen=True)
+class FromCascade:
+    """Text of a speculative cascade: what a head will see when it is served by this rule."""
+
+    rule: str
+    temperature: float
+    max_new_tokens: int
+    num_draft_tokens: int
+
+    def __call__(self, pair: ModelPair, prompts: Sequence[EncodedPrompt], seed: int) -> Continuations:
+        from deferral_train.decoding import cascade_generate
+        from deferral_train.heads.rules import rule_from_spec
+
+        model = pair.verifier
+        inputs = _prompt_inputs(pair, prompts, model.device)
+        settings = _settings(pair, model, self.temperature, self.max_new_tokens)
+        settings.return_dict_in_generate = True
+        with _only(model, settings):
+            result = model.generate(
+                **inputs,
+                generation_config=settings,
+                custom_generate=cascade_generate,
+                drafter=pair.drafter,
+                rule=rule_from_spec(self.rule),
+                num_draft_tokens=self.num_draft_tokens,
+                vocab_size=pair.vocab_size,
+                generator=torch.Generator(device=model.device).manual_seed(seed),
+            )
+        tokens = _new_tokens(pair, result.sequences, _prompt_width(pair, inputs))
+        origin = [row[: len(own)] for row, own in zip(result.stats.origin.tolist(), tokens)]
+        return Continuations(tokens, False, origin, [draft_positions(row) for row in origin])
+
+
+def draft_positions(origin: Sequence[int]) -> list[int]:
+    """Each token's 0-based place in its block; a block ends with the verifier's own token."""
+    places, place = [], 0
+    for value in origin:
+        places.append(place)
+        place = 0 if value in (Origin.RESAMPLED, Origin.BONUS) else place + 1
+    return places
+
+
+def _prompt_inputs(
+    pair: ModelPair, prompts: Sequence[EncodedPrompt], device: torch.device
+) -> dict[str, Tensor]:
+    """Left-padded for decoder-only models, right-padded for encoders."""
+    rows = [prompt.input_ids for prompt in prompts]
+    longest = max(map(len, rows))
+    fill = pair.tokenizer.pad_token_id or 0
+    gaps = [longest - len(row) for row in rows]
+    if pair.is_encoder_decoder:
+        ids = [row + [fill] * gap for row, gap in zip(rows, gaps)]
+        mask = [[1] * len(row) + [0] * gap for row, gap in zip(rows, gaps)]
+    else:
+        ids = [[fill] * gap + row for row, gap in zip(rows, gaps)]
+        mask = [[0] * gap + [1] * len(row) for row, gap in zip(rows, gaps)]
+    return {
+        "input_ids": torch.tensor(ids, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
+
+
+def _prompt_width(pair: ModelPair, inputs: dict[str, Tensor]) -> int:
+    return 1 if pair.is_encoder_decoder else inputs["input_ids"].shape[1]
+
+
+def _settings(pair: ModelPair, model: Any, temperature: float, max_new_tokens: int) -> Any:
+    """Plain sampling or greedy decoding."""
+    from transformers import GenerationConfig
+
+    sampled = temperature > 0
+    return GenerationConfig(
+        do_sample=sampled,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(pair.eos_ids) or None,
+        pad_token_id=pair.tokenizer.pad_token_id or 0,
+        decoder_start_token_id=decoder_start(model) if pair.is_encoder_decoder else None,
+        **({"temperature": float(temperature), "top_k": 0, "top_p": 1.0} if sampled else {}),
+    )
+
+
+@contextlib.contextmanager
+def _only(model: Any, settings: Any) -> Iterator[None]:
+    """Hide a checkpoint's own generation settings (top-k 50, penalties), which transformers would mix in.
+
+    The prefixes would follow another law than the one that the manifest names.
+    """
+    before = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+def _known_tokens(pair: ModelPair) -> Any:
+    from transformers import LogitsProcessorList
+
+    return LogitsProcessorList([_OnlyKnownTokens(pair.vocab_size)])
+
+
+class _OnlyKnownTokens:
+    """Never emits a padding column of a model's vocabulary."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if scores.shape[-1] > self.vocab_size:
+            scores = scores.clone()
+            scores[:, self.vocab_size :] = -float("inf")
+        return scores
+
+
+def _new_tokens(pair: ModelPair, sequences: Tensor, start: int) -> list[list[int]]:
+    """Tokens after the prompt, up to and with the first end of sequence."""
+    rows = []
+    for row in sequences[:, start:].tolist():
+        ends = [place for place, token in enumerate(row) if token in pair.eos_ids]
+        rows.append(row[: ends[0] + 1] if ends else row)
+    return rows
+
+
+def _cuda_devices(device: torch.device) -> list[int]:
+    return [device.index or 0] if device.type == "cuda" else []

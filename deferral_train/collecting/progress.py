@@ -1,0 +1,61 @@
+"""What a collect run says: beforehand how much it will be, then how fast it goes, at the end what it left out."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from deferral_train.collecting.plan import Plan, announcement, megabytes, refuse_small_disk
+
+if TYPE_CHECKING:
+    from deferral_train.collecting.engine import CollectModule
+
+
+class Progress:
+    """Announcement and bar of the first process.
+
+    Args:
+        plan: the work. out: trace folder. done: chunks finished by earlier runs. processes: how many share it.
+    """
+
+    def __init__(self, plan: Plan, out: str, done: set[int], processes: int) -> None:
+        self.plan, self.out, self.done, self.processes = plan, out, done, processes
+        self._bar: Any | None = None
+
+    def begin(self, module: CollectModule) -> None:
+        """Time one batch, say what lies ahead, start the bar."""
+        seconds = self._seconds_per_token(module)
+        tqdm.write(announcement(self.plan, self.out, self.done, seconds))
+        mine = sum(self.plan.rows[number] for number in {chunk.id for chunk, _ in module.work})
+        label = "collect" if self.processes == 1 else f"collect (process 1 of {self.processes})"
+        self._bar = tqdm(total=mine, desc=label, unit="tok", unit_scale=True, dynamic_ncols=True)
+
+    def _seconds_per_token(self, module: CollectModule) -> float | None:
+        """From the first batch, collected once more than needed; every batch has its own seed."""
+        if not module.work:
+            return None
+        with torch.inference_mode():
+            module.collector(*module.work[0])
+            start = time.perf_counter()
+            rows = module.collector(*module.work[0])
+            count = len(rows.finite.cpu())
+        return (time.perf_counter() - start) / count / self.processes
+
+    def advance(self, tokens: int, written: int) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(megabytes(written), refresh=False)
+            self._bar.update(tokens)
+
+    def end(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def check_room(plan: Plan, out: str, max_bytes: int | None) -> None:
+    """Refuse early what the disk cannot hold; on-policy sizes are upper bounds and are not held against it."""
+    if plan.manifest.prefixes == "reference":
+        size = sum(plan.chunk_bytes(number) for number in range(len(plan.rows)))
+        refuse_small_disk(out, size if max_bytes is None else min(size, max_bytes))

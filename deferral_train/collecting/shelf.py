@@ -1,0 +1,141 @@
+"""The writing side: a thread that gathers rows of each chunk and writes shards while the models go on.
+
+The queue is short, so that memory is bounded however slow the disk is. A failure of the thread is raised in the
+main thread, at the next hand-over.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deferral_train.collecting.batches import Rows
+from deferral_train.traces import Chunk, TraceWriter
+
+WAITING = 4  # batches between the models and the writer
+
+
+@dataclass(frozen=True)
+class _Handed:
+    chunk: Chunk
+    rows: Rows
+    copied: Any | None  # CUDA event: the host copies are complete
+
+
+class Shelf:
+    """Takes rows batch by batch, chunk after chunk, and writes each chunk when it is complete.
+
+    Args:
+        writer: for this process.
+
+    Attributes:
+        bytes: written so far.
+    """
+
+    def __init__(self, writer: TraceWriter) -> None:
+        self.writer, self.bytes, self.nonfinite = writer, 0, 0
+        self._queue: queue.Queue[_Handed | None] = queue.Queue(maxsize=WAITING)
+        self._parts: list[Rows] = []
+        self._failure: BaseException | None = None
+        self._abandoned = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="trace-writer", daemon=True)
+        self._thread.start()
+
+    def put(self, chunk: Chunk, rows: Rows) -> None:
+        """Hand over the next batch of a chunk; device tensors start their way to the host without waiting."""
+        self._raise_failure()
+        on_host, event = _to_host(rows)
+        self._queue.put(_Handed(chunk, on_host, event))
+
+    def drain(self) -> None:
+        """Wait until everything handed over so far is gathered or written."""
+        self._queue.join()
+        self._raise_failure()
+
+    def close(self) -> None:
+        """Write what is complete and end the thread; raises what it failed on."""
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+        self._raise_failure()
+
+    def abandon(self) -> None:
+        """End the thread without writing unfinished chunks: what a resumed run collects again."""
+        self._abandoned.set()
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def _work(self) -> None:
+        """Goes on taking batches after a failure, so that nobody waits on a full queue for ever."""
+        failed = False
+        while (handed := self._queue.get()) is not None:
+            if not failed and not self._abandoned.is_set():
+                try:
+                    self._take(handed)
+                except BaseException as error:
+                    self._failure, failed = error, True
+            self._queue.task_done()
+        self._queue.task_done()
+
+    def _take(self, handed: _Handed) -> None:
+        if handed.copied is not None:
+            handed.copied.synchronize()
+        self._parts.append(handed.rows)
+        if len(self._parts) == len(handed.chunk.batches):
+            columns, nonfinite = gather(self._parts)
+            self._parts = []
+            record = self.writer.write(handed.chunk, columns, nonfinite)
+            self.bytes += record.bytes
+            self.nonfinite += record.nonfinite
+
+
+def _to_host(rows: Rows) -> tuple[Rows, Any | None]:
+    """Copies to pinned memory that run beside the next forward pass; nothing to do on a CPU."""
+    if rows.finite.device.type == "cpu":
+        return rows, None
+
+    def copy(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+    columns = {name: copy(tensor) for name, tensor in rows.columns.items()}
+    suspects = {name: copy(tensor) for name, tensor in rows.suspects.items()}
+    host = Rows(columns, copy(rows.finite), suspects)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event
+
+
+def gather(parts: list[Rows]) -> tuple[dict[str, np.ndarray], list[tuple[int, int, str]]]:
+    """A chunk's columns in the order of (prompt, position), and the places left out as (prompt, position, model)."""
+    columns = {name: torch.cat([part.columns[name] for part in parts]).numpy() for name in parts[0].columns}
+    finite = torch.cat([part.finite for part in parts]).numpy()
+    order = np.lexsort((columns["position"], columns["prompt"]))
+    kept = order[finite[order]]
+    nonfinite = []
+    if len(kept) < len(order):
+        who = _names(parts)
+        for row in order[~finite[order]]:
+            nonfinite.append((int(columns["prompt"][row]), int(columns["position"][row]), who[row]))
+    return {name: values[kept] for name, values in columns.items()}, nonfinite
+
+
+def _names(parts: list[Rows]) -> list[str]:
+    """Which models gave NaN or infinite logits, for every row of a chunk."""
+    names: list[str] = []
+    for part in parts:
+        for row in range(len(part.finite)):
+            guilty = [role for role, flags in part.suspects.items() if bool(flags[row])]
+            names.append(" and ".join(guilty) or "drafter and verifier")
+    return names

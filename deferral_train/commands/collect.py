@@ -1,0 +1,79 @@
+"""`deferral-train collect`: run both models over prompts and log their token distributions."""
+
+from __future__ import annotations
+
+
+def run(
+    out: str,
+    drafter: str,
+    verifier: str,
+    prompts: str,
+    prefixes: str = "reference",
+    rule: str | None = None,
+    num_draft_tokens: int = 5,
+    temperature: float = 1.0,
+    log_top_k: int = 64,
+    hidden: str = "none",
+    teacher: str | None = None,
+    chunk_prompts: int = 256,
+    batch_tokens: int | None = None,
+    max_new_tokens: int | None = None,
+    max_prompt_tokens: int | None = None,
+    max_bytes: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    devices: int = 1,
+    num_nodes: int = 1,
+    device: str = "auto",
+    dtype: str = "auto",
+    chat: str = "auto",
+    template: str = "{prompt}",
+    prompt_format: str | None = None,
+    reference_path: str | None = None,
+    prompt_field: str | None = None,
+    reference_field: str | None = None,
+    subset: str | None = None,
+    split: str = "train",
+    progress: bool = True,
+) -> int:
+    """Run both models over prompts and log their token distributions as traces; run again to resume.
+
+    Args:
+        out: trace folder, or an fsspec address.
+        drafter: checkpoint folder or hub id of the small model.
+        verifier: checkpoint folder or hub id of the large model, same tokenizer.
+        prompts: jsonl, csv, tsv, parquet or text file (.gz too), a datasets name, or an fsspec address.
+        prefixes: reference (teacher-forced), drafter, verifier or cascade (on-policy).
+        rule: rule of a cascade, such as opt:alpha=0.2 or learned:head=FOLDER.
+        num_draft_tokens: most tokens a cascade drafts per block.
+        temperature: of sampled prefixes and of the laws whose distance is logged; 0 is greedy.
+        log_top_k: candidates logged of each model, with both log-probabilities; 0 logs the summary alone.
+        hidden: whose last hidden states to log in 16 bit: none, drafter, verifier or both.
+        teacher: third checkpoint whose law is logged as truth.
+        chunk_prompts: prompts per shard, the unit of work and of resuming.
+        batch_tokens: most padded tokens per batch; default by device and vocabulary.
+        max_new_tokens: most tokens per prefix; default 128 on-policy, unlimited on references.
+        max_prompt_tokens: longer prompts are left out and named; default what the models can place.
+        max_bytes: stop cleanly before the shards exceed this many bytes.
+        limit: use the first so many prompts only.
+        seed: base seed; every shard has one of its own, derived from it.
+        devices: processes per node, as Lightning's Trainer takes it.
+        num_nodes: machines.
+        device: auto, cpu or cuda.
+        dtype: auto, float32, float16 or bfloat16.
+        chat: auto (the tokenizer's chat template where it has one), on or off.
+        template: text around each prompt, with {prompt} in it.
+        prompt_format: jsonl, csv, tsv, parquet, text or dataset; default by suffix.
+        reference_path: second file of parallel text.
+        prompt_field: column of the prompt.
+        reference_field: column of the reference.
+        subset: configuration of a named data set.
+        split: split of a data set.
+        progress: announce the work and show a progress bar.
+    """
+    from deferral_train.collecting import CollectConfig, collect
+
+    given = dict(locals())
+    settings = {name: given[name] for name in CollectConfig.__dataclass_fields__}
+    collect(CollectConfig(**settings), out, progress)
+    return 0
