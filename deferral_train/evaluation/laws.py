@@ -1,4 +1,4 @@
-"""What token and law rules do on a block, from the logged candidates."""
+"""What one rule does on a block of rows; token and law rules from the logged candidates."""
 
 from __future__ import annotations
 
@@ -37,6 +37,12 @@ def law_sums(settings: Sequence[Rule], block: Block) -> tuple[dict[str, np.ndarr
         ]
         sums["emitted_loss"] = by_prompt(_stack(risks))
     return sums, rejection
+
+
+def deferral_and_rejection(rule: Rule, block: Block) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities [n] that a drafted token is deferred, and rejected, of any rule."""
+    arguments = (rule, block.summary, block.candidates, block.temperature)
+    return deferral_rate(*arguments)[0].numpy(), rejection_rate(*arguments)[0].numpy()
 
 
 def _stack(rows: Sequence) -> np.ndarray:

@@ -74,12 +74,14 @@ def make_losses(traces: Traces, loss: str, truth: str, temperature: float) -> Lo
     if loss not in LOSSES:
         raise InputError(f"loss is {loss!r}; use one of {', '.join(LOSSES)}")
     of_emitted = {0.0: "zero_one", 1.0: "prob"}.get(float(temperature))
-    emitted = (None, None) if of_emitted is None else _loss_and_gap(traces, of_emitted, truth)
+    emitted_drafter = emitted_gap = None
+    if of_emitted is not None:
+        emitted_drafter, emitted_gap = _loss_and_gap(traces, of_emitted, truth)
     hits = 0
     if loss == "log" and truth == "reference":
         hits = gold_floor_hits(traces.summary(("drafter_logprob", "verifier_logprob")))
     drafter, gap = _loss_and_gap(traces, loss, truth)
-    return Losses(drafter, gap, *emitted, hits)
+    return Losses(drafter, gap, emitted_drafter, emitted_gap, hits)
 
 
 def _loss_and_gap(traces: Traces, loss: str, truth: str) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ from deferral_train.evaluation.bootstrap import PromptBootstrap
 from deferral_train.evaluation.calibration import reliability
 from deferral_train.evaluation.families import Family, make_families
 from deferral_train.evaluation.positions import Positions, read_positions
+from deferral_train.evaluation.prefixes import slider_prefixes
 from deferral_train.evaluation.scan import FamilySums, Oracle, scan
 from deferral_train.evaluation.survival import relative_latency
 from deferral_train.evaluation.table import RuleScores, ScoreTable
@@ -48,6 +49,7 @@ def score_rules(
     temperature: float | None = None,
     num_draft_tokens: int = 5,
     confidence: float = 0.95,
+    prefixes: int = 0,
     workers: int | None = None,
 ) -> ScoreTable:
     """Score rules on logged positions.
@@ -70,6 +72,8 @@ def score_rules(
         temperature: of the sampling laws: 0, 1, or the one that the traces were made for (default).
         num_draft_tokens: drafted tokens in a block.
         confidence: of the intervals.
+        prefixes: prompts whose tokens are kept for the report's alpha slider.
+        workers: threads, default one per core up to 4.
 
     Raises:
         InputError: traces of different pairs, too few prompts for the bootstrap, a truth or a field that the
@@ -100,7 +104,8 @@ def score_rules(
         "costs": None if priced is None else dict(priced),
         **part.meta,
     }
-    return ScoreTable(meta, scores, redraws, _calibration(families, part, redraws))
+    slider = slider_prefixes(families, part, prefixes) if prefixes else None
+    return ScoreTable(meta, scores, redraws, _calibration(families, part, redraws), slider)
 
 
 def _with_anchors(families: list[Family]) -> list[Family]:

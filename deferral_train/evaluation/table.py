@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,12 +54,14 @@ class ScoreTable:
             there.
         bootstrap: the redraws that all intervals share.
         calibration: per estimator of the gap, predicted against observed.
+        prefixes: tokens of some prompts for the report's alpha slider, None where none were asked for.
     """
 
     meta: dict[str, Any]
     rules: dict[str, RuleScores]
     bootstrap: PromptBootstrap
     calibration: dict[str, Any] = field(default_factory=dict)
+    prefixes: dict[str, Any] | None = None
 
     def __getitem__(self, name: str) -> RuleScores:
         try:
@@ -136,19 +138,19 @@ class ScoreTable:
             for i, value in enumerate(scores.values)
         ]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self, baseline: str = "opt") -> dict[str, Any]:
         """Everything as plain JSON types."""
         return {
             "schema": SCHEMA,
-            "meta": self.meta,
+            "meta": {**self.meta, "baseline": baseline},
             "points": self.points(),
-            "matched": self.matched(),
+            "matched": self.matched(baseline),
             "calibration": self.calibration,
         }
 
-    def to_json(self, path: str | Path) -> Path:
+    def to_json(self, path: str | Path, baseline: str = "opt") -> Path:
         """Write :meth:`as_dict` atomically."""
-        provenance.write_json(path, self.as_dict())
+        provenance.write_json(path, self.as_dict(baseline))
         return Path(path)
 
     def to_csv(self, path: str | Path) -> Path:
@@ -162,11 +164,36 @@ class ScoreTable:
         provenance.write_text(path, text.getvalue())
         return Path(path)
 
+    def text(self, baseline: str = "opt", shares: Sequence[float] = (0.25, 0.5, 0.75)) -> str:
+        """A short table for the terminal: loss at matched rejection rate and its difference to
+        ``baseline``.
+        """
+        loss = "emitted_risk" if "emitted_risk" in self["lossless"].metrics else "risk"
+        rows = [row for row in self.matched(baseline, shares) if row["cost"] == "rejection_rate"]
+        whole = self["lossless"].metrics["rejection_rate"][0]
+        lines = [f"{loss} at a share of lossless's rejections ({whole:.3f})"]
+        lines.append(f"{'rule':<32}" + "".join(f"{share:>26.0%}" for share in shares))
+        for name in self.swept:
+            cells = [
+                row for row in rows if row["rule"] == name and row["loss"] == loss and row["share"] != "area"
+            ]
+            if cells:
+                lines.append(f"{name[:31]:<32}" + "".join(f"{_cell(cell):>26}" for cell in cells))
+        return "\n".join(lines)
+
     def figures(self, folder: str | Path) -> list[Path]:
         """Draw the curves as png and svg, see :mod:`figures`."""
         from deferral_train.evaluation.figures import draw
 
         return draw(self, Path(folder))
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    """``0.512 (-0.010, -0.014..-0.005)``: value, and the difference to the baseline with its interval."""
+    gap = row["minus_baseline"]
+    if gap is None or gap["low"] is None:
+        return f"{row['value']:.3f}"
+    return f"{row['value']:.3f} ({gap['low']:+.3f}..{gap['high']:+.3f})"
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:

@@ -114,7 +114,8 @@ def bar_chart(
         bars.append(
             f'<rect class="c{colour}" x="{x:.1f}" y="{top:.1f}" width="{slot * 0.7:.1f}" '
             f'height="{max(base - top, 0.5):.1f}"><title>{note}</title></rect>'
-            f'<text x="{x + slot * 0.35:.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{escape(label)}</text>'
+            f'<text x="{x + slot * 0.35:.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">'
+            f"{escape(label)}</text>"
         )
     return _svg(title, [_frame(Axis("", 0, 1), axis, x_numbers=False), *bars])
 
@@ -157,7 +158,8 @@ def _frame(x_axis: Axis, y_axis: Axis, x_numbers: bool = True) -> str:
         )
     middle_x, middle_y = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
     parts.append(
-        f'<text class="label" x="{middle_x}" y="{HEIGHT - 10}" text-anchor="middle">{escape(x_axis.label)}</text>'
+        f'<text class="label" x="{middle_x}" y="{HEIGHT - 10}" text-anchor="middle">'
+        f"{escape(x_axis.label)}</text>"
     )
     parts.append(
         f'<text class="label" transform="translate(18 {middle_y}) rotate(-90)" text-anchor="middle">'

@@ -1,0 +1,137 @@
+"""`deferral-train evaluate`: score rules and heads from traces alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deferral_train.traces import Traces
+
+RULES = ["opt", "chow", "diff", "token_v3"]
+
+
+def run(
+    traces: list[str],
+    rules: list[str] = RULES,
+    out: str = "runs/evaluation",
+    loss: str = "zero_one",
+    truth: str = "reference",
+    grid: int = 40,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+    temperature: float | None = None,
+    num_draft_tokens: int = 5,
+    drafter_seconds: float | None = None,
+    verifier_seconds: float | None = None,
+    decode: str | None = None,
+    baseline: str = "opt",
+    figures: bool = True,
+    prefixes: int = 20,
+) -> int:
+    """Risk, deferral, rejection, acceptance length and predicted latency of any rules over their dials.
+
+    Writes scores.json, scores.csv, the curves as png and svg, prefixes.json for the report's slider, and with
+    ``decode`` skew.json: predicted against counted on the same prompts.
+
+    Args:
+        traces: trace folders of one pair.
+        rules: names or specs: opt, learned:head=FOLDER, my_pkg.mine:MyRule; opt:alpha=0.2 marks that point.
+        out: folder for the results; runs/NAME/evaluation is where `report` looks.
+        loss: zero_one, log or prob.
+        truth: reference, verifier, teacher or exact.
+        grid: dial points of each rule.
+        bootstrap: redraws of prompts for the intervals, 0 for none.
+        seed: of the redraws.
+        confidence: of the intervals.
+        temperature: of the sampling laws: 0, 1, or the one that the traces were made for (default).
+        num_draft_tokens: drafted tokens in a block.
+        drafter_seconds: measured seconds of one drafter step, for the predicted latency.
+        verifier_seconds: measured seconds of one verifying pass.
+        decode: folder of a `decode` run on the same prompts, to compare predictions with counts.
+        baseline: rule that the others are compared to.
+        figures: draw the curves.
+        prefixes: prompts kept for the report's alpha slider.
+    """
+    from deferral_train import provenance
+    from deferral_train.errors import InputError
+    from deferral_train.evaluation import score_rules
+    from deferral_train.traces import open_traces
+
+    if (drafter_seconds is None) != (verifier_seconds is None):
+        raise InputError("give both drafter_seconds and verifier_seconds, or neither")
+    costs = None
+    if drafter_seconds is not None and verifier_seconds is not None:
+        costs = {"drafter": drafter_seconds, "verifier": verifier_seconds}
+    opened = [open_traces(folder) for folder in traces]
+    table = score_rules(
+        opened,
+        rules,
+        prefixes=prefixes,
+        loss=loss,
+        truth=truth,
+        grid=grid,
+        bootstrap=bootstrap,
+        seed=seed,
+        confidence=confidence,
+        temperature=temperature,
+        num_draft_tokens=num_draft_tokens,
+        costs=costs,
+    )
+    folder = Path(out)
+    table.to_json(folder / "scores.json", baseline)
+    table.to_csv(folder / "scores.csv")
+    provenance.write_json(folder / "prefixes.json", table.prefixes)
+    if figures:
+        table.figures(folder)
+    if decode is not None:
+        rows = compare_with_decode(
+            opened, rules, Path(decode), temperature, num_draft_tokens, bootstrap, seed
+        )
+        provenance.write_json(folder / "skew.json", rows)
+    print(table.text(baseline))
+    print(f"\n{folder / 'scores.json'}")
+    return 0
+
+
+def compare_with_decode(
+    traces: Sequence[Traces],
+    specs: Sequence[str],
+    decode: Path,
+    temperature: float | None,
+    num_draft_tokens: int,
+    bootstrap: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Predicted against counted for every spec at a fixed dial value that was decoded under its label."""
+    from deferral_train.decoding.decode import rule_label
+    from deferral_train.decoding.outputs import OUTPUTS, read_lines
+    from deferral_train.errors import InputError
+    from deferral_train.evaluation import skew
+    from deferral_train.heads.rules import rule_from_spec
+
+    outputs = list(read_lines(decode / OUTPUTS))
+    labels = {row["rule"] for row in outputs}
+    rules = {rule_label(rule): rule for rule in map(rule_from_spec, [*specs, "lossless"])}
+    shared = {label: rule for label, rule in rules.items() if label in labels}
+    if not shared:
+        raise InputError(
+            f"decode={decode} holds {', '.join(sorted(labels)) or 'no outputs'}, none of the rules "
+            f"{', '.join(rules)}; name the decoded rules with their dial, e.g. opt:alpha=0.2"
+        )
+    rows = []
+    for part in traces:
+        for label, rule in shared.items():
+            rows += skew.compare(
+                part,
+                label,
+                rule,
+                outputs,
+                temperature=temperature,
+                num_draft_tokens=num_draft_tokens,
+                bootstrap=bootstrap,
+                seed=seed,
+            )
+    return skew.table_of(rows)

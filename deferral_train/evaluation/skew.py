@@ -1,0 +1,173 @@
+"""Offline meets online: what traces predict against what the decoding loop counted, on the same prompts.
+
+Heads that look good offline and collapse when served are this field's recurring failure, so the difference
+is a number with an interval, per rule. Predictions follow blocks position by position (:mod:`survival`);
+they are exact in expectation where the traces' prefixes come from the very rule that was decoded
+(``cascade:<rule>``). On teacher-forced prefixes the difference mixes two things, the model of the loop and
+the other prefixes, and is to be read as such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from deferral_train.errors import InputError
+from deferral_train.evaluation.bootstrap import MIN_PROMPTS, Interval, PromptBootstrap
+from deferral_train.evaluation.laws import deferral_and_rejection
+from deferral_train.evaluation.positions import read_positions
+from deferral_train.evaluation.survival import block_chain
+from deferral_train.rules.base import Rule
+from deferral_train.traces import Traces
+
+RELATIVE = 0.03
+ON_POLICY = "On-policy prefixes: predictions are expected to agree within 3% or their interval."
+OFF_POLICY = "Prefixes that the rule itself did not produce: the difference includes their shift."
+# Quantity -> (numerator, denominator) of sums over prompts, in predictions and in counts alike.
+QUANTITIES = {
+    "acceptance": ("passed", "judged"),
+    "deferral rate": ("deferred", "judged"),
+    "tokens per verifier call": ("tokens", "calls"),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Sums per prompt [P], predicted or counted, by name; ``prompt_ids`` [P]."""
+
+    prompt_ids: tuple[str, ...]
+    sums: dict[str, np.ndarray]
+
+    def select(self, ids: Sequence[str]) -> dict[str, np.ndarray]:
+        """The sums of some prompts, in their order."""
+        place = {name: number for number, name in enumerate(self.prompt_ids)}
+        rows = np.array([place[name] for name in ids], dtype=np.int64)
+        return {name: values[rows] for name, values in self.sums.items()}
+
+
+def predict(
+    traces: Traces, rule: Rule, *, temperature: float | None = None, num_draft_tokens: int = 5
+) -> Work:
+    """Expected work per prompt if ``rule`` decoded the logged sequences."""
+    table = read_positions(
+        traces, rule.needs, truth="verifier", temperature=temperature, with_candidates=True
+    )
+    parts = []
+    for block in table.blocks():
+        deferral, rejection = deferral_and_rejection(rule, block)
+        work = block_chain(1 - rejection[:, None], block.layout, num_draft_tokens, deferral[:, None])
+        assert work.deferred is not None
+        parts.append((work.calls, work.judged, work.rejected, work.deferred))
+    calls, judged, rejected, deferred = (np.concatenate(columns)[:, 0] for columns in zip(*parts))
+    sums = {"calls": calls, "judged": judged, "passed": judged - rejected, "deferred": deferred}
+    return Work(tuple(table.prompt_ids), sums | {"tokens": table.rows_per_prompt.astype(np.float64)})
+
+
+def count(rows: Iterable[Mapping[str, Any]]) -> Work:
+    """Counted work per prompt from one rule's rows of ``outputs.jsonl``, repetitions added up."""
+    totals: dict[str, np.ndarray] = {}
+    for row in rows:
+        counts = row["counts"]
+        line = np.array(
+            [
+                counts["verifier_calls"],
+                counts["decided"],
+                counts["decided"] - counts["rejected"],
+                counts["deferred"],
+                counts["emitted"],
+            ],
+            dtype=np.float64,
+        )
+        totals[str(row["id"])] = totals.get(str(row["id"]), 0) + line
+    if not totals:
+        raise InputError("no outputs of this rule to count; decode it first")
+    columns = np.stack(list(totals.values())).T
+    return Work(tuple(totals), dict(zip(("calls", "judged", "passed", "deferred", "tokens"), columns)))
+
+
+def compare(
+    traces: Traces,
+    label: str,
+    rule: Rule,
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    temperature: float | None = None,
+    num_draft_tokens: int = 5,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Predicted against counted for one rule.
+
+    Args:
+        traces: with the same prompts; other prompts are left out.
+        label: the rule's name in ``rows``.
+        rows: of ``outputs.jsonl``, any rules.
+
+    Returns:
+        one row per quantity: predicted, counted, their difference with a paired interval over prompts, the
+        relative difference, and ``agrees``: within 3% relative, or the interval holds 0.
+
+    Raises:
+        InputError: no common prompts.
+    """
+    predicted = predict(traces, rule, temperature=temperature, num_draft_tokens=num_draft_tokens)
+    counted = count(row for row in rows if row["rule"] == label)
+    ids = [name for name in predicted.prompt_ids if name in set(counted.prompt_ids)]
+    if not ids:
+        raise InputError(
+            f"traces and outputs of {label} share no prompt id; decode the prompts that were collected"
+        )
+    before, after = predicted.select(ids), counted.select(ids)
+    redraws = PromptBootstrap(len(ids), bootstrap if len(ids) >= MIN_PROMPTS else 0, seed)
+    return [
+        {"rule": label, "prefixes": traces.manifest.prefixes, "prompts": len(ids), "quantity": name}
+        | _difference(before, after, top, bottom, redraws)
+        for name, (top, bottom) in QUANTITIES.items()
+        if before[bottom].sum() > 0 and after[bottom].sum() > 0
+    ]
+
+
+def _difference(
+    before: Mapping[str, np.ndarray],
+    after: Mapping[str, np.ndarray],
+    top: str,
+    bottom: str,
+    redraws: PromptBootstrap,
+) -> dict[str, Any]:
+    predicted, counted = (float(part[top].sum() / part[bottom].sum()) for part in (before, after))
+    difference = Interval(counted - predicted)
+    if redraws.replicates:
+        samples = [redraws.sums(part[top]) / redraws.sums(part[bottom]) for part in (after, before)]
+        difference = redraws.interval(counted - predicted, samples[0] - samples[1])
+    relative = difference.value / counted if counted else None
+    inside = (
+        difference.low is not None and difference.high is not None and difference.low <= 0 <= difference.high
+    )
+    close = relative is not None and abs(relative) <= RELATIVE
+    return {
+        "predicted": predicted,
+        "counted": counted,
+        "difference": difference.as_dict(),
+        "relative": relative,
+        "agrees": bool(close or inside or difference.value == 0),
+    }
+
+
+def table_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What ``evaluation/skew.json`` holds."""
+    prefixes = sorted({row["prefixes"] for row in rows})
+    on_policy = all(name.startswith("cascade:") for name in prefixes)
+    note = ON_POLICY if on_policy else OFF_POLICY
+    agree = sum(bool(row["agrees"]) for row in rows)
+    meta = {
+        "prompts": max((row["prompts"] for row in rows), default=0),
+        "prefixes": ", ".join(prefixes),
+        "on_policy": on_policy,
+        "note": note,
+        "agree": agree,
+        "of": len(rows),
+    }
+    return {"meta": meta, "rows": list(rows)}
