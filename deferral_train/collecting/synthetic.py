@@ -1,0 +1,92 @@
+"""Traces of the synthetic language, with the exact truth group: what studies of exact regret are made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deferral_train import provenance
+from deferral_train.pairs.synthetic import SyntheticChunk, SyntheticLanguage, chunks, sample_sequences
+from deferral_train.rules.summary import summarize
+from deferral_train.traces import Chunk, Manifest, Traces, TraceWriter, open_traces, prepare_folder
+from deferral_train.traces.schema import SUMMARY_COLUMNS, TOKEN_COLUMNS
+
+CHUNK_SEQUENCES = 1024
+
+
+def collect_synthetic(
+    language: SyntheticLanguage,
+    out: str | Path,
+    sequences: int,
+    length: int,
+    *,
+    seed: int = 0,
+    top_k: int = 16,
+    truth: bool = True,
+) -> Traces:
+    """Write traces of ``sequences`` texts of ``length`` tokens drawn from the source; finishes what is there.
+
+    Args:
+        seed: of the texts; prompt ids are ``synthetic-<seed>:<number>``, so folders of two seeds share none.
+        top_k: K, logged candidates of each model.
+        truth: log P's expectations as well.
+    """
+    texts = sample_sequences(language, sequences, length, seed)
+    manifest = _manifest(language, sequences, length, seed, min(top_k, language.config.vocab_size), truth)
+    for chunk in prepare_folder(str(out), manifest):
+        numbers = chunk.prompts
+        parts = [
+            _columns(part, numbers[0], manifest.top_k, truth) for part in chunks(language, texts[numbers])
+        ]
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        TraceWriter(str(out), manifest).write(chunk, columns)
+    return open_traces(out)
+
+
+def _manifest(
+    language: SyntheticLanguage, sequences: int, length: int, seed: int, top_k: int, truth: bool
+) -> Manifest:
+    config = dict(vars(language.config))
+    starts = range(0, sequences, CHUNK_SEQUENCES)
+    work = [tuple(range(start, min(start + CHUNK_SEQUENCES, sequences))) for start in starts]
+    names = {role: f"synthetic-{role}-{provenance.hash_of(config)}" for role in ("drafter", "verifier")}
+    return Manifest(
+        pair={**names, "vocab_size": language.config.vocab_size},
+        prefixes="reference",
+        prompt_ids=tuple(f"synthetic-{seed}:{number}" for number in range(sequences)),
+        chunks=tuple(Chunk(number, seed, (prompts,)) for number, prompts in enumerate(work)),
+        top_k=top_k,
+        truth="exact" if truth else None,
+        seed=seed,
+        settings={"language": config, "length": length},
+        provenance=provenance.collect({"seed": seed, "language": language.config.seed}),
+    )
+
+
+def _columns(part: SyntheticChunk, first: int, top_k: int, truth: bool) -> dict[str, np.ndarray]:
+    """Columns of the rows of a chunk, flat over (sequence, position)."""
+    count, length = part.gold.shape
+    summary = summarize(part.drafter_logits, part.verifier_logits, token=part.gold)
+    columns = {name: summary[name] for name in (*SUMMARY_COLUMNS, *TOKEN_COLUMNS)}
+    columns["gold"] = part.gold
+    prompts = torch.arange(first + part.first, first + part.first + count)
+    columns["prompt"] = prompts.unsqueeze(1).expand(count, length)
+    columns["position"] = torch.arange(length).expand(count, length)
+    columns |= part.truth_columns() if truth else {}
+    columns |= _tops(part.drafter_logits, part.verifier_logits, top_k) if top_k else {}
+    return {name: value.reshape(count * length, *value.shape[2:]).numpy() for name, value in columns.items()}
+
+
+def _tops(drafter_logits: Tensor, verifier_logits: Tensor, top_k: int) -> dict[str, Tensor]:
+    laws = {"drafter": drafter_logits.log_softmax(-1), "verifier": verifier_logits.log_softmax(-1)}
+    columns = {}
+    for role, law in laws.items():
+        ids = law.topk(top_k, dim=-1).indices
+        columns[f"{role}_top_ids"] = ids
+        columns[f"{role}_tail"] = (1 - law.gather(-1, ids).exp().sum(-1)).clamp(0, 1)
+        for other, values in laws.items():
+            columns[f"{role}_top_{other}_logprobs"] = values.gather(-1, ids)
+    return columns
