@@ -36,6 +36,7 @@ class Settings:
         stop_strings: end a row once its text holds one of these.
         chat: use the tokenizer's chat template: ``auto``, ``on`` or ``off``.
         accept_mismatch: go on with a head made for other weights, dtype or temperature.
+        queue: prompts handed over together, in batches: a prompt takes the place of one that has ended.
     """
 
     num_draft_tokens: int = 5
@@ -52,9 +53,10 @@ class Settings:
     stop_strings: Sequence[str] = ()
     chat: str = "auto"
     accept_mismatch: bool = False
+    queue: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("num_draft_tokens", "max_new_tokens", "batch_size"):
+        for name in ("num_draft_tokens", "max_new_tokens", "batch_size", "queue"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} is {value!r}; give an integer of at least 1")
@@ -63,10 +65,15 @@ class Settings:
         if self.top_k < 0 or not 0.0 < self.top_p <= 1.0:
             raise InputError(f"top_k is {self.top_k}, top_p {self.top_p}; give top_k >= 0 and 0 < top_p <= 1")
 
+    @property
+    def call_size(self) -> int:
+        """Prompts handed over in one call; single prompts go one by one."""
+        return 1 if self.batch_size == 1 else self.batch_size * self.queue
+
 
 @dataclass(frozen=True)
 class BatchResult:
-    """One decoded batch: emitted ids of each row, statistics, wall-clock seconds of the call."""
+    """Prompts decoded in one call: emitted ids of each row, statistics, wall-clock seconds of the call."""
 
     tokens: list[list[int]]
     stats: GenerationStats
@@ -131,7 +138,10 @@ class Pair:
         verifier = self.models.verifier
         facts = {
             "vocab_size": self.models.vocab_size,
-            "dtype": str(verifier.dtype).removeprefix("torch."),
+            "dtype": {
+                role: str(model.dtype).removeprefix("torch.")
+                for role, model in (("drafter", self.models.drafter), ("verifier", verifier))
+            },
             "quantization": _quantization(verifier),
             "temperature": options.temperature,
         }
@@ -175,8 +185,8 @@ class Pair:
         """
         rule, stop, counters = with_counting(rule, options.stop)
         drafted = 0
-        for number, start in enumerate(range(0, len(encoded), options.batch_size)):
-            batch = encoded[start : start + options.batch_size]
+        for number, start in enumerate(range(0, len(encoded), options.call_size)):
+            batch = encoded[start : start + options.call_size]
             log = token_log(number) if token_log is not None else None
             result = self.decode_batch(batch, rule, options, stop, number, log)
             drafted += int(result.stats.drafted.sum())
@@ -212,6 +222,7 @@ class Pair:
             generator=generator,
             token_log=token_log,
             vocab_size=models.vocab_size,
+            rows_at_once=options.batch_size,
         )
         seconds = time.perf_counter() - began
         prompt_length = 1 if models.is_encoder_decoder else inputs["input_ids"].shape[1]
@@ -228,17 +239,14 @@ class Pair:
                 "top_k": options.top_k,
                 "top_p": options.top_p,
             }
-        return (
-            sampling
-            | {
-                "max_new_tokens": options.max_new_tokens,
-                "num_beams": 1,
-                "eos_token_id": list(self.models.eos_ids) or None,
-                "pad_token_id": self._pad_id(),
-                "return_dict_in_generate": True,
-                "past_key_values": DynamicCache(),  # never filled; keeps generate from copying configs to make its own
-            }
-        )
+        return sampling | {
+            "max_new_tokens": options.max_new_tokens,
+            "num_beams": 1,
+            "eos_token_id": list(self.models.eos_ids) or None,
+            "pad_token_id": self._pad_id(),
+            "return_dict_in_generate": True,
+            "past_key_values": DynamicCache(),  # never filled; spares generate the making of one
+        }
 
     def _criteria(self, options: Settings) -> StoppingCriteriaList:
         if not options.stop_strings:

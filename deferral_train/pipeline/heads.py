@@ -1,4 +1,4 @@
-"""The fit stage: every candidate head on the same traces, the best on validation exported."""
+"""The fit stage: every candidate head on the same traces, the best on validation kept; and its export."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from deferral_train.errors import InputError
+from deferral_train.heads import DeferralHead
 from deferral_train.traces import Traces
 from deferral_train.training.config import FitConfig
 from deferral_train.training.fit import FitResult, fit
 
 # Lower is better, and comparable between heads of one loss: the excess over OPT at every alpha of the grid.
 CRITERION = "regret"
+BEST = "fit/best"
 
 
 def fit_candidates(
     candidates: Mapping[str, Mapping[str, Any]], train: Traces, validation: Traces, run: Path, seed: int
 ) -> dict[str, Any]:
-    """Fit all, save the one with the least ``val/regret`` to ``head/``; returns metrics by candidate.
+    """Fit all, save the one with the least ``val/regret``; returns metrics by candidate.
 
     Raises:
         InputError: a candidate with an unknown setting, named.
@@ -29,7 +31,7 @@ def fit_candidates(
     }
     results = {name: fit(config, run / "fit" / name) for name, config in configs.items()}
     best = min(results, key=lambda name: results[name].metrics[CRITERION])
-    results[best].head.save_pretrained(run / "head")
+    results[best].head.save_pretrained(run / BEST)
     return {
         "best": best,
         "candidates": {name: _describe(result) for name, result in results.items()},
@@ -52,3 +54,11 @@ def _describe(result: FitResult) -> dict[str, Any]:
     parameters = sum(parameter.numel() for parameter in result.head.parameters())
     scalars = {name: value for name, value in result.metrics.items() if "/" not in name and value == value}
     return {"parameters": parameters, "epochs": result.epochs, "metrics": scalars}
+
+
+def export_head(run: Path, alpha: float | None) -> None:
+    """Write the kept head to ``head/`` with its operating point."""
+    head = DeferralHead.from_pretrained(run / BEST)
+    if alpha is not None:
+        head.metadata = {**head.metadata, "alpha": alpha}
+    head.save_pretrained(run / "head")

@@ -10,6 +10,7 @@ import numpy as np
 from deferral_train.evaluation import score_rules
 from deferral_train.evaluation.table import ScoreTable
 from deferral_train.pipeline.config import OperatingPointConfig
+from deferral_train.rules.base import Rule
 from deferral_train.traces import Traces
 
 # Fine enough that neighbouring settings differ by less than a point of rejection rate on real pairs.
@@ -19,13 +20,17 @@ LOSS = "emitted_risk"
 
 
 def choose_points(
-    traces: Traces, rules: Mapping[str, str], config: OperatingPointConfig, num_draft_tokens: int, seed: int
+    traces: Traces,
+    rules: Mapping[str, Rule | str],
+    config: OperatingPointConfig,
+    num_draft_tokens: int,
+    seed: int,
 ) -> dict[str, Any]:
     """Dial value of every rule that comes nearest to the wanted rejection rate, and the rule that loses least there.
 
     Args:
         traces: of the calibration part.
-        rules: name to be shown -> spec without a dial value.
+        rules: name to be shown -> rule or spec; dials are swept.
 
     Returns:
         ``{"target_rejection_rate", "points": {name: {...}}, "best"}``; risks are token error rates.

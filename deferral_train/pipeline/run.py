@@ -15,14 +15,19 @@ from filelock import FileLock, Timeout
 
 from deferral_train import provenance
 from deferral_train.errors import InputError
+from deferral_train.heads import DeferralHead
+from deferral_train.heads.rules import learned_rule, rule_from_spec
 from deferral_train.pipeline import operate
 from deferral_train.pipeline.config import PARTS, RunConfig
 from deferral_train.pipeline.console import RunConsole
+from deferral_train.pipeline.heads import BEST, export_head, fit_candidates
 from deferral_train.pipeline.pair import open_pair, prepare_pair
 from deferral_train.pipeline.stages import Stage, StageRecord, StageRunner, open_run
 from deferral_train.pipeline.text import part_path, prepare_text, read_part
 from deferral_train.pipeline.verdict import make_verdict
+from deferral_train.rules.base import Rule
 
+LEARNED = "learned"
 Results = Mapping[str, Any]
 # What a run writes besides the user's own pair; small runs need far less.
 MIN_FREE_BYTES = 1 << 30
@@ -79,9 +84,7 @@ class Run:
                 ("traces",),
                 self.traces,
             ),
-            Stage(
-                "fit", "heads learn the loss gap", [c.heads, c.seed], ("traces",), ("fit", "head"), self.fit
-            ),
+            Stage("fit", "heads learn the loss gap", [c.heads, c.seed], ("traces",), ("fit",), self.fit),
             Stage(
                 "point",
                 "dials set to one price on calibration",
@@ -144,9 +147,7 @@ class Run:
         return rows
 
     def fit(self, results: Results) -> Any:
-        """Fit every candidate, keep the best on validation, export it."""
-        from deferral_train.pipeline.heads import fit_candidates
-
+        """Fit every candidate, keep the best on validation."""
         return fit_candidates(
             self.config.heads.candidates,
             self.open("fit"),
@@ -158,12 +159,13 @@ class Run:
     def point(self, _: Results) -> Any:
         points = operate.choose_points(
             self.open("calibration"),
-            self.specs(),
+            self.rules(),
             self.config.point,
             self.config.decode.num_draft_tokens,
             self.config.seed,
         )
         provenance.write_json(self.folder / "point.json", points)
+        export_head(self.folder, points["points"]["learned"]["value"])
         return points
 
     def evaluate(self, results: Results) -> Any:
@@ -172,7 +174,7 @@ class Run:
 
         table = score_rules(
             self.open("test"),
-            self.specs(),
+            self.rules(),
             bootstrap=self.config.bootstrap,
             seed=self.config.seed,
             costs=self.costs(results["pair"]),
@@ -193,7 +195,6 @@ class Run:
         from deferral_train.decoding import Pair
         from deferral_train.decoding.decode import DecodeConfig, decode
         from deferral_train.decoding.pair import Settings
-        from deferral_train.heads.rules import rule_from_spec
 
         section = asdict(self.config.decode)
         limit, repetitions = section.pop("limit"), section.pop("repetitions")
@@ -224,19 +225,21 @@ class Run:
     def trace_folder(self, part: str) -> Path:
         return self.folder / "traces" / part
 
-    def specs(self) -> dict[str, str]:
-        """Every rule scored offline, the head last, without dial values."""
-        return {
-            **{rule: rule for rule in self.config.rules},
-            "learned": f"learned:head={self.folder / 'head'}",
-        }
+    def rules(self) -> dict[str, Rule | str]:
+        """Every rule scored offline, the head last; their dials are swept."""
+        head = DeferralHead.from_pretrained(self.folder / BEST)
+        return {**{rule: rule for rule in self.config.rules}, LEARNED: learned_rule(head, alpha=0.0)}
 
     def decoded(self, results: Results) -> dict[str, str]:
         """Specs of the decoded rules at their operating points."""
-        points, specs = results["point"]["points"], self.specs()
+        points = results["point"]["points"]
+        specs = {
+            **{rule: rule for rule in self.config.decoded},
+            LEARNED: f"learned:head={self.folder / 'head'}",
+        }
         return {
-            name: operate.with_value(specs[name], points[name]["parameter"], points[name]["value"])
-            for name in (*self.config.decoded, "learned")
+            name: operate.with_value(spec, points[name]["parameter"], points[name]["value"])
+            for name, spec in specs.items()
         }
 
     def chosen(self, results: Results) -> dict[str, Any]:
@@ -248,7 +251,7 @@ class Run:
             "label": name,
             "rule": name.partition(":")[0],
             "spec": decoded[name],
-            "head": str(self.folder / "head") if name == "learned" else None,
+            "head": str(self.folder / "head") if name == LEARNED else None,
             "parameter": points[name]["parameter"],
             "value": points[name]["value"],
             "num_draft_tokens": self.config.decode.num_draft_tokens,

@@ -85,7 +85,12 @@ def test_stage_killed_halfway_is_run_again(tmp_path):
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     runs = [
-        subprocess.run([sys.executable, "-c", script, str(tmp_path), word], capture_output=True, text=True, env=environment)
+        subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path), word],
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
         for word in ("die", "live", "live")
     ]
     assert runs[0].returncode == -signal.SIGKILL

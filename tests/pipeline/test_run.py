@@ -1,0 +1,203 @@
+"""The whole path on real text at a size for tests: outputs, reuse, and the same numbers after kills in every stage."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deferral_train import cli
+from deferral_train.pairs.corpora import code_prompts, stdlib_sources
+from deferral_train.pairs.prompts import write_prompts
+from deferral_train.pipeline.config import PARTS, read_config
+from deferral_train.pipeline.run import Run
+from deferral_train.pipeline.run import run as run_stages
+
+LIMITS = {"fit": 48, "validation": 16, "calibration": 16, "test": 12}
+
+
+def write_config(folder: Path) -> Path:
+    """A run on a little of the standard library: a pair of a few thousand parameters, trained for seconds."""
+    sources = stdlib_sources()
+    text = "".join(document.text for document in sources["pair"][:25])[:200_000]
+    (folder / "pair.txt").write_text(text)
+    (folder / "heldout.txt").write_text("".join(d.text for d in sources["validation"])[:8_000])
+    for part in PARTS:
+        write_prompts(folder / f"{part}.jsonl", code_prompts(sources[part], LIMITS[part], 120, 80))
+    config = {
+        "text": {part: {"path": str(folder / f"{part}.jsonl")} for part in PARTS},
+        "pair": {
+            "device": "cpu",
+            "dtype": "float32",
+            "train": {
+                "text": {"files": [str(folder / "pair.txt")], "heldout": [str(folder / "heldout.txt")]},
+                "vocab_size": 400,
+                "context": 64,
+                "drafter": {"layers": 1, "width": 16, "heads": 1, "feed_forward": 32},
+                "verifier": {"layers": 2, "width": 32, "heads": 2, "feed_forward": 64},
+                "drafter_schedule": {"steps": 60, "batch": 4, "learning_rate": 3.0e-3},
+                "verifier_schedule": {"steps": 80, "batch": 4},
+                "checkpoint_seconds": 0.2,
+            },
+        },
+        "traces": {"temperature": 0.0, "log_top_k": 8, "chunk_prompts": 8},
+        "heads": {"candidates": {"gap": {"head": "gap", "hidden": [16], "epochs": 3, "batch_size": 256}}},
+        "decode": {"limit": 10, "num_draft_tokens": 3, "max_new_tokens": 10, "repetitions": 1},
+        "rules": ["chow", "opt", "token_v3"],
+        "bootstrap": 100,
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def config_path(tmp_path_factory) -> Path:
+    return write_config(tmp_path_factory.mktemp("config"))
+
+
+@pytest.fixture(scope="module")
+def finished(config_path, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert cli.main(["run", "--config", str(config_path), "--out", str(out)]) == 0
+    return out
+
+
+def test_every_station_left_its_output(finished):
+    for name in (
+        "pair/drafter/model.safetensors",
+        "pair/training_ids.json",
+        "traces/fit/manifest.json",
+        "fit/gap/checkpoints/best.ckpt",
+        "head/model.safetensors",
+        "head/config.json",
+        "evaluation/scores.json",
+        "decode/summary.json",
+        "verdict.json",
+        "report.html",
+        "run.provenance.json",
+    ):
+        assert (finished / name).is_file(), name
+    assert list((finished / "fit").rglob("events.out.tfevents*"))
+    decoded = json.loads((finished / "decode" / "summary.json").read_text())["rules"]
+    assert set(decoded) == {"verifier_only", "lossless", "opt", "token_v3", "learned"}
+
+
+def test_lossless_writes_what_the_verifier_alone_writes(finished):
+    rows = [json.loads(line) for line in (finished / "decode" / "outputs.jsonl").read_text().splitlines()]
+    texts = {
+        rule: {r["id"]: r["tokens"] for r in rows if r["rule"] == rule}
+        for rule in ("verifier_only", "lossless")
+    }
+    assert texts["lossless"] == texts["verifier_only"]
+    assert len(texts["lossless"]) == 10
+
+
+def test_second_run_reuses_everything_and_says_so(finished, config_path, capsys):
+    before = (finished / "report.html").stat().st_mtime_ns
+    assert cli.main(["run", "--config", str(config_path), "--out", str(finished)]) == 0
+    told = capsys.readouterr().out
+    stages = Run(read_config(config_path, out=str(finished)), finished).stages()
+    assert sum("reused" in line for line in told.splitlines()) == len(stages)
+    assert (finished / "report.html").stat().st_mtime_ns == before
+
+
+def test_killed_in_every_stage_gives_the_numbers_of_an_uninterrupted_run(finished, config_path, tmp_path):
+    out = tmp_path / "killed"
+    script = Path(__file__).with_name("killed_run.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(config_path), str(out), "0"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    unfinished = [line.split()[2] == "True" for line in done.stdout.splitlines() if line.startswith("killed")]
+    stages = Run(read_config(config_path, out=str(out)), out).stages()
+    assert len(unfinished) == len(stages)
+    # Stages of a few milliseconds may be over before the signal arrives.
+    assert sum(unfinished) >= 5
+    run_stages(read_config(config_path, out=str(out)))
+    assert numbers(out) == numbers(finished)
+
+
+def numbers(folder: Path) -> dict[str, object]:
+    """Everything a run found out, timings aside."""
+    from deferral_train import provenance
+    from deferral_train.traces import open_traces
+
+    rows = [json.loads(line) for line in (folder / "decode" / "outputs.jsonl").read_text().splitlines()]
+    scores = json.loads((folder / "evaluation" / "scores.json").read_text())
+    traces = {part: open_traces(folder / "traces" / part) for part in PARTS}
+    return {
+        "weights": [
+            provenance.sha256(folder / name / "model.safetensors")
+            for name in ("pair/drafter", "pair/verifier", "head")
+        ],
+        "traces": {
+            part: [provenance.hash_of(opened.column(name).tolist()) for name in sorted(opened.columns)]
+            for part, opened in traces.items()
+        },
+        "point": json.loads((folder / "point.json").read_text()),
+        "risks": [[p["rule"], p["value"], p.get("risk"), p["rejection_rate"]] for p in scores["points"]],
+        "outputs": sorted([r["rule"], r["id"], r["tokens"], r["origin"], r["counts"]] for r in rows),
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"text": {}}, "text.fit.path"),
+        ({"pair": {"drafter": "only/one"}}, "name drafter and verifier"),
+        ({"decoded": ["bild"]}, "decoded: bild"),
+        ({"colour": "blue"}, "colour"),
+        ({"heads": {"candidates": {}}}, "heads.candidates"),
+    ],
+)
+def test_bad_config_is_one_line_and_writes_nothing(config_path, tmp_path, capsys, change, said):
+    settings = {**yaml.safe_load(config_path.read_text()), **change}
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    assert cli.main(["run", "--config", str(path), "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err.strip()
+    assert said in told
+    assert len(told.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_disk_is_said_before_anything_is_written(config_path, tmp_path, capsys, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**10, 10**10, 10**6))
+    assert cli.main(["run", "--config", str(config_path), "--out", str(tmp_path / "out")]) == 2
+    assert "free some disk" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_runs_in_one_folder_are_refused(config_path, tmp_path, capsys):
+    from filelock import FileLock
+
+    with FileLock(tmp_path / ".out.lock"):
+        assert cli.main(["run", "--config", str(config_path), "--out", str(tmp_path / "out")]) == 2
+    assert "another run is working" in capsys.readouterr().err
+
+
+def test_prompts_that_the_pair_learned_are_refused(config_path, tmp_path, capsys):
+    settings = yaml.safe_load(config_path.read_text())
+    sources = stdlib_sources()["pair"][0].text
+    block = sources[:4000]
+    train = settings["pair"]["train"]
+    text = tmp_path / "seen.txt"
+    text.write_text(block + "\n")
+    train["text"]["files"] = [str(text), *train["text"]["files"]]
+    path = tmp_path / "test.jsonl"
+    path.write_text(json.dumps({"prompt": block}) + "\n")
+    settings["text"]["test"]["path"] = str(path)
+    config = tmp_path / "overlap.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    assert cli.main(["run", "--config", str(config), "--out", str(tmp_path / "out")]) == 2
+    assert "training text" in capsys.readouterr().err
