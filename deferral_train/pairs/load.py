@@ -147,13 +147,12 @@ def resolve_checkpoint(name: str | Path, role: str) -> Path:
 def _from_hub(name: str, role: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError as error:
         raise MissingExtraError("transformers", "train") from error
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # refusals, no such model, no network, no disk: each its own class
         raise InputError(
             f"{role}: {name} is neither a folder nor a model that the hub gives ({type(error).__name__}); "
             "check the name, or download it first"

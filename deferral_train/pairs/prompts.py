@@ -279,7 +279,7 @@ def _dataset_rows(name: Path | str, subset: str | None, split: str) -> Iterator[
             data = data[split] if isinstance(data, datasets.DatasetDict) else data
         else:
             data = datasets.load_dataset(str(name), subset, split=split)
-    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
+    except Exception as error:  # what a loader, a parser or the network raises is not ours to list
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"data set {name!r} (split {split!r}) cannot be loaded: {reason}") from error
     yield from data
