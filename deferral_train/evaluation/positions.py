@@ -19,6 +19,7 @@ from deferral_train.traces import Traces
 from deferral_train.traces.schema import TOP_IDS, TOP_LOGPROBS
 
 BLOCK_ROWS = 32768
+_TIE = 1e-9  # nats; keeps "as likely as the likeliest" true after exp and log
 # Read whatever the rules are: what a calibration of OPT and the emitted token of law rules need.
 _ALWAYS = frozenset(
     {"tv", "drafter_max", "verifier_max", "drafter_argmax", "verifier_argmax", "verifier_at_drafter_argmax"}
@@ -127,6 +128,11 @@ class Positions:
     def _candidates(self, rows: slice) -> Candidates:
         ids = [_tensor(self.columns[name][rows]) for name in TOP_IDS]
         logprobs = [_tensor(self.columns[name][rows]) for name in TOP_LOGPROBS]
+        # Stored in half precision; the likeliest token's is known better, and rules compare others with it.
+        for place, model in enumerate(("drafter", "verifier", "drafter", "verifier")):
+            best = _tensor(self.columns[f"{model}_max"][rows]).double().log() + _TIE
+            own = ids[place // 2] == _tensor(self.columns[f"{model}_argmax"][rows]).unsqueeze(-1)
+            logprobs[place] = torch.where(own, best.unsqueeze(-1), logprobs[place].double())
         return Candidates.union(ids[0], (logprobs[0], logprobs[1]), ids[1], (logprobs[2], logprobs[3]))
 
 
