@@ -45,8 +45,8 @@ def collect(
         The manifest of the finished folder.
 
     Raises:
-        InputError: a pair, prompts or settings that cannot work, a folder collected with other settings, a full
-            disk.
+        InputError: a pair, prompts or settings that cannot work, a folder collected with other
+            settings, a full disk.
     """
     out = str(out)
     if config.rule is not None:
@@ -104,18 +104,17 @@ def _say_left_out(plan: Plan) -> None:
         notices: Any = plan.manifest.prompts[word]
         if notices:
             name, reason = notices[0]
-            tqdm.write(
-                f"collect: {len(notices)} of {plan.manifest.prompts['given']} prompts {verb}; first: {name}: {reason}"
-            )
+            given = plan.manifest.prompts["given"]
+            tqdm.write(f"collect: {len(notices)} of {given} prompts {verb}; first: {name}: {reason}")
 
 
 def _say_result(out: str) -> None:
     traces = open_traces(out, partial=True)
     tqdm.write(f"collect: {len(traces):,} tokens, {megabytes(traces.bytes)} in {out}")
     if not traces.complete:
-        missing = len(traces.manifest.chunks) - len(traces.records)
+        count = len(traces.manifest.chunks)
         tqdm.write(
-            f"collect: stopped at max_bytes with {missing} of {len(traces.manifest.chunks)} shards not collected; "
+            f"collect: stopped at max_bytes with {count - len(traces.records)} of {count} shards not collected; "
             "run again with a larger limit to go on"
         )
     if traces.nonfinite:

@@ -30,7 +30,7 @@ class Rows:
     Attributes:
         columns: every column of the layout, [N] or [N, K].
         finite: [N], False where the row means nothing.
-        suspects: for each model by name, [N] bool: its logits were NaN or infinite there; empty where all is well.
+        suspects: by model, [N] bool: its logits were NaN or infinite there; empty where all is well.
     """
 
     columns: dict[str, Tensor]

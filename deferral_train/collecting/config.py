@@ -74,7 +74,7 @@ class CollectConfig:
             raise InputError(f"prefixes={self.prefixes!r}: use {', '.join(PREFIX_SOURCES)} or cascade")
         if (self.prefixes == "cascade") != (self.rule is not None):
             raise InputError(
-                f"prefixes={self.prefixes!r} with rule={self.rule!r}: a cascade needs a rule, nothing else takes one"
+                f"prefixes={self.prefixes!r}, rule={self.rule!r}: a cascade needs a rule, nothing else takes one"
             )
         if self.hidden not in HIDDEN:
             raise InputError(f"hidden={self.hidden!r}: use {', '.join(HIDDEN)}")

@@ -1,7 +1,7 @@
 """Lightning's `Trainer.predict` as the engine of collecting: ranks, devices and nodes are its business.
 
-The unit of work is a chunk; which chunks are left is decided once, by the first process, and every process takes
-its share of that list. No collective runs inside a step, and no process needs another one's results.
+The unit of work is a chunk; which chunks are left is decided once, by the first process, and every process
+takes its share of that list. No collective runs inside a step, and no process needs another one's results.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""From two models' logits to the columns of trace rows: summary, candidates, tails. Fast twin of `summarize`.
+"""From two models' logits to the columns of trace rows: the fast twin of `summarize`, with candidates and tails.
 
-Everything is computed on the full vocabulary, in float32, before any truncation. Blocks of a few rows stay in the
-cache; both models share each pass, and all sums of products (entropies, cross entropies, sums of squares) come out
-of two small matrix products. ``rules.summary.summarize`` is the reference that the tests hold this against.
+Everything is computed on the full vocabulary, in float32, before any truncation. Blocks of a few rows stay in
+the cache; both models share each pass, and all sums of products (entropies, cross entropies, sums of squares)
+come out of two small matrix products. ``rules.summary.summarize`` is the reference that tests hold this against.
 
-R rows of a block, V vocabulary, W padded width, K candidates. Axis 0 of the work arrays is the model: 0 drafter q,
-1 verifier p.
+R rows of a block, V vocabulary, W padded width, K candidates. Axis 0 of the work arrays is the model: 0 drafter
+q, 1 verifier p.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Measure:
     def _sums(
         self, logits: Tensor, weights: Tensor, scratch: Tensor, log_mass: Tensor, highest: Tensor
     ) -> dict[str, Tensor]:
-        """Everything that sums over the vocabulary. log q = logits - log_mass, so sum p log q = sum p z - log_mass."""
+        """Everything that sums over the vocabulary; log q = z - log_mass, so sum p log q = sum p z - log_mass."""
         by_row = weights.transpose(0, 1)
         means = torch.bmm(by_row, logits.permute(1, 2, 0)) - log_mass[:, :, 0].T.unsqueeze(
             1
@@ -141,7 +141,7 @@ class Measure:
         return _half_distance((logits / self.temperature).softmax(dim=-1), scratch)
 
     def _candidates(self, logits: Tensor, log_mass: Tensor) -> dict[str, Tensor]:
-        """The K likeliest tokens of each model, likeliest first, what both models give them, and what is left."""
+        """Each model's K likeliest tokens, likeliest first, what both models give them, and what is left."""
         count = logits.shape[1]
         ids = _top_ids(logits.reshape(2 * count, self.width), self.top_k).view(2, count, self.top_k)
         both = torch.cat([ids[0], ids[1]], dim=1).expand(2, -1, -1)
@@ -183,7 +183,7 @@ def _middle_log_middle(laws: Tensor, scratch: Tensor) -> Tensor:
 def _top_ids(logits: Tensor, k: int) -> Tensor:
     """Places of the k highest of each row [M, W], highest first, int64 [M, k].
 
-    The k highest values lie in the k groups with the highest maxima: two short searches instead of a long one.
+    The k highest values lie in the k groups with the highest maxima: two short searches, not a long one.
     """
     groups = logits.shape[1] // GROUP
     if logits.device.type != "cpu" or groups <= 2 * k:

@@ -1,4 +1,4 @@
-"""The work before any model runs: encoded prompts, chunks with seeds and batches, the manifest, the estimate."""
+"""The work before any model runs: encoded prompts, chunks with seeds and batches, manifest, estimate."""
 
 from __future__ import annotations
 
@@ -192,24 +192,22 @@ def _ranges(count: int, size: int) -> list[range]:
 def _batches(
     config: CollectConfig, prompts: Sequence[EncodedPrompt], numbers: range, most: int
 ) -> tuple[tuple[int, ...], ...]:
-    """Prompts of like length together; a batch's padded size is its count times its longest prompt and prefix."""
-    sizes = {
-        n: (
-            len(prompts[n].input_ids),
-            config.new_tokens or 0 if config.on_policy else len(prompts[n].reference_ids),
-        )
-        for n in numbers
-    }
+    """Prompts of like length together; padded size is a batch's count times its longest prompt and prefix."""
+
+    def size(n: int) -> tuple[int, int]:
+        after = config.new_tokens or 0 if config.on_policy else len(prompts[n].reference_ids)
+        return len(prompts[n].input_ids), after
+
     batches: list[list[int]] = []
     longest = [0, 0]
-    for number in sorted(numbers, key=lambda n: (sum(sizes[n]), sizes[n], n)):
-        wider = [max(old, new) for old, new in zip(longest, sizes[number])]
+    for number in sorted(numbers, key=lambda n: (sum(size(n)), size(n), n)):
+        wider = [max(old, new) for old, new in zip(longest, size(number))]
         if batches and (len(batches[-1]) + 1) * sum(wider) <= most:
             batches[-1].append(number)
             longest = wider
         else:
             batches.append([number])
-            longest = list(sizes[number])
+            longest = list(size(number))
     return tuple(tuple(batch) for batch in batches)
 
 
@@ -228,7 +226,7 @@ def _describe(pair: ModelPair, teacher: ModelPair | None) -> dict[str, Any]:
 
 
 def fingerprint(model: Any) -> dict[str, str]:
-    """Fingerprint of a model that was handed over in memory: its config and sampled stretches of its tensors."""
+    """Fingerprint of a model handed over in memory: its kind and samples of its tensors."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         flat = tensor.detach().flatten()

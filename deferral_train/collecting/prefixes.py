@@ -1,7 +1,7 @@
 """Where the tokens come from that both models are scored on: references, either model, or a cascade.
 
-A prefix source turns a batch of prompts into continuations. On-policy ones sample with the chunk's seed, so that
-the same batch gives the same tokens on the same machine.
+A prefix source turns a batch of prompts into continuations. On-policy ones sample with the chunk's seed, so
+that the same batch gives the same tokens on the same machine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a collect run says: beforehand how much it will be, then how fast it goes, at the end what it left out."""
+"""What a collect run says: beforehand how much it will be, then how fast it goes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ class Progress:
     """Announcement and bar of the first process.
 
     Args:
-        plan: the work. out: trace folder. done: chunks finished by earlier runs. processes: how many share it.
+        plan: the work.
+        out: trace folder.
+        done: chunks finished by earlier runs.
+        processes: how many share the rest.
     """
 
     def __init__(self, plan: Plan, out: str, done: set[int], processes: int) -> None:
@@ -55,7 +58,7 @@ class Progress:
 
 
 def check_room(plan: Plan, out: str, max_bytes: int | None) -> None:
-    """Refuse early what the disk cannot hold; on-policy sizes are upper bounds and are not held against it."""
+    """Refuse early what the disk cannot hold; on-policy sizes are upper bounds and not held against it."""
     if plan.manifest.prefixes == "reference":
         size = sum(plan.chunk_bytes(number) for number in range(len(plan.rows)))
         refuse_small_disk(out, size if max_bytes is None else min(size, max_bytes))

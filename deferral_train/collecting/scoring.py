@@ -1,7 +1,7 @@
 """One teacher-forced pass of each model over a batch of continuations. Right padding, masks, explicit places.
 
-B sequences, L padded length, M = B * (kept columns) logit rows, N scored positions, D hidden width. In a causal
-decoder right padding never reaches a real position, so that batch composition moves values by rounding alone.
+B sequences, L padded length, M = B * (kept columns) logit rows, N scored positions, D hidden width. In a
+causal decoder right padding never reaches a real position, so that batch composition moves values by rounding alone.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model made of a batch: ``logits`` [M, V] and ``hidden`` [N, D] float16, None where not wanted."""
+    """What a model made of a batch: ``logits`` [M, V], ``hidden`` [N, D] float16 or None."""
 
     logits: Tensor
     hidden: Tensor | None

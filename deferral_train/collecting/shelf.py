@@ -1,7 +1,7 @@
 """The writing side: a thread that gathers rows of each chunk and writes shards while the models go on.
 
-The queue is short, so that memory is bounded however slow the disk is. A failure of the thread is raised in the
-main thread, at the next hand-over.
+The queue is short, so that memory is bounded however slow the disk is. A failure of the thread is raised in
+the main thread, at the next hand-over.
 """
 
 from __future__ import annotations
@@ -118,16 +118,16 @@ def _to_host(rows: Rows) -> tuple[Rows, Any | None]:
 
 
 def gather(parts: list[Rows]) -> tuple[dict[str, np.ndarray], list[tuple[int, int, str]]]:
-    """A chunk's columns in the order of (prompt, position), and the places left out as (prompt, position, model)."""
+    """A chunk's columns ordered by (prompt, position), and the places left out: (prompt, position, model)."""
     columns = {name: torch.cat([part.columns[name] for part in parts]).numpy() for name in parts[0].columns}
     finite = torch.cat([part.finite for part in parts]).numpy()
     order = np.lexsort((columns["position"], columns["prompt"]))
     kept = order[finite[order]]
-    nonfinite = []
+    nonfinite: list[tuple[int, int, str]] = []
     if len(kept) < len(order):
-        who = _names(parts)
-        for row in order[~finite[order]]:
-            nonfinite.append((int(columns["prompt"][row]), int(columns["position"][row]), who[row]))
+        who, places = _names(parts), zip(columns["prompt"].tolist(), columns["position"].tolist())
+        named = [(*place, name) for place, name in zip(places, who)]
+        nonfinite = [named[row] for row in order[~finite[order]]]
     return {name: values[kept] for name, values in columns.items()}, nonfinite
 
 

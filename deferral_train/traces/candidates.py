@@ -1,7 +1,7 @@
 """The logged candidates of each position, as token rules read them, with what they leave out.
 
-K candidates of each model are logged, so a position has up to 2K distinct tokens. Everything outside them has at
-most ``drafter_rest`` and ``verifier_rest`` probability: the bound on what a token rule can miss.
+K candidates of each model are logged, so a position has up to 2K distinct tokens. Everything outside them has
+at most ``drafter_rest`` and ``verifier_rest`` probability: the bound on what a token rule can miss.
 """
 
 from __future__ import annotations
@@ -76,6 +76,6 @@ def first_appearances(ids: Tensor) -> Tensor:
 
 
 def _rounding(logprobs: Tensor, valid: Tensor) -> Tensor:
-    """Sum over candidates of the most by which float16 can have moved a probability: p (exp(|log p| u) - 1)."""
+    """Most by which float16 can have moved the candidates' probability: sum p (exp(|log p| u) - 1)."""
     finite = logprobs.clamp(min=-1e4)
     return (finite.exp() * torch.expm1(finite.abs() * HALF_ROUNDOFF) * valid).sum(dim=1)

@@ -1,7 +1,7 @@
 """What a trace folder says about itself: the header and one line per finished shard.
 
-``manifest.json`` is written once, before the first shard, and fixes everything that decides the bytes of the
-shards: pair, prompts, prefixes, chunks with their seeds and batches. ``chunks.jsonl`` gains a line when a shard
+``manifest.json`` is written once, before the first shard, and fixes everything that decides the bytes of
+the shards: pair, prompts, prefixes, chunks with their seeds and batches. ``chunks.jsonl`` gains a line when a shard
 is complete on disk; a process beyond the first writes ``chunks.rankN.jsonl``.
 """
 
@@ -18,7 +18,7 @@ from deferral_train.traces.schema import READABLE_VERSIONS, RELEASES, SCHEMA_VER
 
 HEADER, LEDGER = "manifest.json", "chunks.jsonl"
 PREFIX_SOURCES = ("reference", "drafter", "verifier")  # or "cascade:<rule>"
-# Say how an output came to be or where a checkpoint lies, not what it is: may differ between runs on one folder.
+# Say how an output came to be or where a checkpoint lies, not what it is: free to differ between runs.
 FREE = frozenset({"provenance", "name", "revision"})
 
 
@@ -140,9 +140,8 @@ class Manifest:
             remedy = (
                 f"use release {release}" if release else "use the release of deferral-train that wrote it"
             )
-            raise InputError(
-                f"schema_version={version}: this release reads {', '.join(map(str, READABLE_VERSIONS))}; {remedy}"
-            )
+            readable = ", ".join(map(str, READABLE_VERSIONS))
+            raise InputError(f"schema_version={version}: this release reads {readable}; {remedy}")
         chunks = tuple(
             Chunk(number, seed, tuple(tuple(batch) for batch in batches))
             for number, (seed, batches) in enumerate(value["chunks"])
@@ -240,7 +239,7 @@ def write_ledger(folder: Folder, records: Iterable[ChunkRecord], stopped: str | 
 def differences(before: Manifest, now: Manifest) -> list[str]:
     """What two headers disagree in, as ``name: before -> now``; empty where one can continue the other."""
     plain = json.loads(json.dumps([before.as_json(), now.as_json()]))
-    return list(_compare(*plain, ""))
+    return list(_compare(plain[0], plain[1], ""))
 
 
 def _compare(before: Any, now: Any, path: str) -> Iterable[str]:

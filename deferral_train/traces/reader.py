@@ -1,7 +1,7 @@
 """Open trace folders: whole columns as arrays, the summary as tensors, rows by prompt.
 
-Shards are memory mapped; nothing is read before it is asked for. What is read is checked: sizes when the folder
-is opened, a column's CRC-32 when it is first read, whole files (SHA-256) with ``verify=True``.
+Shards are memory mapped; nothing is read before it is asked for. What is read is checked: sizes when the
+folder is opened, a column's CRC-32 when it is first read, whole files (SHA-256) with ``verify=True``.
 """
 
 from __future__ import annotations
@@ -201,9 +201,8 @@ class Traces:
         absent = [name for name in names if name not in self.summary_fields]
         if absent:
             remedy = "collect with --hidden" if set(absent) & HIDDEN_FIELDS else "leave it out"
-            raise InputError(
-                f"the traces hold no summary field {absent[0]!r} ({remedy}); they hold {', '.join(self.summary_fields)}"
-            )
+            have = ", ".join(self.summary_fields)
+            raise InputError(f"the traces hold no summary field {absent[0]!r} ({remedy}); they hold {have}")
 
     def _tensor(self, name: str, values: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(values)
@@ -229,7 +228,7 @@ class Traces:
 
     @property
     def prompt_of_row(self) -> np.ndarray:
-        """Each row's index into ``manifest.prompt_ids``, int32 [N]: the cluster of a bootstrap over prompts."""
+        """Each row's index into ``manifest.prompt_ids``, int32 [N]: the clusters of a bootstrap."""
         return self._prompt_numbers
 
     @cached_property
@@ -278,13 +277,13 @@ def open_traces(folder: str | Path, *, verify: bool = False, partial: bool = Fal
 
     Args:
         folder: what ``collect`` wrote.
-        verify: also check every byte of every shard (SHA-256); without it, sizes are checked now and the values
-            of a column when it is first read.
+        verify: also check every byte of every shard (SHA-256); without it, sizes are checked now and the
+            values of a column when it is first read.
         partial: accept a folder whose collection has not finished.
 
     Raises:
-        InputError: not a trace folder, an unfinished one, a schema version that this release does not read, or
-            a missing, cut or altered shard, named.
+        InputError: not a trace folder, an unfinished one, a schema version that this release does not read,
+            or a missing, cut or altered shard, named.
     """
     place = open_folder(folder)
     manifest = read_header(place)
@@ -292,8 +291,8 @@ def open_traces(folder: str | Path, *, verify: bool = False, partial: bool = Fal
     missing = [chunk for chunk in manifest.chunks if chunk.id not in records]
     if missing and not (partial or stopped):
         raise InputError(
-            f"{place}: {len(missing)} of {len(manifest.chunks)} shards are not there yet, first {missing[0].file}; "
-            "run collect again with the same settings to finish"
+            f"{place}: {len(missing)} of {len(manifest.chunks)} shards are not there yet, "
+            f"first {missing[0].file}; run collect again with the same settings to finish"
         )
     shards = [Shard(place, records[number]) for number in sorted(records)]
     for shard in shards:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,5 +31,5 @@ def split_prompts(traces: Traces, fractions: Sequence[float], seed: int = 0) -> 
         raise InputError(f"fractions={list(fractions)}: {len(ids)} prompts are too few; every part needs one")
     return tuple(
         traces.select_prompts(ids[place] for place in sorted(order[start:stop]))
-        for start, stop in zip(bounds[:-1], bounds[1:])
+        for start, stop in itertools.pairwise(bounds)
     )

@@ -32,9 +32,8 @@ def gap(traces: Traces, truth: str = "reference", loss: str = "zero_one") -> Ten
         InputError: a truth that these traces do not hold, or an unknown name.
     """
     if truth not in TRUTHS or loss not in risks.LOSSES:
-        raise InputError(
-            f"truth={truth!r}, loss={loss!r}: use one of {', '.join(TRUTHS)} and one of {', '.join(risks.LOSSES)}"
-        )
+        names = f"one of {', '.join(TRUTHS)} and one of {', '.join(risks.LOSSES)}"
+        raise InputError(f"truth={truth!r}, loss={loss!r}: use {names}")
     if truth == "reference":
         return _from_gold(traces, loss)
     if truth == "verifier":
@@ -56,7 +55,7 @@ def _from_gold(traces: Traces, loss: str) -> Tensor:
 def _from_truth_group(traces: Traces, truth: str, loss: str) -> Tensor:
     logged = traces.manifest.truth
     if logged != truth:
-        have = f"a {logged} law" if logged else "no law of their own"
+        have = f"the {logged} law" if logged else "no law of their own"
         raise InputError(
             f"truth={truth!r}: these traces log {have}; use reference or verifier, or collect with one"
         )

@@ -66,7 +66,7 @@ class TraceWriter:
             record = write_shard(self.folder, chunk, batch, nonfinite)
             self.folder.append_line(ledger_name(self.rank), record.line())
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             raise InputError(
                 f"{self.folder}: the disk is full at {chunk.file}; finished shards are safe: "
