@@ -14,6 +14,8 @@ from deferral_train.errors import InputError
 from deferral_train.rules.laws import Laws, as_float, check_temperature
 from deferral_train.rules.summary import Summary
 
+# 1 MiB of float32 per law: small enough that a chunk's intermediates stay in a core's cache.
+CHUNK_ELEMENTS = 2**18
 BONUSES = ("verifier", "exact", "none")
 
 
@@ -85,6 +87,15 @@ class Block:
         """Positions that were drafted, bool [B, T]."""
         steps = torch.arange(self.drafted.shape[1], device=self.drafted.device)
         return steps < self.lengths.unsqueeze(1)
+
+    @property
+    def rows_per_chunk(self) -> int:
+        """Rows worked on at a time: as many as a cache holds, one at a large vocabulary."""
+        return max(1, CHUNK_ELEMENTS // self.verifier_logits.shape[-1])
+
+    def chunks(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Row indices [R] in chunks; none where there are none."""
+        return rows.split(self.rows_per_chunk) if rows.numel() else ()
 
     def rows(self, batch: Tensor, step: Tensor) -> Laws:
         """Laws [R, V] at some positions; the drafter's are one-hot where it gives no law."""

@@ -88,26 +88,25 @@ def check_drawn(drafter_logit_at_token: Tensor) -> None:
 
 
 def score_block(rule: Rule, block: Block, with_gap: bool) -> Scores:
-    """Scores [B, T] of a block; positions that were not drafted read as not deferred, ratio 0."""
+    """Scores [B, T] of a block, chunk by chunk; positions that were not drafted read as not deferred, ratio 0."""
     batch, step = block.inside.nonzero(as_tuple=True)
-    scores = score_laws(
-        rule, block.rows(batch, step), block.drafted[batch, step], block.context_at(batch, step), with_gap
-    )
-    return spread(scores, block, batch, step)
+    parts = []
+    for rows in block.chunks(torch.arange(len(batch), device=batch.device)) or (batch,):
+        b, t = batch[rows], step[rows]
+        parts.append(
+            score_laws(rule, block.rows(b, t), block.drafted[b, t], block.context_at(b, t), with_gap)
+        )
+    return spread(parts, block, batch, step)
 
 
-def spread(scores: Scores, block: Block, batch: Tensor, step: Tensor) -> Scores:
-    """Scores of rows [R] written to their places in [B, T]."""
+def spread(parts: list[Scores], block: Block, batch: Tensor, step: Tensor) -> Scores:
+    """Scores of rows, in chunks, written to their places in [B, T]."""
 
-    def place(values: Tensor) -> Tensor:
+    def place(name: str) -> Tensor:
+        values = torch.cat([getattr(part, name) for part in parts])
         table = torch.zeros(block.drafted.shape, dtype=values.dtype, device=values.device)
         table[batch, step] = values
         return table
 
-    return Scores(
-        place(scores.deferred),
-        place(scores.kept),
-        place(scores.ratio),
-        place(scores.exact_ratio),
-        None if scores.gap is None else place(scores.gap),
-    )
+    gap = None if parts[0].gap is None else place("gap")
+    return Scores(place("deferred"), place("kept"), place("ratio"), place("exact_ratio"), gap)

@@ -16,10 +16,11 @@ from deferral_train.errors import InputError
 from deferral_train.rules.base import Rule, named
 from deferral_train.rules.block import BONUSES, Block
 from deferral_train.rules.laws import Laws
+from deferral_train.rules.learned import Judge
 from deferral_train.rules.limit import Walk, walk
 from deferral_train.rules.sampling import draw, uniforms
 from deferral_train.rules.scoring import score_block
-from deferral_train.rules.summary import CONTEXT_FIELDS, TOKEN_FIELDS, Summary
+from deferral_train.rules.summary import Summary
 
 
 class Origin(IntEnum):
@@ -107,10 +108,9 @@ def verify_block(
         scores = score_block(rule, block, with_gap)
         steps = walk(scores, block.lengths, None if numbers is None else numbers[0], max_request_loss, spent)
         last = None if numbers is None else numbers[1]
-        next_token, steps = _next_tokens(rule, block, steps, bonus, last, max_request_loss)
-        return Verdict(
-            steps.accepted, next_token, _origins(steps, block, next_token), scores.deferred, steps.spent
-        )
+        next_token, spent = _next_tokens(rule, block, steps, bonus, last, max_request_loss)
+        origin = _origins(steps, block, next_token)
+        return Verdict(steps.accepted, next_token, origin, scores.deferred, spent)
 
 
 def _check_request(rule: Rule, drafter_logits: Tensor | None, bonus: str, limit: float | None) -> None:
@@ -129,59 +129,44 @@ def _check_request(rule: Rule, drafter_logits: Tensor | None, bonus: str, limit:
 
 def _next_tokens(
     rule: Rule, block: Block, steps: Walk, bonus: str, uniform: Tensor | None, limit: float | None
-) -> tuple[Tensor, Walk]:
-    """The correction of rejected rows and the bonus of the others, row by row to bound memory."""
-    next_token = torch.full_like(block.lengths, -1)
-    rejected = (steps.accepted < block.lengths).tolist()
-    spent = steps.spent
-    for row, was_rejected in enumerate(rejected):
-        index = torch.tensor([row], device=block.lengths.device)
-        step, number = steps.accepted[index], None if uniform is None else uniform[index]
-        if was_rejected:
-            next_token[row] = _correction(rule, block, index, step, steps.allowed[index, step], number)[0]
-        elif bonus != "none":
-            token, cost = _bonus(rule, block, index, step, bonus, number, limit, spent)
-            next_token[row] = token[0]
-            spent = spent if cost is None or spent is None else spent.index_add(0, index, cost)
-    return next_token, Walk(steps.accepted, steps.kept, steps.allowed, spent)
+) -> tuple[Tensor, Tensor | None]:
+    """The correction of rejected rows and the bonus of the others, [B], and what is spent with the bonus."""
+    next_token, spent = torch.full_like(block.lengths, -1), steps.spent
+    rejected = steps.accepted < block.lengths
+    for batch in block.chunks(rejected.nonzero(as_tuple=True)[0]):
+        step = steps.accepted[batch]
+        number = None if uniform is None else uniform[batch]
+        next_token[batch] = _correction(rule, block, batch, step, steps.allowed[batch, step], number)
+    if bonus == "none":
+        return next_token, spent
+    for batch in block.chunks((~rejected).nonzero(as_tuple=True)[0]):
+        if bonus == "verifier" or rule.is_lossless:
+            pi = _verifier_law(block, batch, block.lengths[batch])
+        else:
+            pi, spent = _exact_bonus_law(rule, block, batch, block.lengths[batch], limit, spent)
+        next_token[batch] = pi.argmax(dim=-1) if uniform is None else draw(pi, uniform[batch])
+    return next_token, spent
 
 
 def _correction(
     rule: Rule, block: Block, batch: Tensor, step: Tensor, allowed: Tensor, uniform: Tensor | None
 ) -> Tensor:
-    """A token from max(0, pi - q) at the rejected position, [1]."""
+    """A token from max(0, pi - q) at the rejected positions, [R]; from pi where nothing is left."""
     laws, token = block.rows(batch, step), block.drafted[batch, step]
-    if not bool(allowed):
-        pi = laws.p
-    else:
-        pi = rule.step_law(laws, rule.read(laws, token, block.context_at(batch, step)), token)
+    pi = laws.p
+    if not rule.is_lossless and bool(allowed.any()):
+        own = rule.step_law(laws, rule.read(laws, token, block.context_at(batch, step)), token)
+        pi = torch.where(allowed.unsqueeze(1), own, pi)
     if uniform is None:
         return pi.argmax(dim=-1)
     excess = (pi - laws.q).clamp_(min=0.0)
-    return draw(excess if bool(excess.any()) else pi, uniform)
+    nothing = excess.sum(dim=-1, keepdim=True) <= 0
+    return draw(torch.where(nothing, pi, excess) if bool(nothing.any()) else excess, uniform)
 
 
-def _bonus(
-    rule: Rule,
-    block: Block,
-    batch: Tensor,
-    step: Tensor,
-    bonus: str,
-    uniform: Tensor | None,
-    limit: float | None,
-    spent: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """A token after a block that was emitted whole [1], and its cost under a limit."""
-    if bonus == "verifier" or rule.is_lossless:
-        pi, cost = _verifier_row(block, batch, step), None
-    else:
-        pi, cost = _exact_bonus_law(rule, block, batch, step, limit, spent)
-    return (pi.argmax(dim=-1) if uniform is None else draw(pi, uniform)), cost
-
-
-def _verifier_row(block: Block, batch: Tensor, step: Tensor) -> Tensor:
-    verifier = block.verifier_logits[batch, step]
-    given = block.verifier_sampling_logits
+def _verifier_law(block: Block, batch: Tensor, step: Tensor) -> Tensor:
+    """The verifier's sampling law after the block, [R, V]."""
+    verifier, given = block.verifier_logits[batch, step], block.verifier_sampling_logits
     sampling = None if given is None else given[batch, step]
     return Laws.of(verifier, verifier, block.temperature, sampling, sampling).p
 
@@ -189,23 +174,22 @@ def _verifier_row(block: Block, batch: Tensor, step: Tensor) -> Tensor:
 def _exact_bonus_law(
     rule: Rule, block: Block, batch: Tensor, step: Tensor, limit: float | None, spent: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """pi after the block, and its cost: charged in full where the position is not deferred."""
+    """pi after the block [R, V]; under a limit it is charged in full, and is p where it does not fit."""
     drafter = block.drafter_logits
     if drafter is None or drafter.shape[1] <= block.drafted.shape[1]:
         raise InputError("bonus 'exact' needs drafter logits with T+1 rows: one more drafter step")
-    if rule.needs & (TOKEN_FIELDS | {"verifier_hidden"}) - CONTEXT_FIELDS and rule.name == "judge":
+    if "verifier_hidden" in rule.needs and isinstance(rule, Judge):
         raise InputError("bonus 'exact' has no drafted token to judge; use bonus='verifier'")
     laws = block.rows(batch, step)
-    summary = rule.read(
-        laws, None, block.context_at(batch, step), rule.gap_needs if limit is not None else frozenset()
-    )
+    extra = frozenset() if limit is None else rule.gap_needs
+    summary = rule.read(laws, None, block.context_at(batch, step), extra)
+    pi = rule.law_from(laws, summary)
     if limit is None or spent is None:
-        return rule.law_from(laws, summary), None
+        return pi, spent
     cost = rule.estimated_gap(summary).clamp(min=0.0).to(spent)
-    before = spent[batch]
-    if not bool((before < limit) & (before + cost <= limit)):
-        return laws.p, None
-    return rule.law_from(laws, summary), cost
+    fits = (spent[batch] < limit) & (spent[batch] + cost <= limit)
+    spent = spent.index_add(0, batch, torch.where(fits, cost, torch.zeros_like(cost)))
+    return torch.where(fits.unsqueeze(1), pi, laws.p), spent
 
 
 def _origins(steps: Walk, block: Block, next_token: Tensor) -> Tensor:
