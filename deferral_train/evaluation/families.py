@@ -99,12 +99,17 @@ def _family(
 
 
 def _parse(spec: str) -> tuple[Rule, bool]:
-    """The rule of a spec, and whether the spec spells out a value for its dial."""
+    """The rule of a spec, and whether a dial value is spelled out: in the spec, or as a head's own chosen
+    alpha.
+    """
     from deferral_train.heads.rules import rule_from_spec
 
+    if spec.startswith("learned:") and "alpha=" not in spec:
+        rule = rule_from_spec(f"{spec},alpha=0.0")
+        own = rule.head.metadata.get("alpha")  # type: ignore[attr-defined]
+        return (rule, False) if own is None else (rule.with_dial(float(own)), True)
     rule = rule_from_spec(spec)
-    explicit = rule.dial is not None and f"{rule.dial.parameter}=" in spec
-    return rule, explicit
+    return rule, rule.dial is not None and f"{rule.dial.parameter}=" in spec
 
 
 def _without_dial(spec: str, rule: Rule) -> str:

@@ -105,7 +105,8 @@ def score_rules(
         **part.meta,
     }
     slider = slider_prefixes(families, part, prefixes) if prefixes else None
-    return ScoreTable(meta, scores, redraws, _calibration(families, part, redraws), slider)
+    calibration = _calibration(families, part, redraws)
+    return ScoreTable(meta, scores, redraws, part.rows_per_prompt, calibration, slider)
 
 
 def _with_anchors(families: list[Family]) -> list[Family]:
@@ -132,7 +133,14 @@ def _scores(
             table["relative_latency"] = relative_latency(table["calls_per_token"], costs)
     family = sums.family
     return RuleScores(
-        family.name, family.rule.name, family.parameter, family.values, family.chosen, metrics, redrawn
+        family.name,
+        family.rule.name,
+        family.parameter,
+        family.values,
+        family.chosen,
+        metrics,
+        redrawn,
+        per_prompt=sums.sums,
     )
 
 

@@ -32,6 +32,7 @@ class RuleScores:
         metrics: name to estimates [S].
         redrawn: name to bootstrap redraws [S, B].
         agreement: with OPT and the exact rule at matched rejection rate: name to share of positions [S].
+        per_prompt: sums over each prompt's positions [S, P], by the names of :data:`scan.SUMS`.
     """
 
     name: str
@@ -42,6 +43,7 @@ class RuleScores:
     metrics: dict[str, np.ndarray]
     redrawn: dict[str, np.ndarray]
     agreement: dict[str, np.ndarray] = field(default_factory=dict)
+    per_prompt: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class ScoreTable:
         rules: by name, in the order they were asked for; `drafter_only`, `lossless` and `opt` are always
             there.
         bootstrap: the redraws that all intervals share.
+        rows_per_prompt: positions of each prompt, [P].
         calibration: per estimator of the gap, predicted against observed.
         prefixes: tokens of some prompts for the report's alpha slider, None where none were asked for.
     """
@@ -60,6 +63,7 @@ class ScoreTable:
     meta: dict[str, Any]
     rules: dict[str, RuleScores]
     bootstrap: PromptBootstrap
+    rows_per_prompt: np.ndarray
     calibration: dict[str, Any] = field(default_factory=dict)
     prefixes: dict[str, Any] | None = None
 

@@ -1,0 +1,123 @@
+"""`deferral-train choose`: pick the operating point that meets a wish, with a certificate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deferral_train.errors import InputError
+
+if TYPE_CHECKING:
+    from deferral_train.evaluation.choose import Choice
+
+
+def run(
+    outputs: str | None = None,
+    traces: list[str] | None = None,
+    metric: str | None = None,
+    max_loss: float | None = None,
+    max_verifier_calls: float | None = None,
+    max_token_risk: float | None = None,
+    confidence: float = 0.95,
+    rule: str | None = None,
+    head: str | None = None,
+    truth: str = "reference",
+    temperature: float | None = None,
+    out: str | None = None,
+    seed: int = 0,
+) -> int:
+    """Choose a setting from calibration prompts and store it in the exported head.
+
+    From `decode` outputs: a limit on the mean loss per prompt against lossless, certified by
+    Learn-then-Test, or a limit on verifier calls. From traces alone only a limit on the local token risk.
+
+    Args:
+        outputs: folder of a `decode` run on calibration prompts: lossless, and a rule at several settings.
+        traces: trace folders of calibration prompts, for max_token_risk.
+        metric: exact_match, chrf, squad_f1, gsm8k, rouge1, rouge2, rougeL, or "command:PROGRAM" (pass@1).
+        max_loss: most mean loss per prompt, absolute, against lossless; 0.01 is one point in a hundred.
+        max_verifier_calls: most verifier calls per token as a share of lossless's; 0.8 is a fifth fewer.
+        max_token_risk: most rise of the local token risk over lossless; from traces.
+        confidence: of the claim.
+        rule: choose among this rule's settings; from traces its name or spec, default the head.
+        head: exported head folder that gets alpha and certificate.
+        truth: of the local token risk: reference or verifier.
+        temperature: of the local token risk: 0, 1, or the one that the traces were made for (default).
+        out: folder for choice.json.
+        seed: of the bootstrap for verifier calls.
+    """
+    from deferral_train import provenance
+    from deferral_train.evaluation.choose import choose_from_outputs, choose_from_traces
+
+    if (outputs is None) == (traces is None):
+        raise InputError("give either outputs (a decode folder) or traces, the evidence to choose from")
+    if outputs is not None:
+        if max_token_risk is not None:
+            raise InputError("max_token_risk is chosen from traces; from outputs give metric and max_loss")
+        choice = choose_from_outputs(
+            _rows(Path(outputs)),
+            metric=metric,
+            max_loss=max_loss,
+            max_verifier_calls=max_verifier_calls,
+            confidence=confidence,
+            rule=rule,
+            seed=seed,
+        )
+    else:
+        from deferral_train.traces import open_traces
+
+        spec = rule or (f"learned:head={head}" if head else None)
+        if max_token_risk is None or spec is None:
+            raise InputError(
+                "from traces give max_token_risk and a rule or a head; loss per prompt needs outputs"
+            )
+        choice = choose_from_traces(
+            [open_traces(folder) for folder in traces or ()],
+            spec,
+            max_token_risk,
+            confidence=confidence,
+            truth=truth,
+            temperature=temperature,
+        )
+    if head is not None:
+        _store(head, choice)
+    if out is not None:
+        provenance.write_json(
+            Path(out) / "choice.json", choice.certificate() | {"label": choice.setting.label}
+        )
+    print(describe(choice))
+    return 0
+
+
+def _rows(folder: Path) -> list[dict]:
+    from deferral_train.decoding.outputs import OUTPUTS, read_lines
+
+    if not (folder / OUTPUTS).is_file():
+        raise InputError(f"outputs={folder} holds no {OUTPUTS}; give the --out of a decode run")
+    return list(read_lines(folder / OUTPUTS))
+
+
+def _store(head: str, choice: Choice) -> None:
+    from deferral_train.heads.artifact import set_operating_point
+
+    if not choice.setting.rule.startswith("learned"):
+        raise InputError(
+            f"the chosen setting is {choice.setting.label}, no setting of the head {head}; "
+            "nothing was stored: leave head out, or choose with rule=learned"
+        )
+    set_operating_point(head, choice.setting.value, choice.certificate())
+
+
+def describe(choice: Choice) -> str:
+    """The choice in two lines."""
+    claims = {
+        "certificate": f"certified: mean {choice.metric} loss per prompt at most {choice.limit:g}",
+        "local token risk": f"certified for local tokens only: rise of token risk at most {choice.limit:g}",
+        "bootstrap": f"verifier calls per token at most {choice.limit:g} of lossless's (bootstrap)",
+    }
+    smallest = "" if choice.smallest is None else f"; they can certify no less than {choice.smallest:.3g}"
+    calls = "" if choice.calls is None else f", {choice.calls:.3f} of lossless's verifier calls"
+    return (
+        f"{choice.setting.label}: observed {choice.mean:+.4g}{calls}\n"
+        f"{claims[choice.kind]}, confidence {choice.confidence:g}, {choice.prompts} prompts{smallest}"
+    )

@@ -1,0 +1,137 @@
+"""Quality of generated texts: per prompt in [0, 1] for certificates and intervals, per corpus for tables.
+
+Corpus BLEU is no mean over prompts, so it has no per-prompt form here and cannot be certified.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from deferral_train.errors import InputError
+
+_ANSWER = re.compile(r"####\s*(-?[\d,]*\.?\d+)")
+_NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+def exact_match(text: str, reference: str) -> float:
+    """1 where both are the same but for surrounding white space."""
+    return float(text.strip() == reference.strip())
+
+
+def chrf(text: str, reference: str) -> float:
+    """Sentence chrF of sacrebleu (no word n-grams), divided by 100."""
+    return _chrf().sentence_score(text, [reference]).score / 100
+
+
+def squad_f1(text: str, reference: str) -> float:
+    """Token F1 of the SQuAD evaluation: lower case, no punctuation or articles."""
+    ours, theirs = _squad_words(text), _squad_words(reference)
+    if not ours or not theirs:
+        return float(ours == theirs)
+    common = sum((Counter(ours) & Counter(theirs)).values())
+    return 2 * common / (len(ours) + len(theirs))
+
+
+def gsm8k(text: str, reference: str) -> float:
+    """1 where the final numbers agree: after ``####`` where it is there, else the last number of the text."""
+    return float(_final_number(text) is not None and _final_number(text) == _final_number(reference))
+
+
+def rouge(kind: str) -> Callable[[str, str], float]:
+    """ROUGE F1 as torchmetrics computes it, ``kind`` one of rouge1, rouge2, rougeL."""
+
+    def score(text: str, reference: str) -> float:
+        from torchmetrics.functional.text import rouge_score
+
+        return float(rouge_score(text, reference, rouge_keys=(kind,))[f"{kind}_fmeasure"])
+
+    return score
+
+
+# Metric -> score of one text against its reference, in [0, 1], more is better.
+METRICS: dict[str, Callable[[str, str], float]] = {
+    "exact_match": exact_match,
+    "chrf": chrf,
+    "squad_f1": squad_f1,
+    "gsm8k": gsm8k,
+    "rouge1": rouge("rouge1"),
+    "rouge2": rouge("rouge2"),
+    "rougeL": rouge("rougeL"),
+}
+
+
+def per_prompt(metric: str, texts: Sequence[str], references: Sequence[str | None]) -> np.ndarray:
+    """Score of each text [n] in [0, 1].
+
+    Args:
+        metric: a name in :data:`METRICS`, or ``command:PROGRAM ARGUMENTS``: the program gets the text on
+            standard
+            input and passes it by exiting with 0 (pass@1).
+
+    Raises:
+        InputError: an unknown metric, or texts without references.
+    """
+    if metric.startswith("command:"):
+        return np.array([passes(metric.removeprefix("command:"), text) for text in texts])
+    if metric == "bleu":
+        raise InputError(
+            "metric bleu is a corpus score, no mean over prompts; use chrf, rougeL or exact_match"
+        )
+    if metric not in METRICS:
+        raise InputError(f"metric is {metric!r}; use one of {', '.join(METRICS)}, or 'command:PROGRAM'")
+    absent = sum(reference is None for reference in references)
+    if absent:
+        raise InputError(
+            f"metric {metric} needs references, and {absent} of {len(references)} prompts have none"
+        )
+    return np.array([METRICS[metric](text, str(reference)) for text, reference in zip(texts, references)])
+
+
+def corpus_bleu(texts: Sequence[str], references: Sequence[str]) -> float:
+    """BLEU of sacrebleu, 0 to 100."""
+    from sacrebleu.metrics import BLEU
+
+    return BLEU().corpus_score(list(texts), [list(references)]).score
+
+
+def passes(command: str, text: str, timeout: float = 30.0) -> float:
+    """1 where the user's program accepts the text; a program that takes too long rejects it."""
+    import shlex
+
+    try:
+        done = subprocess.run(
+            shlex.split(command), input=text.encode(), capture_output=True, timeout=timeout, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return 0.0
+    except OSError as error:
+        raise InputError(
+            f"metric command:{command} cannot be run ({error.strerror}); check the program"
+        ) from error
+    return float(done.returncode == 0)
+
+
+def _chrf():  # type: ignore[no-untyped-def]
+    from sacrebleu.metrics import CHRF
+
+    return CHRF()
+
+
+def _squad_words(text: str) -> list[str]:
+    kept = "".join(character for character in text.lower() if character not in string.punctuation)
+    return _ARTICLES.sub(" ", kept).split()
+
+
+def _final_number(text: str) -> float | None:
+    found = _ANSWER.findall(text) or _NUMBER.findall(text)
+    try:
+        return float(found[-1].replace(",", "").rstrip(".")) if found else None
+    except ValueError:
+        return None
