@@ -13,16 +13,22 @@ from deferral_train.pairs.prompts import Prompt
 from deferral_train.pairs.training_text import content_hash
 
 FILE = "training_ids.json"
+LONG_LINE = 30  # characters; shorter lines repeat in unrelated texts
 
 
 def write_training_ids(path: str | Path, texts: Iterable[Prompt]) -> None:
-    """Record ids and content hashes of the texts a pair was trained on."""
+    """Record ids and content hashes of the texts a pair was trained on, and of each longer line of plain texts.
+
+    The lines are for prompts that are read one a line from a file that was trained on in larger blocks.
+    """
     texts = list(texts)
-    record = {
-        "schema_version": 1,
-        "ids": [text.id for text in texts],
-        "content": sorted({content_hash(text.prompt, text.reference) for text in texts}),
-    }
+    content = {content_hash(text.prompt, text.reference) for text in texts}
+    for text in texts:
+        if text.reference is None:
+            content |= {
+                content_hash(line) for line in text.prompt.splitlines() if len(line.strip()) >= LONG_LINE
+            }
+    record = {"schema_version": 1, "ids": [text.id for text in texts], "content": sorted(content)}
     provenance.write_json(path, record)
 
 
@@ -65,5 +71,5 @@ def check_no_overlap(training_ids: Mapping[str, Any], prompts: Sequence[Prompt])
     if seen:
         raise InputError(
             f"{len(seen)} of {len(prompts)} prompts were in the pair's training text, first "
-            f"{', '.join(seen[:3])}; use other prompts, both models know these by heart"
+            f"{', '.join(seen[:3])}; use other prompts (or give different texts different ids)"
         )

@@ -68,16 +68,21 @@ def test_a_folder_without_sources_is_refused(tmp_path):
 
 
 def test_overlap_is_found_by_id_by_file_and_by_text(tmp_path):
-    trained = [Prompt("a.py", "def f():\n    pass\n"), Prompt("train.en:1", "one dog", "ein Hund")]
+    trained = [
+        Prompt("a.py", "def f():\n    return 'a line long enough to be told apart'\n"),
+        Prompt("train.en:1", "one dog", "ein Hund"),
+    ]
     write_training_ids(tmp_path / "training_ids.json", trained)
     record = read_training_ids(tmp_path)
     fine = [Prompt("b.py#1", "def g()"), Prompt("val.en:1", "one dog", "ein anderer Hund")]
     check_no_overlap(record, fine)
+    by_line = [Prompt("lines:1", "    return 'a line long enough to be told apart'")]
+    assert find_overlap(record, by_line) == ["lines:1"]
     seen = [
         Prompt("a.py#12", "x"),
         Prompt("train.en:1", "changed"),
         Prompt("other:5", "one  dog", "ein Hund\n"),
-        Prompt("copy", "def f():\n", "pass"),
+        Prompt("copy", "def f():\n", "return 'a line long enough to be told apart'"),
     ]
     assert find_overlap(record, fine + seen) == [p.id for p in seen]
     with pytest.raises(InputError, match=r"1 of 3 prompts were in the pair's training text, first a\.py#12"):
