@@ -92,6 +92,15 @@ class RowLayer(DynamicLayer):
         self.released -= already
         self.start += columns - already
 
+    def join(self, other: RowLayer) -> None:
+        """Take in the rows of ``other`` below these, both aligned to the right."""
+        live = max(self.end - self.start, other.end - other.start)
+        capacity = max(self.capacity, 2 * live)
+        self.keys = _stacked([(self, self.keys), (other, other.keys)], live, capacity)
+        self.values = _stacked([(self, self.values), (other, other.values)], live, capacity)
+        width = max(self.get_seq_length(), other.get_seq_length())
+        self.capacity, self.start, self.end, self.released = capacity, 0, live, width - live
+
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.is_initialized:
             self.keys = self.keys.index_select(0, indices)
@@ -182,6 +191,11 @@ class RowCache(Cache):
             self._move_right(rows, shift)
         self._trim()
 
+    def pad_left(self, columns: Sequence[int]) -> None:
+        """The next ``columns[b]`` columns of row b, whose cache is empty, will be no tokens of it."""
+        if any(columns):
+            self.pads = [pad + more for pad, more in zip(self.pads, columns)]
+
     def _move_right(self, rows: list[int], shift: int) -> None:
         for row in rows:
             self.pads[row] += shift
@@ -199,6 +213,14 @@ class RowCache(Cache):
         for layer in self.written:
             getattr(layer, method)(columns)
 
+    def join(self, other: RowCache) -> None:
+        """Take in the rows of another cache of the same model below these."""
+        width = max(self.width, other.width)
+        for mine, theirs in zip(self.written, other.written):
+            mine.join(theirs)
+        self.pads = [pad + width - one.width for one in (self, other) for pad in one.pads]
+        self.width = width
+
     def keep_rows(self, rows: Sequence[int], index: Tensor) -> None:
         """Only these rows stay; ``index`` is the same selection on the device."""
         self.batch_select_indices(index)
@@ -215,6 +237,18 @@ def _row_layer(kind: type, window: int | None, capacity: int, margin: int | None
         f"cache layer {kind.__name__}: cannot be rolled back row by row; "
         "use a model whose layers are full or sliding-window attention"
     )
+
+
+def _stacked(parts: Sequence[tuple[RowLayer, Tensor]], live: int, capacity: int) -> Tensor:
+    like = parts[0][1]
+    rows = sum(buffer.shape[0] for _, buffer in parts)
+    fresh = like.new_zeros(rows, like.shape[1], capacity, like.shape[3])
+    first = 0
+    for layer, buffer in parts:
+        last = first + buffer.shape[0]
+        fresh[first:last, :, live - (layer.end - layer.start) : live] = buffer[:, :, layer.start : layer.end]
+        first = last
+    return fresh
 
 
 def _zeros(like: Tensor, columns: int) -> Tensor:

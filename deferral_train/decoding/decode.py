@@ -93,8 +93,8 @@ def decode(
         _run(pair, encoded, references, contestants, config, folder)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise InputError(
-            f"out of memory at batch_size={config.settings.batch_size}; {len(folder.finished)} finished batches "
-            f"stay in {folder.folder}; decode again into another folder with a smaller batch_size"
+            f"out of memory at batch_size={config.settings.batch_size}; {len(folder.finished)} finished "
+            f"batches stay in {folder.folder}; decode again into another folder with a smaller batch_size"
         ) from error
     for contestant in contestants:
         check_consulted(contestant.counters, contestant.drafted)
@@ -161,7 +161,7 @@ def _run(
     config: DecodeConfig,
     folder: OutputFolder,
 ) -> None:
-    size = config.settings.batch_size
+    size = config.settings.call_size
     order = sorted(encoded, key=lambda p: -len(p.input_ids)) if config.sort_by_length else list(encoded)
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     jobs = [

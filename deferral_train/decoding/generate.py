@@ -58,6 +58,7 @@ def cascade_generate(
     token_streamer: Any = None,
     token_log: Any = None,
     vocab_size: int | None = None,
+    rows_at_once: int | None = None,
     **model_kwargs: Any,
 ) -> Tensor | CascadeOutput:
     """Decode with a drafter and a verifier under a deferral rule; use as::
@@ -90,6 +91,7 @@ def cascade_generate(
         token_log: collects what both models thought of every token, see
             :mod:`deferral_train.decoding.token_log`.
         vocab_size: ids that both models know, where one or both pad their vocabulary beyond it.
+        rows_at_once: most rows that run at a time, default all; others take the places of those that end.
 
     Returns:
         sequences [R, L], or :class:`CascadeOutput` where the configuration asks for a dictionary.
@@ -107,7 +109,8 @@ def cascade_generate(
     ends = EndOfRow(stopping_criteria or [], generation_config.max_length)
     tokens = TokenRows(
         input_ids, _prompt_mask(model, model_kwargs), ends.max_length, num_draft_tokens,
-        _pad_id(generation_config)
+        _pad_id(generation_config),
+        rows_at_once,
     )  # fmt: skip
     laws = SamplingLaws(logits_processor or [], bool(generation_config.do_sample))
     ledger = Ledger(len(input_ids), num_draft_tokens)

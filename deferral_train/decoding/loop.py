@@ -264,6 +264,8 @@ def advance(cascade: Cascade, counts: list[int], done: list[bool], spent: Tensor
     tokens = cascade.tokens
     before = tokens.final_lengths[0]
     tokens.extend(counts)
+    for stepper in cascade.active:
+        stepper.settle()
     if spent is not None:
         cascade.spent = spent
         cascade.ledger.spent.update(zip(tokens.rows, spent.tolist()))
@@ -271,17 +273,34 @@ def advance(cascade: Cascade, counts: list[int], done: list[bool], spent: Tensor
         cascade.token_streamer.put(tokens.ids[0, before : tokens.final_lengths[0]].cpu())
     if any(done):
         _leave(cascade, [place for place, over in enumerate(done) if not over])
+        _let_in(cascade)
 
 
 def _leave(cascade: Cascade, kept: list[int]) -> None:
     tokens = cascade.tokens
     index = torch.tensor(kept, dtype=torch.long, device=tokens.device)
     tokens.keep_rows(kept, index)
-    if not kept:
-        return
-    for stepper in cascade.active:
-        stepper.keep_rows(kept, index)
     if cascade.spent is not None:
         cascade.spent = cascade.spent.index_select(0, index)
-    if cascade.stop is not None:
-        cascade.stop.keep_rows(index)
+    if kept:
+        for stepper in cascade.active:
+            stepper.keep_rows(kept, index)
+
+
+def _let_in(cascade: Cascade) -> None:
+    """Waiting rows take the places of those that have left."""
+    tokens = cascade.tokens
+    group = tokens.newcomers()
+    if group is None:
+        return
+    alone = not tokens.rows
+    for stepper in cascade.active:
+        if alone:
+            stepper.start_over(group)
+        else:
+            stepper.join(group)
+    tokens.join(group)
+    for stepper in cascade.active:
+        stepper.joined()
+    if cascade.spent is not None:
+        cascade.spent = torch.nn.functional.pad(cascade.spent, (0, len(group.rows)))

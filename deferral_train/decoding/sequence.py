@@ -25,7 +25,7 @@ def sequence_cascade(cascade: Cascade) -> None:
             f"execution='sequence': rule {cascade.rule.name} reads {', '.join(sorted(cascade.rule.needs))}; "
             "a whole row has a probability and a mean entropy only (chow, chow_log)"
         )
-    rows = list(cascade.tokens.rows)
+    rows = list(range(len(cascade.tokens.ids)))
     cascade.active = [cascade.drafter]
     logprob, entropy = _draft_rows(cascade)
     counts = [cascade.tokens.final_lengths[row] - cascade.tokens.prompt_length for row in rows]
@@ -69,7 +69,8 @@ def _rewrite(cascade: Cascade, rows: list[int]) -> None:
         return
     cascade.active = [cascade.verifier]
     cascade.tokens.restart(rows)
-    cascade.verifier.keep_rows(rows, cascade.tokens.index)
+    cascade.verifier.start_over(cascade.tokens)
+    cascade.verifier.joined()
     while cascade.running:
         token = verifier_token(cascade)
         for row in cascade.tokens.rows:

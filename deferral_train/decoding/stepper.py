@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from deferral_train.decoding.caches import RowCache
@@ -41,17 +41,27 @@ class Stepper:
         tap: HiddenTap | None = None,
     ) -> None:
         self.model, self.tokens, self.tap, self.vocab_size = model, tokens, tap, vocab_size
-        self.encoder = encoder
+        self._capacity, self._margin, self._all_encoded = capacity, margin, encoder
         facts = facts_of(model)
-        self.cache = RowCache(facts.cache_layers, tokens.pads, capacity, margin)
+        self.cache = RowCache(facts.cache_layers, tokens.row_pads, capacity, margin)
         self.past: Any = self.cache
         if encoder is not None:
             self.past = EncoderDecoderCache(self.cache, DynamicCache())
-        self.fed = [0] * len(tokens.pads)
+        self.fed = [0] * len(tokens.rows)  # columns of each row in the cache
+        self.valid = list(self.fed)  # of these, columns that hold the row's own tokens
         self.passes = 0
         self._takes_positions = encoder is None and facts.takes_positions
         self._takes_keep = facts.takes_keep
-        self._encoder_states = None if encoder is None else BaseModelOutput(last_hidden_state=encoder[0])
+        self._select_encoded()
+
+    def _select_encoded(self) -> None:
+        """Encoder states and mask of the running rows."""
+        self.encoder: tuple[BaseModelOutput, Tensor | None] | None = None
+        if self._all_encoded is not None:
+            states, mask = self._all_encoded
+            index = self.tokens.index
+            chosen = BaseModelOutput(last_hidden_state=states.index_select(0, index))
+            self.encoder = chosen, None if mask is None else mask.index_select(0, index)
 
     def feed(self, ahead: int = 0, keep: int = 1) -> Tensor:
         """Feed every row up to its newest token and ``ahead`` drafted tokens beyond.
@@ -63,17 +73,24 @@ class Stepper:
             newest token when ``keep == ahead + 1``.
         """
         lengths = self.tokens.lengths
-        behind = max(length - min(fed, length - 1) for length, fed in zip(lengths, self.fed))
-        surplus = [fed - (length - behind) for length, fed in zip(lengths, self.fed)]
+        behind = max(length - min(valid, length - 1) for length, valid in zip(lengths, self.valid))
+        surplus = [fed - max(0, length - behind) for length, fed in zip(lengths, self.fed)]
         if any(surplus):
             self.cache.forget(surplus)
+        self.cache.pad_left([max(0, behind - length) for length in lengths])
         inputs = self.tokens.window(behind, ahead)
         self.fed = [length + ahead for length in lengths]
+        self.valid = list(self.fed)
         return self._forward(inputs, keep)
+
+    def settle(self) -> None:
+        """Rows have grown: what was fed beyond their newest token but one may have been replaced."""
+        self.valid = [min(valid, length - 1) for valid, length in zip(self.valid, self.tokens.lengths)]
 
     def step(self, newest: Tensor, keep: int = 1) -> Tensor:
         """Feed one more column [B, 1] to every row (inside a draft); logits as in :meth:`feed`."""
         self.fed = [fed + 1 for fed in self.fed]
+        self.valid = list(self.fed)
         return self._forward(newest, keep)
 
     def _forward(self, inputs: Tensor, keep: int) -> Tensor:
@@ -91,7 +108,7 @@ class Stepper:
             return arguments | {
                 "decoder_input_ids": inputs,
                 "decoder_attention_mask": mask,
-                "encoder_outputs": self._encoder_states,
+                "encoder_outputs": self.encoder[0],
                 "attention_mask": self.encoder[1],
             }
         if self._takes_positions and positions is not None:
@@ -113,12 +130,49 @@ class Stepper:
         return self.tap.last(count)
 
     def keep_rows(self, rows: Sequence[int], index: Tensor) -> None:
-        """Finished rows leave: cache, encoder states and masks."""
+        """Finished rows have left: so do their caches, encoder states and masks."""
         self.cache.keep_rows(rows, index)
         self.fed = [self.fed[row] for row in rows]
-        if self.encoder is None:
+        self.valid = [self.valid[row] for row in rows]
+        if self.encoder is not None:
+            self.past.cross_attention_cache.batch_select_indices(index)
+            self._select_encoded()
+
+    def join(self, group: TokenRows) -> None:
+        """New rows come in: their prompts are fed in a pass of their own, their caches put below ours."""
+        if self.passes == 0:  # nothing has been fed to anyone yet
+            self.cache.pads += group.row_pads
+            self.fed += [0] * len(group.rows)
+            self.valid += [0] * len(group.rows)
             return
-        self.past.cross_attention_cache.batch_select_indices(index)
-        states, mask = self.encoder
-        self.encoder = states.index_select(0, index), None if mask is None else mask.index_select(0, index)
-        self._encoder_states = BaseModelOutput(last_hidden_state=self.encoder[0])
+        other = Stepper(
+            self.model, group, self._capacity, self._margin, self.vocab_size, self._all_encoded, self.tap
+        )
+        other.feed()
+        # The newest token of every row is fed with the next block.
+        other.cache.forget([1] * len(group.rows))
+        self.cache.join(other.cache)
+        self.fed += [fed - 1 for fed in other.fed]
+        self.valid += [fed - 1 for fed in other.fed]
+        self.passes += other.passes
+        if self.encoder is not None:
+            _join_cross(self.past, other.past)
+
+    def start_over(self, group: TokenRows) -> None:
+        """No row runs: the new ones begin with an empty cache."""
+        self.cache = RowCache(facts_of(self.model).cache_layers, group.row_pads, self._capacity, self._margin)
+        self.past = self.cache if self.encoder is None else EncoderDecoderCache(self.cache, DynamicCache())
+        self.fed = [0] * len(group.rows)
+        self.valid = list(self.fed)
+
+    def joined(self) -> None:
+        """The rows are all in; called once the new ones are part of ``tokens``."""
+        self._select_encoded()
+
+
+def _join_cross(mine: EncoderDecoderCache, theirs: EncoderDecoderCache) -> None:
+    layers = zip(mine.cross_attention_cache.layers, theirs.cross_attention_cache.layers)
+    for ours, other in layers:
+        if isinstance(ours, DynamicLayer) and isinstance(other, DynamicLayer) and ours.is_initialized:
+            ours.keys = torch.cat([ours.keys, other.keys])
+            ours.values = torch.cat([ours.values, other.values])

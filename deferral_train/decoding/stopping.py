@@ -85,9 +85,6 @@ class StopDrafting:
     def observe(self, proposed: Sequence[int], accepted: Sequence[int]) -> None:
         """A block was verified: drafted and emitted tokens per row."""
 
-    def keep_rows(self, index: Tensor) -> None:
-        """Finished rows have left; only ``index`` of the running ones remain."""
-
 
 def _probability(name: str, value: float) -> None:
     if not 0.0 <= value <= 1.0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +24,7 @@ class TokenRows:
         max_length: columns that a row may fill at most.
         num_draft_tokens: room behind the end for a drafted block.
         pad_token_id: fills what no row has written.
+        at_once: most rows that run at a time; the others wait and join as rows end. None runs all.
 
     Raises:
         InputError: padding that is not on the left.
@@ -35,6 +37,7 @@ class TokenRows:
         max_length: int,
         num_draft_tokens: int,
         pad_token_id: int,
+        at_once: int | None = None,
     ) -> None:
         count, self.prompt_length = input_ids.shape
         columns = max_length + num_draft_tokens + 1
@@ -43,10 +46,9 @@ class TokenRows:
         self.pad_token_id = pad_token_id
         self.max_length = max_length
         self.pads = left_padding(mask, count)
-        self.rows = list(range(count))
-        self.index = torch.arange(count, device=input_ids.device)
-        self.lengths = [self.prompt_length] * count
-        self.final_lengths = list(self.lengths)
+        self.at_once = min(count, at_once or count)
+        self.final_lengths = [self.prompt_length] * count
+        self.restart(range(count))
 
     @property
     def device(self) -> torch.device:
@@ -62,13 +64,17 @@ class TokenRows:
         return len(self.rows) == len(self.ids) and min(self.lengths) == max(self.lengths)
 
     def window(self, behind: int, ahead: int) -> Tensor:
-        """The last ``behind`` tokens of each running row and ``ahead`` columns beyond, [B, behind +
-        ahead].
+        """The last ``behind`` tokens of each running row and ``ahead`` columns more, [B, behind + ahead].
+
+        A row shorter than ``behind`` gets its first token in the columns before it.
         """
         if self._uniform():
             length = self.lengths[0]
             return self.ids[:, length - behind : length + ahead]
-        return self.ids[self.index[:, None], self._columns(-behind, ahead)]
+        columns = self._columns(-behind, ahead)
+        if behind > min(self.lengths):
+            columns = columns.clamp(min=0)
+        return self.ids[self.index[:, None], columns]
 
     def write(self, offset: int, block: Tensor) -> None:
         """Put ``block`` [B, n] behind each row's end, ``offset`` columns on."""
@@ -99,12 +105,35 @@ class TokenRows:
         self.lengths = [self.lengths[place] for place in kept]
         self.index = self.index.index_select(0, index)
 
+    @property
+    def row_pads(self) -> list[int]:
+        """Padding columns of the running rows' prompts."""
+        return [self.pads[row] for row in self.rows]
+
+    def newcomers(self) -> TokenRows | None:
+        """Waiting rows to let in now, as rows of their own over the same buffer; None where it is too early.
+
+        They come in groups: letting in one at a time would cost a pass over the prompt each.
+        """
+        free = self.at_once - len(self.rows)
+        if not self.waiting or (self.rows and free < max(1, self.at_once // 4)):
+            return None
+        group = copy.copy(self)
+        group.restart(self.waiting[:free])
+        self.waiting = self.waiting[free:]
+        return group
+
+    def join(self, group: TokenRows) -> None:
+        """The rows of ``group`` run with these from now on."""
+        self.rows, self.lengths = self.rows + group.rows, self.lengths + group.lengths
+        self.index = torch.cat([self.index, group.index])
+
     def restart(self, rows: Sequence[int]) -> None:
-        """Run these rows of the call again from their prompts."""
-        self.rows = list(rows)
+        """Run these rows of the call from their prompts, alone; what exceeds ``at_once`` waits."""
+        self.rows, self.waiting = list(rows[: self.at_once]), list(rows[self.at_once :])
         self.index = torch.tensor(self.rows, dtype=torch.long, device=self.device)
         self.lengths = [self.prompt_length] * len(self.rows)
-        for row in self.rows:
+        for row in rows:
             self.final_lengths[row] = self.prompt_length
 
     def sequences(self) -> Tensor:

@@ -39,3 +39,15 @@ def generate(
     return verifier.generate(
         **inputs, custom_generate=cascade_generate, drafter=drafter, rule=rule, **options
     )
+
+
+def row_of(kind: str, inputs: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
+    """One prompt of a batch without its padding."""
+    present = inputs["attention_mask"][row].bool()
+    return {name: values[row : row + 1, present] for name, values in inputs.items()}
+
+
+def emitted(output: CascadeOutput, row: int) -> list[int]:
+    """The ids that a row emitted: whatever stands behind its prompt, padding left out."""
+    width = output.sequences.shape[1] - int(output.stats.emitted.max())
+    return output.sequences[row, width : width + int(output.stats.emitted[row])].tolist()
