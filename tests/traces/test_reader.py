@@ -75,7 +75,7 @@ def test_tv_follows_the_temperature(folder: Path) -> None:
     assert torch.equal(traces.summary(["tv"], temperature=1).tv, unscaled)
     greedy = traces.summary(["tv", "drafter_argmax", "verifier_argmax"], temperature=0)
     assert torch.equal(greedy.tv, (greedy.drafter_argmax != greedy.verifier_argmax).float())
-    with pytest.raises(InputError, match="temperature=0.7: these traces hold D_TV for 0.5, 1 and 0"):
+    with pytest.raises(InputError, match=r"temperature=0\.7: these traces hold D_TV for 0\.5, 1 and 0"):
         traces.summary(temperature=0.7)
 
 
