@@ -9,12 +9,14 @@ from deferral_train.errors import InputError
 from deferral_train.heads.base import DeferralHead
 from deferral_train.rules.summary import Summary
 
+BISECTIONS = 20
+
 
 class CostSensitiveHead(DeferralHead):
     """A decision score for (features, alpha): defer where it is positive.
 
     Weighted logistic loss with alpha drawn afresh is Fisher-consistent for the sign of E[z] - alpha * tv, z
-    being an unbiased label of the gap. It has no gap of its own: rules call :meth:`defer`. At the verify
+    being an unbiased label of the gap. Rules call :meth:`defer`. At the verify
     stage the body sees alpha and alpha * tv besides the features, at the draft stage alpha alone.
     """
 
@@ -50,6 +52,19 @@ class CostSensitiveHead(DeferralHead):
         return ~(score <= 0).reshape(x.shape[:-1])
 
     def gap(self, summary: Summary) -> Tensor:
-        raise InputError(
-            "a cost_sensitive head decides without estimating the gap; use a gap or truth_mixture head"
-        )
+        """Implied gap ``[..]``: tv times the alpha at which the decision flips, found by bisection on [-1,
+        2].
+
+        For limits and reliability diagrams; decisions use :meth:`defer`. Verify stage only.
+        """
+        if self.stage == "draft":
+            raise InputError("a draft-stage cost_sensitive head implies no gap; use a gap head")
+        x = self.columns(summary)
+        flat = x.reshape(-1, x.shape[-1])
+        low, high = torch.full_like(flat[:, 0], -1.0), torch.full_like(flat[:, 0], 2.0)
+        with torch.no_grad():
+            for _ in range(BISECTIONS):
+                middle = (low + high) / 2
+                defers = ~(self.score(flat, middle) <= 0)
+                low, high = torch.where(defers, middle, low), torch.where(defers, high, middle)
+        return (high * self.inputs.column(flat, "tv")).reshape(x.shape[:-1])

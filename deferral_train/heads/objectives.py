@@ -2,8 +2,8 @@
 
 A batch is a dictionary of tensors over N rows: ``x`` raw columns [N, C], ``z`` unbiased label of the gap,
 ``tv`` exact total variation; where asked for also ``reject`` (probability that the drafted token is
-rejected), ``target`` (0 where gold is v_p, 1 where it is v_q and not v_p, 2 else) and logged candidates
-(:data:`CANDIDATES`).
+rejected), ``target`` (0 where gold is v_p, 1 where it is v_q and not v_p, 2 else), ``gold_drafter
+gold_verifier`` (q and p of gold) and logged candidates (:data:`CANDIDATES`).
 """
 
 from __future__ import annotations
@@ -113,11 +113,19 @@ def likelihood(head: DeferralHead, batch: Batch, generator: torch.Generator) -> 
 
 
 def candidates(head: DeferralHead, batch: Batch, generator: torch.Generator) -> Tensor:
-    """Binary log loss of P^(v) against 1[v = gold], summed over a row's distinct logged candidates."""
+    """Binary log loss of P^(v) against 1[v = gold], summed over a row's distinct logged candidates.
+
+    Under loss prob also the log loss of E_P p(y), E_P q(y) against p(gold), q(gold), which are unbiased for
+    them.
+    """
     token = _expect(head, TokenHead, "candidates")
     odds = token.log_odds(batch["x"], batch["cand_drafter"], batch["cand_verifier"]).float()
     each = F.binary_cross_entropy_with_logits(odds, batch["cand_gold"].float(), reduction="none")
-    return (each * batch["cand_valid"]).sum(-1).mean()
+    loss = (each * batch["cand_valid"]).sum(-1).mean()
+    if token.loss == "prob":
+        share = torch.stack([batch["gold_verifier"], batch["gold_drafter"]], dim=-1)
+        loss = loss + F.binary_cross_entropy_with_logits(token.value_odds(batch["x"]).float(), share)
+    return loss
 
 
 def _expect(head: DeferralHead, kind: type[H], objective: str) -> H:

@@ -18,17 +18,21 @@ from deferral_train.rules.summary import Summary
 
 @dataclass(frozen=True)
 class LearnedTokenRule(TokenRule):
-    """Keep v where P^(v) >= P^(v_p) - alpha: equation (12) with a learned P^ in place of P.
+    """Keep v where value - P^(v) <= alpha * price(v): equation (12) with a learned P^ in place of P.
 
-    Rejecting v pays alpha and leaves the emission to the verifier, whose argmax is right with probability
-    P^(v_p).
+    Rejecting v leaves the emission to the verifier, which is worth ``value``
+    (:meth:`TruthHead.verifier_value`). With ``priced`` a deferred token costs what it risks, price(v) =
+    max(0, 1 - p(v)/q(v)), the probability of its rejection under lossless execution, whose mean over v ~ q
+    is D_TV: the token-wise form of equation (9), an extension of ours. Without, price is 1, as in the paper
+    and as greedy decoding wants it.
     """
 
     head: TruthHead
     alpha: float = 0.0
+    priced: bool = False
 
     name: ClassVar[str] = "learned_token"
-    dial: ClassVar[Dial] = Dial("alpha", -1.0, 1.0, lossless=None, drafter=1.0)
+    dial: ClassVar[Dial] = Dial("alpha", -1.0, 1.0, lossless=None, drafter=None, unbounded=True)
     reads_drafter_confidence: ClassVar[bool] = True
 
     @property
@@ -36,8 +40,12 @@ class LearnedTokenRule(TokenRule):
         return frozenset(self.head.features)
 
     def keep(self, drafter_logprobs: Tensor, verifier_logprobs: Tensor, summary: Summary) -> Tensor:
-        floor = self.head.verifier_truth(summary) - self.alpha
-        return self.head.truth(drafter_logprobs, verifier_logprobs, summary) >= floor.unsqueeze(-1)
+        value = self.head.verifier_value(summary).unsqueeze(-1)
+        loss = value - self.head.truth(drafter_logprobs, verifier_logprobs, summary)
+        if not self.priced:
+            return loss <= self.alpha
+        price = 1 - (verifier_logprobs - drafter_logprobs).nan_to_num(nan=0.0).exp()
+        return loss <= self.alpha * price.clamp(0, 1)
 
     def estimated_gap(self, summary: Summary) -> Tensor:
         """P^(v_p) - P^(v_q) at each position, expected token errors."""
@@ -48,7 +56,9 @@ class LearnedTokenRule(TokenRule):
         return self.needs
 
 
-def learned_rule(head: DeferralHead, alpha: float | None = None, *, tokenwise: bool | None = None) -> Rule:
+def learned_rule(
+    head: DeferralHead, alpha: float | None = None, *, tokenwise: bool | None = None, priced: bool = False
+) -> Rule:
     """The rule that a head serves, at ``alpha`` or at the operating point stored in the head.
 
     A token head gives a token rule unless ``tokenwise`` is False; a truth mixture gives one if it is True.
@@ -65,25 +75,29 @@ def learned_rule(head: DeferralHead, alpha: float | None = None, *, tokenwise: b
         raise InputError(
             f"a {head.head_type} head has no estimate per token; use a token or truth_mixture head"
         )
-    return LearnedTokenRule(head=head, alpha=float(alpha))
+    return LearnedTokenRule(head=head, alpha=float(alpha), priced=priced)
 
 
 def rule_from_spec(spec: str) -> Rule:
     """A rule from text: ``opt``, ``opt:alpha=0.2``, ``my_pkg.mine:MyRule:alpha=1``,
     ``learned:head=FOLDER,alpha=0.1``.
 
-    ``learned`` takes ``head`` (folder or hub id), ``alpha`` (default: stored in the head) and ``tokenwise``.
-    The text is one that the user typed, never one read from an artifact: ``module:Class`` is imported.
+    ``learned`` takes ``head`` (folder or hub id), ``alpha`` (default: stored in the head), ``tokenwise``
+    and ``priced``. The text is one that the user typed, never one read from an artifact: ``module:Class``
+    is imported.
     """
     name, parameters = parse_spec(spec)
     if name != "learned":
         return make_rule(name, allow_import=True, **parameters)
-    unknown = sorted(set(parameters) - {"head", "alpha", "tokenwise"})
+    unknown = sorted(set(parameters) - {"head", "alpha", "tokenwise", "priced"})
     if unknown or "head" not in parameters:
         problem = f"unknown parameter {unknown[0]!r}" if unknown else "no head"
-        raise InputError(f"rule {spec!r}: {problem}; write learned:head=FOLDER,alpha=0.1[,tokenwise=true]")
+        raise InputError(
+            f"rule {spec!r}: {problem}; write learned:head=FOLDER,alpha=0.1[,tokenwise=true,priced=true]"
+        )
     head = DeferralHead.from_pretrained(str(parameters["head"]))
-    return learned_rule(head, parameters.get("alpha"), tokenwise=parameters.get("tokenwise"))
+    chosen = {key: parameters[key] for key in ("tokenwise", "priced") if key in parameters}
+    return learned_rule(head, parameters.get("alpha"), **chosen)
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:

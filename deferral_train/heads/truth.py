@@ -7,7 +7,7 @@ N positions, K candidate tokens. P^ gives the gap P^(v_p) - P^(v_q), and serves 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,14 +30,17 @@ CROSS = (
 class TruthHead(DeferralHead):
     """Common part: three numbers (a, b, c) per position, read by :meth:`log_truth` of a subclass.
 
-    With the body's last layer at zero, (a, b, c) = (1, 0, 0): training starts from P^ = p.
+    ``forward`` gives the gap and, as ``truth``, what the verifier's emission is worth. With the body's last
+    layer at zero, (a, b, c) = (1, 0, 0): training starts from P^ = p.
     """
+
+    losses: ClassVar[tuple[str, ...]] = ("zero_one",)
 
     def __init__(self, features: Sequence[str], **arguments: Any) -> None:
         super().__init__(features, **arguments)
-        if self.stage != "verify" or self.loss != "zero_one":
+        if self.stage != "verify" or self.loss not in self.losses:
             raise InputError(
-                f"a {self.head_type} head needs stage='verify' and loss='zero_one', "
+                f"a {self.head_type} head needs stage='verify' and loss {' or '.join(self.losses)}, "
                 f"got {self.stage!r} and {self.loss!r}"
             )
 
@@ -50,7 +53,7 @@ class TruthHead(DeferralHead):
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(a, b, c), each ``[N]``: weight of log p, weight of log q, bias."""
-        a, b, c = self.body(self.prepare(x)).unbind(-1)
+        a, b, c = self.body(self.prepare(x))[:, :3].unbind(-1)
         return 1 + a, b, c
 
     def log_truth(self, x: Tensor, drafter: Tensor, verifier: Tensor) -> Tensor:
@@ -81,8 +84,8 @@ class TruthHead(DeferralHead):
             ]
             return self.log_truth(x.reshape(-1, x.shape[-1]), *logs).exp().reshape(shape)
 
-    def verifier_truth(self, summary: Summary) -> Tensor:
-        """P^(v_p) ``[..]``: the estimated accuracy of the verifier's most probable token."""
+    def verifier_value(self, summary: Summary) -> Tensor:
+        """What leaving the emission to the verifier is worth, ``[..]``: P^(v_p), or E_P p(y) for loss prob."""
         return self._predict(summary, "truth")
 
 
@@ -122,14 +125,23 @@ class TruthMixtureHead(TruthHead):
 
 
 class TokenHead(TruthHead):
-    """Token-wise head: P^(v) = sigmoid(a log p(v) + b log q(v) + c), trained to tell gold from other
-    candidates.
+    """Token-wise head: P^(v) = sigmoid(a log p(v) + b log q(v) + c), trained to tell gold from candidates.
 
     The body runs once per position; over the vocabulary it costs one multiply-add per token. Its token rule
-    keeps v where P^(v) >= P^(v_p) - alpha, the learned counterpart of Token V1-V3 (eq. 12).
+    keeps v where P^(v) is near enough to what the verifier's emission is worth: P^(v_p) under zero_one (eq.
+    12), and E_P p(y) under prob, the loss of sampled tokens. For prob the body also estimates E_P p(y) and
+    E_P q(y), starting from their values under P := p, and the gap is their difference.
     """
 
     head_type = "token"
+    losses = ("zero_one", "prob")
+
+    @property
+    def outputs(self) -> int:
+        return 3 if self.loss == "zero_one" else 5
+
+    def extra_columns(self) -> tuple[str, ...]:
+        return CROSS if self.loss == "zero_one" else (*CROSS, "verifier_sum_squares", "product_sum")
 
     def log_odds(self, x: Tensor, drafter: Tensor, verifier: Tensor) -> Tensor:
         """Log-odds of each candidate being the gold token, ``[N, K]``."""
@@ -138,3 +150,15 @@ class TokenHead(TruthHead):
 
     def log_truth(self, x: Tensor, drafter: Tensor, verifier: Tensor) -> Tensor:
         return torch.nn.functional.logsigmoid(self.log_odds(x, drafter, verifier))
+
+    def value_odds(self, x: Tensor) -> Tensor:
+        """Log-odds ``[N, 2]`` of E_P p(y) and E_P q(y); loss prob only."""
+        raw = self.body(self.prepare(x))[:, 3:]
+        prior = [self.inputs.column(x, name) for name in ("verifier_sum_squares", "product_sum")]
+        return raw + torch.logit(torch.stack(prior, dim=-1), eps=1e-6)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        if self.loss == "zero_one":
+            return super().forward(x)
+        values = torch.sigmoid(self.value_odds(x))
+        return {"gap": values[:, 0] - values[:, 1], "truth": values[:, 0]}

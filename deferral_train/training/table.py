@@ -151,6 +151,11 @@ def _gold_columns(traces: Traces, head: DeferralHead) -> dict[str, Tensor]:
     target[gold == tops["drafter_argmax"]] = 1
     target[gold == tops["verifier_argmax"]] = 0
     columns = {"target": target}
+    if head.loss == "prob":
+        logs = traces.summary(["token", "drafter_logprob", "verifier_logprob"])
+        if bool((logs["token"] != gold).any()):
+            raise InputError("loss='prob' needs q and p of the gold token; collect with --prefixes reference")
+        columns |= {f"gold_{role}": logs[f"{role}_logprob"].exp() for role in ("drafter", "verifier")}
     if traces.manifest.top_k:
         columns |= _candidates(traces, gold, tops)
     elif head.head_type == "token":
