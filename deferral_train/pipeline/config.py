@@ -135,12 +135,10 @@ class OperatingPointConfig:
 
     Attributes:
         rejection_share: the rejection rate to match, as a share of lossless's.
-        max_token_risk: largest certified rise of the local token risk over the verifier's, for the chosen rule.
-        confidence: of that certificate.
+        confidence: of the bound on the local token risk.
     """
 
     rejection_share: float = 0.5
-    max_token_risk: float = 0.02
     confidence: float = 0.95
 
 

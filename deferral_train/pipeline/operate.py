@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from deferral_train.evaluation import score_rules
+from deferral_train.evaluation.choose import least_limit
 from deferral_train.evaluation.table import ScoreTable
 from deferral_train.pipeline.config import OperatingPointConfig
 from deferral_train.rules.base import Rule
@@ -61,6 +62,24 @@ def _nearest(table: ScoreTable, name: str, target: float, share: float) -> dict[
         "risk": float(scores.metrics[LOSS][index]),
         "risk_at_match": float(at_match[0]),
         "predicted_acceptance_length": float(scores.metrics["acceptance_length"][index]),
+    }
+
+
+def token_risk_bound(traces: Traces, rule: Rule, confidence: float) -> dict[str, Any]:
+    """Upper limit of the rise of the local token risk over lossless's that prompts not used for choosing certify.
+
+    The mean over prompts of (loss of the emitted token minus lossless's, on the same logged prefixes), each prompt's
+    in [-1, 1]; the limit holds with ``confidence``. It says nothing about whole outputs.
+    """
+    table = score_rules(traces, {"chosen": rule}, grid=[rule.dial_value], bootstrap=0)
+    loss, base = (table[name].per_prompt["emitted_loss"][0] for name in ("chosen", "lossless"))
+    rises = (loss - base) / table.rows_per_prompt
+    return {
+        "kind": "local token risk",
+        "mean": float(rises.mean()),
+        "bound": least_limit(rises, confidence),
+        "confidence": confidence,
+        "prompts": len(rises),
     }
 
 

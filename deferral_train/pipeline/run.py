@@ -6,7 +6,7 @@ Every stage writes below the run folder and is reused while its settings and inp
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from deferral_train import provenance
+from deferral_train.collecting import CollectConfig, collect
 from deferral_train.errors import InputError
 from deferral_train.heads import DeferralHead
 from deferral_train.heads.rules import learned_rule, rule_from_spec
@@ -25,9 +26,14 @@ from deferral_train.pipeline.pair import open_pair, prepare_pair
 from deferral_train.pipeline.stages import Stage, StageRecord, StageRunner, open_run
 from deferral_train.pipeline.text import part_path, prepare_text, read_part
 from deferral_train.pipeline.verdict import make_verdict
+from deferral_train.provenance import plain
 from deferral_train.rules.base import Rule
+from deferral_train.traces import Traces, open_traces
 
 LEARNED = "learned"
+TRACES = tuple(f"traces/{part}" for part in PARTS)
+ON_POLICY = "traces/on_policy"
+SLIDER_PROMPTS = 20
 Results = Mapping[str, Any]
 # What a run writes besides the user's own pair; small runs need far less.
 MIN_FREE_BYTES = 1 << 30
@@ -73,51 +79,62 @@ class Run:
     def stages(self) -> list[Stage]:
         """The table of contents of a run."""
         c = self.config
-        return [
-            Stage("text", "prompts in four parts that never overlap", c.text, (), ("data",), self.text),
-            Stage("pair", "a drafter and a verifier", [c.pair, c.gate], ("text",), ("pair",), self.pair),
-            Stage(
+        evaluated = (
+            "evaluation/scores.json",
+            "evaluation/scores.csv",
+            "evaluation/prefixes.json",
+            "evaluation/figures",
+        )
+        table: list[tuple[str, str, Any, tuple[str, ...], tuple[str, ...], Callable[[Results], Any]]] = [
+            ("text", "prompts in four parts that never overlap", c.text, (), ("data",), self.text),
+            ("pair", "a drafter and a verifier", [c.pair, c.gate], ("text",), ("pair",), self.pair),
+            (
                 "traces",
                 "both models' token distributions",
                 [c.traces, c.seed],
                 ("text", "pair"),
-                ("traces",),
+                TRACES,
                 self.traces,
             ),
-            Stage("fit", "heads learn the loss gap", [c.heads, c.seed], ("traces",), ("fit",), self.fit),
-            Stage(
+            ("fit", "heads learn the loss gap", [c.heads, c.seed], ("traces",), ("fit",), self.fit),
+            (
                 "point",
-                "dials set to one price on calibration",
+                "dials set on calibration",
                 [c.point, c.rules],
                 ("fit",),
-                ("point.json",),
+                ("point.json", "head"),
                 self.point,
             ),
-            Stage(
+            (
                 "evaluate",
-                "rules and head on the test traces",
+                "all rules on the test traces",
                 [c.rules, c.bootstrap],
-                ("fit",),
-                ("evaluation",),
+                ("point",),
+                evaluated,
                 self.evaluate,
             ),
-            Stage(
+            (
                 "decode",
-                "the cascade on held-out prompts",
-                [c.decode, c.decoded],
+                "the cascade on test prompts",
+                [c.decode, c.decoded, c.seed],
                 ("point",),
                 ("decode",),
                 self.decode,
             ),
-            Stage(
-                "verdict",
-                "what is gained and lost",
+            (
+                "skew",
+                "offline against online",
                 {},
-                ("decode", "evaluate"),
-                ("verdict.json",),
-                self.verdict,
+                ("decode",),
+                (ON_POLICY, "evaluation/skew.json"),
+                self.skew,
             ),
-            Stage("report", "one page", {}, ("verdict",), ("report.html",), self.report),
+            ("verdict", "what is gained and lost", {}, ("evaluate", "skew"), ("verdict.json",), self.verdict),
+            ("report", "one page", {}, ("verdict",), ("report.html",), self.report),
+        ]
+        return [
+            Stage(name, title, plain(settings), after, out, do)
+            for name, title, settings, after, out, do in table
         ]
 
     def text(self, _: Results) -> Any:
@@ -128,23 +145,23 @@ class Run:
 
     def traces(self, results: Results) -> Any:
         """Log every part; unfinished folders are taken up where they stopped."""
-        from deferral_train.collecting import CollectConfig, collect
-
-        pair = results["pair"]
         rows = {}
         for part in PARTS:
-            settings = CollectConfig(
-                drafter=pair["drafter"],
-                verifier=pair["verifier"],
-                prompts=str(part_path(self.folder, part)),
-                device=self.config.pair.device,
-                dtype=self.config.pair.dtype,
-                seed=self.config.seed,
-                **asdict(self.config.traces),
-            )
+            settings = CollectConfig(**self.collecting(results["pair"], part), **asdict(self.config.traces))
             collect(settings, self.trace_folder(part))
             rows[part] = len(self.open(part))
         return rows
+
+    def collecting(self, pair: Mapping[str, Any], part: str) -> dict[str, Any]:
+        """What every collection of this run shares."""
+        return {
+            "drafter": pair["drafter"],
+            "verifier": pair["verifier"],
+            "prompts": str(part_path(self.folder, part)),
+            "device": self.config.pair.device,
+            "dtype": self.config.pair.dtype,
+            "seed": self.config.seed,
+        }
 
     def fit(self, results: Results) -> Any:
         """Fit every candidate, keep the best on validation."""
@@ -169,7 +186,7 @@ class Run:
         return points
 
     def evaluate(self, results: Results) -> Any:
-        """Curves, areas and matched comparisons on the test traces."""
+        """Curves, areas and matched comparisons on the test traces; the loss bound of the chosen point."""
         from deferral_train.evaluation import score_rules
 
         table = score_rules(
@@ -179,15 +196,18 @@ class Run:
             seed=self.config.seed,
             costs=self.costs(results["pair"]),
             num_draft_tokens=self.config.decode.num_draft_tokens,
+            prefixes=SLIDER_PROMPTS,
         )
         out = self.folder / "evaluation"
         table.to_json(out / "scores.json")
         table.to_csv(out / "scores.csv")
-        table.figures(out)
+        provenance.write_json(out / "prefixes.json", table.prefixes)
+        table.figures(out / "figures")
+        shares = ("area", self.config.point.rejection_share)
+        chosen = rule_from_spec(self.chosen(results)["spec"])
         return {
-            "matched": [
-                row for row in table.matched() if row["share"] in ("area", self.config.point.rejection_share)
-            ]
+            "matched": [row for row in table.matched() if row["share"] in shares],
+            "bound": operate.token_risk_bound(self.open("test"), chosen, self.config.point.confidence),
         }
 
     def decode(self, results: Results) -> Any:
@@ -205,10 +225,44 @@ class Run:
         summary = decode(pair, read_part(self.folder, "test", limit), rules, settings, self.folder / "decode")
         return {name: _short(scores) for name, scores in summary["rules"].items()}
 
+    def skew(self, results: Results) -> Any:
+        """Collect on the chosen cascade's own prefixes and compare what they predict with what decoding counted."""
+        from deferral_train.decoding.outputs import OUTPUTS, read_lines
+        from deferral_train.evaluation import skew
+
+        chosen, section = self.chosen(results), self.config.decode
+        settings = CollectConfig(
+            **self.collecting(results["pair"], "test"),
+            **{**asdict(self.config.traces), "prefixes": "cascade", "temperature": section.temperature},
+            rule=chosen["spec"],
+            limit=section.limit,
+            max_new_tokens=section.max_new_tokens,
+            num_draft_tokens=section.num_draft_tokens,
+        )
+        collect(settings, self.folder / ON_POLICY)
+        rows = skew.compare(
+            open_traces(self.folder / ON_POLICY),
+            chosen["label"],
+            rule_from_spec(chosen["spec"]),
+            read_lines(self.folder / "decode" / OUTPUTS),
+            num_draft_tokens=section.num_draft_tokens,
+            bootstrap=self.config.bootstrap,
+            seed=self.config.seed,
+        )
+        table = skew.table_of(rows)
+        provenance.write_json(self.folder / "evaluation" / "skew.json", table)
+        return table["meta"]
+
     def verdict(self, results: Results) -> Any:
         verdict = make_verdict(
-            self.folder / "decode", self.chosen(results), results["pair"]["gate"], None, self.config.seed
+            self.folder / "decode",
+            self.chosen(results),
+            results["pair"]["gate"],
+            results["evaluate"]["bound"],
+            results["skew"],
+            self.config.seed,
         )
+        verdict["training"] = f"fit/{results['fit']['best']}"
         provenance.write_json(self.folder / "verdict.json", verdict)
         return verdict
 
@@ -217,9 +271,8 @@ class Run:
 
         return {"page": write_report(self.folder).name}
 
-    def open(self, part: str) -> Any:
-        from deferral_train.traces import open_traces
-
+    def open(self, part: str) -> Traces:
+        """The traces of a part."""
         return open_traces(self.trace_folder(part))
 
     def trace_folder(self, part: str) -> Path:

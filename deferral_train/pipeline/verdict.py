@@ -19,7 +19,8 @@ def make_verdict(
     decode_folder: Path,
     chosen: Mapping[str, Any],
     gate: Mapping[str, Any],
-    certificate: Mapping[str, Any] | None,
+    bound: Mapping[str, Any],
+    skew: Mapping[str, Any],
     seed: int,
 ) -> dict[str, Any]:
     """Judge the chosen rule from what decoding measured.
@@ -28,7 +29,8 @@ def make_verdict(
         decode_folder: ``outputs.jsonl`` and ``batches.jsonl`` of ``verifier_only``, ``lossless`` and the chosen rule.
         chosen: ``label`` (in the decode folder), ``spec``, ``rule``, ``parameter``, ``value``.
         gate: the pair's gate.
-        certificate: of the local token risk, or None.
+        bound: of the rise of the local token risk, see ``operate.token_risk_bound``.
+        skew: how many predictions from traces agreed with the counts, ``agree`` of ``of``.
 
     Returns:
         what ``verdict.json`` holds; ``status`` is "ok", or "no_setting" where no setting beats the verifier alone.
@@ -53,9 +55,9 @@ def make_verdict(
             "against": "verifier_only",
         },
         "quality": quality,
-        "risk": dict(certificate) if certificate is not None else None,
+        "risk": dict(bound),
         "cost_ratio": cost_ratio,
-        "trust": _trust(rows[label], certificate, speedup),
+        "trust": _trust(rows[label], bound, skew, speedup),
         "snippet": snippet(chosen),
         "engine_line": None,
     }
@@ -172,15 +174,17 @@ def _range(interval: Mapping[str, Any]) -> str:
 
 
 def _trust(
-    rows: Sequence[Mapping[str, Any]], certificate: Mapping[str, Any] | None, speedup: Interval
+    rows: Sequence[Mapping[str, Any]], bound: Mapping[str, Any], skew: Mapping[str, Any], speedup: Interval
 ) -> list[str]:
     prompts = len({row["id"] for row in rows})
     said = [
-        f"Measured on {prompts} test prompts that neither the pair, the head nor its operating point had seen.",
+        f"Decoded {prompts} test prompts that neither the pair, the head nor its operating point had seen.",
         "Operating points were set on the calibration part, at the same rejection rate for every rule.",
+        f"Local token risk on the test prefixes rises by {bound['mean']:.4f} over lossless, and by at most "
+        f"{bound['bound']:.4f} with {bound['confidence']:.0%} confidence ({bound['prompts']} prompts); "
+        "this is about single tokens, not whole outputs.",
+        f"Predicted from traces against counted while decoding: {skew['agree']} of {skew['of']} quantities agree.",
     ]
     if speedup.low is None:
-        said.append(f"Too few prompts for an interval: at least {MIN_PROMPTS} are needed.")
-    if certificate is None:
-        said.append("No loss is certified.")
+        said.append(f"Too few prompts for an interval of the speed: at least {MIN_PROMPTS} are needed.")
     return said

@@ -54,16 +54,17 @@ def load_run(folder: str | Path) -> Run:
     root = Path(folder)
     if not root.is_dir():
         raise InputError(f"run folder {root} does not exist; give the --out of `run` or `quickstart`")
+    verdict = _json(root / "verdict.json")
     run = Run(
         root,
-        verdict=_json(root / "verdict.json"),
+        verdict=verdict,
         scores=_json(root / "evaluation" / "scores.json"),
         skew=_json(root / "evaluation" / "skew.json"),
         prefixes=_json(root / "evaluation" / "prefixes.json"),
         summary=_json(root / "decode" / "summary.json"),
         provenance=_json(root / "provenance.json"),
         outputs=list(_lines(root / "decode" / "outputs.jsonl")),
-        training=read_training(root / "fit"),
+        training=read_training(root / ((verdict or {}).get("training") or "fit")),
     )
     if not any((run.verdict, run.scores, run.summary, run.training)):
         raise InputError(
