@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deferral_train.decoding.criteria import EndOfRow
+from deferral_train.decoding.greedy import is_plain, verify_greedy
 from deferral_train.decoding.laws import SamplingLaws
 from deferral_train.decoding.stats import Ledger
 from deferral_train.decoding.stepper import Stepper
@@ -203,8 +204,20 @@ def judge(cascade: Cascade, draft: Draft) -> Verdict:
     logits = cascade.verifier.feed(ahead=depth, keep=depth + 1)
     decision = cascade.laws.decision(logits, cascade.tokens)
     sampling = cascade.laws.sampling(logits, decision, cascade.tokens)
-    verdict = verify_block(
-        cascade.rule,
+    verdict = _verdict(cascade, draft, decision, sampling)
+    if cascade.token_log is not None:
+        cascade.token_log.block(cascade, draft, decision, verdict)
+    return verdict
+
+
+def _verdict(cascade: Cascade, draft: Draft, decision: Tensor, sampling: Tensor | None) -> Verdict:
+    rule, bonus = cascade.rule, cascade.bonus if cascade.rule.drafts else "verifier"
+    context = context_of(cascade, draft)
+    greedy = cascade.laws.temperature == 0.0
+    if greedy and is_plain(rule, bonus, cascade.max_request_loss, sampling):
+        return verify_greedy(rule, draft.tokens, draft.logits, decision, draft.lengths, context)
+    return verify_block(
+        rule,
         draft.tokens,
         draft.logits,
         decision,
@@ -212,15 +225,12 @@ def judge(cascade: Cascade, draft: Draft) -> Verdict:
         drafter_sampling_logits=draft.sampling,
         verifier_sampling_logits=sampling,
         lengths=draft.lengths,
-        bonus=cascade.bonus if cascade.rule.drafts else "verifier",
+        bonus=bonus,
         generator=cascade.generator,
-        context=context_of(cascade, draft),
+        context=context,
         max_request_loss=cascade.max_request_loss,
         spent=cascade.spent,
     )
-    if cascade.token_log is not None:
-        cascade.token_log.block(cascade, draft, decision, verdict)
-    return verdict
 
 
 def context_of(cascade: Cascade, draft: Draft) -> Summary | None:
