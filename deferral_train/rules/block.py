@@ -5,6 +5,7 @@ Knows nothing about rules. B batch, T drafted positions, V vocabulary, R rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -93,34 +94,42 @@ class Block:
         """Rows worked on at a time: as many as a cache holds, one at a large vocabulary."""
         return max(1, CHUNK_ELEMENTS // self.verifier_logits.shape[-1])
 
-    def chunks(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Row indices [R] in chunks; none where there are none."""
-        return rows.split(self.rows_per_chunk) if rows.numel() else ()
+    def chunks(self, batch: Tensor, step: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Positions (batch [R], step [R]) in chunks; none where there are none."""
+        if batch.numel():
+            yield from zip(batch.split(self.rows_per_chunk), step.split(self.rows_per_chunk))
 
     def rows(self, batch: Tensor, step: Tensor) -> Laws:
         """Laws [R, V] at some positions; the drafter's are one-hot where it gives no law."""
-        verifier = self.verifier_logits[batch, step]
+        verifier = _pick(self.verifier_logits, batch, step)
         if self.drafter_logits is None:
             tokens = self.drafted[batch, step].unsqueeze(1)
             drafter = torch.full_like(verifier, -torch.inf).scatter_(1, tokens, 0.0)
         else:
-            drafter = self.drafter_logits[batch, step]
-
-        def pick(logits: Tensor | None) -> Tensor | None:
-            return None if logits is None else logits[batch, step]
-
-        return Laws.of(
-            drafter,
-            verifier,
-            self.temperature,
-            pick(self.drafter_sampling_logits),
-            pick(self.verifier_sampling_logits),
+            drafter = _pick(self.drafter_logits, batch, step)
+        sampling = (
+            None if logits is None else _pick(logits, batch, step)
+            for logits in (self.drafter_sampling_logits, self.verifier_sampling_logits)
         )
+        return Laws.of(drafter, verifier, self.temperature, *sampling)
+
+    def verifier_row(self, batch: Tensor, step: Tensor) -> Laws:
+        """Laws [R, V] of the verifier alone (in both places): what a bonus token is drawn from."""
+        verifier, given = _pick(self.verifier_logits, batch, step), self.verifier_sampling_logits
+        sampling = None if given is None else _pick(given, batch, step)
+        return Laws.of(verifier, verifier, self.temperature, sampling, sampling)
 
     def context_at(self, batch: Tensor, step: Tensor) -> Summary:
         """The context [R] at some positions; the place in the block is always known."""
         columns = {} if self.context is None else {name: c[batch, step] for name, c in self.context.items()}
         return Summary({"draft_position": step, **columns})
+
+
+def _pick(logits: Tensor, batch: Tensor, step: Tensor) -> Tensor:
+    """Rows [R, V]; a single row is a view, since copying it costs as much as reading it."""
+    if batch.numel() == 1 and logits.device.type == "cpu":
+        return logits[int(batch), int(step)].unsqueeze(0)
+    return logits[batch, step]
 
 
 def _check_shape(name: str, logits: Tensor, rows: int, counts: tuple[int, ...], vocabulary: int) -> None:

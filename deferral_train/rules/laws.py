@@ -102,28 +102,63 @@ class Laws:
         return self.temperature == 0.0
 
     @cached_property
+    def drafter_probs(self) -> Tensor:
+        """q of the decision law, [.., V]."""
+        if self.temperature == 1.0 and self.drafter_sampling_logits is None:
+            return self.q
+        return _softmax(self.drafter_logits, "drafter_logits")
+
+    @cached_property
+    def verifier_probs(self) -> Tensor:
+        """p of the decision law, [.., V]."""
+        if self.temperature == 1.0 and self.verifier_sampling_logits is None:
+            return self.p
+        return _softmax(self.verifier_logits, "verifier_logits")
+
+    @cached_property
     def drafter_logsumexp(self) -> Tensor:
-        """log sum exp of the drafter's decision logits, [..]."""
-        value = torch.logsumexp(self.drafter_logits, dim=-1)
-        check_normaliser(value, "drafter_logits")
-        return value
+        """log sum exp of the drafter's decision logits, [..]: max z - log max q, at the price of no further exp."""
+        return self._drafter_top - self.drafter_probs.amax(dim=-1).log()
 
     @cached_property
     def verifier_logsumexp(self) -> Tensor:
         """log sum exp of the verifier's decision logits, [..]."""
-        value = torch.logsumexp(self.verifier_logits, dim=-1)
-        check_normaliser(value, "verifier_logits")
-        return value
+        return self._verifier_top - self.verifier_probs.amax(dim=-1).log()
 
     @cached_property
     def drafter_logprobs(self) -> Tensor:
         """log q of the decision law, [.., V]; never above 0, so that no probability exceeds 1 by rounding."""
-        return (self.drafter_logits - self.drafter_logsumexp.unsqueeze(-1)).clamp(max=0.0)
+        return (self.drafter_logits - self.drafter_logsumexp.unsqueeze(-1)).clamp_(max=0.0)
 
     @cached_property
     def verifier_logprobs(self) -> Tensor:
         """log p of the decision law, [.., V]; never above 0."""
-        return (self.verifier_logits - self.verifier_logsumexp.unsqueeze(-1)).clamp(max=0.0)
+        return (self.verifier_logits - self.verifier_logsumexp.unsqueeze(-1)).clamp_(max=0.0)
+
+    @property
+    def drafter_max(self) -> Tensor:
+        """max q of the decision law, [..]; the same bits as exp(drafter_logprobs) at that token, so that ties tie."""
+        return (self._drafter_top - self.drafter_logsumexp).clamp_(max=0.0).exp_()
+
+    @property
+    def verifier_max(self) -> Tensor:
+        """max p of the decision law, [..]."""
+        return (self._verifier_top - self.verifier_logsumexp).clamp_(max=0.0).exp_()
+
+    @cached_property
+    def _drafter_top(self) -> Tensor:
+        return self.drafter_logits.amax(dim=-1)
+
+    @cached_property
+    def _verifier_top(self) -> Tensor:
+        return self.verifier_logits.amax(dim=-1)
+
+    def logprobs_at(self, token: Tensor) -> tuple[Tensor, Tensor]:
+        """(log q(x), log p(x)) of the decision laws at tokens [..], without the laws."""
+        index = token.unsqueeze(-1)
+        drafter = self.drafter_logits.gather(-1, index).squeeze(-1) - self.drafter_logsumexp
+        verifier = self.verifier_logits.gather(-1, index).squeeze(-1) - self.verifier_logsumexp
+        return drafter.clamp(max=0.0), verifier.clamp(max=0.0)
 
     @cached_property
     def q(self) -> Tensor:
@@ -173,9 +208,15 @@ class Laws:
             top, index = processed.max(dim=-1)
             check_normaliser(top, what)
             return one_hot(index, processed.shape[-1], processed.dtype)
-        law = torch.softmax(processed if given is not None else processed / self.temperature, dim=-1)
-        check_normaliser(law[..., 0], what)
-        return law
+        scaled = given is None and self.temperature != 1.0
+        return _softmax(processed / self.temperature if scaled else processed, what)
+
+
+def _softmax(logits: Tensor, what: str) -> Tensor:
+    law = torch.softmax(logits, dim=-1)
+    # One NaN or +inf, or nothing but -inf, turns the whole row to NaN: its first entry tells.
+    check_normaliser(law[..., 0], what)
+    return law
 
 
 def _check_shapes(tensors: list[Tensor]) -> None:

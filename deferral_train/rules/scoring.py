@@ -36,8 +36,15 @@ class Scores:
     gap: Tensor | None
 
 
-def score_laws(rule: Rule, laws: Laws, token: Tensor, context: Summary | None, with_gap: bool) -> Scores:
-    """Scores of drafted tokens [..] from whole laws [.., V]."""
+def score_laws(
+    rule: Rule, laws: Laws, token: Tensor, context: Summary | None, with_gap: bool, lazy: bool = False
+) -> Scores:
+    """Scores of drafted tokens [..] from laws [.., V].
+
+    Args:
+        lazy: leave the ratio of a token that a token rule does not keep at the exact ratio, which bounds it from
+            above (eta <= 1); `refine` computes those that turn out to matter.
+    """
     extra = rule.gap_needs if with_gap else frozenset()
     summary = rule.read(laws, token, context, extra)
     gap = rule.estimated_gap(summary) if with_gap else None
@@ -48,15 +55,19 @@ def score_laws(rule: Rule, laws: Laws, token: Tensor, context: Summary | None, w
     if rule.is_lossless:
         everywhere = torch.ones_like(exact, dtype=torch.bool)
         return Scores(everywhere, ~everywhere, exact, exact, gap)
-    allowed = gather_token(laws.support, token)
     deferred = decide(rule, laws, summary, token)
     if deferred is None:
         ratio = pass_ratio(gather_token(rule.step_law(laws, summary, token), token), q)
         kept = ratio > exact
         return Scores(~kept, kept, ratio, exact, gap)
-    kept = ~deferred & allowed
-    ratio = pass_ratio(gather_token(rule.step_law(laws, summary, token), token), q)
-    return Scores(deferred, kept, torch.where(kept, torch.ones_like(ratio), ratio), exact, gap)
+    kept = ~deferred & (gather_token(laws.processed_verifier_logits, token) > -torch.inf)
+    # Off the support p(x) = 0, so that the exact ratio is 0 there too.
+    ratio = torch.where(kept, torch.ones_like(exact), exact)
+    if isinstance(rule, TokenRule) and not lazy and not bool(kept.all()):
+        ratio = torch.where(
+            kept, ratio, pass_ratio(gather_token(rule.step_law(laws, summary, token), token), q)
+        )
+    return Scores(deferred, kept, ratio, exact, gap)
 
 
 def decide(rule: Rule, laws: Laws, summary: Summary, token: Tensor) -> Tensor | None:
@@ -64,9 +75,8 @@ def decide(rule: Rule, laws: Laws, summary: Summary, token: Tensor) -> Tensor | 
     if isinstance(rule, PositionRule):
         return rule.defer(summary).to(token.device).expand(token.shape)
     if isinstance(rule, TokenRule):
-        drafter = gather_token(laws.drafter_logprobs, token).unsqueeze(-1)
-        verifier = gather_token(laws.verifier_logprobs, token).unsqueeze(-1)
-        return ~rule.keep(drafter, verifier, summary).squeeze(-1)
+        drafter, verifier = laws.logprobs_at(token)
+        return ~rule.keep(drafter.unsqueeze(-1), verifier.unsqueeze(-1), summary).squeeze(-1)
     if isinstance(rule, LawRule):
         return None
     raise InputError(f"rule {rule.name}: a rule must be a PositionRule, a TokenRule or a LawRule")
@@ -87,26 +97,50 @@ def check_drawn(drafter_logit_at_token: Tensor) -> None:
         )
 
 
-def score_block(rule: Rule, block: Block, with_gap: bool) -> Scores:
+def score_block(rule: Rule, block: Block, with_gap: bool, uniform: Tensor | None) -> Scores:
     """Scores [B, T] of a block, chunk by chunk; positions that were not drafted read as not deferred, ratio 0."""
-    batch, step = block.inside.nonzero(as_tuple=True)
-    parts = []
-    for rows in block.chunks(torch.arange(len(batch), device=batch.device)) or (batch,):
-        b, t = batch[rows], step[rows]
-        parts.append(
-            score_laws(rule, block.rows(b, t), block.drafted[b, t], block.context_at(b, t), with_gap)
-        )
-    return spread(parts, block, batch, step)
+    places = block.inside.nonzero(as_tuple=True)
+    lazy = uniform is not None
+    parts = [
+        score_laws(rule, block.rows(*rows), block.drafted[rows], block.context_at(*rows), with_gap, lazy)
+        for rows in block.chunks(*places)
+    ]
+    scores = spread(parts, block, places)
+    return (
+        refine(rule, block, scores, uniform)
+        if uniform is not None and isinstance(rule, TokenRule)
+        else scores
+    )
 
 
-def spread(parts: list[Scores], block: Block, batch: Tensor, step: Tensor) -> Scores:
+def refine(rule: Rule, block: Block, scores: Scores, uniform: Tensor) -> Scores:
+    """The true ratio of tokens not kept, where the walk may reach them and the exact check would pass them.
+
+    Where even the exact check fails, so does the rule's, which is stricter outside what it keeps.
+    """
+    if rule.is_lossless:
+        return scores
+    may_pass = uniform < scores.ratio
+    reached = torch.cat([torch.ones_like(may_pass[:, :1]), may_pass[:, :-1]], dim=1).long().cumprod(dim=1) > 0
+    for rows in block.chunks(*(reached & may_pass & ~scores.kept & block.inside).nonzero(as_tuple=True)):
+        laws, token = block.rows(*rows), block.drafted[rows]
+        law = rule.step_law(laws, rule.read(laws, token, block.context_at(*rows)), token)
+        scores.ratio[rows] = pass_ratio(gather_token(law, token), gather_token(laws.q, token))
+    return scores
+
+
+def spread(parts: list[Scores], block: Block, places: tuple[Tensor, ...]) -> Scores:
     """Scores of rows, in chunks, written to their places in [B, T]."""
 
-    def place(name: str) -> Tensor:
-        values = torch.cat([getattr(part, name) for part in parts])
-        table = torch.zeros(block.drafted.shape, dtype=values.dtype, device=values.device)
-        table[batch, step] = values
+    def place(name: str, dtype: torch.dtype) -> Tensor:
+        table = torch.zeros(block.drafted.shape, dtype=dtype, device=block.drafted.device)
+        if parts:
+            table[places] = torch.cat([getattr(part, name) for part in parts]).to(dtype)
         return table
 
-    gap = None if parts[0].gap is None else place("gap")
-    return Scores(place("deferred"), place("kept"), place("ratio"), place("exact_ratio"), gap)
+    real = block.verifier_logits.dtype
+    gap = None if not parts or parts[0].gap is None else place("gap", torch.float64)
+    return Scores(
+        place("deferred", torch.bool), place("kept", torch.bool), place("ratio", real),
+        place("exact_ratio", real), gap,
+    )  # fmt: skip

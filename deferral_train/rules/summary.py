@@ -233,7 +233,7 @@ def summarize_laws(laws: Laws, fields: Iterable[str], token: Tensor | None = Non
 
 def total_variation(p: Tensor, q: Tensor) -> Tensor:
     """D_TV(p, q) = sum_v max(0, p - q), from laws [.., V]; clipped to [0, 1] against rounding."""
-    return ((p - q).abs().sum(dim=-1) * 0.5).clamp(0.0, 1.0)
+    return ((p - q).abs_().sum(dim=-1) * 0.5).clamp(0.0, 1.0)
 
 
 def _entropy(logprobs: Tensor) -> Tensor:
@@ -269,10 +269,6 @@ def gather_token(values: Tensor, token: Tensor) -> Tensor:
     return values.gather(-1, token.unsqueeze(-1)).squeeze(-1)
 
 
-def _prob_at(logprobs: Tensor, index: Tensor) -> Tensor:
-    return gather_token(logprobs, index).exp()
-
-
 def _sampled_tv(laws: Laws) -> Tensor:
     if laws.greedy:
         differ = _argmax(laws.processed_drafter_logits) != _argmax(laws.processed_verifier_logits)
@@ -281,29 +277,29 @@ def _sampled_tv(laws: Laws) -> Tensor:
 
 
 _FORMULAS: dict[str, Callable[[Laws], Tensor]] = {
-    "drafter_max": lambda laws: laws.drafter_logprobs.amax(dim=-1).exp(),
-    "verifier_max": lambda laws: laws.verifier_logprobs.amax(dim=-1).exp(),
+    "drafter_max": lambda laws: laws.drafter_max,
+    "verifier_max": lambda laws: laws.verifier_max,
     "drafter_argmax": lambda laws: _argmax(laws.drafter_logits),
     "verifier_argmax": lambda laws: _argmax(laws.verifier_logits),
-    "drafter_at_verifier_argmax": lambda laws: _prob_at(laws.drafter_logprobs, _argmax(laws.verifier_logits)),
-    "verifier_at_drafter_argmax": lambda laws: _prob_at(laws.verifier_logprobs, _argmax(laws.drafter_logits)),
+    "drafter_at_verifier_argmax": lambda laws: laws.logprobs_at(_argmax(laws.verifier_logits))[0].exp(),
+    "verifier_at_drafter_argmax": lambda laws: laws.logprobs_at(_argmax(laws.drafter_logits))[1].exp(),
     "drafter_entropy": lambda laws: _entropy(laws.drafter_logprobs),
     "verifier_entropy": lambda laws: _entropy(laws.verifier_logprobs),
     "kl": lambda laws: _kl(laws.verifier_logprobs, laws.drafter_logprobs),
     "reverse_kl": lambda laws: _kl(laws.drafter_logprobs, laws.verifier_logprobs),
     "js": _js,
     "cross_entropy": lambda laws: _mean_under(laws.verifier_logprobs, -laws.drafter_logprobs),
-    "drafter_sum_squares": lambda laws: (2 * laws.drafter_logprobs).exp().sum(dim=-1),
-    "verifier_sum_squares": lambda laws: (2 * laws.verifier_logprobs).exp().sum(dim=-1),
-    "product_sum": lambda laws: (laws.drafter_logprobs + laws.verifier_logprobs).exp().sum(dim=-1),
+    "drafter_sum_squares": lambda laws: laws.drafter_probs.square().sum(dim=-1),
+    "verifier_sum_squares": lambda laws: laws.verifier_probs.square().sum(dim=-1),
+    "product_sum": lambda laws: (laws.drafter_probs * laws.verifier_probs).sum(dim=-1),
     "drafter_logsumexp": lambda laws: laws.drafter_logsumexp,
     "verifier_logsumexp": lambda laws: laws.verifier_logsumexp,
-    "tv_unscaled": lambda laws: total_variation(laws.verifier_logprobs.exp(), laws.drafter_logprobs.exp()),
+    "tv_unscaled": lambda laws: total_variation(laws.verifier_probs, laws.drafter_probs),
     "tv": _sampled_tv,
 }
 
 _TOKEN_FORMULAS: dict[str, Callable[[Laws, Tensor], Tensor]] = {
     "token": lambda laws, token: token,
-    "drafter_logprob": lambda laws, token: gather_token(laws.drafter_logprobs, token),
-    "verifier_logprob": lambda laws, token: gather_token(laws.verifier_logprobs, token),
+    "drafter_logprob": lambda laws, token: laws.logprobs_at(token)[0],
+    "verifier_logprob": lambda laws, token: laws.logprobs_at(token)[1],
 }

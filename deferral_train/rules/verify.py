@@ -15,7 +15,6 @@ from torch import Tensor
 from deferral_train.errors import InputError
 from deferral_train.rules.base import Rule, named
 from deferral_train.rules.block import BONUSES, Block
-from deferral_train.rules.laws import Laws
 from deferral_train.rules.learned import Judge
 from deferral_train.rules.limit import Walk, walk
 from deferral_train.rules.sampling import draw, uniforms
@@ -105,9 +104,9 @@ def verify_block(
         rows, drafts = drafted.shape
         numbers = None if block.temperature == 0 else uniforms(rows, drafts, generator, verifier_logits)
         with_gap = max_request_loss is not None
-        scores = score_block(rule, block, with_gap)
-        steps = walk(scores, block.lengths, None if numbers is None else numbers[0], max_request_loss, spent)
-        last = None if numbers is None else numbers[1]
+        uniform, last = (None, None) if numbers is None else numbers
+        scores = score_block(rule, block, with_gap, uniform)
+        steps = walk(scores, block.lengths, uniform, max_request_loss, spent)
         next_token, spent = _next_tokens(rule, block, steps, bonus, last, max_request_loss)
         origin = _origins(steps, block, next_token)
         return Verdict(steps.accepted, next_token, origin, scores.deferred, spent)
@@ -133,17 +132,18 @@ def _next_tokens(
     """The correction of rejected rows and the bonus of the others, [B], and what is spent with the bonus."""
     next_token, spent = torch.full_like(block.lengths, -1), steps.spent
     rejected = steps.accepted < block.lengths
-    for batch in block.chunks(rejected.nonzero(as_tuple=True)[0]):
-        step = steps.accepted[batch]
+    rows = rejected.nonzero(as_tuple=True)[0]
+    for batch, step in block.chunks(rows, steps.accepted[rows]):
         number = None if uniform is None else uniform[batch]
         next_token[batch] = _correction(rule, block, batch, step, steps.allowed[batch, step], number)
     if bonus == "none":
         return next_token, spent
-    for batch in block.chunks((~rejected).nonzero(as_tuple=True)[0]):
+    rows = (~rejected).nonzero(as_tuple=True)[0]
+    for batch, step in block.chunks(rows, block.lengths[rows]):
         if bonus == "verifier" or rule.is_lossless:
-            pi = _verifier_law(block, batch, block.lengths[batch])
+            pi = block.verifier_row(batch, step).p
         else:
-            pi, spent = _exact_bonus_law(rule, block, batch, block.lengths[batch], limit, spent)
+            pi, spent = _exact_bonus_law(rule, block, batch, step, limit, spent)
         next_token[batch] = pi.argmax(dim=-1) if uniform is None else draw(pi, uniform[batch])
     return next_token, spent
 
@@ -162,13 +162,6 @@ def _correction(
     excess = (pi - laws.q).clamp_(min=0.0)
     nothing = excess.sum(dim=-1, keepdim=True) <= 0
     return draw(torch.where(nothing, pi, excess) if bool(nothing.any()) else excess, uniform)
-
-
-def _verifier_law(block: Block, batch: Tensor, step: Tensor) -> Tensor:
-    """The verifier's sampling law after the block, [R, V]."""
-    verifier, given = block.verifier_logits[batch, step], block.verifier_sampling_logits
-    sampling = None if given is None else given[batch, step]
-    return Laws.of(verifier, verifier, block.temperature, sampling, sampling).p
 
 
 def _exact_bonus_law(
