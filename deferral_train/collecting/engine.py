@@ -53,7 +53,8 @@ class CollectData(pl.LightningDataModule):
         return [(chunk, batch) for chunk in self.todo for batch in range(len(chunk.batches))]
 
     def predict_dataloader(self) -> DataLoader:
-        places: Any = range(len(self.work()))
+        # A process without work gets one empty step: Lightning would skip its hooks, and the others wait for it.
+        places: Any = range(max(1, len(self.work())))
         return DataLoader(places, batch_size=1, shuffle=False, num_workers=0, collate_fn=_first)
 
 
@@ -72,6 +73,8 @@ class CollectModule(pl.LightningModule):
         self.budget: Budget | None = None
 
     def predict_step(self, batch: int, batch_idx: int = 0) -> Rows | None:
+        if batch >= len(self.work):
+            return None
         chunk, number = self.work[batch]
         if self.budget is not None and not self.budget.allows(chunk):
             return None
