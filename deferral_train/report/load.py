@@ -29,7 +29,7 @@ class Run:
         verdict, scores, skew, summary, provenance: ``verdict.json``, ``evaluation/scores.json``,
             ``evaluation/skew.json``, ``decode/summary.json``, ``provenance.json``.
         prefixes: ``evaluation/prefixes.json``, logged prefixes for the alpha slider.
-        outputs: rows of ``decode/outputs.jsonl``.
+        outputs, batches: rows of ``decode/outputs.jsonl`` and ``decode/batches.jsonl``.
         training: scalar curves of the fit, tag to [(step, value)].
     """
 
@@ -41,6 +41,7 @@ class Run:
     summary: dict[str, Any] | None = None
     provenance: dict[str, Any] | None = None
     outputs: list[dict[str, Any]] = field(default_factory=list)
+    batches: list[dict[str, Any]] = field(default_factory=list)
     training: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
 
@@ -64,6 +65,7 @@ def load_run(folder: str | Path) -> Run:
         summary=_json(root / "decode" / "summary.json"),
         provenance=_json(root / "provenance.json"),
         outputs=list(_lines(root / "decode" / "outputs.jsonl")),
+        batches=list(_lines(root / "decode" / "batches.jsonl")),
         training=read_training(root / ((verdict or {}).get("training") or "fit")),
     )
     if not any((run.verdict, run.scores, run.summary, run.training)):

@@ -7,6 +7,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from deferral_train.evaluation.bootstrap import Interval
+from deferral_train.evaluation.online import online_table
 from deferral_train.report.load import Run
 from deferral_train.report.svg import Series, bar_chart, line_chart, nice
 
@@ -117,9 +119,15 @@ def curves(run: Run) -> dict[str, Any] | None:
     """Offline curves of all rules, and the table at matched cost."""
     if run.scores is None:
         return None
-    charts = [_curve_chart(run.scores, loss, "rejection_rate") for loss in LOSS_NAMES]
-    if any("relative_latency" in point for point in run.scores["points"]):
-        charts.append(_curve_chart(run.scores, "emitted_risk", "relative_latency"))
+    has = {metric for point in run.scores["points"] for metric in point}
+    # At temperature 0 under the zero-one loss both risks are the same number.
+    same = run.scores["meta"]["temperature"] == 0 and run.scores["meta"]["loss"] == "zero_one"
+    losses = (
+        ["emitted_risk"] if same and "emitted_risk" in has else [loss for loss in LOSS_NAMES if loss in has]
+    )
+    charts = [_curve_chart(run.scores, loss, "rejection_rate") for loss in losses]
+    price = "relative_latency" if "relative_latency" in has else "calls_per_token"
+    charts.append(_curve_chart(run.scores, losses[0] if same else losses[-1], price))
     names = [point["rule"] for point in run.scores["points"]]
     return {
         "meta": run.scores["meta"],
@@ -182,11 +190,23 @@ def _matched(scores: Mapping[str, Any]) -> dict[str, Any]:
         table.append(
             {
                 "rule": name,
-                "values": [interval(cell) for cell in cells],
-                "differences": [interval(cell and cell["minus_baseline"], sign=True) for cell in cells],
+                "values": [_cell(cell) for cell in cells],
+                "differences": [_cell(cell and cell["minus_baseline"], sign=True) for cell in cells],
             }
         )
     return {"loss": LOSS_NAMES[loss], "shares": [_share(share) for share in shares], "rows": table}
+
+
+def _cell(number: Mapping[str, Any] | None, sign: bool = False) -> dict[str, str]:
+    """A table cell in thousandths: the value, and its interval below."""
+    if number is None:
+        return {"value": "–", "range": ""}
+
+    def thousandths(value: float) -> str:
+        return f"{value:{'+' if sign else ''}.3f}".replace("-", "−")
+
+    limits = "" if number["low"] is None else f"{thousandths(number['low'])} to {thousandths(number['high'])}"
+    return {"value": thousandths(number["value"]), "range": limits}
 
 
 def _share(share: float | str) -> str:
@@ -198,8 +218,8 @@ def online(run: Run) -> dict[str, Any] | None:
     if run.summary is None:
         return None
     rules = run.summary["rules"]
-    base = rules.get("verifier_only", {}).get("ms_per_token")
-    rows = [_online_row(name, rule, base, run.verdict) for name, rule in rules.items()]
+    paired = online_table(run.outputs, run.batches) if run.outputs else {}
+    rows = [_online_row(name, rule, paired.get(name, {}), run.verdict) for name, rule in rules.items()]
     metrics = [
         m for m in ("chrf", "bleu", "exact_match") if any(m in rule["quality"] for rule in rules.values())
     ]
@@ -213,17 +233,17 @@ def online(run: Run) -> dict[str, Any] | None:
 
 
 def _online_row(
-    name: str, rule: Mapping[str, Any], base: float | None, verdict: Mapping[str, Any] | None
+    name: str, rule: Mapping[str, Any], paired: Mapping[str, Interval], verdict: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     chosen = ((verdict or {}).get("chosen") or {}).get("label")
-    speed = base / rule["ms_per_token"] if base and rule.get("ms_per_token") else None
     return {
         "name": name,
         "chosen": name == chosen,
         "quality": {
             metric: nice(value) for metric, value in rule["quality"].items() if isinstance(value, float)
         },
-        "speed": nice(speed),
+        "speed": _paired(paired.get("speed")),
+        "difference": _paired(paired.get("quality_difference"), 100, sign=True),
         "ms": nice(rule.get("ms_per_token")),
         "acceptance": nice(rule.get("mean_acceptance_length")),
         "calls": nice(rule.get("verifier_calls_per_token")),
@@ -231,6 +251,20 @@ def _online_row(
         "rejection": nice(rule.get("rejection_rate")),
         "tokens": nice(rule.get("mean_output_tokens")),
     }
+
+
+def _paired(number: Interval | None, scale: float = 1.0, sign: bool = False) -> dict[str, str]:
+    """A cell with the interval below the value."""
+    if number is None:
+        return {"value": "–", "range": ""}
+    limits = (
+        "" if number.low is None or number.high is None else _limits(number.low, number.high, scale, sign)
+    )
+    return {"value": _signed(number.value * scale, sign), "range": limits}
+
+
+def _limits(low: float, high: float, scale: float, sign: bool) -> str:
+    return f"{_signed(low * scale, sign)} to {_signed(high * scale, sign)}"
 
 
 def _online_chart(rules: Mapping[str, Any], metric: str) -> Markup:
@@ -247,7 +281,11 @@ def _online_chart(rules: Mapping[str, Any], metric: str) -> Markup:
         if metric in rule["quality"] and rule.get("verifier_calls_per_token") is not None
     ]
     return line_chart(
-        f"{metric} against verifier calls per token", series, "verifier calls per token (counted)", metric
+        f"{metric} against verifier calls per token",
+        series,
+        "verifier calls per token (counted)",
+        metric,
+        labels=True,
     )
 
 

@@ -77,12 +77,14 @@ def line_chart(
     *,
     zero: bool = False,
     diagonal: bool = False,
+    labels: bool = False,
 ) -> Markup:
     """A chart of several series; empty Markup where no series has a point.
 
     Args:
         title: what a screen reader announces.
         zero: keep zero in the range of y. diagonal: draw x = y, with one range for both axes.
+        labels: write each series' name beside its first point.
     """
     series = [line for line in series if len(line.x)]
     if not series:
@@ -96,6 +98,8 @@ def line_chart(
     if diagonal:
         parts.append(_path([(_x(x_axis, v), _y(y_axis, v)) for v in (x_axis.low, x_axis.high)], "diagonal"))
     parts += [_series(line, x_axis, y_axis) for line in series]
+    if labels:
+        parts.append(_labels(series, x_axis, y_axis))
     return _svg(title, parts)
 
 
@@ -182,6 +186,18 @@ def _series(line: Series, x_axis: Axis, y_axis: Axis) -> str:
     if len(places) <= 60:
         parts += [_dot(x, y, _note(line, number)) for number, (x, y) in enumerate(places)]
     return "".join([*parts, "</g>"])
+
+
+def _labels(series: Sequence[Series], x_axis: Axis, y_axis: Axis) -> str:
+    """Names beside first points, towards the middle of the chart, pushed apart where they would overlap."""
+    places = sorted((_y(y_axis, line.y[0]), _x(x_axis, line.x[0]), line.name) for line in series)
+    parts, last = [], {"start": -math.inf, "end": -math.inf}
+    for y, x, name in places:
+        side = "end" if x > (LEFT + WIDTH) / 2 else "start"
+        last[side] = max(y + 5, last[side] + 19)
+        at = x + (-9 if side == "end" else 9)
+        parts.append(f'<text x="{at:.1f}" y="{last[side]:.1f}" text-anchor="{side}">{escape(name)}</text>')
+    return "".join(parts)
 
 
 def _band(line: Series, x_axis: Axis, y_axis: Axis) -> str:
