@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from deferral_train import provenance
 from deferral_train.errors import InputError
@@ -148,9 +149,12 @@ def _publish(folder: Path, *parts: Any) -> None:
     """``save_pretrained`` of all parts into ``folder``, which appears only when it is complete."""
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    with without_bars():
-        for part in parts:
-            part.save_pretrained(unfinished)
+    try:
+        with without_bars():
+            for part in parts:
+                part.save_pretrained(unfinished)
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise InputError(f"{folder}: cannot be written ({error}); free some space and run again") from error
     for file in unfinished.iterdir():
         provenance.sync_folder(file)
     shutil.rmtree(folder, ignore_errors=True)
