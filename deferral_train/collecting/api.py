@@ -12,7 +12,7 @@ from tqdm import tqdm
 from deferral_train.collecting.batches import BatchCollector
 from deferral_train.collecting.config import CollectConfig
 from deferral_train.collecting.engine import run_engine
-from deferral_train.collecting.plan import Plan, make_plan, megabytes, read_any_prompts
+from deferral_train.collecting.plan import Plan, make_plan, read_any_prompts, size_text
 from deferral_train.collecting.prefixes import make_source
 from deferral_train.collecting.progress import check_room
 from deferral_train.errors import InputError
@@ -110,7 +110,7 @@ def _say_left_out(plan: Plan) -> None:
 
 def _say_result(out: str) -> None:
     traces = open_traces(out, partial=True)
-    tqdm.write(f"collect: {len(traces):,} tokens, {megabytes(traces.bytes)} in {out}")
+    tqdm.write(f"collect: {len(traces):,} tokens, {size_text(traces.bytes)} in {out}")
     if not traces.complete:
         count = len(traces.manifest.chunks)
         tqdm.write(

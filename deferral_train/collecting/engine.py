@@ -161,7 +161,7 @@ class ShardWriter(BasePredictionWriter):
             if pl_module.budget is not None and pl_module.budget.stopped:
                 self.shelf.writer.stop(f"max_bytes={self.max_bytes}")
         if self.progress is not None:
-            self.progress.end()
+            self.progress.end(self.shelf.bytes if self.shelf else 0)
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             tidy(self.out)
@@ -172,7 +172,7 @@ class ShardWriter(BasePredictionWriter):
         if self.shelf is not None:
             self.shelf.abandon()
         if self.progress is not None:
-            self.progress.end()
+            self.progress.end(self.shelf.bytes if self.shelf else 0)
 
 
 def tidy(out: str) -> None:

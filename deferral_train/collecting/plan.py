@@ -6,6 +6,7 @@ import hashlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,14 @@ class Plan:
         return sum(self.rows)
 
     def chunk_bytes(self, chunk: int) -> int:
-        """Most bytes a chunk's shard can take: values, and Arrow's own with some to spare."""
+        """Most bytes a chunk's shard can take."""
+        return self.rows[chunk] * self._sizes[0] + self._sizes[1]
+
+    @cached_property
+    def _sizes(self) -> tuple[int, int]:
+        """Bytes per row and per shard."""
         layout = self.manifest.layout
-        return self.rows[chunk] * layout.row_bytes + 512 * len(layout.columns)
+        return layout.row_bytes, layout.shard_bytes
 
 
 def read_any_prompts(config: CollectConfig) -> list[Prompt]:
@@ -255,7 +261,7 @@ def announcement(plan: Plan, out: str, done: set[int], seconds_per_token: float 
     resumed = f" ({len(done)} of {len(plan.rows)} shards are there already)" if done else ""
     return (
         f"collect: {most}{tokens:,} tokens of {len(plan.prompts):,} prompts in {len(todo)} shards{time}, "
-        f"{most}{megabytes(size)} to {out}{resumed}"
+        f"{most}{size_text(size)} to {out}{resumed}"
     )
 
 
@@ -266,8 +272,10 @@ def duration(seconds: float) -> str:
     return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def megabytes(size: int) -> str:
-    """Bytes in words: ``12.3 MB``, ``1.2 GB``."""
+def size_text(size: int) -> str:
+    """Bytes in words: ``480 kB``, ``12.3 MB``, ``1.2 GB``."""
+    if size < 1e6:
+        return f"{size / 1e3:.0f} kB"
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
@@ -280,6 +288,6 @@ def refuse_small_disk(out: str, size: int) -> None:
     free = open_folder(out).free_bytes()
     if free is not None and size > free:
         raise InputError(
-            f"out={out}: about {megabytes(size)} are needed, {megabytes(free)} are free; "
+            f"out={out}: about {size_text(size)} are needed, {size_text(free)} are free; "
             "use max_bytes, a smaller log_top_k, or another disk"
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from deferral_train.collecting.plan import Plan, announcement, megabytes, refuse_small_disk
+from deferral_train.collecting.plan import Plan, announcement, refuse_small_disk, size_text
 
 if TYPE_CHECKING:
     from deferral_train.collecting.engine import CollectModule
@@ -49,11 +49,12 @@ class Progress:
 
     def advance(self, tokens: int, written: int) -> None:
         if self._bar is not None:
-            self._bar.set_postfix_str(megabytes(written), refresh=False)
+            self._bar.set_postfix_str(size_text(written), refresh=False)
             self._bar.update(tokens)
 
-    def end(self) -> None:
+    def end(self, written: int) -> None:
         if self._bar is not None:
+            self._bar.set_postfix_str(size_text(written))
             self._bar.close()
 
 

@@ -115,6 +115,14 @@ class Layout:
         """Bytes of one row's values, without Arrow's own few bytes per shard."""
         return sum(width(kind) * numpy_type(kind).itemsize for kind in self.columns.values())
 
+    @property
+    def shard_bytes(self) -> int:
+        """Most bytes that a shard takes beyond its values: Arrow's messages and the padding of each buffer."""
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, self.arrow) as stream:
+            stream.write_batch(pa.RecordBatch.from_pylist([], schema=self.arrow))
+        return int(sink.getvalue().size) + 64 * len(self.columns)
+
     def batch(self, columns: Mapping[str, np.ndarray]) -> pa.RecordBatch:
         """One record batch of NumPy columns ([N] or [N, K]), converted to the stored types.
 
