@@ -72,7 +72,7 @@ class Study:
             for name in ("opt", "diff", "opt_verifier")
         }
         found["opt_recalibrated_law"] = self._at_all(self._tempered_gap())
-        for kind in ("temperature", "isotonic"):
+        for kind in ("platt", "isotonic"):
             head = PlugInHead(recalibration=kind)
             fit_recalibration(head, self.traces["fit"])
             found[f"opt_recalibrated_{kind}"] = self._at_all(head.gap(summary).double())
@@ -173,7 +173,7 @@ def verdicts(results: Mapping[str, Any], sizes: Sequence[int]) -> dict[str, bool
         rules = results["doubled"]["rules"]
         head = rules[last]["regret"]["value"]
         claims["doubled: at most 0.25 of OPT"] = rules[last]["ratio_to_opt"]["value"] <= 0.25
-        for name in ("opt_recalibrated_law", "opt_recalibrated_temperature", "opt_verifier"):
+        for name in ("opt_recalibrated_law", "opt_recalibrated_platt", "opt_verifier"):
             claims[f"doubled: below {name}"] = head < rules[name]["regret"]["value"]
     if "as_they_come" in results:
         difference = results["as_they_come"]["rules"][last]["minus_opt"]

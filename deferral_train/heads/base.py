@@ -32,7 +32,7 @@ class DeferralHead(nn.Module):
         loss: the loss whose gap is estimated: ``"zero_one"``, ``"log"`` or ``"prob"``.
         body: ``"linear"`` or ``"mlp"`` with widths ``hidden``.
         widths: width of each hidden-state feature.
-        recalibration: ``"none"``, ``"temperature"`` or ``"isotonic"``, applied to max q and max p on entry.
+        recalibration: ``"none"``, ``"platt"`` or ``"isotonic"``, applied to max q and max p on entry.
     """
 
     head_type: ClassVar[str]

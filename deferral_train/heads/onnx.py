@@ -52,13 +52,13 @@ def export_onnx(head: DeferralHead, path: str | Path) -> Path:
     """
     onnx = _module("onnx")
     _module("onnxscript")
-    head = head.eval().cpu()
+    head = head.cpu().eval()
     example = _inputs(head, torch.full((2, head.inputs.width), 0.5))
     with torch.no_grad():
         names = [name for name in OUTPUTS if name in head(*example)]
     batch = torch.export.Dim("batch", min=1)
     program = torch.onnx.export(
-        _Flat(head, names),
+        _Flat(head, names).eval(),
         example,
         input_names=["columns", "alpha"][: len(example)],
         output_names=names,

@@ -1,4 +1,4 @@
-"""Recalibration of q and p for decisions only: temperatures and isotonic maps fitted on gold tokens.
+"""Recalibration of q and p for decisions only: temperature, Platt and isotonic maps fitted on gold tokens.
 
 Sampling laws are never altered. ``Recalibration`` lives inside a head and maps the two confidences ``max
 q`` and ``max p`` to estimates of P(v_q) and P(v_p); ``fit_temperature`` rescales a whole law from its
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from deferral_train.errors import InputError
 
-KINDS = ("none", "temperature", "isotonic")
+KINDS = ("none", "platt", "isotonic")
 CONFIDENCES = ("drafter_max", "verifier_max")
 KNOTS = 33
 
@@ -38,18 +38,22 @@ def golden_section(loss: Callable[[float], float], low: float, high: float, step
     return (a + b) / 2
 
 
-def fit_confidence_temperature(confidence: Tensor, correct: Tensor) -> float:
-    """T minimising the binary log loss of ``sigmoid(logit(confidence) / T)`` against ``correct``, both
-    ``[N]``.
+def fit_platt(confidence: Tensor, correct: Tensor, steps: int = 25) -> tuple[float, float]:
+    """Slope and bias minimising the log loss of ``sigmoid(slope * logit(confidence) + bias)`` (Platt, 1999).
+
+    ``confidence`` and ``correct`` are ``[N]``; Newton's method with a slight ridge, in float64.
     """
     odds = torch.logit(confidence.double(), eps=1e-6)
-    label = correct.double()
-
-    def loss(log_t: float) -> float:
-        scaled = odds / np.exp(log_t)
-        return float(nn.functional.binary_cross_entropy_with_logits(scaled, label))
-
-    return float(np.exp(golden_section(loss, -3.0, 3.0)))
+    design = torch.stack([odds, torch.ones_like(odds)], dim=-1)
+    weights = torch.tensor([1.0, 0.0], dtype=torch.float64, device=odds.device)
+    ridge = 1e-6 * torch.eye(2, dtype=torch.float64, device=odds.device)
+    for _ in range(steps):
+        predicted = torch.sigmoid(design @ weights)
+        gradient = design.T @ (predicted - correct.double())
+        curvature = (design * (predicted * (1 - predicted)).unsqueeze(-1)).T @ design + ridge
+        step = torch.linalg.solve(curvature, gradient)
+        weights = weights - step.clamp(-2, 2)
+    return float(weights[0]), float(weights[1])
 
 
 def temper(logprobs: Tensor, tail: Tensor, vocab_size: int, temperature: float) -> Tensor:
@@ -113,7 +117,8 @@ def interpolate(x: Tensor, knots: Tensor, values: Tensor) -> Tensor:
 class Recalibration(nn.Module):
     """Maps ``max q`` and ``max p`` to calibrated estimates of P(v_q), P(v_p); the identity until fitted."""
 
-    temperature: Tensor
+    slope: Tensor
+    bias: Tensor
     knots: Tensor
     values: Tensor
 
@@ -122,8 +127,9 @@ class Recalibration(nn.Module):
         if kind not in KINDS:
             raise InputError(f"recalibration {kind!r} is unknown; choose one of: {', '.join(KINDS)}")
         self.kind = kind
-        if kind == "temperature":
-            self.register_buffer("temperature", torch.ones(2))
+        if kind == "platt":
+            self.register_buffer("slope", torch.ones(2))
+            self.register_buffer("bias", torch.zeros(2))
         elif kind == "isotonic":
             line = torch.linspace(0, 1, KNOTS).repeat(2, 1)
             self.register_buffer("knots", line.clone())
@@ -136,8 +142,8 @@ class Recalibration(nn.Module):
         for which, pair in enumerate((drafter, verifier)):
             if pair is None or self.kind == "none":
                 continue
-            if self.kind == "temperature":
-                self.temperature[which] = fit_confidence_temperature(*pair)
+            if self.kind == "platt":
+                self.slope[which], self.bias[which] = fit_platt(*pair)
             else:
                 self._fit_isotonic(which, *pair)
 
@@ -150,8 +156,9 @@ class Recalibration(nn.Module):
 
     def forward(self, confidence: Tensor, which: int) -> Tensor:
         """Calibrated confidence, same shape; ``which`` is 0 for the drafter and 1 for the verifier."""
-        if self.kind == "temperature":
-            return torch.sigmoid(torch.logit(confidence, eps=1e-6) / self.temperature[which])
+        if self.kind == "platt":
+            odds = torch.logit(confidence, eps=1e-6)
+            return torch.sigmoid(self.slope[which] * odds + self.bias[which])
         if self.kind == "isotonic":
             return interpolate(confidence, self.knots[which], self.values[which])
         return confidence

@@ -15,6 +15,9 @@ from deferral_train.rules.base import Dial, Rule, TokenRule
 from deferral_train.rules.learned import LearnedRule
 from deferral_train.rules.summary import Summary
 
+# P^(v_p) comes by two ways, from the summary and from log p, log q; rounding must not break the tie for v_p.
+TIE = 1e-6
+
 
 @dataclass(frozen=True)
 class LearnedTokenRule(TokenRule):
@@ -42,6 +45,7 @@ class LearnedTokenRule(TokenRule):
     def keep(self, drafter_logprobs: Tensor, verifier_logprobs: Tensor, summary: Summary) -> Tensor:
         value = self.head.verifier_value(summary).unsqueeze(-1)
         loss = value - self.head.truth(drafter_logprobs, verifier_logprobs, summary)
+        loss = loss - TIE
         if not self.priced:
             return loss <= self.alpha
         price = 1 - (verifier_logprobs - drafter_logprobs).nan_to_num(nan=0.0).exp()
