@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,9 @@ def _train(config: PairConfig, out: Path, progress: Progress | None) -> PairResu
     text = load_training_text(config.text)
     overlap.write_training_ids(out / overlap.FILE, text.train)
     tokenizer = _tokenizer(config, out / "work" / "tokenizer", text)
+    batched = _encoded(config, tokenizer, text.train)
     batches = {
-        role: _batches(config, tokenizer, text.train, schedule.batch, config.seed + offset)
+        role: batched(schedule.batch, config.seed + offset)
         for offset, (role, schedule) in enumerate(_schedules(config).items())
     }
     losses = {"verifier": _one_model("verifier", config, out, tokenizer, batches["verifier"], None, progress)}
@@ -169,15 +171,16 @@ def _tokenizer(config: PairConfig, folder: Path, text: TrainingText) -> Any:
     return load_tokenizer(folder)
 
 
-def _batches(config: PairConfig, tokenizer: Any, texts: Sequence[Prompt], size: int, seed: int) -> Batches:
+def _encoded(config: PairConfig, tokenizer: Any, texts: Sequence[Prompt]) -> Callable[[int, int], Batches]:
+    """Encode the texts once; the result makes batches of a given size and seed."""
     if config.kind == "t5":
         sources = _encode(tokenizer, [text.prompt for text in texts], config.context)
         targets = _encode(tokenizer, [text.reference or "" for text in texts], config.context)
-        return PairBatches(sources, targets, tokenizer.pad_token_id, size, seed)
+        return partial(PairBatches, sources, targets, tokenizer.pad_token_id)
     stream: list[int] = []
     for ids in _encode(tokenizer, [text.prompt for text in texts], None):
         stream += [*ids, tokenizer.eos_token_id]
-    return WindowBatches(torch.tensor(stream, dtype=torch.int32), config.context, size, seed)
+    return partial(WindowBatches, torch.tensor(stream, dtype=torch.int32), config.context)
 
 
 def _encode(tokenizer: Any, texts: list[str], longest: int | None) -> list[list[int]]:
