@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -285,7 +286,7 @@ def _check_offline(rule: Rule, case: Case, context: Summary | None) -> None:
     """A decision from a summary that went through columns is the decision from the logits."""
     laws = case.laws()
     online = rule.read(laws, None, context)
-    offline = Summary.from_columns({name: column.numpy().copy() for name, column in online.items()})
+    offline = Summary.from_columns({name: column.clone() for name, column in online.items()})
     if isinstance(rule, PositionRule) and not rule.needs & TOKEN_FIELDS and not rule.is_lossless:
         assert torch.equal(rule.defer(online), rule.defer(offline)), f"{rule.name}: offline decision differs"
     if isinstance(rule, TokenRule) and not rule.is_lossless:
@@ -300,7 +301,7 @@ def _check_refusals(rule: Rule, context: Summary | None) -> None:
     for bad, what in ((torch.nan, "NaN"), (torch.inf, "+inf")):
         broken = logits.clone()
         broken[0, 2] = bad
-        _refused(lambda b=broken: rule.target(logits, b, context=context), rule, f"{what} logits")
+        _refused(partial(rule.target, logits, broken, context=context), rule, f"{what} logits")
     _refused(lambda: rule.target(logits, logits[:, 1:], context=context), rule, "another vocabulary")
     if rule.reads_drafter_confidence and not rule.is_lossless:
         drafted = torch.zeros(1, 1, dtype=torch.int64)

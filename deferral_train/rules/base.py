@@ -218,6 +218,10 @@ class TokenRule(Rule):
         """
         raise NotImplementedError
 
+    def keep_probs(self, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
+        """`keep` from probabilities q, p [.., K] of the decision laws, for rules that need no logarithm."""
+        return self.keep(q.log(), p.log(), summary)
+
     def _law(self, laws: Laws, summary: Summary) -> Tensor:
         keep = self.keep(laws.drafter_logprobs, laws.verifier_logprobs, summary)
         return keep_law(laws.q, laws.p, keep & laws.support)

@@ -56,15 +56,17 @@ class Block:
         verifier = as_float(verifier_logits, "verifier_logits")
         vocabulary = verifier.shape[-1]
         _check_shape("verifier_logits", verifier, rows, (drafts + 1,), vocabulary)
-        given: dict[str, Tensor | None] = {}
+        given: dict[str, Tensor | None] = dict.fromkeys(
+            ("drafter_logits", "drafter_sampling_logits", "verifier_sampling_logits")
+        )
         for name, logits, counts in (
             ("drafter_logits", drafter_logits, (drafts, drafts + 1)),
             ("drafter_sampling_logits", drafter_sampling_logits, (drafts, drafts + 1)),
             ("verifier_sampling_logits", verifier_sampling_logits, (drafts + 1,)),
         ):
-            given[name] = None if logits is None else as_float(logits, name)
-            if given[name] is not None:
-                _check_shape(name, given[name], rows, counts, vocabulary)
+            if logits is not None:
+                given[name] = as_float(logits, name)
+                _check_shape(name, as_float(logits, name), rows, counts, vocabulary)
         if drafter_logits is None and drafter_sampling_logits is not None:
             raise InputError(
                 "drafter_sampling_logits without drafter_logits; pass both, or neither (one-hot)"
@@ -81,7 +83,7 @@ class Block:
             context=_check_context(context, rows, drafts),
             verifier_logits=verifier,
             **given,
-        )  # type: ignore[arg-type]
+        )
 
     @property
     def inside(self) -> Tensor:

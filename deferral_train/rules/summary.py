@@ -87,6 +87,8 @@ class Summary(Mapping[str, Tensor]):
     InputError naming it.
     """
 
+    _columns: dict[str, Tensor]
+
     def __init__(self, columns: Mapping[str, Tensor]) -> None:
         unknown = sorted(set(columns) - set(FIELDS))
         if unknown:

@@ -1,7 +1,7 @@
 """Verification of a drafted block for a whole batch: accepted length, next token, origin of each token.
 
 Reading order: `verify_block`, then scoring.py (what the rule says), limit.py (the walk along the block), and
-`_next_tokens` (correction or bonus).
+`_corrections` and `_bonuses` (the next token). rowwise.py does the first three at once for large vocabularies.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from deferral_train.rules.base import Rule, named
 from deferral_train.rules.block import BONUSES, Block
 from deferral_train.rules.learned import Judge
 from deferral_train.rules.limit import Walk, walk
+from deferral_train.rules.rowwise import applies, verify_rows
 from deferral_train.rules.sampling import draw, uniforms
 from deferral_train.rules.scoring import score_block
 from deferral_train.rules.summary import Summary
@@ -103,13 +104,18 @@ def verify_block(
         )  # fmt: skip
         rows, drafts = drafted.shape
         numbers = None if block.temperature == 0 else uniforms(rows, drafts, generator, verifier_logits)
-        with_gap = max_request_loss is not None
+        limited = max_request_loss is not None
         uniform, last = (None, None) if numbers is None else numbers
-        scores = score_block(rule, block, with_gap, uniform)
-        steps = walk(scores, block.lengths, uniform, max_request_loss, spent)
-        next_token, spent = _next_tokens(rule, block, steps, bonus, last, max_request_loss)
-        origin = _origins(steps, block, next_token)
-        return Verdict(steps.accepted, next_token, origin, scores.deferred, spent)
+        if uniform is not None and last is not None and applies(rule, block, limited):
+            found = verify_rows(rule, block, uniform, last)
+            deferred, next_token = found.deferred, found.correction
+            steps = Walk(found.accepted, found.kept, torch.ones_like(found.kept), None)
+        else:
+            scores = score_block(rule, block, limited, uniform)
+            steps = walk(scores, block.lengths, uniform, max_request_loss, spent)
+            deferred, next_token = scores.deferred, _corrections(rule, block, steps, last)
+        next_token, spent = _bonuses(rule, block, steps, next_token, bonus, last, max_request_loss)
+        return Verdict(steps.accepted, next_token, _origins(steps, block, next_token), deferred, spent)
 
 
 def _check_request(rule: Rule, drafter_logits: Tensor | None, bonus: str, limit: float | None) -> None:
@@ -126,20 +132,29 @@ def _check_request(rule: Rule, drafter_logits: Tensor | None, bonus: str, limit:
         raise InputError(f"max_request_loss is {limit}; use a finite number >= 0")
 
 
-def _next_tokens(
-    rule: Rule, block: Block, steps: Walk, bonus: str, uniform: Tensor | None, limit: float | None
-) -> tuple[Tensor, Tensor | None]:
-    """The correction of rejected rows and the bonus of the others, [B], and what is spent with the bonus."""
-    next_token, spent = torch.full_like(block.lengths, -1), steps.spent
-    rejected = steps.accepted < block.lengths
-    rows = rejected.nonzero(as_tuple=True)[0]
+def _corrections(rule: Rule, block: Block, steps: Walk, uniform: Tensor | None) -> Tensor:
+    """The correction of rejected rows [B]; -1 elsewhere."""
+    next_token = torch.full_like(block.lengths, -1)
+    rows = (steps.accepted < block.lengths).nonzero(as_tuple=True)[0]
     for batch, step in block.chunks(rows, steps.accepted[rows]):
         number = None if uniform is None else uniform[batch]
         next_token[batch] = _correction(rule, block, batch, step, steps.allowed[batch, step], number)
-    if bonus == "none":
-        return next_token, spent
-    rows = (~rejected).nonzero(as_tuple=True)[0]
-    for batch, step in block.chunks(rows, block.lengths[rows]):
+    return next_token
+
+
+def _bonuses(
+    rule: Rule,
+    block: Block,
+    steps: Walk,
+    next_token: Tensor,
+    bonus: str,
+    uniform: Tensor | None,
+    limit: float | None,
+) -> tuple[Tensor, Tensor | None]:
+    """next_token [B] with the bonus of rows that were emitted whole, and what is spent with it."""
+    spent = steps.spent
+    rows = (steps.accepted == block.lengths).nonzero(as_tuple=True)[0]
+    for batch, step in block.chunks(rows, block.lengths[rows]) if bonus != "none" else ():
         if bonus == "verifier" or rule.is_lossless:
             pi = block.verifier_row(batch, step).p
         else:
