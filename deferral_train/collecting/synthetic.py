@@ -6,13 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from deferral_train import provenance
+from deferral_train.collecting.measure import Measure
 from deferral_train.pairs.synthetic import SyntheticChunk, SyntheticLanguage, chunks, sample_sequences
-from deferral_train.rules.summary import summarize
 from deferral_train.traces import Chunk, Manifest, Traces, TraceWriter, open_traces, prepare_folder
-from deferral_train.traces.schema import SUMMARY_COLUMNS, TOKEN_COLUMNS
 
 CHUNK_SEQUENCES = 1024
 
@@ -69,24 +67,12 @@ def _manifest(
 def _columns(part: SyntheticChunk, first: int, top_k: int, truth: bool) -> dict[str, np.ndarray]:
     """Columns of the rows of a chunk, flat over (sequence, position)."""
     count, length = part.gold.shape
-    summary = summarize(part.drafter_logits, part.verifier_logits, token=part.gold)
-    columns = {name: summary[name] for name in (*SUMMARY_COLUMNS, *TOKEN_COLUMNS)}
-    columns["gold"] = part.gold
-    prompts = torch.arange(first + part.first, first + part.first + count)
-    columns["prompt"] = prompts.unsqueeze(1).expand(count, length)
-    columns["position"] = torch.arange(length).expand(count, length)
-    columns |= part.truth_columns() if truth else {}
-    columns |= _tops(part.drafter_logits, part.verifier_logits, top_k) if top_k else {}
-    return {name: value.reshape(count * length, *value.shape[2:]).numpy() for name, value in columns.items()}
-
-
-def _tops(drafter_logits: Tensor, verifier_logits: Tensor, top_k: int) -> dict[str, Tensor]:
-    laws = {"drafter": drafter_logits.log_softmax(-1), "verifier": verifier_logits.log_softmax(-1)}
-    columns = {}
-    for role, law in laws.items():
-        ids = law.topk(top_k, dim=-1).indices
-        columns[f"{role}_top_ids"] = ids
-        columns[f"{role}_tail"] = (1 - law.gather(-1, ids).exp().sum(-1)).clamp(0, 1)
-        for other, values in laws.items():
-            columns[f"{role}_top_{other}_logprobs"] = values.gather(-1, ids)
-    return columns
+    logits = [each.reshape(count * length, -1) for each in (part.drafter_logits, part.verifier_logits)]
+    gold = part.gold.flatten()
+    columns = Measure(logits[0].shape[1], top_k)(*logits, torch.arange(len(gold)), gold)
+    del columns["finite"]  # the laws of a table are
+    columns["gold"] = gold
+    columns["prompt"] = torch.arange(first + part.first, first + part.first + count).repeat_interleave(length)
+    columns["position"] = torch.arange(length).repeat(count)
+    columns |= {name: values.flatten() for name, values in part.truth_columns().items()} if truth else {}
+    return {name: values.numpy() for name, values in columns.items()}

@@ -231,7 +231,7 @@ def test_the_announcement_says_tokens_time_and_bytes(
     assert said is not None
     assert int(said[1]) == tokens
     written = open_traces(tmp_path).bytes / 1000
-    assert written * 0.8 < int(said[3]) < written * 1.2
+    assert written <= int(said[3]) < written + 9  # at most so much for what Arrow adds to three shards
     assert "tok/s" in text
     assert f"{written:.0f} kB]" in text
 

@@ -1,0 +1,259 @@
+"""Collecting against the two bare forward passes over the same batches, with bytes per token and memory.
+
+    python -m benchmarks.collect                     # a trained T5 pair, CPU (--pair FOLDER holds drafter/, verifier/)
+    python -m benchmarks.collect --device cuda       # random weights: a Llama verifier of 1.1B parameters
+
+Repetitions interleave bare passes and collecting in one process; ratios are of medians. Collecting is timed whole:
+folder checks, Lightning's start, writing with fsync. Memory is the high-water mark of a process of its own, at two
+numbers of tokens. Without a pair on the CPU, random T5 models of the shared pair's shape stand in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from deferral_train import provenance
+from deferral_train.collecting import CollectConfig, collect
+from deferral_train.collecting.plan import make_plan
+from deferral_train.collecting.scoring import make_inputs
+from deferral_train.pairs.load import ModelPair, load_models, make_pair
+from deferral_train.pairs.prompts import Prompt, read_prompts
+from deferral_train.traces import open_traces
+
+SHARED = Path(os.environ.get("DEFERRAL_TRAIN_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+LIMITS = {"cpu": 0.70, "cuda": 0.95}
+BYTES = {64: 1150, 0: 120}
+# What others store per token; sources: their repositories and issues, read in 2026.
+PEERS = {
+    "JointAdaSpec (labels)": 33,
+    "SpecDec++ (labels)": 80,
+    "CITER (hidden states)": 6_100,
+    "R2R (hidden states)": 7_400,
+    "SpecForge (hidden states, issue 426)": 17_900,
+    "DeepSpec (hidden states)": 30_700,
+    "speculators (hidden states)": 32_800,
+}
+
+
+def main() -> int:
+    options = parse()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("benchmarks.collect: no CUDA device here; nothing was run", file=sys.stderr)
+        return 2
+    torch.set_num_threads(options.threads)
+    pair, prompts, name = workload(options)
+    if options.memory_of is not None:
+        print(json.dumps(memory(pair, prompts[: options.memory_of], options)))
+        return 0
+    result = {
+        "benchmark": "collect",
+        "pair": name,
+        "device": device_name(options.device),
+        "threads": options.threads,
+        "repetitions": options.repetitions,
+        "limits": {"ratio": LIMITS[options.device], "bytes": BYTES},
+        "top_k": {str(k): compare(pair, prompts, k, options) for k in (64, 0)},
+        "memory": [memory_in_child(count, options) for count in (len(prompts) // 4, len(prompts))],
+        "peers_bytes_per_token": PEERS,
+        "provenance": provenance.collect({"prompts": options.seed}),
+    }
+    print(table(result))
+    if options.out:
+        provenance.write_json(options.out, result)
+        print(f"written: {options.out}")
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--pair", type=Path, default=SHARED / "models" / "multi30k-en-de")
+    parser.add_argument("--text", type=Path, default=SHARED / "data" / "multi30k")
+    parser.add_argument("--prompts", type=int, default=2000)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help="of torch; the writer has a thread of its own")
+    parser.add_argument("--batch-tokens", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+def workload(options: argparse.Namespace) -> tuple[ModelPair, list[Prompt], str]:
+    """Pair, prompts and what to call them."""
+    if options.device == "cuda":
+        return random_llama_pair(), random_prompts(options, 64, 256), "random Llama, 1.1B and 0.16B, bfloat16"
+    if options.pair.is_dir() and options.text.is_dir():
+        pair = load_models(options.pair / "drafter", options.pair / "verifier", "cpu")
+        source, target = (options.text / f"train.{language}.gz" for language in ("en", "de"))
+        prompts = read_prompts(source, reference_path=target, limit=options.prompts)
+        return pair, prompts, f"trained T5 pair {options.pair.name}"
+    return random_t5_pair(), random_prompts(options, 14, 18), "random T5 pair of 0.4M and 2M parameters"
+
+
+def word_tokenizer(size: int) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "</s>", "<unk>", *(f"w{n}" for n in range(size - 3))]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def random_prompts(options: argparse.Namespace, prompt: int, reference: int) -> list[Prompt]:
+    """Random words, lengths spread around the given means."""
+    random = np.random.default_rng(options.seed)
+
+    def text(mean: int) -> str:
+        return " ".join(f"w{n}" for n in random.integers(0, 3900, random.integers(mean // 2, mean * 3 // 2)))
+
+    return [Prompt(str(n), text(prompt), text(reference)) for n in range(options.prompts)]
+
+
+def random_t5_pair() -> ModelPair:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    def model(width: int, layers: int, inner: int, heads: int) -> Any:
+        sizes = {"d_model": width, "num_layers": layers, "num_decoder_layers": layers, "d_ff": inner}
+        config = T5Config(vocab_size=4000, num_heads=heads, d_kv=32, feed_forward_proj="gated-gelu", **sizes)
+        return T5ForConditionalGeneration(config)
+
+    torch.manual_seed(0)
+    return make_pair(model(64, 1, 192, 2), model(144, 2, 576, 4), word_tokenizer(4000))
+
+
+def random_llama_pair() -> ModelPair:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def model(width: int, layers: int, inner: int, heads: int) -> Any:
+        sizes = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": inner}
+        config = LlamaConfig(
+            vocab_size=32000,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 4,
+            dtype="bfloat16",
+            **sizes,
+        )
+        with torch.device("cuda"):
+            return LlamaForCausalLM(config).to(torch.bfloat16)
+
+    torch.manual_seed(0)
+    return make_pair(model(768, 12, 2048, 12), model(2048, 22, 5632, 32), word_tokenizer(32000))
+
+
+def config(k: int, options: argparse.Namespace) -> CollectConfig:
+    return CollectConfig(
+        log_top_k=k, batch_tokens=options.batch_tokens, seed=options.seed, device=options.device
+    )
+
+
+def compare(pair: ModelPair, prompts: list[Prompt], k: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Tokens per second of bare passes and of collecting, their ratio, bytes per token."""
+    plan = make_plan(config(k, options), pair, prompts, None, options.device)
+    bare, whole, size = [], [], 0
+    for repetition in range(options.repetitions + 1):
+        start = time.perf_counter()
+        bare_passes(pair, plan)
+        bare.append(time.perf_counter() - start)
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            collect(config(k, options), folder, progress=False, models=pair, prompts=prompts)
+            whole.append(time.perf_counter() - start)
+            size = open_traces(folder).bytes
+        print(
+            f"  top {k}, repetition {repetition}: bare {bare[-1]:.2f} s, collect {whole[-1]:.2f} s",
+            flush=True,
+        )
+    seconds = [statistics.median(times[1:]) for times in (bare, whole)]  # the first is a warm-up
+    return {
+        "tokens": plan.tokens,
+        "batch_tokens": plan.manifest.chunking["batch_tokens"],
+        "bare_tokens_per_second": plan.tokens / seconds[0],
+        "collect_tokens_per_second": plan.tokens / seconds[1],
+        "ratio": seconds[0] / seconds[1],
+        "bytes_per_token": size / plan.tokens,
+    }
+
+
+@torch.inference_mode()
+def bare_passes(pair: ModelPair, plan: Any) -> None:
+    """Both models over the very batches that collecting runs, and nothing else."""
+    for chunk in plan.manifest.chunks:
+        for batch in chunk.batches:
+            prompts = [plan.prompts[number] for number in batch]
+            ids, tokens = [p.input_ids for p in prompts], [p.reference_ids for p in prompts]
+            for model in (pair.drafter, pair.verifier):
+                model(**make_inputs(model, ids, tokens, pair.device).model_inputs, use_cache=False)
+    if pair.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def memory(pair: ModelPair, prompts: list[Prompt], options: argparse.Namespace) -> dict[str, Any]:
+    """High-water mark of this process before and after collecting."""
+    small = prompts[:300]
+    with tempfile.TemporaryDirectory() as folder:
+        collect(config(64, options), folder, progress=False, models=pair, prompts=small)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with tempfile.TemporaryDirectory() as folder:
+        collect(config(64, options), folder, progress=False, models=pair, prompts=prompts)
+        tokens = len(open_traces(folder))
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "tokens": tokens,
+        "peak_megabytes": after / 1024,
+        "above_one_shard_megabytes": (after - before) / 1024,
+    }
+
+
+def memory_in_child(count: int, options: argparse.Namespace) -> dict[str, Any]:
+    arguments = [
+        f"--{name}={getattr(options, name)}"
+        for name in ("device", "pair", "text", "prompts", "threads", "seed")
+    ]
+    command = [sys.executable, "-m", "benchmarks.collect", *arguments, f"--memory-of={count}"]
+    return json.loads(
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    )
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [f"{result['pair']}; {result['device']}, {result['threads']} torch thread(s)"]
+    for k, row in result["top_k"].items():
+        speeds = (
+            f"{row['collect_tokens_per_second']:,.0f} tokens/s, bare {row['bare_tokens_per_second']:,.0f}"
+        )
+        ratio = f"ratio {row['ratio']:.2f} (limit {result['limits']['ratio']})"
+        size = f"{row['bytes_per_token']:,.0f} bytes/token (limit {BYTES[int(k)]:,})"
+        lines.append(f"  top {k:>2}: {speeds}, {ratio}, {size}")
+    lines += [f"  {row['tokens']:,} tokens: peak {row['peak_megabytes']:.0f} MB" for row in result["memory"]]
+    lines += [f"  {size:>8,} bytes/token  {peer}" for peer, size in PEERS.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
