@@ -51,14 +51,18 @@ class Work:
 def predict(
     traces: Traces, rule: Rule, *, temperature: float | None = None, num_draft_tokens: int = 5
 ) -> Work:
-    """Expected work per prompt if ``rule`` decoded the logged sequences."""
+    """Expected work per prompt if ``rule`` decoded the logged sequences, under the limit of tokens that they
+    had.
+    """
+    limit = traces.manifest.settings.get("max_new_tokens")
     table = read_positions(
         traces, rule.needs, truth="verifier", temperature=temperature, with_candidates=True
     )
     parts = []
     for block in table.blocks():
         deferral, rejection = deferral_and_rejection(rule, block)
-        work = block_chain(1 - rejection[:, None], block.layout, num_draft_tokens, deferral[:, None])
+        cut = None if limit is None else block.layout.lengths == limit
+        work = block_chain(1 - rejection[:, None], block.layout, num_draft_tokens, deferral[:, None], cut)
         assert work.deferred is not None
         parts.append((work.calls, work.judged, work.rejected, work.deferred))
     calls, judged, rejected, deferred = (np.concatenate(columns)[:, 0] for columns in zip(*parts))

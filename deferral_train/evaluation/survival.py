@@ -80,6 +80,7 @@ def block_chain(
     layout: Layout,
     num_draft_tokens: int = 5,
     deferral: np.ndarray | None = None,
+    cut: np.ndarray | None = None,
 ) -> Blocks:
     """Expected calls and decisions of the logged sequences, under S settings at once.
 
@@ -88,12 +89,22 @@ def block_chain(
         layout: of the N rows.
         num_draft_tokens: block size g >= 1.
         deferral: [N, S] probability that the position is deferred where it is judged.
+        cut: [P] prompts that ended at a limit of tokens. Drafting leaves room for the verifier's own token,
+            so
+            that the last position within the limit is never drafted.
     """
     shape = (len(layout.lengths), acceptance.shape[1])
     calls, judged, rejected, deferred = (np.zeros(shape, dtype=np.float64) for _ in range(4))
-    for rows, place, drafted in _walk(acceptance, layout, num_draft_tokens):
+    last = (
+        np.full(len(layout.lengths), -1)
+        if cut is None
+        else np.where(cut, layout.starts + layout.lengths - 1, -1)
+    )
+    last = last[layout.longest_first]
+    for rows, place, chance in _walk(acceptance, layout, num_draft_tokens):
         running = slice(len(rows))
         calls[running] += place[0]
+        drafted = np.where((rows == last[running])[:, None], 0, chance)
         judged[running] += drafted
         rejected[running] += drafted * (1 - acceptance[rows])
         if deferral is not None:

@@ -128,8 +128,8 @@ def nice(value: float | None) -> str:
     """A number for reading: about three digits."""
     if value is None or not math.isfinite(value):
         return "–"
-    if value == 0:
-        return "0"
+    if value == 0 or isinstance(value, int):
+        return str(int(value))
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
     return f"{value:.{min(digits, 6)}f}" if abs(value) < 1e6 else f"{value:.3g}"
 

@@ -15,8 +15,7 @@ from deferral_train.errors import InputError
 from deferral_train.evaluation import score_rules
 from deferral_train.rules import TokenRule
 from deferral_train.traces import Traces
-
-from .conftest import Language
+from evaluation.language import Language
 
 ALPHAS = [-0.5, 0.0, 0.1, 0.6]
 
@@ -143,16 +142,22 @@ def test_a_head_is_scored_like_the_rule_it_imitates(traces: Traces) -> None:
     assert table.calibration["head"]["calibration_error"] < table.calibration["opt"]["calibration_error"]
 
 
-def test_several_folders_of_one_pair_are_one_table(language: Language, traces: Traces, tmp_path: Path) -> None:
+def test_several_folders_of_one_pair_are_one_table(
+    language: Language, traces: Traces, tmp_path: Path
+) -> None:
     ids = traces.prompt_ids
     parts = [traces.select_prompts(ids[40:]), traces.select_prompts(ids[:40])]
-    whole, joined = (score_rules(source, ["opt", "token_v3"], bootstrap=50, grid=3) for source in (traces, parts))
+    whole, joined = (
+        score_rules(source, ["opt", "token_v3"], bootstrap=50, grid=3) for source in (traces, parts)
+    )
     for name in ("opt", "token_v3"):
         for metric, values in whole[name].metrics.items():
             np.testing.assert_allclose(joined[name].metrics[metric], values, rtol=1e-5)
 
 
-def test_same_numbers_whatever_the_blocks_and_threads(traces: Traces, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_numbers_whatever_the_blocks_and_threads(
+    traces: Traces, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = score_rules(traces, ["opt", "chow"], bootstrap=20, grid=7).as_dict()
     monkeypatch.setattr("deferral_train.evaluation.positions.Positions.spans.__defaults__", (100,))
     cut = score_rules(traces, ["opt", "chow"], bootstrap=20, grid=7, workers=3).as_dict()
@@ -164,7 +169,9 @@ def _numbers(points: list[dict]) -> list[float]:
 
 
 def test_intervals_cover_the_population_value(tmp_path: Path) -> None:
-    """Twenty draws of 60 prompts: the 90% interval of OPT's rejection rate misses the large-sample value rarely."""
+    """Twenty draws of 60 prompts: the 90% interval of OPT's rejection rate misses the large-sample value
+    rarely.
+    """
     options = {"bootstrap": 300, "confidence": 0.9, "grid": {"opt": [0.1]}}
     truth = score_rules(Language(2000, seed=99).write(tmp_path / "all"), ["opt"], **options)["opt"]
     missed = 0
@@ -176,7 +183,9 @@ def test_intervals_cover_the_population_value(tmp_path: Path) -> None:
 
 
 def test_files_hold_the_table(traces: Traces, tmp_path: Path) -> None:
-    table = score_rules(traces, ["opt"], grid=3, bootstrap=50, costs={"drafter": 0.1, "verifier": 1.0}, prefixes=2)
+    table = score_rules(
+        traces, ["opt"], grid=3, bootstrap=50, costs={"drafter": 0.1, "verifier": 1.0}, prefixes=2
+    )
     points = json.loads(table.to_json(tmp_path / "scores.json").read_text())["points"]
     rows = list(csv.DictReader(table.to_csv(tmp_path / "scores.csv").open()))
     assert len(rows) == len(points)

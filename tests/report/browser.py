@@ -69,15 +69,16 @@ class Browser:
     def press(self, key: str) -> None:
         """A key on whatever has the focus, as a keyboard sends it."""
         codes = {"ArrowRight": 39, "ArrowLeft": 37, "Home": 36, "End": 35, "Enter": 13, "Tab": 9}
-        for kind in ("rawKeyDown", "keyUp"):
+        for kind in ("keyDown" if key == "Enter" else "rawKeyDown", "keyUp"):
             event = {"type": kind, "key": key, "code": key, "windowsVirtualKeyCode": codes[key]}
-            self.cdp("Input.dispatchKeyEvent", event)
+            text = {"text": "\r"} if key == "Enter" and kind == "keyDown" else {}
+            self.cdp("Input.dispatchKeyEvent", event | text)
 
     def middle(self, css: str) -> tuple[float, float]:
-        """Where an element is in the window, after scrolling it into view."""
+        """Where an element's first line is in the window, after scrolling it into view."""
         script = (
             "const e = document.querySelector(arguments[0]); e.scrollIntoView({block: 'center'});"
-            "const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]"
+            "const r = e.getClientRects()[0]; return [r.x + r.width / 2, r.y + r.height / 2]"
         )
         x, y = self.js(script, css)
         return x, y
@@ -104,8 +105,7 @@ class Browser:
 
     def tap(self, css: str) -> None:
         x, y = self.middle(css)
-        self.cdp("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [{"x": x, "y": y}]})
-        self.cdp("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+        self.cdp("Input.synthesizeTapGesture", {"x": x, "y": y, "gestureSourceType": "touch"})
 
     def errors(self) -> list[str]:
         """Messages that the page left in the console, warnings and errors."""

@@ -1,0 +1,71 @@
+import sys
+
+import numpy as np
+import pytest
+from sacrebleu.metrics import CHRF
+
+from deferral_train.errors import InputError
+from deferral_train.evaluation.online import online_table
+from deferral_train.evaluation.quality import corpus_bleu, per_prompt
+
+SQUAD = [("The Eiffel Tower!", "Eiffel tower", 1.0), ("in Paris, France", "Paris", 0.5), ("", "x", 0.0)]
+GSM = [
+    ("so 4+4 = 8.\n#### 8", "#### 8", 1.0),
+    ("the answer is 1,200", "... #### 1200", 1.0),
+    ("7 eggs", "#### 8", 0.0),
+]
+
+
+@pytest.mark.parametrize(("metric", "cases"), [("squad_f1", SQUAD), ("gsm8k", GSM)])
+def test_metrics_on_cases_done_by_hand(metric: str, cases: list[tuple[str, str, float]]) -> None:
+    texts, references, expected = zip(*cases)
+    np.testing.assert_allclose(per_prompt(metric, texts, references), expected)
+
+
+def test_chrf_is_sacrebleus_and_rouge_is_between_its_bounds() -> None:
+    text, reference = "the small cat sat", "the cat sat down"
+    expected = CHRF().sentence_score(text, [reference]).score / 100
+    assert per_prompt("chrf", [text], [reference])[0] == pytest.approx(expected)
+    assert per_prompt("rouge1", [text], [reference])[0] == pytest.approx(0.75)
+    assert per_prompt("rougeL", [reference], [reference])[0] == pytest.approx(1.0)
+    assert corpus_bleu([reference], [reference]) == pytest.approx(100.0)
+
+
+def test_pass_at_one_by_a_users_program() -> None:
+    program = f"command:{sys.executable} -c 'import sys; sys.exit(\"42\" not in sys.stdin.read())'"
+    assert list(per_prompt(program, ["it is 42", "no"], [None, None])) == [1.0, 0.0]
+    with pytest.raises(InputError, match="cannot be run"):
+        per_prompt("command:/no/such/program", ["x"], [None])
+
+
+def rows(rule: str, texts: list[str], emitted: int) -> list[dict]:
+    return [
+        {
+            "id": f"p{i}",
+            "rule": rule,
+            "repetition": 0,
+            "text": t,
+            "reference": "a b c d",
+            "counts": {"emitted": emitted},
+        }
+        for i, t in enumerate(texts)
+    ]
+
+
+def test_online_table_pairs_rules_on_the_same_prompts() -> None:
+    good, bad = ["a b c d"] * 20, ["a b c d"] * 10 + ["x"] * 10
+    outputs = rows("lossless", good, 4) + rows("opt:alpha=0.2", bad, 5)
+    batches = [
+        {"rule": rule, "repetition": r, "batch": b, "seconds": s * (1 + b)}
+        for rule, s in (("verifier_only", 3.0), ("lossless", 2.0), ("opt:alpha=0.2", 1.0))
+        for r in range(3)
+        for b in range(12)
+    ]
+    table = online_table(outputs, batches)
+    opt = table["opt:alpha=0.2"]
+    assert opt["length_ratio"].value == 1.25
+    assert opt["speed"].value == pytest.approx(3.0)
+    assert opt["speed"].high == pytest.approx(3.0)
+    assert opt["quality_difference"].value == pytest.approx(-0.5, abs=0.01)
+    assert opt["quality_difference"].high < 0
+    assert table["lossless"]["quality_difference"].value == 0
