@@ -23,5 +23,5 @@ def execute(execution: str, cascade: Cascade) -> None:
     The drafter alone needs no verification, whatever the execution: it runs as a token cascade that never
         defers.
     """
-    alone = cascade.rule.name == "drafter_only"
+    alone = cascade.rule.name == "drafter_only" and cascade.max_request_loss is None
     EXECUTIONS["token" if alone else execution](cascade)

@@ -214,7 +214,9 @@ def _verdict(cascade: Cascade, draft: Draft, decision: Tensor, sampling: Tensor 
     rule, bonus = cascade.rule, cascade.bonus if cascade.rule.drafts else "verifier"
     context = context_of(cascade, draft)
     greedy = cascade.laws.temperature == 0.0
-    if greedy and is_plain(rule, bonus, cascade.max_request_loss, sampling):
+    # Without a draft nothing can be kept, so that there is nothing to charge.
+    limit = cascade.max_request_loss if draft.logits.shape[1] else None
+    if greedy and is_plain(rule, bonus, limit, sampling):
         return verify_greedy(rule, draft.tokens, draft.logits, decision, draft.lengths, context)
     return verify_block(
         rule,
@@ -228,8 +230,8 @@ def _verdict(cascade: Cascade, draft: Draft, decision: Tensor, sampling: Tensor 
         bonus=bonus,
         generator=cascade.generator,
         context=context,
-        max_request_loss=cascade.max_request_loss,
-        spent=cascade.spent,
+        max_request_loss=limit,
+        spent=cascade.spent if limit is not None else None,
     )
 
 

@@ -67,8 +67,8 @@ class Settings:
 
     @property
     def call_size(self) -> int:
-        """Prompts handed over in one call; single prompts go one by one."""
-        return 1 if self.batch_size == 1 else self.batch_size * self.queue
+        """Prompts handed over in one call."""
+        return self.batch_size * self.queue
 
 
 @dataclass(frozen=True)

@@ -57,9 +57,17 @@ class Stepper:
     def _select_encoded(self) -> None:
         """Encoder states and mask of the running rows."""
         self.encoder: tuple[BaseModelOutput, Tensor | None] | None = None
-        if self._all_encoded is not None:
+        if self._all_encoded is not None and self.tokens.rows:
             states, mask = self._all_encoded
             index = self.tokens.index
+            if mask is not None and self.tokens.at_once == 1:
+                # One row at a time: no other row's padding needs to be attended to and masked.
+                row = self.tokens.rows[0]
+                present = mask[row].nonzero()
+                first, last = int(present[0]), int(present[-1]) + 1
+                states, mask = states[:, first:last], mask[:, first:last]
+                if bool(mask[row].all()):
+                    mask = None
             chosen = BaseModelOutput(last_hidden_state=states.index_select(0, index))
             self.encoder = chosen, None if mask is None else mask.index_select(0, index)
 

@@ -60,17 +60,21 @@ class TokenRows:
         """Tokens that each running row may still emit."""
         return [self.max_length - length for length in self.lengths]
 
-    def _uniform(self) -> bool:
-        return len(self.rows) == len(self.ids) and min(self.lengths) == max(self.lengths)
+    def _block(self) -> slice | None:
+        """The running rows as a slice of ``ids`` where they lie together and are of one length, else None."""
+        if min(self.lengths) != max(self.lengths) or self.rows[-1] - self.rows[0] != len(self.rows) - 1:
+            return None
+        return slice(self.rows[0], self.rows[-1] + 1)
 
     def window(self, behind: int, ahead: int) -> Tensor:
         """The last ``behind`` tokens of each running row and ``ahead`` columns more, [B, behind + ahead].
 
         A row shorter than ``behind`` gets its first token in the columns before it.
         """
-        if self._uniform():
+        block = self._block()
+        if block is not None:
             length = self.lengths[0]
-            return self.ids[:, length - behind : length + ahead]
+            return self.ids[block, length - behind : length + ahead]
         columns = self._columns(-behind, ahead)
         if behind > min(self.lengths):
             columns = columns.clamp(min=0)
@@ -78,9 +82,10 @@ class TokenRows:
 
     def write(self, offset: int, block: Tensor) -> None:
         """Put ``block`` [B, n] behind each row's end, ``offset`` columns on."""
-        if self._uniform():
+        together = self._block()
+        if together is not None:
             begin = self.lengths[0] + offset
-            self.ids[:, begin : begin + block.shape[1]] = block
+            self.ids[together, begin : begin + block.shape[1]] = block
         else:
             self.ids[self.index[:, None], self._columns(offset, offset + block.shape[1])] = block
 
