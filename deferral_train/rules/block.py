@@ -94,7 +94,8 @@ class Block:
     @property
     def rows_per_chunk(self) -> int:
         """Rows worked on at a time: as many as a cache holds, one at a large vocabulary."""
-        return max(1, CHUNK_ELEMENTS // self.verifier_logits.shape[-1])
+        elements = CHUNK_ELEMENTS if self.verifier_logits.device.type == "cpu" else 4 * CHUNK_ELEMENTS
+        return max(1, elements // self.verifier_logits.shape[-1])
 
     def chunks(self, batch: Tensor, step: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Positions (batch [R], step [R]) in chunks; none where there are none."""

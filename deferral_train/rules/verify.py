@@ -1,7 +1,8 @@
 """Verification of a drafted block for a whole batch: accepted length, next token, origin of each token.
 
 Reading order: `verify_block`, then scoring.py (what the rule says), limit.py (the walk along the block), and
-`_corrections` and `_bonuses` (the next token). rowwise.py does the first three at once for large vocabularies.
+`_corrections` and `_bonuses` (the next token). rowwise.py does the first three at once for large vocabularies on a
+CPU, dense.py the first in one graph on CUDA.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
+from deferral_train.rules import dense
 from deferral_train.rules.base import Rule, named
 from deferral_train.rules.block import BONUSES, Block
 from deferral_train.rules.learned import Judge
@@ -111,7 +113,10 @@ def verify_block(
             deferred, next_token = found.deferred, found.correction
             steps = Walk(found.accepted, found.kept, torch.ones_like(found.kept), None)
         else:
-            scores = score_block(rule, block, limited, uniform)
+            if uniform is not None and dense.applies(rule, block, limited):
+                scores = dense.score_dense(rule, block, limited, uniform)
+            else:
+                scores = score_block(rule, block, limited, uniform)
             steps = walk(scores, block.lengths, uniform, max_request_loss, spent)
             deferred, next_token = scores.deferred, _corrections(rule, block, steps, last)
         next_token, spent = _bonuses(rule, block, steps, next_token, bonus, last, max_request_loss)
