@@ -110,7 +110,7 @@ def _parse(name: str, module: ModuleType, words: list[str]) -> dict[str, Any]:
         parsed = parser.parse_args(words)
     except ArgumentError as error:
         raise InputError(_one_line(str(error))) from None
-    settings = parser.instantiate_classes(parsed).as_dict()
+    settings = parser.instantiate(parsed).as_dict()
     settings.pop("config", None)
     return settings
 

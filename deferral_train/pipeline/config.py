@@ -216,7 +216,7 @@ def read_config(path: str | Path, **overrides: Any) -> RunConfig:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(RunConfig, sub_configs=True)
     try:
-        parsed = parser.instantiate_classes(parser.parse_path(str(path)))
+        parsed = parser.instantiate(parser.parse_path(str(path)))
     except ArgumentError as error:
         raise InputError(f"{path}: {' '.join(str(error).split())}") from None
     return RunConfig(**{**parsed.as_dict(), **overrides})

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from deferral_train.errors import InputError
 from deferral_train.pairs.corpora import code_prompts, stdlib_sources
-from deferral_train.pairs.overlap import check_no_overlap, read_training_ids
+from deferral_train.pairs.overlap import FILE, check_no_overlap, read_training_ids
 from deferral_train.pairs.prompts import Prompt, read_prompts, write_prompts
 from deferral_train.pairs.training_text import content_hash
 from deferral_train.pipeline.config import PARTS, TextConfig
@@ -56,13 +56,13 @@ def refuse_seen(pair_folder: Path, run: Path) -> int:
     """Refuse prompts that the pair was trained on, where the pair recorded its training ids; returns how many
     training texts were compared with (0 where there is no record).
     """
-    from deferral_train.pairs.overlap import FILE
-
     if not (pair_folder / FILE).is_file():
         return 0
     seen = read_training_ids(pair_folder)
     for part in PARTS:
-        check_no_overlap(seen, read_part(run, part))
+        # Training ids know nothing of the parts that this run's ids carry.
+        prompts = [replace(p, id=p.id.removeprefix(f"{part}/")) for p in read_part(run, part)]
+        check_no_overlap(seen, prompts)
     return len(seen["ids"])
 
 

@@ -154,22 +154,22 @@ def _headline(
     cost_ratio: float,
     pays: bool,
 ) -> str:
-    saved = 1 - calls[chosen["label"]] / calls["verifier_only"]
+    speed = f"{speedup.value:.2f}x the verifier's speed{_range(speedup.as_dict())}"
     lost = ""
     if quality["difference"] is not None:
         lost = f"; {quality['metric']} {quality['difference']:+.2f} against lossless{_range(quality)}"
     if pays:
-        return f"{chosen['name']} is {speedup.value:.2f}x as fast as the verifier alone{_range(speedup.as_dict())}{lost}"
+        return f"{chosen['name']} runs at {speed}{lost}"
+    length = 1 / calls[chosen["label"]]
     return (
-        f"no setting helps this pair in wall clock, because a verifier pass costs only {cost_ratio:.1f} drafter passes: "
-        f"{chosen['name']} runs at {speedup.value:.2f}x{_range(speedup.as_dict())} the verifier's speed "
-        f"while it saves {saved:.0%} of the verifier's calls{lost}"
+        f"No setting helps this pair in wall clock: {chosen['name']} runs at {speed}, because {length:.1f} tokens a "
+        f"verifier call do not pay for drafting where a verifier pass costs {cost_ratio:.1f} drafter passes{lost}"
     )
 
 
 def _range(interval: Mapping[str, Any]) -> str:
     return (
-        "" if interval["low"] is None else f" (95% interval {interval['low']:.2f} to {interval['high']:.2f})"
+        "" if interval["low"] is None else f" ({interval['low']:.2f} to {interval['high']:.2f})"
     )
 
 
