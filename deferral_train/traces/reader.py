@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,9 @@ from deferral_train.traces.manifest import ChunkRecord, Manifest, read_header, r
 from deferral_train.traces.schema import flat_values, numpy_type, width
 
 READERS = min(4, os.cpu_count() or 1)  # threads; checking and copying release the interpreter
+
+
+_SUMMARY_TYPES = {"float": np.dtype(np.float32), "int": np.dtype(np.int64)}
 
 
 class Shard:
@@ -146,11 +149,19 @@ class Traces:
             raise InputError(f"the traces have no column {name!r}; they have {', '.join(columns)}")
         return columns[name]
 
-    def _gather(self, names: Iterable[str]) -> dict[str, np.ndarray]:
-        """Columns copied together shard by shard into arrays allocated once."""
+    def _gather(
+        self, names: Iterable[str], types: Mapping[str, np.dtype] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Columns copied together shard by shard into arrays allocated once, [N * K] each.
+
+        Args:
+            names: columns.
+            types: to convert to on the way, where it is not the stored one.
+        """
         kinds = {name: self._kind(name) for name in names}
         out = {
-            name: np.empty(len(self) * width(kind), dtype=numpy_type(kind)) for name, kind in kinds.items()
+            name: _empty(len(self) * width(kind), (types or {}).get(name, numpy_type(kind)))
+            for name, kind in kinds.items()
         }
 
         def fill(number: int) -> None:
@@ -191,7 +202,9 @@ class Traces:
         source = self._tv_source(temperature) if "tv" in names else None
         wanted = [name for name in names if name != "tv"]
         wanted += [name for name in source or () if name not in wanted]
-        arrays = self._gather(dict.fromkeys(wanted))
+        arrays = self._gather(
+            dict.fromkeys(wanted), {name: _SUMMARY_TYPES[FIELDS[name].dtype] for name in wanted}
+        )
         columns = {name: self._tensor(name, arrays[name]) for name in names if name != "tv"}
         if source is not None:
             columns["tv"] = _tv([torch.from_numpy(arrays[name]) for name in source])
@@ -206,9 +219,7 @@ class Traces:
 
     def _tensor(self, name: str, values: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(values)
-        if name in HIDDEN_FIELDS:
-            return tensor.view(len(self), -1).float()
-        return tensor.long() if FIELDS[name].dtype == "int" else tensor
+        return tensor.view(len(self), -1) if name in HIDDEN_FIELDS else tensor
 
     def _tv_source(self, temperature: float | None) -> tuple[str, ...]:
         if temperature is None or temperature == self.manifest.temperature:
@@ -266,6 +277,11 @@ class Traces:
                 shards.append(shard)
                 rows.append(chosen if before is None else before[chosen])
         return Traces(self.manifest, shards, self.complete, rows, numbers)
+
+
+def _empty(count: int, kind: np.dtype) -> np.ndarray:
+    """Torch's memory: NumPy asks for huge pages, which the kernel may spend seconds on assembling."""
+    return torch.empty(count, dtype=torch.from_numpy(np.empty(0, dtype=kind)).dtype).numpy()
 
 
 def _tv(values: Sequence[torch.Tensor]) -> torch.Tensor:
