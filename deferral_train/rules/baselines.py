@@ -35,8 +35,12 @@ class Lossy(LawRule):
 
     def law(self, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
         """pi [.., V]."""
-        cap = _inverse(1 - self.alpha, p)
+        cap = self.cap(p)
         return clip_between(q, p, normalising_floor(q, p, cap), cap)
+
+    def cap(self, p: Tensor) -> Tensor:
+        """1/(1 - alpha), infinite at alpha = 1, [.., 1]."""
+        return _inverse(1 - self.alpha, p)
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ class Cactus(LawRule):
         """
         raised = self.raised(p)
         rejected = (q - raised).clamp(min=0.0)
-        scale = torch.where(p < 1, (1 - raised) / (1 - p), torch.ones_like(p)).clamp(0.0, 1.0)
+        scale = ((1 - raised) / torch.where(p < 1, 1 - p, torch.ones_like(p))).clamp(0.0, 1.0)
         ratio = torch.where(p > 0, q / p, torch.full_like(p, torch.inf))
         order = ratio.argsort(dim=-1)
         ratio_sorted = ratio.gather(-1, order)
@@ -112,7 +116,8 @@ class Cactus(LawRule):
         count = torch.searchsorted(ratio_sorted, scale.contiguous())  # tokens with q/p < c_x
         normaliser = scale * mass_p.gather(-1, count) - mass_q.gather(-1, count)
         # The normaliser is at least q(x) - h_x(x), so that the weight is at most 1.
-        weight = torch.where(rejected > 0, rejected / torch.maximum(normaliser, rejected), rejected)
+        share = torch.maximum(normaliser, rejected)
+        weight = rejected / torch.where(rejected > 0, share, torch.ones_like(share))
         by_scale = scale.argsort(dim=-1)
         first = torch.searchsorted(scale.gather(-1, by_scale), ratio, right=True)
         weight_sorted, scale_sorted = weight.gather(-1, by_scale), scale.gather(-1, by_scale)

@@ -25,7 +25,11 @@ def normalising_floor(q: Tensor, p: Tensor, cap: Tensor) -> Tensor:
     largest of b P(A) - Q(A) over token sets A, and the best A is a prefix in the order of q/p; so b = min
     over prefixes of (R + Q(A))/P(A).
     """
-    cut = (q - torch.minimum(q, _capped(p, cap))).sum(dim=-1, keepdim=True)
+    return floor_for_cut(q, p, (q - torch.minimum(q, _capped(p, cap))).sum(dim=-1, keepdim=True))
+
+
+def floor_for_cut(q: Tensor, p: Tensor, cut: Tensor) -> Tensor:
+    """The floor b whose rise sum (b p - q)+ replaces a given cut R, [.., 1]."""
     ratio = torch.where(p > 0, q / p, torch.full_like(p, torch.inf))
     order = ratio.argsort(dim=-1)
     mass_p = p.gather(-1, order).cumsum(dim=-1)
@@ -65,4 +69,5 @@ def _most_log(dtype: torch.dtype) -> float:
 
 
 def _capped(p: Tensor, cap: Tensor) -> Tensor:
-    return torch.where(p > 0, p * cap, torch.zeros_like(p))
+    # An infinite cap is the largest number instead, so that gradients stay finite.
+    return torch.where(p > 0, p * cap.clamp(max=torch.finfo(p.dtype).max), torch.zeros_like(p))

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from deferral_train.errors import InputError
 from deferral_train.rules.base import LawRule, PositionRule, Rule, TokenRule
-from deferral_train.rules.baselines import Biased, Cactus, Ensemble
+from deferral_train.rules.baselines import Biased, Cactus, Ensemble, Lossy, Mentored
 from deferral_train.rules.emission import rejection_mass
+from deferral_train.rules.floors import clip_between, floor_for_cut
 from deferral_train.rules.learned import Judge
 from deferral_train.rules.summary import Summary
-from deferral_train.rules.tails import Candidates, TailedLaws, argmax_logprobs, needs_candidates
+from deferral_train.rules.tails import Candidates, TailedLaws, align, argmax_logprobs, needs_candidates
 
 Estimate = tuple[Tensor, Tensor]
 
@@ -41,7 +42,7 @@ def deferral_rate(
     if isinstance(rule, TokenRule):
         if temperature == 0:
             return _exact((~_keeps_argmax(rule, summary)).double())
-        candidates = needs_candidates(candidates, rule.name)
+        summary, candidates = align(summary, needs_candidates(candidates, rule.name))
         laws = TailedLaws.of(candidates, summary["tv"], temperature)
         low, high = _eta(rule, summary, candidates, laws)
         return _between(low, high, laws.slack)
@@ -69,7 +70,7 @@ def rejection_rate(
     if temperature == 0:
         token, bound = _greedy_token(rule, summary, candidates)
         return (token != summary["drafter_argmax"]).double(), bound
-    candidates = needs_candidates(candidates, rule.name)
+    summary, candidates = align(summary, needs_candidates(candidates, rule.name))
     laws = TailedLaws.of(candidates, summary["tv"], temperature)
     if isinstance(rule, TokenRule):
         low, high = _token_rejection(rule, summary, candidates, laws)
@@ -92,6 +93,7 @@ def emitted_law(rule: Rule, summary: Summary, candidates: Candidates, temperatur
         token, bound = _greedy_token(rule, summary, candidates)
         pi = (candidates.ids == token.unsqueeze(-1)).double()
         return pi, bound.unsqueeze(-1).expand_as(pi)
+    summary, candidates = align(summary, candidates)
     tv = summary["tv"] if "tv" in summary else torch.zeros(summary.shape, dtype=torch.float64)
     laws = TailedLaws.of(candidates, tv, temperature)
     slack = laws.slack.unsqueeze(-1)
@@ -105,11 +107,8 @@ def emitted_law(rule: Rule, summary: Summary, candidates: Candidates, temperatur
         low, high = (eta.unsqueeze(-1) for eta in _eta(rule, summary, candidates, laws))
         kept = laws.q * _keep(rule, summary, candidates)
         return _between(kept + low * laws.p, kept + high * laws.p, slack)
-    count = laws.q.shape[-1]
-    first, second = (
-        _law_rule(rule).law(*laws.with_tail(dispersed), summary)[..., :count] for dispersed in (False, True)
-    )
-    return _between(torch.minimum(first, second), torch.maximum(first, second), slack)
+    low, high = _law_range(_law_rule(rule), summary, laws)
+    return _between(low, high, slack)
 
 
 def emitted_gold_risk(
@@ -160,7 +159,9 @@ def _keep(rule: TokenRule, summary: Summary, candidates: Candidates) -> Tensor:
 
 
 def _keeps_argmax(rule: TokenRule, summary: Summary) -> Tensor:
-    return rule.keep(*argmax_logprobs(summary), summary).squeeze(-1)
+    logprobs = argmax_logprobs(summary)
+    top = summary["verifier_max"].double().log().exp()  # as the candidate's own exp(log p) rounds
+    return rule.keep(*logprobs, summary.with_fields({"verifier_max": top})).squeeze(-1)
 
 
 def _eta(
@@ -197,15 +198,37 @@ def _token_rejection(
 
 
 def _law_rejection(rule: LawRule, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
-    rates = []
-    for dispersed in (False, True):
-        q, p = laws.with_tail(dispersed)
-        rates.append(rejection_mass(rule.law(q, p, summary), q))
+    def rate(q: Tensor, p: Tensor) -> Tensor:
+        return rejection_mass(rule.law(q, p, summary), q)
+
+    most = rate(*laws.with_tail(dispersed=True))
     if isinstance(rule, Cactus):
         # Its leave is concave in p: many small tail tokens may all pass, so that the tail may add nothing.
-        q, p = laws.q, laws.p
-        return (q - rule.raised(p)).clamp(min=0.0).sum(dim=-1), rates[1]
-    return torch.minimum(rates[0], rates[1]), torch.maximum(rates[0], rates[1])
+        return (laws.q - rule.raised(laws.p)).clamp(min=0.0).sum(dim=-1), most
+    if isinstance(rule, Mentored):
+        # An optimum: a coarser pair never rejects more.
+        return rate(*laws.with_single_tail()), most
+    return torch.minimum(rate(*laws.with_tail(dispersed=False)), most), most
+
+
+def _law_range(rule: LawRule, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
+    """Lowest and highest pi on the candidates, [N, K] each."""
+    q, p, count = laws.q, laws.p, laws.q.shape[-1]
+    if isinstance(rule, Cactus):
+        return torch.minimum(q, rule.raised(p)), torch.ones_like(p)
+    if isinstance(rule, Mentored):
+        return torch.minimum(q, p), torch.maximum(q, p)
+    if isinstance(rule, Lossy):
+        cap = rule.cap(p)
+        cuts = _law_rejection(rule, summary, laws)
+        # More is cut and less is raised in a merged tail: the floor lies between these two.
+        low = floor_for_cut(*laws.with_tail(dispersed=True), cuts[0].unsqueeze(-1))
+        high = floor_for_cut(*laws.with_single_tail(), cuts[1].unsqueeze(-1))
+        return clip_between(q, p, low, cap), clip_between(q, p, torch.maximum(low, high), cap)
+    first, second = (
+        rule.law(*laws.with_tail(dispersed), summary)[..., :count] for dispersed in (False, True)
+    )
+    return torch.minimum(first, second), torch.maximum(first, second)
 
 
 def _greedy_token(rule: Rule, summary: Summary, candidates: Candidates | None) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ called. Entropies and divergences are in nats; argmax ties go to the lowest inde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -254,9 +255,10 @@ def _kl(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _js(laws: Laws) -> Tensor:
-    middle = torch.logaddexp(laws.drafter_logprobs, laws.verifier_logprobs) - torch.log(
-        torch.tensor(2.0, dtype=laws.drafter_logits.dtype)
-    )
+    # Finite stand-ins for log 0: where both are 0 the gradient of logaddexp would be NaN.
+    least = torch.finfo(laws.drafter_logits.dtype).min / 4
+    both = laws.drafter_logprobs.clamp(min=least), laws.verifier_logprobs.clamp(min=least)
+    middle = torch.logaddexp(*both) - math.log(2)
     halves = _mean_under(laws.drafter_logprobs, laws.drafter_logprobs - middle)
     halves = halves + _mean_under(laws.verifier_logprobs, laws.verifier_logprobs - middle)
     return (halves * 0.5).clamp(min=0.0)

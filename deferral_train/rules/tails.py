@@ -9,7 +9,7 @@ Shapes: N positions, K candidates.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -112,6 +112,14 @@ class TailedLaws:
         overlap = torch.minimum(tail_q - excess, tail_p)
         return cls(q, p, excess, overlap, tail_p - overlap, slack_q + slack_p)
 
+    def with_single_tail(self) -> tuple[Tensor, Tensor]:
+        """(q, p) with the tail merged into one token: a coarser pair, whose D_TV may be smaller, [N, K+1]."""
+        tail_q, tail_p = self.overlap + self.excess, self.overlap + self.verifier_rest
+        return (
+            torch.cat([self.q, tail_q.unsqueeze(-1)], dim=-1),
+            torch.cat([self.p, tail_p.unsqueeze(-1)], dim=-1),
+        )
+
     def with_tail(self, dispersed: bool) -> tuple[Tensor, Tensor]:
         """(q, p) with the tail's pseudo tokens appended, [N, K+3] or [N, K+2]."""
         zero = torch.zeros_like(self.excess)
@@ -136,6 +144,29 @@ def _tempered(logprobs: Tensor, least: Tensor, temperature: float) -> tuple[Tens
     most = tail * (least * (1 / temperature - 1)).exp()
     middle = logged + most / 2
     return powered / middle.unsqueeze(-1), most / 2 / middle, most / (logged + most) / 2
+
+
+def align(summary: Summary, candidates: Candidates) -> tuple[Summary, Candidates]:
+    """Both argmaxes with the summary's own probabilities in place of the logged ones.
+
+    Candidates are logged in half precision; a threshold at max p must not be missed by the argmax itself.
+    """
+    drafter, verifier = candidates.drafter_logprobs, candidates.verifier_logprobs
+    columns: dict[str, Tensor] = {}
+    for who in ("drafter", "verifier"):
+        if f"{who}_max" not in summary:
+            continue
+        top = summary[f"{who}_max"].double().log()
+        columns[f"{who}_max"] = top.exp()
+        if f"{who}_argmax" in summary:
+            here = candidates.ids == summary[f"{who}_argmax"].unsqueeze(-1)
+            if who == "drafter":
+                drafter = torch.where(here, top.unsqueeze(-1), drafter)
+            else:
+                verifier = torch.where(here, top.unsqueeze(-1), verifier)
+    return summary.with_fields(columns), replace(
+        candidates, drafter_logprobs=drafter, verifier_logprobs=verifier
+    )
 
 
 def needs_candidates(candidates: Candidates | None, rule: str) -> Candidates:

@@ -1,0 +1,140 @@
+"""Offline estimates from logged candidates against the whole laws: exact where said, within the bound elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from instances import DraftGap, build, instances, label
+
+from deferral_train.errors import InputError
+from deferral_train.rules import make_rule, summarize
+from deferral_train.rules.base import PositionRule
+from deferral_train.rules.emission import rejection_mass
+from deferral_train.rules.laws import Laws
+from deferral_train.rules.offline import (
+    Candidates,
+    acceptance_rate,
+    deferral_rate,
+    emitted_gold_risk,
+    emitted_law,
+    rejection_rate,
+)
+
+N, V, K = 120, 60, 8
+RULES = [r for r in instances() if r.name != "judge"]
+
+
+def logged(temperature, seed=1, kept=K):
+    generator = torch.Generator().manual_seed(seed)
+    verifier = torch.randn(N, V, generator=generator, dtype=torch.float64) * 2
+    drafter = verifier + torch.randn(N, V, generator=generator, dtype=torch.float64)
+    log_q, log_p = torch.log_softmax(drafter, -1), torch.log_softmax(verifier, -1)
+    q_ids, p_ids = log_q.topk(kept).indices, log_p.topk(kept).indices
+    gold = torch.randint(0, V, (N,), generator=generator)
+    candidates = Candidates.union(
+        q_ids, (log_q.gather(1, q_ids), log_p.gather(1, q_ids)),
+        p_ids, (log_q.gather(1, p_ids), log_p.gather(1, p_ids)),
+    )  # fmt: skip
+    summary = summarize(drafter, verifier, temperature=temperature, token=gold)
+    return drafter, verifier, candidates, summary, gold
+
+
+def sampling(logits, temperature):
+    if temperature == 0:
+        return torch.nn.functional.one_hot(logits.argmax(-1), V).double()
+    return torch.softmax(logits / temperature, -1)
+
+
+def test_candidates_hold_no_token_twice():
+    _, _, candidates, _, gold = logged(1.0)
+    for joined in (candidates, candidates.with_token(gold, gold * 0.0, gold * 0.0)):
+        for row in joined.ids.tolist():
+            real = [x for x in row if x >= 0]
+            assert len(real) == len(set(real))
+    both = candidates.with_token(gold, gold * 0.0, gold * 0.0)
+    assert bool((both.ids == gold.unsqueeze(1)).any(1).all())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("rule", RULES, ids=label)
+def test_rejection_within_its_bound(rule, temperature):
+    drafter, verifier, candidates, summary, _ = logged(temperature)
+    pi = rule.target(drafter, verifier, temperature)
+    exact = rejection_mass(pi, sampling(drafter, temperature))
+    value, bound = rejection_rate(rule, summary, candidates, temperature)
+    assert bool(((value - exact).abs() <= bound + 1e-9).all())
+    if isinstance(rule, PositionRule):
+        assert not bool(bound.any())
+        torch.testing.assert_close(rejection_rate(rule, summary, None, temperature)[0], value)
+    elif rule.name in ("ensemble", "biased") and temperature == 1:
+        torch.testing.assert_close(value, exact, atol=1e-12, rtol=0)
+    accepted, same = acceptance_rate(rule, summary, candidates, temperature)
+    torch.testing.assert_close(accepted, 1 - value)
+    torch.testing.assert_close(same, bound)
+
+
+def test_bounds_are_useful():
+    """With 8 of 60 tokens logged the tail must not drown the numbers; with all logged it is nothing."""
+    _, _, candidates, summary, _ = logged(1.0)
+    for name in ("token_v2", "token_v3", "typical", "lossy", "lenient", "mentored"):
+        value, bound = rejection_rate(build(name, {}), summary, candidates)
+        assert float(bound.mean()) < 0.08, name
+        assert float(value.mean()) > 0.02, name
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.8])
+@pytest.mark.parametrize("name", ["opt", "token_v1", "token_v3", "typical", "ensemble", "lossy"])
+def test_below_temperature_one(name, temperature):
+    drafter, verifier, candidates, summary, _ = logged(temperature, kept=32)
+    rule = make_rule(name)
+    exact = rejection_mass(rule.target(drafter, verifier, temperature), sampling(drafter, temperature))
+    value, bound = rejection_rate(rule, summary, candidates, temperature)
+    assert bool(((value - exact).abs() <= bound + 1e-9).all())
+    assert float(bound.mean()) < 0.1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("rule", RULES, ids=label)
+def test_emitted_law_and_gold_risk(rule, temperature):
+    drafter, verifier, candidates, summary, gold = logged(temperature)
+    pi = rule.target(drafter, verifier, temperature)
+    law, bound = emitted_law(rule, summary, candidates, temperature)
+    real = candidates.ids >= 0
+    exact = pi.gather(1, candidates.ids.clamp(min=0))
+    if rule.name != "cactus":
+        assert bool(((law - exact).abs() <= bound + 1e-9)[real].all())
+    value, slack = emitted_gold_risk(rule, summary, candidates, gold, temperature)
+    risk = 1 - pi.gather(1, gold.unsqueeze(1)).squeeze(1)
+    if rule.name != "cactus":
+        assert bool(((value - risk).abs() <= slack + 1e-9).all())
+    if isinstance(rule, PositionRule):
+        torch.testing.assert_close(value, risk, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("rule", [r for r in RULES if not hasattr(r, "law")], ids=label)
+def test_deferral_rate(rule, temperature):
+    drafter, verifier, candidates, summary, _ = logged(temperature)
+    value, bound = deferral_rate(rule, summary, candidates, temperature)
+    q = sampling(drafter, temperature)
+    if rule.is_lossless:
+        exact = torch.ones(N, dtype=torch.float64)
+    elif isinstance(rule, PositionRule):
+        exact = rule.defer(summary).expand(N).double()
+    else:
+        laws = Laws.of(drafter, verifier)
+        keep = rule.keep(laws.drafter_logprobs, laws.verifier_logprobs, summary)
+        exact = (q * ~keep).sum(-1)
+    assert bool(((value - exact).abs() <= bound + 1e-9).all())
+
+
+def test_what_cannot_be_scored_offline_is_refused():
+    _, _, candidates, summary, _ = logged(1.0)
+    with pytest.raises(InputError, match=r"rule token_v3: .*candidates"):
+        rejection_rate(make_rule("token_v3"), summary)
+    with pytest.raises(InputError, match="judge"):
+        rejection_rate(build("judge", {}), summary, candidates)
+    with pytest.raises(InputError, match=r"temperature 1\.5"):
+        rejection_rate(make_rule("token_v3"), summary, candidates, temperature=1.5)
+    value, _ = rejection_rate(make_rule("learned", head=DraftGap()), summary)
+    assert value.shape == (N,)
