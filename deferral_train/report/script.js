@@ -93,7 +93,7 @@
 
     const placeOf = (event) => Array.prototype.indexOf.call(box.children, event.target.closest(".token"));
     box.addEventListener("mouseover", (event) => select(placeOf(event)));
-    box.addEventListener("click", (event) => select(placeOf(event)));
+    box.addEventListener("pointerdown", (event) => select(placeOf(event)));
     box.addEventListener("keydown", (event) => {
       const last = box.children.length - 1;
       const to = { ArrowRight: selected + 1, ArrowLeft: selected - 1, Home: 0, End: last }[event.key];

@@ -105,7 +105,17 @@ class Browser:
 
     def tap(self, css: str) -> None:
         x, y = self.middle(css)
-        self.cdp("Input.synthesizeTapGesture", {"x": x, "y": y, "gestureSourceType": "touch"})
+        self.cdp("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [{"x": x, "y": y}]})
+        self.cdp("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
+    def becomes(self, script: str, value: Any, seconds: float = 5.0) -> bool:
+        """Whether a script comes to return ``value``: the click that follows a tap arrives later."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if self.js(script) == value:
+                return True
+            time.sleep(0.05)
+        return False
 
     def errors(self) -> list[str]:
         """Messages that the page left in the console, warnings and errors."""

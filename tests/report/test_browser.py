@@ -52,7 +52,7 @@ def test_token_view_by_keyboard_mouse_and_touch(browser: Browser, page: Path) ->
     assert browser.js("return document.querySelector('[aria-selected=true]').id") == "token-2"
     browser.open(page, *WIDTHS["phone"])
     browser.tap("#token-3")
-    assert browser.js("return document.querySelector('[aria-selected=true]').id") == "token-3"
+    assert browser.becomes("return document.querySelector('[aria-selected=true]').id", "token-3")
 
 
 def test_tokens_are_coloured_by_origin(browser: Browser, page: Path, run_folder: Path) -> None:
