@@ -78,7 +78,8 @@ class Browser:
         """Where an element's first line is in the window, after scrolling it into view."""
         script = (
             "const e = document.querySelector(arguments[0]); e.scrollIntoView({block: 'center'});"
-            "const r = e.getClientRects()[0]; return [r.x + r.width / 2, r.y + r.height / 2]"
+            "const r = e.getClientRects()[0], v = window.visualViewport;"
+            "return [r.x + r.width / 2 - v.offsetLeft, r.y + r.height / 2 - v.offsetTop]"
         )
         x, y = self.js(script, css)
         return x, y
