@@ -1,0 +1,118 @@
+"""evaluate, choose and report as users call them: files, exit codes, one line on bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deferral_train import DeferralHead, cli
+from deferral_train.heads.gap import GapHead
+from deferral_train.provenance import write_text
+from deferral_train.traces import Traces
+from evaluation.language import VOCABULARY, Language
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, language: Language) -> Path:
+    root = tmp_path_factory.mktemp("commands")
+    language.write(root / "traces", 0.0, VOCABULARY)
+    head = GapHead(["drafter_max", "verifier_max", "tv"], hidden=[4])
+    head.save_pretrained(root / "head")
+    return root
+
+
+def rows(prompts: int = 400) -> str:
+    """Outputs of lossless and of the head at two alphas, the second harmful."""
+    lines = []
+    for label, wrong, calls in (
+        ("lossless", 0, 10),
+        ("learned:alpha=0.1", 2, 7),
+        ("learned:alpha=0.5", 90, 4),
+    ):
+        for number in range(prompts):
+            counts = {"verifier_calls": calls, "emitted": 20}
+            text = "no" if number < wrong else "yes"
+            lines.append(
+                {"id": f"p{number}", "rule": label, "repetition": 0, "text": text, "reference": "yes"}
+            )
+            lines[-1]["counts"] = counts
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def test_evaluate_then_report(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = folder / "run" / "evaluation"
+    command = [
+        "evaluate",
+        f"--traces=[{folder / 'traces'}]",
+        f"--rules=[opt, learned:head={folder / 'head'}]",
+    ]
+    command += ["--grid=7", "--bootstrap=50", "--figures=false", f"--out={out}"]
+    assert cli.main(command) == 0
+    assert "learned" in capsys.readouterr().out
+    scores = json.loads((out / "scores.json").read_text())
+    assert {point["rule"] for point in scores["points"]} >= {
+        "opt",
+        f"learned:head={folder / 'head'}",
+        "oracle",
+    }
+    assert (out / "evaluate.provenance.json").exists()
+    assert cli.main(["report", str(folder / "run")]) == 0
+    assert (folder / "run" / "report.html").stat().st_size < 3_000_000
+
+
+def test_choose_stores_alpha_and_certificate_in_the_head(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_text(folder / "decode" / "outputs.jsonl", rows())
+    command = ["choose", f"--outputs={folder / 'decode'}", "--metric=exact_match", "--max_loss=0.05"]
+    assert cli.main([*command, f"--head={folder / 'head'}", f"--out={folder / 'choice'}"]) == 0
+    said = capsys.readouterr().out
+    assert "learned:alpha=0.1" in said
+    assert "they can certify no less than" in said
+    head = DeferralHead.from_pretrained(folder / "head")
+    assert head.metadata["alpha"] == 0.1
+    assert head.metadata["certificate"]["metric"] == "exact_match"
+    assert json.loads((folder / "choice" / "choice.json").read_text())["kind"] == "certificate"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["choose"], "give either outputs"),
+        (["choose", "--outputs=nowhere", "--max_loss=0.1"], "holds no outputs.jsonl"),
+        (["choose", "--traces=[nowhere]"], "give max_token_risk and a rule or a head"),
+        (["evaluate", "--traces=[nowhere]"], "is not a trace folder"),
+        (
+            ["evaluate", "--traces=[x]", "--drafter_seconds=1"],
+            "give both drafter_seconds and verifier_seconds",
+        ),
+        (["report", "nowhere"], "does not exist"),
+    ],
+)
+def test_bad_input_exits_with_2_and_one_line(
+    command: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(command) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+
+
+def test_too_small_a_loss_names_the_smallest(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_text(folder / "few" / "outputs.jsonl", rows(30))
+    assert cli.main(["choose", f"--outputs={folder / 'few'}", "--metric=exact_match", "--max_loss=0.01"]) == 2
+    assert "the smallest loss that they can certify" in capsys.readouterr().err
+
+
+def test_token_risk_from_traces(folder: Path, traces: Traces, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [
+        "choose",
+        f"--traces=[{folder / 'traces'}]",
+        "--rule=opt",
+        "--max_token_risk=0.08",
+        "--confidence=0.9",
+    ]
+    assert cli.main(command) == 0
+    assert "certified for local tokens only" in capsys.readouterr().out
