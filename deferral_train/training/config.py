@@ -11,6 +11,8 @@ from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.registry import HEADS
 from deferral_train.traces import Traces
 from deferral_train.training.datamodule import ALPHAS
+from deferral_train.training.sklearn_heads import KINDS as SKLEARN
+from deferral_train.training.sklearn_heads import SklearnHead
 from deferral_train.training.table import hidden_widths
 
 VERIFY_FEATURES = (
@@ -45,12 +47,12 @@ class FitConfig:
     Attributes:
         train: trace folder, or opened traces.
         val: the same for validation; None sets ``val_fraction`` of the prompts of ``train`` aside.
-        head: type in :data:`deferral_train.heads.HEADS`.
-        stage, loss, features, body, hidden, recalibration: of the head; no features means the stage's
-        default. truth: what labels the gap. temperature: of the sampling laws; None is the traces' own.
-        alphas: grid on which regret is tracked. objective, lr, weight_decay, optimizer, schedule: of the
-        training; objective auto is the head's own. batch_size, epochs, patience, seed: early stopping after
-        ``patience`` epochs without a better val/regret. precision: of Lightning: 32-true, bf16-mixed,
+        head: type in :data:`deferral_train.heads.HEADS`, or a scikit-learn baseline: ridge, logistic,
+        boosting. stage, loss, features, body, hidden, recalibration: of the head; no features means the
+        stage's default. truth: what labels the gap. temperature: of the sampling laws; None is the traces'
+        own. alphas: grid on which regret is tracked. objective, lr, weight_decay, optimizer, schedule: of
+        the training; objective auto is the head's own. batch_size, epochs, patience, seed: early stopping
+        after ``patience`` epochs without a better val/regret. precision: of Lightning: 32-true, bf16-mixed,
         16-mixed. devices, accelerator, strategy: of Lightning. pair_training: record of what the pair was
         trained on; shared prompts are refused.
     """
@@ -87,8 +89,9 @@ class FitConfig:
 
 def make_head(config: FitConfig, traces: Traces) -> DeferralHead:
     """The untrained head of a config; widths of hidden states come from the traces."""
-    if config.head not in HEADS:
-        raise InputError(f"head {config.head!r} is unknown; known: {', '.join(HEADS)}")
+    known = (*HEADS, *SKLEARN)
+    if config.head not in known:
+        raise InputError(f"head {config.head!r} is unknown; known: {', '.join(known)}")
     if config.head == "plug_in":
         return HEADS["plug_in"](recalibration=config.recalibration)  # type: ignore[call-arg]
     default = VERIFY_FEATURES if config.stage == "verify" else DRAFT_FEATURES
@@ -96,14 +99,15 @@ def make_head(config: FitConfig, traces: Traces) -> DeferralHead:
     widths = {
         name: d for name, d in hidden_widths(traces).items() if any(f.startswith(name) for f in features)
     }
+    shared: dict[str, Any] = {"stage": config.stage, "loss": config.loss, "widths": widths}
+    if config.head in SKLEARN:
+        return SklearnHead(config.head, features, seed=config.seed, **shared)
     return HEADS[config.head](
         features,
-        stage=config.stage,
-        loss=config.loss,
         body=config.body,
         hidden=tuple(config.hidden),
-        widths=widths,
         recalibration=config.recalibration,
+        **shared,
     )
 
 

@@ -22,6 +22,7 @@ from deferral_train.training.metadata import evaluation_metadata, training_metad
 from deferral_train.training.module import HEADLINE, DeferralModule
 from deferral_train.training.preparation import fit_recalibration
 from deferral_train.training.scoring import score
+from deferral_train.training.sklearn_heads import SklearnHead
 
 REPORTED = (
     "regret",
@@ -75,7 +76,7 @@ def fit(
     if initial is not None:
         head.load_state_dict(initial.state_dict())
     data.prepare(head)
-    if config.head == "plug_in":
+    if config.head == "plug_in" or isinstance(head, SklearnHead):
         result = _closed_form(config, data, head)
     else:
         result = _train(config, data, head, out, resume)
@@ -165,10 +166,13 @@ def make_trainer(config: FitConfig, logger: Any, callbacks: list[Callback]) -> p
 
 
 def _closed_form(config: FitConfig, data: TraceDataModule, head: DeferralHead) -> FitResult:
-    """Recalibrated plug-in: fitted in closed form, scored as trained heads are."""
-    fit_recalibration(head, data.traces["train"])
+    """Baselines that are fitted in one call, and scored as trained heads are."""
+    if isinstance(head, SklearnHead):
+        head.fit_table(data.tables["train"])
+    else:
+        fit_recalibration(head, data.traces["train"])
     scalars = score(head, data.tables["val"], data.alphas)
-    settings = {"recalibration": config.recalibration, "seed": config.seed}
+    settings = {"head": config.head, "recalibration": config.recalibration, "seed": config.seed}
     head.metadata = {**training_metadata(data, settings), **evaluation_metadata(scalars)}
     return FitResult(head.eval(), None, scalars)
 

@@ -55,19 +55,23 @@ class TableLoader:
         self.rows = rows // world if seed is not None else len(range(rank, rows, world))
         if seed is not None and self.rows == 0:
             raise InputError(f"{rows} rows for {world} processes; use fewer processes or more traces")
-        self._epoch, self._done, self._resume = -1, 0, False
+        self._epoch, self._done = -1, 0
+        self._start: tuple[int, int] | None = None  # (epoch, first batch) of a resumed run
 
     def __len__(self) -> int:
         return -(-self.rows // self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         epoch = self.epoch()
-        first = self._done if self._resume and epoch == self._epoch and self._done < len(self) else 0
-        self._epoch, self._resume = epoch, False
+        # Kept until this iteration ends: a trainer may open an iterator more than once before it uses one.
+        first = self._start[1] if self._start is not None and self._start[0] == epoch else 0
+        first = first if first < len(self) else 0
+        self._epoch = epoch
         order = self._order(epoch) if self.seed is not None else None
         for number in range(first, len(self)):
             self._done = number + 1
             yield self._batch(order, number * self.batch_size)
+        self._start = None
 
     def _order(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(step_seed(self.seed or 0, epoch))
@@ -88,7 +92,8 @@ class TableLoader:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after the batches already handed out, if the next iteration is of the same epoch."""
-        self._epoch, self._done, self._resume = int(state["epoch"]), int(state["done"]), True
+        self._epoch, self._done = int(state["epoch"]), int(state["done"])
+        self._start = (self._epoch, self._done)
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -84,10 +84,11 @@ class DeferralModule(pl.LightningModule):
             self.trackers[split] = Tracker(self.head, self.data.alphas, "exact" in table, limits)
         self.trackers.to(self.device)
 
-    def on_fit_start(self) -> None:
-        if isinstance(self.logger, TensorBoardLogger):
-            names = (HEADLINE, "val/excess_over_plug_in", "val/hindsight_excess")
-            self.logger.log_hyperparams(self._facts(), dict.fromkeys(names, math.nan))
+    def on_fit_end(self) -> None:
+        """Settings beside the final scores; at the start there is no score that would not mislead."""
+        if isinstance(self.logger, TensorBoardLogger) and self.scalars:
+            names = ("regret", "excess_over_opt", "excess_over_plug_in", "hindsight_excess")
+            self.logger.log_hyperparams(self._facts(), {f"hp/{name}": self.scalars[name] for name in names})
 
     def _facts(self) -> dict[str, Any]:
         """Flat settings of head, data and training for the log's table of hyper-parameters."""
@@ -153,9 +154,21 @@ class DeferralModule(pl.LightningModule):
             raise InputError(f"a {self.head.head_type} head has nothing to train; use it without fit")
         classes = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop}
         optimizer = classes[self.optimizer](parameters, lr=self.lr, weight_decay=self.weight_decay)
-        total = max(1, int(self.trainer.estimated_stepping_batches))
+        total = self._total_steps()
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._rate(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _total_steps(self) -> int:
+        """Optimiser steps of the whole run.
+
+        Counted here because Trainer.estimated_stepping_batches sets the loaders up before a checkpoint is
+        restored, and the loader's place in the epoch would be lost.
+        """
+        trainer = self.trainer
+        if trainer.max_steps > 0:
+            return trainer.max_steps
+        per_epoch = -(-len(self.data.train_dataloader()) // trainer.accumulate_grad_batches)
+        return max(1, per_epoch * max(trainer.max_epochs or 1, 1))
 
     def _rate(self, step: int, total: int) -> float:
         """Factor of the peak rate after ``step`` of ``total`` steps."""

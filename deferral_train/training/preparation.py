@@ -16,8 +16,7 @@ BLOCK = 262_144
 
 def prepare_head(head: DeferralHead, traces: Traces, table: dict[str, Tensor]) -> None:
     """Fit recalibration on gold tokens and normalisation on the raw columns of the fit split."""
-    if head.recalibration.kind != "none":
-        fit_recalibration(head, traces)
+    fit_recalibration(head, traces)
     head.fit_normalisation(blocks(table["x"]))
 
 
@@ -28,7 +27,11 @@ def blocks(x: Tensor) -> Iterator[Tensor]:
 
 
 def fit_recalibration(head: DeferralHead, traces: Traces) -> None:
-    """Map max q and max p to the share of gold tokens that each model's argmax hits."""
+    """Map max q and max p to the share of gold tokens that each model's argmax hits; nothing to do for
+    none.
+    """
+    if head.recalibration.kind == "none":
+        return
     gold = torch.from_numpy(traces.column("gold").copy()).long()
     if bool((gold < 0).any()):
         raise InputError(
