@@ -42,7 +42,7 @@ def check_normaliser(normaliser: Tensor, what: str) -> None:
 
     The normaliser is needed anyway, so that the check costs no pass over the vocabulary.
     """
-    if not math.isfinite(float(normaliser.sum())):
+    if not math.isfinite(float(normaliser.detach().sum())):
         raise InputError(
             f"{what} has NaN, +inf or only -inf in {int((~torch.isfinite(normaliser)).sum())} position(s); "
             "logits must be finite, with -inf only for masked tokens"
