@@ -330,7 +330,7 @@ class Run:
             ]
             for name, scores in decoded.items()
         ]
-        columns = ["rule", "chrF", "tokens/verifier call", "deferral rate", "tokens/s", "risk - OPT"]
+        columns = ["rule", "chrF", "tokens/call", "deferred", "tokens/s", "risk-OPT"]
         self.console.table("held-out prompts, every rule at the same rejection rate", columns, rows)
         self.console.line(verdict["headline"])
         self.console.path("report", self.folder / "report.html")
