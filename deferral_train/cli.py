@@ -116,7 +116,7 @@ def _parse(name: str, module: ModuleType, words: list[str]) -> dict[str, Any]:
     return settings
 
 
-def _add_settings(parser: Any, module: ModuleType) -> set[str]:
+def _add_settings(parser: Any, module: ModuleType) -> set[str | int]:
     """A module whose `run` takes one config object names its class: the fields become the flags."""
     if not hasattr(module, "SETTINGS"):
         return set()
