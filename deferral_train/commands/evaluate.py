@@ -27,6 +27,7 @@ def run(
     drafter_seconds: float | None = None,
     verifier_seconds: float | None = None,
     decode: str | None = None,
+    metric: str = "bleu",
     baseline: str = "opt",
     figures: bool = True,
     prefixes: int = 20,
@@ -34,7 +35,9 @@ def run(
     """Risk, deferral, rejection, acceptance length and predicted latency of any rules over their dials.
 
     Writes scores.json, scores.csv, the curves as png and svg, prefixes.json for the report's slider, and with
-    ``decode`` skew.json: predicted against counted on the same prompts.
+    ``decode`` skew.json, predicted against counted on the same prompts, and frontier.json with its figures:
+    quality against deferrals, rejections and latency, speed-up at the verifier's quality, best quality
+    within its latency.
 
     Args:
         traces: trace folders of one pair.
@@ -51,6 +54,8 @@ def run(
         drafter_seconds: measured seconds of one drafter step, for the predicted latency.
         verifier_seconds: measured seconds of one verifying pass.
         decode: folder of a `decode` run on the same prompts, to compare predictions with counts.
+        metric: of the summary of ``decode``, for quality against latency and the paper's Table 2
+            (frontier.json).
         baseline: rule that the others are compared to.
         figures: draw the curves.
         prefixes: prompts kept for the report's alpha slider.
@@ -91,6 +96,7 @@ def run(
             opened, rules, Path(decode), temperature, num_draft_tokens, bootstrap, seed
         )
         provenance.write_json(folder / "skew.json", rows)
+        write_frontier(Path(decode), folder, metric)
     print(table.text(baseline))
     print(f"\n{folder / 'scores.json'}")
     return 0
@@ -135,3 +141,24 @@ def compare_with_decode(
                 seed=seed,
             )
     return skew.table_of(rows)
+
+
+def write_frontier(decode: Path, out: Path, metric: str) -> None:
+    """Quality against cost of the decoded settings, where the verifier alone and references are among
+    them.
+    """
+    import json
+    from dataclasses import asdict
+
+    from deferral_train import provenance
+    from deferral_train.evaluation.frontier import VERIFIER, decoded_points, draw_figures, table2
+
+    path = decode / "summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rules": {}}
+    if VERIFIER not in summary["rules"] or not summary["rules"][VERIFIER]["quality"]:
+        return
+    points = decoded_points(summary, metric)
+    table = {"metric": metric, "table2": table2(points)}
+    lines = {name: [asdict(point) for point in line] for name, line in points.items()}
+    provenance.write_json(out / "frontier.json", table | {"points": lines})
+    draw_figures(points, out, metric)

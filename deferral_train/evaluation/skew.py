@@ -9,6 +9,7 @@ the other prefixes, and is to be read as such.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 
 from deferral_train.errors import InputError
 from deferral_train.evaluation.bootstrap import MIN_PROMPTS, Interval, PromptBootstrap
+from deferral_train.evaluation.choose import parse_label
 from deferral_train.evaluation.laws import deferral_and_rejection
 from deferral_train.evaluation.positions import read_positions
 from deferral_train.evaluation.survival import block_chain
@@ -127,11 +129,28 @@ def compare(
     before, after = predicted.select(ids), counted.select(ids)
     redraws = PromptBootstrap(len(ids), bootstrap if len(ids) >= MIN_PROMPTS else 0, seed)
     return [
-        {"rule": label, "prefixes": traces.manifest.prefixes, "prompts": len(ids), "quantity": name}
+        {
+            "rule": label,
+            "prefixes": traces.manifest.prefixes,
+            "on_policy": is_on_policy(traces.manifest.prefixes, rule),
+            "prompts": len(ids),
+            "quantity": name,
+        }
         | _difference(before, after, top, bottom, redraws)
         for name, (top, bottom) in QUANTITIES.items()
         if before[bottom].sum() > 0 and after[bottom].sum() > 0
     ]
+
+
+def is_on_policy(prefixes: str, rule: Rule) -> bool:
+    """Whether prefixes of this manifest entry were produced by the very rule, dial value included."""
+    if not prefixes.startswith("cascade:"):
+        return False
+    spec = prefixes.removeprefix("cascade:")
+    setting = parse_label(spec)
+    if setting is None or rule.dial_value is None:
+        return spec.split(":")[0] == rule.name
+    return setting.rule.split(":")[0] == rule.name and math.isclose(setting.value, rule.dial_value)
 
 
 def _difference(
@@ -163,7 +182,7 @@ def _difference(
 def table_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What ``evaluation/skew.json`` holds."""
     prefixes = sorted({row["prefixes"] for row in rows})
-    on_policy = all(name.startswith("cascade:") for name in prefixes)
+    on_policy = all(row["on_policy"] for row in rows)
     note = ON_POLICY if on_policy else OFF_POLICY
     agree = sum(bool(row["agrees"]) for row in rows)
     meta = {
