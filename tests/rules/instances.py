@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from deferral_train.rules import Rule, Summary, make_rule
+from deferral_train.testing import RuleReport, check_rule
 
 
 class LinearGap:
@@ -76,6 +79,12 @@ def build(name: str, parameters: dict) -> Rule:
     """An instance of a rule, with a head where it needs one."""
     head = {"head": HEADS[name]} if name in HEADS else {}
     return make_rule(name, **parameters, **head)
+
+
+@cache
+def reports(name: str) -> tuple[RuleReport, ...]:
+    """What `check_rule` finds on every instance of a rule; once per process."""
+    return tuple(check_rule(build(name, parameters)) for parameters in PARAMETERS[name])
 
 
 def instances() -> list[Rule]:

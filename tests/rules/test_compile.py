@@ -25,10 +25,10 @@ def fresh_compiler():
 
 @pytest.mark.parametrize(
     ("name", "temperature"),
-    [("opt", 1.0)]
+    [("lossless", 1.0)]
     + [
         pytest.param(*case, marks=pytest.mark.slow)
-        for case in (("opt", 0.0), ("token_v3", 1.0), ("lossy", 1.0))
+        for case in (("opt", 0.0), ("opt", 1.0), ("token_v3", 1.0), ("lossy", 1.0))
     ],
 )
 def test_a_compiled_verify_block_gives_the_same_verdict(name, temperature):
