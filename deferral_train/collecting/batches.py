@@ -38,6 +38,23 @@ class Rows:
     suspects: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A batch as the models left it.
+
+    Attributes:
+        numbers: prompt numbers.
+        continuations: what was scored.
+        scores: logits and hidden states by role.
+        rows: [N], places of the scored positions among the logit rows.
+    """
+
+    numbers: Sequence[int]
+    continuations: Continuations
+    scores: dict[str, Scores]
+    rows: Tensor
+
+
 class BatchCollector:
     """Collects one batch: continue the prompts, score them with both models, measure.
 
@@ -63,18 +80,25 @@ class BatchCollector:
 
     def __call__(self, chunk: Chunk, batch: int) -> Rows:
         """Rows of the chunk's batch with this number."""
+        return self.rows(self.score(chunk, batch))
+
+    def score(self, chunk: Chunk, batch: int) -> Scored:
+        """The models' part: prefixes and logits."""
         numbers = chunk.batches[batch]
         prompts = [self.prompts[number] for number in numbers]
         continuations = self.source(self.pair, prompts, (chunk.seed + batch) % 2**32)
-        tokens = [token for row in continuations.tokens for token in row]
-        device = self.pair.verifier.device
-        token = torch.tensor(tokens, device=device)
         scores, rows = self._score(prompts, continuations)
-        drafter, verifier = scores["drafter"], scores["verifier"]
-        columns = self.measure(drafter.logits, verifier.logits, rows, token)
+        return Scored(numbers, continuations, scores, rows)
+
+    def rows(self, scored: Scored) -> Rows:
+        """The rest: from logits to columns. Touches no model, so that another thread may do it."""
+        scores, rows = scored.scores, scored.rows
+        tokens = [token for row in scored.continuations.tokens for token in row]
+        token = torch.tensor(tokens, device=rows.device)
+        columns = self.measure(scores["drafter"].logits, scores["verifier"].logits, rows, token)
         finite = columns.pop("finite")
         suspects = {} if bool(finite.all()) else self._suspects(scores, rows)
-        columns |= self._context(numbers, continuations, token)
+        columns |= self._context(scored.numbers, scored.continuations, token)
         columns |= {f"{role}_hidden": s.hidden for role, s in scores.items() if s.hidden is not None}
         if self.teacher is not None:
             columns |= self._truth(scores, rows)

@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import BasePredictionWriter
 from torch.utils.data import DataLoader
 
-from deferral_train.collecting.batches import BatchCollector, Rows
+from deferral_train.collecting.batches import BatchCollector, Scored
 from deferral_train.collecting.plan import Plan
 from deferral_train.collecting.progress import Progress
 from deferral_train.collecting.shelf import Shelf
@@ -72,13 +72,13 @@ class CollectModule(pl.LightningModule):
         self.work: list[tuple[Chunk, int]] = []
         self.budget: Budget | None = None
 
-    def predict_step(self, batch: int, batch_idx: int = 0) -> Rows | None:
+    def predict_step(self, batch: int, batch_idx: int = 0) -> Scored | None:
         if batch >= len(self.work):
             return None
         chunk, number = self.work[batch]
         if self.budget is not None and not self.budget.allows(chunk):
             return None
-        return self.collector(chunk, number)
+        return self.collector.score(chunk, number)
 
 
 class Budget:
@@ -122,7 +122,9 @@ class ShardWriter(BasePredictionWriter):
         data, module = trainer.datamodule, pl_module  # type: ignore[attr-defined]
         assert isinstance(module, CollectModule)
         module.work = data.work()
-        self.shelf = Shelf(TraceWriter(self.out, self.plan.manifest, trainer.global_rank))
+        self.shelf = Shelf(
+            TraceWriter(self.out, self.plan.manifest, trainer.global_rank), module.collector.rows
+        )
         if self.max_bytes is not None:
             module.budget = Budget(self.plan, self.shelf, self._share(trainer))
         if self.show and trainer.is_global_zero:
@@ -140,7 +142,7 @@ class ShardWriter(BasePredictionWriter):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        prediction: Rows | None,
+        prediction: Scored | None,
         batch_indices: Sequence[int] | None,
         batch: int,
         batch_idx: int,
@@ -152,7 +154,7 @@ class ShardWriter(BasePredictionWriter):
             return
         self.shelf.put(pl_module.work[batch][0], prediction)
         if self.progress is not None:
-            self.progress.advance(len(prediction.finite), self.shelf.bytes)
+            self.progress.advance(len(prediction.rows), self.shelf.bytes)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, CollectModule)

@@ -1,4 +1,7 @@
-"""The writing side: a thread that gathers rows of each chunk and writes shards while the models go on.
+"""The writing side: a thread that measures, gathers and writes while the models go on.
+
+On a GPU the measuring is queued behind the forward pass and only its results travel; on a CPU the thread does
+it, so that a second core takes it off the models' back.
 
 The queue is short, so that memory is bounded however slow the disk is. A failure of the thread is raised in
 the main thread, at the next hand-over.
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deferral_train.collecting.batches import Rows
+from deferral_train.collecting.batches import Rows, Scored
 from deferral_train.traces import Chunk, TraceWriter
 
-WAITING = 4  # batches between the models and the writer
+WAITING = 2  # batches between the models and the writer; on a CPU each holds both models' logits
 
 
 @dataclass(frozen=True)
 class _Handed:
     chunk: Chunk
-    rows: Rows
+    work: Rows | Scored
     copied: Any | None  # CUDA event: the host copies are complete
 
 
@@ -33,13 +37,14 @@ class Shelf:
 
     Args:
         writer: for this process.
+        measure: from a scored batch to rows.
 
     Attributes:
         bytes: written so far.
     """
 
-    def __init__(self, writer: TraceWriter) -> None:
-        self.writer, self.bytes, self.nonfinite = writer, 0, 0
+    def __init__(self, writer: TraceWriter, measure: Callable[[Scored], Rows]) -> None:
+        self.writer, self.measure, self.bytes = writer, measure, 0
         self._queue: queue.Queue[_Handed | None] = queue.Queue(maxsize=WAITING)
         self._parts: list[Rows] = []
         self._failure: BaseException | None = None
@@ -47,11 +52,13 @@ class Shelf:
         self._thread = threading.Thread(target=self._work, name="trace-writer", daemon=True)
         self._thread.start()
 
-    def put(self, chunk: Chunk, rows: Rows) -> None:
+    def put(self, chunk: Chunk, scored: Scored) -> None:
         """Hand over the next batch of a chunk; device tensors start their way to the host without waiting."""
         self._raise_failure()
-        on_host, event = _to_host(rows)
-        self._queue.put(_Handed(chunk, on_host, event))
+        if scored.rows.device.type == "cpu":
+            self._queue.put(_Handed(chunk, scored, None))
+        else:
+            self._queue.put(_Handed(chunk, *_to_host(self.measure(scored))))
 
     def drain(self) -> None:
         """Wait until everything handed over so far is gathered or written."""
@@ -89,22 +96,21 @@ class Shelf:
             self._queue.task_done()
         self._queue.task_done()
 
+    @torch.inference_mode()
     def _take(self, handed: _Handed) -> None:
         if handed.copied is not None:
             handed.copied.synchronize()
-        self._parts.append(handed.rows)
+        work = handed.work
+        self._parts.append(self.measure(work) if isinstance(work, Scored) else work)
         if len(self._parts) == len(handed.chunk.batches):
             columns, nonfinite = gather(self._parts)
             self._parts = []
             record = self.writer.write(handed.chunk, columns, nonfinite)
             self.bytes += record.bytes
-            self.nonfinite += record.nonfinite
 
 
-def _to_host(rows: Rows) -> tuple[Rows, Any | None]:
-    """Copies to pinned memory that run beside the next forward pass; nothing to do on a CPU."""
-    if rows.finite.device.type == "cpu":
-        return rows, None
+def _to_host(rows: Rows) -> tuple[Rows, Any]:
+    """Copies to pinned memory that run beside the next forward pass, and when they are complete."""
 
     def copy(tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
