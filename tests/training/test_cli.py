@@ -1,0 +1,80 @@
+"""`fit` and `export` as commands: from traces to a served head, and one line for what is wrong."""
+
+from pathlib import Path
+
+import pytest
+from training.conftest import FEATURES
+
+from deferral_train.cli import main
+from deferral_train.heads import DeferralHead, GapHead
+from deferral_train.traces import open_traces
+from deferral_train.training.checkpoint import read_checkpoint
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "fit"
+
+
+def words(folders, out, *more):
+    return [
+        "fit",
+        *("--model.head.class_path", "GapHead"),
+        *("--model.head.init_args.features", f"[{','.join(FEATURES)}]"),
+        *("--data.train", str(folders["train"])),
+        *("--data.val", str(folders["val"])),
+        *("--trainer.max_epochs", "1"),
+        *("--trainer.enable_progress_bar", "false"),
+        *("--out", str(out)),
+        *more,
+    ]
+
+
+def test_fit_then_export_then_load(folders, tmp_path, capsys):
+    assert main(words(folders, tmp_path / "fit", "--model.lr", "0.01")) == 0
+    checkpoint = tmp_path / "fit" / "checkpoints" / "best.ckpt"
+    assert "val/regret" in capsys.readouterr().out
+    assert (tmp_path / "fit" / "fit.provenance.json").is_file()
+    assert list((tmp_path / "fit" / "log").glob("events.*"))
+    head, _ = read_checkpoint(checkpoint)
+    assert (
+        main(["export", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "head"), "--alpha", "0.2"])
+        == 0
+    )
+    stored = DeferralHead.from_pretrained(tmp_path / "head")
+    assert isinstance(stored, GapHead)
+    assert stored.metadata["alpha"] == 0.2
+    assert stored.metadata["pair"]["drafter"].startswith("synthetic-drafter")
+    assert "regret" in stored.metadata["evaluation"]["metrics"]
+    summary = open_traces(folders["val"]).summary()
+    assert (stored.gap(summary) == head.gap(summary)).all()
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_run(config, folders, tmp_path):
+    flags = ["--data.train", str(folders["train"]), "--out", str(tmp_path), "--trainer.max_epochs", "1"]
+    assert main(["fit", "--config", str(config), *flags, "--trainer.enable_progress_bar", "false"]) == 0
+    assert (tmp_path / "checkpoints" / "best.ckpt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--modle.lr", "1"], "modle"),
+        (["--model.lr", "fast"], "lr"),
+        (["--model.objective", "hinge"], "hinge"),
+        (["--model.head.init_args.features", "[drafter_mx]"], "drafter_mx"),
+        (["--data.alphas", "[0.0, 99.0]"], "alpha grid"),
+        (["--data.truth", "teacher"], "teacher"),
+        (["--data.train", "/nowhere"], "nowhere"),
+    ],
+)
+def test_bad_flags_are_one_line_and_exit_two(folders, tmp_path, capsys, more, said):
+    assert main(words(folders, tmp_path / "fit", *more)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert said in lines[-1]
+    assert not (tmp_path / "fit" / "checkpoints").exists()
+
+
+def test_export_of_no_checkpoint(tmp_path, capsys):
+    (tmp_path / "x.ckpt").write_bytes(b"\x80\x04K\x01.")
+    assert main(["export", "--checkpoint", str(tmp_path / "x.ckpt"), "--out", str(tmp_path / "head")]) == 2
+    assert "no checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "head").exists()
