@@ -93,7 +93,7 @@ from deferral_train.decoding import DecodeConfig, Settings, decode, load_pair
 from deferral_train.pairs.prompts import read_prompts
 folder = Path(sys.argv[1])
 pair = load_pair(str(folder / "drafter"), str(folder / "verifier"), device="cpu")
-config = DecodeConfig(Settings(batch_size=2, queue=1, max_new_tokens=24, temperature=0.9, seed=4), repetitions=12)
+config = DecodeConfig(Settings(batch_size=2, queue=1, max_new_tokens=24, temperature=0.9, seed=4), repetitions=6)
 decode(pair, read_prompts(folder / "prompts.jsonl"), ["lossless", "opt"], config, sys.argv[2])
 """
 
@@ -107,18 +107,18 @@ def test_a_killed_run_resumes_to_the_same_outputs(tmp_path: Path) -> None:
     process = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and (
-        not batches.exists() or len(batches.read_bytes().splitlines()) < 5
+        not batches.exists() or len(batches.read_bytes().splitlines()) < 3
     ):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     before = len(batches.read_bytes().splitlines())
-    assert 5 <= before < 48
+    assert 3 <= before < 24
     with open(tmp_path / "killed" / "outputs.jsonl", "a", encoding="utf-8") as file:
-        file.write('{"rule": "lossless", "repetition": 11, "batch"')  # a line that the kill cut short
+        file.write('{"rule": "lossless", "repetition": 5, "batch"')  # a line that the kill cut short
     models = load_pair(str(tmp_path / "drafter"), str(tmp_path / "verifier"), device="cpu")
     config = DecodeConfig(
-        Settings(batch_size=2, queue=1, max_new_tokens=24, temperature=0.9, seed=4), repetitions=12
+        Settings(batch_size=2, queue=1, max_new_tokens=24, temperature=0.9, seed=4), repetitions=6
     )
     for folder in ("killed", "whole"):
         decode(
@@ -167,7 +167,7 @@ def test_heads_of_another_pair_are_refused(pair: Pair) -> None:
         pair.generate("w1 w2", rule=rule)
     accepted = pair.generate("w1 w2", rule=rule, accept_mismatch=True, max_new_tokens=4)
     assert len(accepted.mismatches) == 2
-    with pytest.raises(InputError, match="drafter_max"):
+    with pytest.raises(InputError, match="draft-stage head cannot read verifier_max"):
         LearnedRule(head=GapHead(("verifier_max",), stage="draft"))
 
 
