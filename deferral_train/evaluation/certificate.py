@@ -42,22 +42,36 @@ def betting_p_value(losses: np.ndarray, limit: float, low: float = 0.0, high: fl
         return 0.0
     if limit <= low:
         return 1.0
-    scaled = (np.clip(values, low, high) - low) / (high - low)
-    bar = (limit - low) / (high - low)
-    bets = _SHARES / (1 - bar)
-    wealth = np.log1p(bets[:, None] * (bar - scaled)[None, :]).sum(axis=1) + np.log(_WEIGHTS)
-    return float(min(1.0, np.exp(-np.logaddexp.reduce(wealth))))
+    factors = _log_factors(np.clip(values, low, high), limit, low, high)
+    return _p_value(factors.sum(axis=1))
+
+
+def _log_factors(values: np.ndarray, limit: float, low: float, high: float) -> np.ndarray:
+    """Log of what each bet multiplies its wealth by at each loss [n]: [bets, n]."""
+    scaled, bar = (values - low) / (high - low), (limit - low) / (high - low)
+    return np.log1p((_SHARES / (1 - bar))[:, None] * (bar - scaled)[None, :])
+
+
+def _p_value(log_wealth: np.ndarray) -> float:
+    """One over the weighted mean wealth of the bets, at most 1."""
+    return float(min(1.0, np.exp(-np.logaddexp.reduce(log_wealth + np.log(_WEIGHTS)))))
+
+
+def _p_value_of_zeros(prompts: int, limit: float, low: float, high: float) -> float:
+    """The p-value where every prompt loses exactly 0."""
+    if limit >= high:
+        return 0.0
+    return _p_value(prompts * _log_factors(np.zeros(1), limit, low, high)[:, 0]) if limit > low else 1.0
 
 
 def smallest_certifiable(prompts: int, confidence: float, low: float = 0.0, high: float = 1.0) -> float:
     """Smallest limit that ``prompts`` prompts can certify, all of them losing exactly zero; ``high`` if
     none.
     """
-    zeros = np.zeros(prompts)
     failing, passing = max(low, 0.0), high
     for _ in range(60):
         middle = (failing + passing) / 2
-        if betting_p_value(zeros, middle, low, high) <= 1 - confidence:
+        if _p_value_of_zeros(prompts, middle, low, high) <= 1 - confidence:
             passing = middle
         else:
             failing = middle
@@ -67,13 +81,13 @@ def smallest_certifiable(prompts: int, confidence: float, low: float = 0.0, high
 def prompts_needed(limit: float, confidence: float, low: float = 0.0, high: float = 1.0) -> int:
     """Fewest prompts, all losing zero, with which ``limit`` can be certified."""
     few, many = 0, 1
-    while betting_p_value(np.zeros(many), limit, low, high) > 1 - confidence:
+    while _p_value_of_zeros(many, limit, low, high) > 1 - confidence:
         few, many = many, 2 * many
         if many > 10**7:
             raise InputError(f"max_loss {limit:g} cannot be certified with any realistic number of prompts")
     while many - few > 1:
         middle = (few + many) // 2
-        enough = betting_p_value(np.zeros(middle), limit, low, high) <= 1 - confidence
+        enough = _p_value_of_zeros(middle, limit, low, high) <= 1 - confidence
         few, many = (few, middle) if enough else (middle, many)
     return many
 
