@@ -107,7 +107,9 @@ class Stepper:
         logits = self.model(**arguments, past_key_values=self.past, use_cache=True, return_dict=True).logits
         self.cache.extended(columns)
         self.passes += 1
-        return logits[:, -keep:, : self.vocab_size].float()
+        if logits.shape[1] != keep or logits.shape[2] != self.vocab_size:
+            logits = logits[:, -keep:, : self.vocab_size]
+        return logits.float()
 
     def _arguments(self, inputs: Tensor, keep: int) -> dict[str, Any]:
         mask, positions = self._mask_and_positions(inputs)
@@ -182,5 +184,5 @@ def _join_cross(mine: EncoderDecoderCache, theirs: EncoderDecoderCache) -> None:
     layers = zip(mine.cross_attention_cache.layers, theirs.cross_attention_cache.layers)
     for ours, other in layers:
         if isinstance(ours, DynamicLayer) and isinstance(other, DynamicLayer) and ours.is_initialized:
-            ours.keys = torch.cat([ours.keys, other.keys])
-            ours.values = torch.cat([ours.values, other.values])
+            ours.keys = torch.cat([ours.keys, other.keys])  # type: ignore[list-item]
+            ours.values = torch.cat([ours.values, other.values])  # type: ignore[list-item]

@@ -30,6 +30,11 @@ class TokenRows:
         InputError: padding that is not on the left.
     """
 
+    rows: list[int]
+    waiting: list[int]
+    lengths: list[int]
+    index: Tensor
+
     def __init__(
         self,
         input_ids: Tensor,
