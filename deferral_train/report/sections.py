@@ -99,9 +99,14 @@ def _loss(verdict: Mapping[str, Any]) -> dict[str, str] | None:
     quality = verdict.get("quality")
     if not quality or quality.get("difference") is None:
         return None
-    shown = {"value": quality["difference"], "low": quality.get("low"), "high": quality.get("high")}
-    absolute = f"{nice(quality.get('value'))} against {nice(quality.get('lossless'))} lossless"
-    return {"name": f"Loss: {quality['metric']}", "value": interval(shown, sign=True), "more": absolute}
+    limits = ""
+    if quality.get("low") is not None:
+        limits = f"95% interval {_limits(quality['low'], quality['high'], 1.0, True)}; "
+    return {
+        "name": f"Loss: {quality['metric']}",
+        "value": _signed(quality["difference"], True),
+        "more": f"{limits}{nice(quality.get('value'))} against {nice(quality.get('lossless'))} lossless",
+    }
 
 
 def _chosen(verdict: Mapping[str, Any]) -> dict[str, str] | None:
@@ -203,7 +208,8 @@ def _cell(number: Mapping[str, Any] | None, sign: bool = False) -> dict[str, str
         return {"value": "–", "range": ""}
 
     def thousandths(value: float) -> str:
-        return f"{value:{'+' if sign else ''}.3f}".replace("-", "−")
+        rounded = round(value, 3) or 0.0  # no minus sign before a zero
+        return f"{rounded:{'+' if sign and rounded else ''}.3f}".replace("-", "−")
 
     limits = "" if number["low"] is None else f"{thousandths(number['low'])} to {thousandths(number['high'])}"
     return {"value": thousandths(number["value"]), "range": limits}

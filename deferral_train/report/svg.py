@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 640, 400
-LEFT, RIGHT, TOP, BOTTOM = 84, 16, 14, 62
+LEFT, RIGHT, TOP, BOTTOM = 104, 16, 14, 62
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _frame(x_axis: Axis, y_axis: Axis, x_numbers: bool = True) -> str:
         f"{escape(x_axis.label)}</text>"
     )
     parts.append(
-        f'<text class="label" transform="translate(18 {middle_y}) rotate(-90)" text-anchor="middle">'
+        f'<text class="label" transform="translate(20 {middle_y}) rotate(-90)" text-anchor="middle">'
         f"{escape(y_axis.label)}</text>"
     )
     return "".join(parts)
