@@ -61,15 +61,15 @@ class Measure:
         return max(1, (CPU_BLOCK if device.type == "cpu" else CUDA_BLOCK) // self.width)
 
     def _arrays(self, count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Work arrays for a block: logits [2, R, W], weights [2, R, W], scratch [R, W]."""
+        """Work arrays for a block: logits [2, R, W], weights [2, R, W], scratch [2, R, W]."""
         size = self._block_rows(device)
         if self._work is None or self._work[0].device != device:
-            shapes = ((2, size, self.width), (2, size, self.width), (size, self.width))
-            self._work = tuple(torch.full(shape, NEVER, device=device) for shape in shapes)  # type: ignore[assignment]
+            shape = (2, size, self.width)
+            self._work = tuple(torch.full(shape, NEVER, device=device) for _ in range(3))  # type: ignore[assignment]
         assert self._work is not None
         logits, weights, scratch = self._work
         logits[:, :, self.vocab_size :] = NEVER
-        return logits[:, :count], weights[:, :count], scratch[:count]
+        return logits[:, :count], weights[:, :count], scratch[:, :count]
 
     def _block(self, drafter: Tensor, verifier: Tensor, rows: Tensor, token: Tensor) -> dict[str, Tensor]:
         logits, weights, scratch = self._arrays(len(rows), drafter.device)
@@ -171,13 +171,15 @@ def _max(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def _half_distance(laws: Tensor, scratch: Tensor) -> Tensor:
     """D_TV of two laws [2, R, W], clipped against rounding."""
-    return (torch.sub(laws[0], laws[1], out=scratch).abs_().sum(dim=-1) * 0.5).clamp(0.0, 1.0)
+    return (torch.sub(laws[0], laws[1], out=scratch[0]).abs_().sum(dim=-1) * 0.5).clamp(0.0, 1.0)
 
 
 def _middle_log_middle(laws: Tensor, scratch: Tensor) -> Tensor:
-    """sum (q + p) log(q + p), [R]."""
-    total = torch.add(laws[0], laws[1], out=scratch)
-    return (total.clamp(min=TINY).log_() * total).sum(dim=-1)
+    """sum (q + p) log(q + p), [R]; without a temporary, whose pages the kernel would have to find each time."""
+    total, logs = scratch[0], scratch[1]
+    torch.add(laws[0], laws[1], out=total)
+    torch.clamp(total, min=TINY, out=logs)
+    return logs.log_().mul_(total).sum(dim=-1)
 
 
 def _top_ids(logits: Tensor, k: int) -> Tensor:
