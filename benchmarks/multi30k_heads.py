@@ -44,6 +44,12 @@ PARTS = {  # name -> file, first line (0-based), number of lines
 POSITION = ("chow", "chow_log", "diff", "diff_log", "opt", "opt_log", "bild")
 OTHERS = ("token_v1", "token_v2", "token_v3", "lossy")
 BESIDE = ("opt_verifier",)
+RECALIBRATED: dict[
+    str, dict[str, Any]
+] = {  # OPT with max q and max p recalibrated on gold tokens, reported beside
+    "opt_platt": {"head": "plug_in", "recalibration": "platt"},
+    "opt_isotonic": {"head": "plug_in", "recalibration": "isotonic"},
+}
 DRAFT = ("chow", "chow_log")
 SHARES = tuple(np.linspace(0, 1, 22)[1:-1])  # 20 interior rejection rates
 FEATURES = (
@@ -148,17 +154,18 @@ def scores(
 
 
 def compare(
-    name: str, traces: Mapping[str, Traces], heads: Mapping[str, DeferralHead], redraws: int
+    name: str, traces: Mapping[str, Traces], heads: Mapping[str, DeferralHead], work: Path, redraws: int
 ) -> dict[str, Any]:
     """Choose on ``choose`` by area, report on ``test``."""
     comparison = COMPARISONS[name]
     tried = scores(traces["choose"], comparison, heads, 0)
     areas = {key: tried.curve(key, comparison.risk).area()[0] for key in heads}
     best = min(areas, key=areas.__getitem__)
-    table = scores(traces["test"], comparison, {best: heads[best]}, redraws)
+    recalibrated = fit_all(traces, RECALIBRATED, work) if comparison.beside else {}
+    table = scores(traces["test"], comparison, {best: heads[best], **recalibrated}, redraws)
     curve = table.curve(best, comparison.risk)
     rows = {}
-    for rule in (*comparison.rules, *comparison.beside):
+    for rule in (*comparison.rules, *comparison.beside, *recalibrated):
         other = table.curve(rule, comparison.risk)
         gaps = differences(curve, other, table.bootstrap, SHARES)
         rows[rule] = {
@@ -209,7 +216,7 @@ def main() -> int:
     results = {}
     for name in options.only:
         heads = fit_all(traces, COMPARISONS[name].candidates, options.work)
-        results[name] = compare(name, traces, heads, options.redraws)
+        results[name] = compare(name, traces, heads, options.work, options.redraws)
         print(show(name, results[name]), flush=True)
     if options.out:
         seeds = {"fit": 0, "bootstrap": 0}
