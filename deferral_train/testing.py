@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
+from deferral_train.heads.check import check_head
 from deferral_train.rules.base import LawRule, PositionRule, Rule, TokenRule
 from deferral_train.rules.emission import rejection_mass, residual
 from deferral_train.rules.laws import Laws
 from deferral_train.rules.scoring import score_laws
 from deferral_train.rules.summary import CONTEXT_FIELDS, FIELDS, TOKEN_FIELDS, Summary
 from deferral_train.rules.verify import verify_block
+
+__all__ = ["check_head", "check_rule"]
 
 TEMPERATURES = (0.0, 0.5, 1.0)
 TOLERANCE = 1e-12
