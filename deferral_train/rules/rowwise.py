@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,7 +96,7 @@ class _Step:
         p, q = self.p_token, self.q_token
         self.exact = 0.0 if p <= 0 else 1.0 if p >= q else p / q
         self.deferred, self.kept, self.eta = True, False, 1.0
-        self.mask: Tensor | None = None
+        self.kept_tokens: Tensor | None = None
 
     def decide(self, t: int) -> tuple[bool, bool]:
         """(deferred, kept) of the token in hand."""
@@ -123,28 +124,35 @@ class _Step:
         if not self.deferred:
             # Kept, but masked by the verifier: pi - q is a multiple of p on the support, and negative off it.
             return self.p
+        kept = None
         if isinstance(self.rule, TokenRule) and not self.rule.is_lossless:
-            self._eta()
-            torch.mul(self.p, self.eta, out=self.scratch)
-            self.scratch.sub_(self.q if self.mask is None else self.q.masked_fill(self.mask, 0.0))
-        else:
-            torch.sub(self.p, self.q, out=self.scratch)
+            kept = self._eta()
+        torch.mul(self.p, self.eta, out=self.scratch)
+        self.scratch.sub_(self.q)
+        if kept is not None:
+            self.scratch[kept] = self.p[kept] * self.eta
         weights = self.scratch.clamp_(min=0.0)
         if weights.sum().item() > 0:
             return weights
-        return self.p if self.mask is None else keep_law(self.q, self.p, self.mask)
+        if kept is None or not len(kept):
+            return self.p
+        mask = torch.zeros_like(self.p, dtype=torch.bool).index_fill_(0, kept, True)
+        return keep_law(self.q, self.p, mask)
 
-    def _eta(self) -> None:
-        """eta = sum of q over tokens not kept, and the mask of those kept (None: none)."""
-        if self.mask is not None:
-            return
-        assert isinstance(self.rule, TokenRule)
-        mask = self.rule.keep_probs(self.q, self.p, self.summary)
-        mask = mask.logical_and_(self.verifier_row > -torch.inf)
-        kept = torch.mul(self.q, mask, out=self.scratch).sum().item()
-        if kept > 0 or bool(mask.any()):
-            self.mask = mask
-            self.eta = self.q.masked_fill(mask, 0.0).sum().item()
+    def _eta(self) -> Tensor:
+        """Sets eta, the sum of q over tokens not kept; returns the tokens that are kept.
+
+        Kept tokens are few, so that a list of them costs less than passes over a mask (NumPy finds them several
+        times faster than torch does).
+        """
+        if self.kept_tokens is None:
+            assert isinstance(self.rule, TokenRule)
+            mask = self.rule.keep_probs(self.q, self.p, self.summary)
+            kept = torch.from_numpy(np.flatnonzero(mask.numpy()))
+            self.kept_tokens = kept[self.verifier_row[kept] > -torch.inf]
+            if len(self.kept_tokens):
+                self.eta = self.scratch.copy_(self.q).index_fill_(0, self.kept_tokens, 0.0).sum().item()
+        return self.kept_tokens
 
     def _summarise(self, t: int) -> Summary:
         fields: dict[str, Tensor] = {}
