@@ -118,7 +118,7 @@ def _git(folder: Path, *arguments: str) -> str:
 def collect(seeds: Mapping[str, int] | None = None) -> dict[str, Any]:
     """What is needed to say where an output came from: command line, versions, revision, machine, time, seeds."""
     return {
-        "argv": sys.argv,
+        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "versions": versions(),
         "git_revision": git_revision(),
         "machine": {
