@@ -108,7 +108,7 @@ def _parse(name: str, module: ModuleType, words: list[str]) -> dict[str, Any]:
     for positional in getattr(module, "POSITIONAL", ()):
         words = _name_positional(words, positional)
     try:
-        parsed = parser.parse_args(words)
+        parsed = parser.parse_args([_underscored(word) for word in words])
     except ArgumentError as error:
         raise InputError(_one_line(str(error))) from None
     settings = parser.instantiate(parsed).as_dict()
@@ -130,6 +130,12 @@ def _grouped(module: ModuleType, settings: dict[str, Any]) -> dict[str, Any]:
     own = {field.name for field in fields(module.SETTINGS)}
     config = module.SETTINGS(**{name: value for name, value in settings.items() if name in own})
     return {"config": config, **{name: value for name, value in settings.items() if name not in own}}
+
+
+def _underscored(word: str) -> str:
+    """``--log-top-k=0`` as the parameter is called: ``--log_top_k=0``; values stay as they are."""
+    flag, equals, value = word.partition("=")
+    return flag.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
 
 
 def _name_positional(words: list[str], name: str) -> list[str]:

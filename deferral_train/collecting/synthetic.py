@@ -69,7 +69,8 @@ def _columns(part: SyntheticChunk, first: int, top_k: int, truth: bool) -> dict[
     count, length = part.gold.shape
     logits = [each.reshape(count * length, -1) for each in (part.drafter_logits, part.verifier_logits)]
     gold = part.gold.flatten()
-    columns = Measure(logits[0].shape[1], top_k)(*logits, torch.arange(len(gold)), gold)
+    measure = Measure(logits[0].shape[1], top_k)
+    columns = measure(logits[0], logits[1], torch.arange(len(gold)), gold)
     del columns["finite"]  # the laws of a table are
     columns["gold"] = gold
     columns["prompt"] = torch.arange(first + part.first, first + part.first + count).repeat_interleave(length)

@@ -26,7 +26,7 @@ from deferral_train.traces.schema import flat_values, numpy_type, width
 READERS = min(4, os.cpu_count() or 1)  # threads; checking and copying release the interpreter
 
 
-_SUMMARY_TYPES = {"float": np.dtype(np.float32), "int": np.dtype(np.int64)}
+_SUMMARY_TYPES: dict[str, np.dtype] = {"float": np.dtype(np.float32), "int": np.dtype(np.int64)}
 
 
 class Shard:

@@ -244,7 +244,7 @@ def test_the_command_collects_from_files_and_addresses(tmp_path: Path, capsys: p
     rows = [{"id": p.id, "prompt": p.prompt, "reference": p.reference} for p in PROMPTS]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = ["--drafter", str(drafter), "--verifier", str(verifier), "--prompts", f"file://{source}"]
-    assert main(["collect", "--out", f"file://{tmp_path}/out", *common, "--log_top_k=0", "--device=cpu"]) == 0
+    assert main(["collect", "--out", f"file://{tmp_path}/out", *common, "--log-top-k=0", "--device=cpu"]) == 0
     traces = open_traces(tmp_path / "out", verify=True)
     assert traces.prompt_ids == tuple(p.id for p in PROMPTS)
     assert read_header(traces._shards[0].folder).pair["drafter"]["weights"]
