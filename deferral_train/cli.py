@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import json
 import os
 import sys
 import warnings
@@ -108,7 +109,7 @@ def _parse(name: str, module: ModuleType, words: list[str]) -> dict[str, Any]:
     for positional in getattr(module, "POSITIONAL", ()):
         words = _name_positional(words, positional)
     try:
-        parsed = parser.parse_args([_underscored(word) for word in words])
+        parsed = parser.parse_args(_gathered([_underscored(word) for word in words], _list_flags(module)))
     except ArgumentError as error:
         raise InputError(_one_line(str(error))) from None
     settings = parser.instantiate(parsed).as_dict()
@@ -136,6 +137,29 @@ def _underscored(word: str) -> str:
     """``--log-top-k=0`` as the parameter is called: ``--log_top_k=0``; values stay as they are."""
     flag, equals, value = word.partition("=")
     return flag.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
+
+
+def _list_flags(module: ModuleType) -> set[str]:
+    """Flags that take several values: parameters or fields annotated as list or tuple."""
+    annotated = dict(module.run.__annotations__)
+    if hasattr(module, "SETTINGS"):
+        annotated |= {field.name: field.type for field in fields(module.SETTINGS)}
+    return {f"--{name}" for name, kind in annotated.items() if str(kind).startswith(("list[", "tuple["))}
+
+
+def _gathered(words: list[str], lists: set[str]) -> list[str]:
+    """``--rules opt token_v3`` as one value, ``--rules=["opt", "token_v3"]``; a written-out list stays as it is."""
+    gathered: list[str] = []
+    at = 0
+    while at < len(words):
+        flag, end = words[at], at + 1
+        while flag in lists and end < len(words) and not words[end].startswith("--"):
+            end += 1
+        values = words[at + 1 : end]
+        written_out = len(values) == 1 and values[0].startswith("[")
+        gathered += [f"{flag}={json.dumps(values)}"] if values and not written_out else words[at:end]
+        at = end
+    return gathered
 
 
 def _name_positional(words: list[str], name: str) -> list[str]:

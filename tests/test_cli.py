@@ -120,3 +120,16 @@ def test_a_defect_of_ours_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(cli, "_dispatch", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["doctor"])
+
+
+def test_several_values_after_a_flag_are_a_list():
+    import types
+
+    def run(*, rules: list[str] = (), alpha: float = 0.0) -> None:
+        """Take a list."""
+
+    module = types.SimpleNamespace(run=run)
+    spoken = cli._parse("rules", module, ["--rules", "opt:alpha=0.2", "token_v3", "--alpha", "-0.5"])
+    assert spoken == {"rules": ["opt:alpha=0.2", "token_v3"], "alpha": -0.5}
+    assert cli._parse("rules", module, ["--rules", "[opt,chow]"])["rules"] == ["opt", "chow"]
+    assert cli._parse("rules", module, ["--rules", "opt"])["rules"] == ["opt"]
