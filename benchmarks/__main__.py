@@ -1,8 +1,8 @@
 """Run every benchmark for a device, each in a process of its own, and keep their JSON in benchmarks/results/.
 
-    python -m benchmarks --device cpu            # make bench
-    python -m benchmarks --device cuda           # make bench-gpu
-    python -m benchmarks --only verify decoding
+python -m benchmarks --device cpu            # make bench
+python -m benchmarks --device cuda           # make bench-gpu
+python -m benchmarks --only verify decoding
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ BENCHMARKS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="+", choices=sorted(BENCHMARKS), default=list(BENCHMARKS))
     parser.add_argument("--out", type=Path, default=HERE / "results")

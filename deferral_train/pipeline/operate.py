@@ -71,7 +71,9 @@ def token_risk_bound(traces: Traces, rule: Rule, confidence: float) -> dict[str,
     The mean over prompts of (loss of the emitted token minus lossless's, on the same logged prefixes), each prompt's
     in [-1, 1]; the limit holds with ``confidence``. It says nothing about whole outputs.
     """
-    table = score_rules(traces, {"chosen": rule}, grid=None if rule.dial_value is None else [rule.dial_value], bootstrap=0)
+    table = score_rules(
+        traces, {"chosen": rule}, grid=None if rule.dial_value is None else [rule.dial_value], bootstrap=0
+    )
     loss, base = (table[name].per_prompt["emitted_loss"][0] for name in ("chosen", "lossless"))
     rises = (loss - base) / table.rows_per_prompt
     return {

@@ -168,9 +168,7 @@ def _headline(
 
 
 def _range(interval: Mapping[str, Any]) -> str:
-    return (
-        "" if interval["low"] is None else f" ({interval['low']:.2f} to {interval['high']:.2f})"
-    )
+    return "" if interval["low"] is None else f" ({interval['low']:.2f} to {interval['high']:.2f})"
 
 
 def _trust(
