@@ -331,7 +331,7 @@ class Run:
             for name, scores in decoded.items()
         ]
         columns = ["rule", "chrF", "tokens/call", "deferred", "tokens/s", "risk-OPT"]
-        self.console.table("held-out prompts, every rule at the same rejection rate", columns, rows)
+        self.console.table("held-out prompts; dials set to one rejection rate on the calibration part", columns, rows)
         self.console.line(verdict["headline"])
         self.console.path("report", self.folder / "report.html")
         self.console.path("TensorBoard", self.folder / "fit")

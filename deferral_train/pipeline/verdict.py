@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from deferral_train.decoding.outputs import BATCHES, OUTPUTS, read_lines
+from deferral_train.evaluation.bootstrap import MIN_PROMPTS, Interval
+from deferral_train.evaluation.online import online_table
 
-from deferral_train.evaluation.bootstrap import MIN_PROMPTS, Interval, PromptBootstrap
-
-REPLICATES = 2000
+POINTS = 100.0  # metrics per prompt lie in [0, 1]
 
 
 def make_verdict(
@@ -35,12 +33,12 @@ def make_verdict(
     Returns:
         what ``verdict.json`` holds; ``status`` is "ok", or "no_setting" where no setting beats the verifier alone.
     """
-    rows, batches = (_by_rule(decode_folder / name) for name in ("outputs.jsonl", "batches.jsonl"))
+    rows, batches = (list(read_lines(decode_folder / name)) for name in (OUTPUTS, BATCHES))
     label = chosen["label"]
-    speedup = _ratio_of_times(batches["verifier_only"], batches[label], seed)
-    lossless = _ratio_of_times(batches["verifier_only"], batches["lossless"], seed)
-    quality = _quality(rows["lossless"], rows[label], seed)
-    calls = {name: _calls(rows[name]) for name in ("verifier_only", "lossless", label)}
+    measured = online_table(rows, batches, metric="chrf", seed=seed)
+    speedup = measured[label]["speed"]
+    calls = {name: _calls(rows, name) for name in ("verifier_only", "lossless", label)}
+    quality = _quality(measured[label], measured["lossless"], rows, label)
     pays = (speedup.low if speedup.low is not None else speedup.value) > 1.0
     cost_ratio = gate["verifier_seconds"] / gate["drafter_seconds"]
     return {
@@ -48,7 +46,7 @@ def make_verdict(
         "headline": _headline(chosen, speedup, quality, calls, cost_ratio, pays),
         "chosen": dict(chosen),
         "speedup": {**speedup.as_dict(), "against": "verifier_only"},
-        "lossless_speedup": {**lossless.as_dict(), "against": "verifier_only"},
+        "lossless_speedup": {**measured["lossless"]["speed"].as_dict(), "against": "verifier_only"},
         "calls_saved": {
             "value": 1 - calls[label] / calls["verifier_only"],
             "lossless": 1 - calls["lossless"] / calls["verifier_only"],
@@ -57,7 +55,7 @@ def make_verdict(
         "quality": quality,
         "risk": dict(bound),
         "cost_ratio": cost_ratio,
-        "trust": _trust(rows[label], bound, skew, speedup),
+        "trust": _trust(len(_first(rows, label)), bound, skew, speedup),
         "snippet": snippet(chosen),
         "engine_line": None,
     }
@@ -79,71 +77,42 @@ def snippet(chosen: Mapping[str, Any]) -> str:
     )
 
 
-def _by_rule(path: Path) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        found[row["rule"]].append(row)
-    return found
+def _first(rows: Sequence[Mapping[str, Any]], rule: str) -> dict[str, Mapping[str, Any]]:
+    """A rule's rows of the first repetition, by prompt."""
+    return {row["id"]: row for row in rows if row["rule"] == rule and row["repetition"] == 0}
 
 
-def _ratio_of_times(
-    base: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], seed: int
-) -> Interval:
-    """Time of ``base`` over time of ``other``: medians over repetitions per batch, batches redrawn together."""
-    above, below = _median_seconds(base), _median_seconds(other)
-    return _bootstrap(len(above), seed).ratio(above, below)
-
-
-def _median_seconds(batches: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    seconds: dict[int, list[float]] = defaultdict(list)
-    for batch in batches:
-        seconds[batch["batch"]].append(batch["seconds"])
-    return np.array([np.median(seconds[number]) for number in sorted(seconds)])
-
-
-def _bootstrap(units: int, seed: int) -> PromptBootstrap:
-    return PromptBootstrap(units, REPLICATES if units >= MIN_PROMPTS else 0, seed)
-
-
-def _calls(rows: Sequence[Mapping[str, Any]]) -> float:
+def _calls(rows: Sequence[Mapping[str, Any]], rule: str) -> float:
     """Verifier calls an emitted token."""
-    return sum(row["counts"]["verifier_calls"] for row in rows) / sum(
-        row["counts"]["emitted"] for row in rows
-    )
+    counts = [row["counts"] for row in rows if row["rule"] == rule]
+    return sum(count["verifier_calls"] for count in counts) / sum(count["emitted"] for count in counts)
 
 
 def _quality(
-    lossless: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], seed: int
+    own: Mapping[str, Interval], base: Mapping[str, Interval], rows: Sequence[Mapping[str, Any]], rule: str
 ) -> dict[str, Any]:
-    """Sentence chrF against the references, the rule's mean minus lossless's on the same prompts."""
-    from sacrebleu.metrics import CHRF
-
-    chrf = CHRF()
-    first = {row["id"]: row for row in lossless if row["repetition"] == 0 and row.get("reference")}
-    pairs = [(first[row["id"]], row) for row in rows if row["repetition"] == 0 and row["id"] in first]
-    if not pairs:
-        return {"metric": None, "difference": None}
-    scores = np.array(
-        [[chrf.sentence_score(row["text"], [row["reference"]]).score for row in pair] for pair in pairs]
-    )
-    difference = _bootstrap(len(pairs), seed).mean(scores[:, 1] - scores[:, 0])
-    same = float(np.mean([a["text"] == b["text"] for a, b in pairs]))
-    return {
-        "metric": "mean sentence chrF",
-        "lossless": float(scores[:, 0].mean()),
-        "value": float(scores[:, 1].mean()),
-        "difference": difference.value,
-        "low": difference.low,
-        "high": difference.high,
+    """Sentence chrF in points, the rule's mean minus lossless's on the same prompts; and how alike the texts are."""
+    texts, lossless = _first(rows, rule), _first(rows, "lossless")
+    same = sum(texts[name]["text"] == lossless[name]["text"] for name in texts) / len(texts)
+    found = {
+        "metric": None,
+        "difference": None,
         "same_text_as_lossless": same,
-        "prompts": len(pairs),
-        "length_ratio": _tokens([b for _, b in pairs]) / _tokens([a for a, _ in pairs]),
+        "prompts": len(texts),
+        "length_ratio": own["length_ratio"].value,
     }
-
-
-def _tokens(rows: Sequence[Mapping[str, Any]]) -> float:
-    return float(sum(row["counts"]["emitted"] for row in rows))
+    if "quality" not in own:
+        return found
+    difference = own["quality_difference"]
+    low, high = (None if limit is None else POINTS * limit for limit in (difference.low, difference.high))
+    return found | {
+        "metric": "mean sentence chrF",
+        "lossless": POINTS * base["quality"].value,
+        "value": POINTS * own["quality"].value,
+        "difference": POINTS * difference.value,
+        "low": low,
+        "high": high,
+    }
 
 
 def _headline(
@@ -171,10 +140,7 @@ def _range(interval: Mapping[str, Any]) -> str:
     return "" if interval["low"] is None else f" ({interval['low']:.2f} to {interval['high']:.2f})"
 
 
-def _trust(
-    rows: Sequence[Mapping[str, Any]], bound: Mapping[str, Any], skew: Mapping[str, Any], speedup: Interval
-) -> list[str]:
-    prompts = len({row["id"] for row in rows})
+def _trust(prompts: int, bound: Mapping[str, Any], skew: Mapping[str, Any], speedup: Interval) -> list[str]:
     said = [
         f"Decoded {prompts} test prompts that neither the pair, the head nor its operating point had seen.",
         "Operating points were set on the calibration part, at the same rejection rate for every rule.",
