@@ -76,7 +76,11 @@ class ChunkRecord:
     @classmethod
     def parse(cls, value: Mapping[str, Any]) -> ChunkRecord:
         places = tuple(tuple(place) for place in value.get("nonfinite_at", ()))
-        return cls(**{**value, "nonfinite_at": places})
+        record = cls(**{**value, "nonfinite_at": places})
+        # A ledger may come from elsewhere: it names no file outside its folder.
+        if record.file != f"shard-{record.id:05d}.arrow":
+            raise ValueError(f"chunk {record.id} lies in {record.file!r}")
+        return record
 
 
 @dataclass(frozen=True)
