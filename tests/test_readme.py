@@ -1,4 +1,4 @@
-"""The README's folder tree is the folder tree, and its Python example runs."""
+"""The README's folder tree is the folder tree, what it points at exists, and what it types is understood."""
 
 from __future__ import annotations
 
@@ -39,3 +39,46 @@ def stated_folders() -> set[str]:
 
 def test_tree_in_the_readme_is_the_tree():
     assert stated_folders() == tracked_folders()
+
+
+def test_every_linked_file_exists():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    linked = re.findall(r"\]\(([^)#]+)\)", text) + re.findall(
+        r"`(deferral_train/[\w/]+\.py|configs/[\w/]+\.yaml)`", text
+    )
+    linked += re.findall(r"--config (configs/[\w/]+\.yaml)", text)
+    local = [name for name in linked if not name.startswith("http")]
+    assert len(local) > 8
+    assert [name for name in local if not (ROOT / name).exists()] == []
+
+
+def test_flags_typed_in_the_readme_are_flags():
+    """Every `--flag` of a `deferral-train COMMAND` line is a parameter of that command."""
+    import importlib
+
+    from deferral_train.cli import COMMANDS
+
+    lines = re.findall(
+        r"^ {4}deferral-train ([\w-]+) +(.*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert {name for name, _ in lines} >= {"doctor", "collect", "fit", "export", "evaluate", "decode"}
+    for name, words in lines:
+        assert name in COMMANDS
+        run = importlib.import_module(f"deferral_train.commands.{name.replace('-', '_')}").run
+        flags = {flag.replace("-", "_") for flag in re.findall(r"--([\w-]+)", words)}
+        if name != "fit":  # its flags are Lightning's
+            assert flags <= set(run.__annotations__), name
+
+
+def test_python_example_runs(tmp_path, monkeypatch):
+    """The README's own lines, on a tiny pair in the place of the quickstart's."""
+    from tiny_models import save_tiny_pair
+
+    save_tiny_pair("llama", tmp_path / "runs" / "quickstart" / "pair")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"## In Python\n+```python\n(.*?)```", text, re.DOTALL)
+    assert code
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {}
+    exec(compile(code.group(1), "README.md", "exec"), scope)
+    assert scope["result"].stats.mean_acceptance_length >= 1.0

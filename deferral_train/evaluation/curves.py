@@ -13,7 +13,7 @@ rule.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -39,11 +39,19 @@ class Curve:
     x_redrawn: np.ndarray
     y_redrawn: np.ndarray
 
+    _known: dict[bytes, tuple[np.ndarray, np.ndarray]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
     def at(self, shares: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Value at each share of the cost range, [M] and redrawn [M, B]."""
+        """Value at each share of the cost range, [M] and redrawn [M, B]; computed once for the same shares."""
         wanted = np.asarray(shares, dtype=np.float64)
-        redrawn = [at_share(x, y, wanted) for x, y in zip(self.x_redrawn.T, self.y_redrawn.T)]
-        return at_share(self.x, self.y, wanted), np.reshape(redrawn, (-1, len(wanted))).T
+        key = wanted.tobytes()
+        if key not in self._known:
+            redrawn = [at_share(x, y, wanted) for x, y in zip(self.x_redrawn.T, self.y_redrawn.T)]
+            values = at_share(self.x, self.y, wanted)
+            self._known[key] = values, np.reshape(redrawn, (-1, len(wanted))).T
+        return self._known[key]
 
     def area(self) -> tuple[float, np.ndarray]:
         """Mean value over the whole cost range (area under the curve over shares 0 to 1), and its redraws

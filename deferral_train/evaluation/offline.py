@@ -79,6 +79,7 @@ def score_rules(
         InputError: traces of different pairs, too few prompts for the bootstrap, a truth or a field that the
             traces do not hold, an unknown rule.
     """
+    _check_request(grid, bootstrap, num_draft_tokens, confidence)
     families = _with_anchors(make_families(rules, grid))
     part = read_positions(
         traces,
@@ -107,6 +108,17 @@ def score_rules(
     slider = slider_prefixes(families, part, prefixes) if prefixes else None
     calibration = _calibration(families, part, redraws)
     return ScoreTable(meta, scores, redraws, part.rows_per_prompt, calibration, slider)
+
+
+def _check_request(grid: Any, bootstrap: int, num_draft_tokens: int, confidence: float) -> None:
+    if isinstance(grid, int) and grid < 1:
+        raise InputError(f"grid is {grid}; give at least 1 dial point, or leave it out for 40")
+    if bootstrap < 0:
+        raise InputError(f"bootstrap is {bootstrap}; give a number of redraws, 0 for none")
+    if num_draft_tokens < 1:
+        raise InputError(f"num_draft_tokens is {num_draft_tokens}; give at least 1")
+    if not 0 < confidence < 1:
+        raise InputError(f"confidence is {confidence}; give a number between 0 and 1, for example 0.95")
 
 
 def _with_anchors(families: list[Family]) -> list[Family]:

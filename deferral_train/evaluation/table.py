@@ -66,6 +66,7 @@ class ScoreTable:
     rows_per_prompt: np.ndarray
     calibration: dict[str, Any] = field(default_factory=dict)
     prefixes: dict[str, Any] | None = None
+    _curves: dict[tuple[str, str, str], Curve] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> RuleScores:
         try:
@@ -88,6 +89,12 @@ class ScoreTable:
 
     def curve(self, name: str, loss: str = "risk", cost: str = "rejection_rate") -> Curve:
         """A rule's curve between the drafter's end and the lossless end, see :mod:`curves`."""
+        key = (name, loss, cost)
+        if key not in self._curves:
+            self._curves[key] = self._make_curve(name, loss, cost)
+        return self._curves[key]
+
+    def _make_curve(self, name: str, loss: str, cost: str) -> Curve:
         for metric in (loss, cost):
             if metric not in self[name].metrics:
                 known = ", ".join(self[name].metrics)

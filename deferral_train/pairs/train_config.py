@@ -115,9 +115,9 @@ class PairConfig:
     vocab_size: int = 2048
     context: int = 128
     drafter: ModelSize = field(default_factory=lambda: ModelSize(1, 64, 2, 192))
-    verifier: ModelSize = field(default_factory=lambda: ModelSize(6, 160, 4, 416))
-    drafter_schedule: Schedule = field(default_factory=lambda: Schedule(1600, 5, 3e-3))
-    verifier_schedule: Schedule = field(default_factory=lambda: Schedule(1600, 5, 7e-4, embedding_rate=20.0))
+    verifier: ModelSize = field(default_factory=lambda: ModelSize(8, 144, 4, 384))
+    drafter_schedule: Schedule = field(default_factory=lambda: Schedule(1200, 5, 3e-3))
+    verifier_schedule: Schedule = field(default_factory=lambda: Schedule(1200, 5, 7e-4, embedding_rate=20.0))
     seed: int = 0
     threads: int = 0
     autocast: bool = False

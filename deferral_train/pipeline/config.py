@@ -135,10 +135,12 @@ class OperatingPointConfig:
 
     Attributes:
         rejection_share: the rejection rate to match, as a share of lossless's.
+        max_quality_loss: most points of mean sentence chrF below lossless that still count as help.
         confidence: of the bound on the local token risk.
     """
 
     rejection_share: float = 0.5
+    max_quality_loss: float = 1.0
     confidence: float = 0.95
 
 

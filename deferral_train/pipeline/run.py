@@ -129,7 +129,14 @@ class Run:
                 (ON_POLICY, "evaluation/skew.json"),
                 self.skew,
             ),
-            ("verdict", "what is gained and lost", {}, ("evaluate", "skew"), ("verdict.json",), self.verdict),
+            (
+                "verdict",
+                "what is gained and lost",
+                c.point,
+                ("evaluate", "skew"),
+                ("verdict.json",),
+                self.verdict,
+            ),
             ("report", "one page", {}, ("verdict",), ("report.html",), self.report),
         ]
         return [
@@ -260,6 +267,7 @@ class Run:
             results["pair"]["gate"],
             results["evaluate"]["bound"],
             results["skew"],
+            self.config.point.max_quality_loss,
             self.config.seed,
         )
         verdict["training"] = f"fit/{results['fit']['best']}"
@@ -331,7 +339,9 @@ class Run:
             for name, scores in decoded.items()
         ]
         columns = ["rule", "chrF", "tokens/call", "deferred", "tokens/s", "risk-OPT"]
-        self.console.table("held-out prompts; dials set to one rejection rate on the calibration part", columns, rows)
+        self.console.table(
+            "held-out prompts; dials set to one rejection rate on the calibration part", columns, rows
+        )
         self.console.line(verdict["headline"])
         self.console.path("report", self.folder / "report.html")
         self.console.path("TensorBoard", self.folder / "fit")

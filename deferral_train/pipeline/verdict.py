@@ -19,6 +19,7 @@ def make_verdict(
     gate: Mapping[str, Any],
     bound: Mapping[str, Any],
     skew: Mapping[str, Any],
+    max_quality_loss: float,
     seed: int,
 ) -> dict[str, Any]:
     """Judge the chosen rule from what decoding measured.
@@ -29,9 +30,11 @@ def make_verdict(
         gate: the pair's gate.
         bound: of the rise of the local token risk, see ``operate.token_risk_bound``.
         skew: how many predictions from traces agreed with the counts, ``agree`` of ``of``.
+        max_quality_loss: points of chrF below lossless beyond which a speed-up is no help.
 
     Returns:
-        what ``verdict.json`` holds; ``status`` is "ok", or "no_setting" where no setting beats the verifier alone.
+        what ``verdict.json`` holds; ``status`` is "ok" where the chosen rule is faster than the verifier alone and
+        than lossless speculation and loses at most what was allowed, else "no_setting" with the reasons.
     """
     rows, batches = (list(read_lines(decode_folder / name)) for name in (OUTPUTS, BATCHES))
     label = chosen["label"]
@@ -39,11 +42,14 @@ def make_verdict(
     speedup = measured[label]["speed"]
     calls = {name: _calls(rows, name) for name in ("verifier_only", "lossless", label)}
     quality = _quality(measured[label], measured["lossless"], rows, label)
-    pays = (speedup.low if speedup.low is not None else speedup.value) > 1.0
     cost_ratio = gate["verifier_seconds"] / gate["drafter_seconds"]
+    reasons = _against(
+        speedup, measured["lossless"]["speed"], quality, max_quality_loss, calls[label], cost_ratio
+    )
     return {
-        "status": "ok" if pays else "no_setting",
-        "headline": _headline(chosen, speedup, quality, calls, cost_ratio, pays),
+        "status": "no_setting" if reasons else "ok",
+        "headline": _headline(chosen, speedup, quality, calls, reasons),
+        "reasons": reasons,
         "chosen": dict(chosen),
         "speedup": {**speedup.as_dict(), "against": "verifier_only"},
         "lossless_speedup": {**measured["lossless"]["speed"].as_dict(), "against": "verifier_only"},
@@ -115,25 +121,45 @@ def _quality(
     }
 
 
+def _against(
+    speedup: Interval,
+    lossless: Interval,
+    quality: Mapping[str, Any],
+    max_quality_loss: float,
+    calls: float,
+    cost_ratio: float,
+) -> list[str]:
+    """What speaks against serving the chosen rule, in words; empty where nothing does."""
+    found = []
+    if (speedup.low if speedup.low is not None else speedup.value) <= 1.0:
+        found.append(
+            f"{1 / calls:.1f} tokens a verifier call do not pay for drafting where a verifier pass costs "
+            f"{cost_ratio:.1f} drafter passes"
+        )
+    if speedup.value <= lossless.value:
+        found.append(f"lossless speculation is as fast ({lossless.value:.2f}x)")
+    if quality["difference"] is not None and quality["difference"] < -max_quality_loss:
+        found.append(
+            f"it loses {-quality['difference']:.2f} points of chrF, more than the {max_quality_loss:g} allowed"
+        )
+    return found
+
+
 def _headline(
     chosen: Mapping[str, Any],
     speedup: Interval,
     quality: Mapping[str, Any],
     calls: Mapping[str, float],
-    cost_ratio: float,
-    pays: bool,
+    reasons: Sequence[str],
 ) -> str:
-    speed = f"{speedup.value:.2f}x the verifier's speed{_range(speedup.as_dict())}"
+    saved = 1 - calls[chosen["label"]] / calls["verifier_only"]
+    gain = f"{speedup.value:.2f}x the verifier's speed{_range(speedup.as_dict())}, {saved:.0%} fewer verifier calls"
     lost = ""
     if quality["difference"] is not None:
         lost = f"; {quality['metric']} {quality['difference']:+.2f} against lossless{_range(quality)}"
-    if pays:
-        return f"{chosen['name']} runs at {speed}{lost}"
-    length = 1 / calls[chosen["label"]]
-    return (
-        f"No setting helps this pair in wall clock: {chosen['name']} runs at {speed}, because {length:.1f} tokens a "
-        f"verifier call do not pay for drafting where a verifier pass costs {cost_ratio:.1f} drafter passes{lost}"
-    )
+    if reasons:
+        return f"No setting tried helps this pair, because {' and '.join(reasons)}. {chosen['name']}: {gain}{lost}"
+    return f"{chosen['name']}: {gain}{lost}"
 
 
 def _range(interval: Mapping[str, Any]) -> str:

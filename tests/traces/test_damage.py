@@ -186,3 +186,13 @@ def test_names_of_settings_are_checked() -> None:
         make_manifest(prefixes="nonsense")
     with pytest.raises(InputError, match="hidden="):
         _ = make_manifest(hidden={"teacher": 4}).layout
+
+
+def test_a_ledger_that_names_a_file_outside_the_folder_is_refused(folder: Path) -> None:
+    """An altered ledger must not make the reader open what lies elsewhere."""
+    outside = folder.parent / "outside.arrow"
+    outside.write_bytes((folder / "shard-00000.arrow").read_bytes())
+    ledger = folder / "chunks.jsonl"
+    ledger.write_text(ledger.read_text().replace("shard-00000.arrow", "../outside.arrow"))
+    with pytest.raises(InputError, match="chunks.jsonl"):
+        open_traces(folder)
