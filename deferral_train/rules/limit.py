@@ -59,8 +59,11 @@ def _limited(
     scores: Scores, inside: Tensor, passes: Tensor, exact_passes: Tensor, limit: float, spent: Tensor | None
 ) -> Walk:
     rows, drafts = passes.shape
-    assert scores.gap is not None
-    costs = scores.gap.double().clamp(min=0.0)
+    if scores.gap is None:  # an empty block costs nothing
+        assert drafts == 0
+        costs = torch.zeros(rows, 0, dtype=torch.float64, device=passes.device)
+    else:
+        costs = scores.gap.double().clamp(min=0.0)
     total = _opening(spent, rows, passes.device)
     alive = torch.ones(rows, dtype=torch.bool, device=passes.device)
     allowed, kept = torch.zeros_like(passes), torch.zeros_like(passes)

@@ -358,3 +358,15 @@ def test_the_place_in_the_block_is_always_known():
     drafted, drafter, verifier = block()
     verdict = verify_block(make_rule("learned", head=ByPlace()), drafted, drafter, verifier)
     assert verdict.deferred.tolist() == [[False, False, True, True]] * B
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_empty_block_under_a_limit_gives_a_bonus_and_spends_nothing(temperature):
+    drafter, verifier = torch.randn(3, 0, 7), torch.randn(3, 1, 7)
+    drafted = torch.empty(3, 0, dtype=torch.int64)
+    rule = make_rule("opt", alpha=0.2)
+    verdict = verify_block(rule, drafted, drafter, verifier, temperature=temperature, max_request_loss=0.5)
+    assert verdict.accepted.tolist() == [0, 0, 0]
+    assert (verdict.next_token >= 0).all()
+    assert verdict.spent is not None
+    assert verdict.spent.tolist() == [0.0, 0.0, 0.0]
