@@ -140,7 +140,7 @@ def _against(
         found.append(f"lossless speculation is as fast ({lossless.value:.2f}x)")
     if quality["difference"] is not None and quality["difference"] < -max_quality_loss:
         found.append(
-            f"it loses {-quality['difference']:.2f} points of chrF, more than the {max_quality_loss:g} allowed"
+            f"its text loses {-quality['difference']:.2f} points of chrF, more than the {max_quality_loss:g} allowed"
         )
     return found
 
