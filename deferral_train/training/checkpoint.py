@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle  # for the name of what torch.load raises; nothing is unpickled here
 from pathlib import Path
 
 import torch
@@ -21,12 +22,16 @@ def read_checkpoint(path: str | Path) -> tuple[DeferralHead, dict[str, float]]:
         config, state = checkpoint["deferral_head"], checkpoint["state_dict"]
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; give a checkpoint of deferral-train fit") from None
-    except Exception as error:
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(f"{path} is no checkpoint of deferral-train fit: {reason}") from None
+    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, EOFError, OSError):
+        raise InputError(
+            f"{path} is no checkpoint of deferral-train fit; give its checkpoints/best.ckpt"
+        ) from None
     head = head_from_config(config)
     prefix = "head."
-    head.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
+    try:
+        head.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
+    except RuntimeError:
+        raise InputError(f"{path}: its weights do not fit the head that it describes; fit it again") from None
     scalars = {k: float(v) for k, v in checkpoint.get("deferral_scalars", {}).items()}
     head.metadata = {**head.metadata, **evaluation_metadata(scalars)}
     return head.eval(), scalars
