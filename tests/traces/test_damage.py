@@ -194,5 +194,5 @@ def test_a_ledger_that_names_a_file_outside_the_folder_is_refused(folder: Path) 
     outside.write_bytes((folder / "shard-00000.arrow").read_bytes())
     ledger = folder / "chunks.jsonl"
     ledger.write_text(ledger.read_text().replace("shard-00000.arrow", "../outside.arrow"))
-    with pytest.raises(InputError, match="chunks.jsonl"):
+    with pytest.raises(InputError, match=r"chunks\.jsonl"):
         open_traces(folder)
