@@ -100,7 +100,7 @@ class Run:
             (
                 "point",
                 "dials set on calibration",
-                [c.point, c.rules],
+                [c.point, c.rules, c.decode.num_draft_tokens, c.seed],
                 ("fit",),
                 ("point.json", "head"),
                 self.point,
@@ -108,7 +108,7 @@ class Run:
             (
                 "evaluate",
                 "all rules on the test traces",
-                [c.rules, c.bootstrap],
+                [c.rules, c.decoded, c.bootstrap, c.decode.num_draft_tokens, c.seed],
                 ("point",),
                 evaluated,
                 self.evaluate,
@@ -124,7 +124,7 @@ class Run:
             (
                 "skew",
                 "offline against online",
-                {},
+                [c.bootstrap, c.seed],
                 ("decode",),
                 (ON_POLICY, "evaluation/skew.json"),
                 self.skew,

@@ -24,16 +24,6 @@ from deferral_train.training.preparation import fit_recalibration
 from deferral_train.training.scoring import score
 from deferral_train.training.sklearn_heads import SklearnHead
 
-REPORTED = (
-    "regret",
-    "excess_over_opt",
-    "excess_over_plug_in",
-    "hindsight_excess",
-    "auroc",
-    "gap_ece",
-    "gap_brier",
-)
-
 
 @dataclass(frozen=True)
 class FitResult:
