@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,8 @@ def run(
         max_verifier_calls: most verifier calls per token as a share of lossless's; 0.8 is a fifth fewer.
         max_token_risk: most rise of the local token risk over lossless; from traces.
         confidence: of the claim.
-        rule: choose among this rule's settings; from traces its name or spec, default the head.
+        rule: choose among this rule's settings (learned, opt, or a label of outputs without its dial); from traces
+            its name or spec, default the head.
         head: exported head folder that gets alpha and certificate.
         truth: of the local token risk: reference or verifier.
         temperature: of the local token risk: 0, 1, or the one that the traces were made for (default).
@@ -48,7 +50,10 @@ def run(
     """
     from deferral_train import provenance
     from deferral_train.evaluation.choose import choose_from_outputs, choose_from_traces
+    from deferral_train.evaluation.quality import check_metric
 
+    if metric is not None:
+        check_metric(metric)
     if (outputs is None) == (traces is None):
         raise InputError("give either outputs (a decode folder) or traces, the evidence to choose from")
     if outputs is not None:
@@ -56,6 +61,7 @@ def run(
             raise InputError("max_token_risk is chosen from traces; from outputs give metric and max_loss")
         choice = choose_from_outputs(
             _rows(Path(outputs)),
+            dials=_dials(Path(outputs)),
             metric=metric,
             max_loss=max_loss,
             max_verifier_calls=max_verifier_calls,
@@ -97,10 +103,18 @@ def _rows(folder: Path) -> list[dict]:
     return list(read_lines(folder / OUTPUTS))
 
 
+def _dials(folder: Path) -> dict | None:
+    """What the summary says about each label; None where decoding did not come to its end."""
+    from deferral_train.evaluation.settings import dials_of
+
+    path = folder / "summary.json"
+    return dials_of(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
 def _store(head: str, choice: Choice) -> None:
     from deferral_train.heads.artifact import set_operating_point
 
-    if not choice.setting.rule.startswith("learned"):
+    if choice.setting.rule not in ("learned", "learned_token"):
         raise InputError(
             f"the chosen setting is {choice.setting.label}, no setting of the head {head}; "
             "nothing was stored: leave head out, or choose with rule=learned"

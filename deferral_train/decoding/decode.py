@@ -153,6 +153,13 @@ def _weights(head: Any) -> Any:
     return [[name, tensor.flatten().tolist()] for name, tensor in sorted(head.state_dict().items())]
 
 
+def _dial(rule: Rule) -> dict[str, Any] | None:
+    """Where the rule's dial stands: a label of the caller's need not say it."""
+    if rule.dial is None:
+        return None
+    return {"rule": rule.name, "parameter": rule.dial.parameter, "value": rule.dial_value}
+
+
 def _run(
     pair: Pair,
     encoded: Sequence[EncodedPrompt],
@@ -233,8 +240,8 @@ def _summary(
         label: summarize_rule(
             [row for row in rows if row["rule"] == label], [b for b in batches if b["rule"] == label]
         )
-        | {"accepted_mismatches": mismatches[label]}
-        for label in named
+        | {"accepted_mismatches": mismatches[label], "dial": _dial(rule)}
+        for label, rule in named.items()
     }
     return {
         "rules": rules,

@@ -8,7 +8,6 @@ with several rules each gets its share of the error probability.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,23 +26,12 @@ from deferral_train.evaluation.certificate import (
 )
 from deferral_train.evaluation.families import make_families
 from deferral_train.evaluation.offline import score_rules
-from deferral_train.evaluation.quality import per_prompt
+from deferral_train.evaluation.quality import check_metric, per_prompt
+from deferral_train.evaluation.settings import Dials, Setting, in_order, setting_of
 from deferral_train.rules.base import Rule
-from deferral_train.rules.registry import RULES
 from deferral_train.traces import Traces
 
 LOW, HIGH = -1.0, 1.0  # bounds of a difference of two scores in [0, 1]
-_LABEL = re.compile(r"^(?P<rule>.+?)[:,](?P<parameter>\w+)=(?P<value>-?[\d.eE+-]+)$")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One decoded setting: its label in the outputs, rule, dial parameter and value."""
-
-    label: str
-    rule: str
-    parameter: str
-    value: float
 
 
 @dataclass(frozen=True)
@@ -85,6 +73,7 @@ def choose_from_outputs(
     max_verifier_calls: float | None = None,
     confidence: float = 0.95,
     rule: str | None = None,
+    dials: Dials | None = None,
     seed: int = 0,
 ) -> Choice:
     """Pick a setting from `decode` outputs on calibration prompts.
@@ -92,11 +81,11 @@ def choose_from_outputs(
     Args:
         rows: of ``outputs.jsonl``: ``lossless`` and the settings of one or more rules.
         metric: of :data:`deferral_train.evaluation.quality.METRICS`; max_loss: limit of its mean loss per
-            prompt,
-            absolute, against lossless (0.01 is one point in a hundred).
+            prompt, absolute, against lossless (0.01 is one point in a hundred).
         max_verifier_calls: verifier calls per token as a share of lossless's (0.8: a fifth fewer).
         confidence: of the claim.
-        rule: choose among this rule's settings only.
+        rule: choose among the settings of this label without its dial, or of this rule.
+        dials: of ``summary.json``, for labels that do not say their dial.
 
     Returns:
         With ``max_loss`` the certified setting of fewest calls; with ``max_verifier_calls`` alone the
@@ -107,11 +96,13 @@ def choose_from_outputs(
             setting
             meets (naming the nearest).
     """
-    if (max_loss is None) == (max_verifier_calls is None) and max_loss is None:
+    if metric is not None:
+        check_metric(metric)
+    if max_loss is None and max_verifier_calls is None:
         raise InputError("give a wish: max_loss with metric, or max_verifier_calls")
     if max_loss is not None and metric is None:
         raise InputError("max_loss needs a metric, for example metric=exact_match")
-    outputs = _Outputs.of(rows, rule)
+    outputs = _Outputs.of(rows, rule, dials)
     if max_loss is None:
         assert max_verifier_calls is not None
         return _fewest_changes(outputs, max_verifier_calls, confidence, seed)
@@ -130,18 +121,18 @@ class _Outputs:
     rows: dict[str, dict[str, Mapping[str, Any]]]
 
     @classmethod
-    def of(cls, rows: Sequence[Mapping[str, Any]], rule: str | None) -> _Outputs:
+    def of(cls, rows: Sequence[Mapping[str, Any]], rule: str | None, dials: Dials | None) -> _Outputs:
         by_label: dict[str, dict[str, Mapping[str, Any]]] = defaultdict(dict)
         for row in rows:
             if row["repetition"] == 0:
                 by_label[row["rule"]][str(row["id"])] = row
         if "lossless" not in by_label:
             raise InputError("outputs hold no rule lossless to compare with; decode it on the same prompts")
-        settings = [setting for label in by_label if (setting := parse_label(label)) is not None]
+        settings = [setting for label in by_label if (setting := setting_of(label, dials)) is not None]
         families: dict[str, list[Setting]] = defaultdict(list)
         for setting in settings:
-            if rule is None or setting.rule == rule:
-                families[setting.rule].append(setting)
+            if rule in (None, setting.family, setting.rule):
+                families[setting.family].append(setting)
         if not families:
             known = ", ".join(sorted(by_label))
             raise InputError(
@@ -151,7 +142,7 @@ class _Outputs:
         ids = sorted(set.intersection(*(set(by_label[label]) for label in ["lossless", *used])))
         if not ids:
             raise InputError("the rules were decoded on different prompts; decode them side by side")
-        return cls(ids, {name: in_order(name, group) for name, group in families.items()}, dict(by_label))
+        return cls(ids, {name: in_order(group) for name, group in families.items()}, dict(by_label))
 
     def scores(self, label: str, metric: str) -> np.ndarray:
         """Metric of one setting on every prompt, [n]."""
@@ -170,26 +161,6 @@ class _Outputs:
         """Verifier calls per token against lossless's."""
         (calls, tokens), (base, base_tokens) = self.calls(label), self.calls("lossless")
         return float((calls.sum() / tokens.sum()) / (base.sum() / base_tokens.sum()))
-
-
-def parse_label(label: str) -> Setting | None:
-    """``opt:alpha=0.2`` as a setting; None for a rule without a dial."""
-    found = _LABEL.match(label)
-    if found is None:
-        return None
-    return Setting(label, found["rule"], found["parameter"], float(found["value"]))
-
-
-def in_order(rule: str, settings: Sequence[Setting]) -> list[Setting]:
-    """From the lossless end of the rule's dial to the drafter's; for heads and OPT a larger alpha keeps
-    more.
-    """
-    dial = RULES[rule.split(":")[0]].dial if rule.split(":")[0] in RULES else None
-    falling = dial is not None and (
-        (dial.lossless is not None and dial.lossless == dial.high)
-        or (dial.lossless is None and dial.drafter is not None and dial.drafter == dial.low)
-    )
-    return sorted(settings, key=lambda setting: setting.value, reverse=falling)
 
 
 def _certified(
@@ -318,11 +289,15 @@ def choose_from_traces(
     losses = _token_losses(traces, family.name, rule, truth, temperature, points)
     settings = [
         Setting(
-            f"{family.name}:{family.parameter}={value:g}", family.name, family.parameter, float(value or 0)
+            f"{family.name}:{family.parameter}={value:g}",
+            family.name,
+            family.rule.name,
+            family.parameter,
+            float(value or 0),
         )
         for value in family.values
     ]
-    order = in_order(family.rule.name, settings)
+    order = in_order(settings)
     place = {setting.value: number for number, setting in enumerate(settings)}
     ordered = losses[[place[setting.value] for setting in order]]
     check_reachable(max_token_risk, ordered.shape[1], confidence)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deferral_train.errors import InputError
-from deferral_train.evaluation.choose import parse_label
+from deferral_train.evaluation.settings import dials_of, setting_of
 
 VERIFIER = "verifier_only"
 # Cost on the x axis of each figure: key of a rule's summary, and its label.
@@ -53,10 +53,11 @@ def decoded_points(summary: Mapping[str, Any], metric: str = "bleu") -> dict[str
             f"metric {metric!r} is not in the summary; it holds {known or 'none: no references'}"
         )
     alone = rules[VERIFIER]["ms_per_token"]
+    dials = dials_of(summary)
     found: dict[str, list[Point]] = defaultdict(list)
     for label, rule in rules.items():
-        setting = parse_label(label)
-        found[label if setting is None else setting.rule].append(
+        setting = setting_of(label, dials)
+        found[label if setting is None else setting.family].append(
             Point(
                 label,
                 rule["quality"][metric],

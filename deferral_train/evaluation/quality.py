@@ -6,6 +6,8 @@ Corpus BLEU is no mean over prompts, so it has no per-prompt form here and canno
 from __future__ import annotations
 
 import re
+import shlex
+import shutil
 import string
 import subprocess
 from collections import Counter
@@ -78,20 +80,33 @@ def per_prompt(metric: str, texts: Sequence[str], references: Sequence[str | Non
     Raises:
         InputError: an unknown metric, or texts without references.
     """
+    check_metric(metric)
     if metric.startswith("command:"):
         return np.array([passes(metric.removeprefix("command:"), text) for text in texts])
-    if metric == "bleu":
-        raise InputError(
-            "metric bleu is a corpus score, no mean over prompts; use chrf, rougeL or exact_match"
-        )
-    if metric not in METRICS:
-        raise InputError(f"metric is {metric!r}; use one of {', '.join(METRICS)}, or 'command:PROGRAM'")
     absent = sum(reference is None for reference in references)
     if absent:
         raise InputError(
             f"metric {metric} needs references, and {absent} of {len(references)} prompts have none"
         )
     return np.array([METRICS[metric](text, str(reference)) for text, reference in zip(texts, references)])
+
+
+def check_metric(metric: str) -> None:
+    """Refuse a metric that no prompt can be scored by, before any work is done for it.
+
+    Raises:
+        InputError: an unknown metric, a corpus score, or a program that is not there.
+    """
+    if metric.startswith("command:"):
+        words = shlex.split(metric.removeprefix("command:"))
+        if not words or shutil.which(words[0]) is None:
+            raise InputError(f"metric {metric} cannot be run: no such program; check its path")
+    elif metric == "bleu":
+        raise InputError(
+            "metric bleu is a corpus score, no mean over prompts; use chrf, rougeL or exact_match"
+        )
+    elif metric not in METRICS:
+        raise InputError(f"metric is {metric!r}; use one of {', '.join(METRICS)}, or 'command:PROGRAM'")
 
 
 def corpus_bleu(texts: Sequence[str], references: Sequence[str]) -> float:
@@ -103,8 +118,6 @@ def corpus_bleu(texts: Sequence[str], references: Sequence[str]) -> float:
 
 def passes(command: str, text: str, timeout: float = 30.0) -> float:
     """1 where the user's program accepts the text; a program that takes too long rejects it."""
-    import shlex
-
     try:
         done = subprocess.run(
             shlex.split(command), input=text.encode(), capture_output=True, timeout=timeout, check=False

@@ -18,9 +18,9 @@ import numpy as np
 
 from deferral_train.errors import InputError
 from deferral_train.evaluation.bootstrap import MIN_PROMPTS, Interval, PromptBootstrap
-from deferral_train.evaluation.choose import parse_label
 from deferral_train.evaluation.laws import deferral_and_rejection
 from deferral_train.evaluation.positions import read_positions
+from deferral_train.evaluation.settings import parse_label
 from deferral_train.evaluation.survival import block_chain
 from deferral_train.rules.base import Rule
 from deferral_train.traces import Traces
@@ -150,7 +150,7 @@ def is_on_policy(prefixes: str, rule: Rule) -> bool:
     setting = parse_label(spec)
     if setting is None or rule.dial_value is None:
         return spec.split(":")[0] == rule.name
-    return setting.rule.split(":")[0] == rule.name and math.isclose(setting.value, rule.dial_value)
+    return setting.rule == rule.name and math.isclose(setting.value, rule.dial_value)
 
 
 def _difference(

@@ -9,7 +9,8 @@ import pytest
 from scipy.stats import binom
 
 from deferral_train.errors import InputError
-from deferral_train.evaluation.choose import choose_from_outputs, choose_from_traces, in_order, parse_label
+from deferral_train.evaluation.choose import choose_from_outputs, choose_from_traces
+from deferral_train.evaluation.settings import in_order, parse_label, setting_of
 from deferral_train.traces import Traces
 from evaluation.language import VOCABULARY, Language
 
@@ -51,13 +52,33 @@ def test_boldest_certified_setting_is_chosen_with_its_evidence() -> None:
 
 
 def test_order_of_the_dial_not_of_the_file_decides_what_is_tested() -> None:
-    values = [s.value for s in in_order("opt", [parse_label(f"opt:alpha={a}") for a in (0.4, 0.0, 0.2)])]  # type: ignore[misc]
+    values = [s.value for s in in_order([parse_label(f"opt:alpha={a}") for a in (0.4, 0.0, 0.2)])]  # type: ignore[misc]
     assert values == [0.0, 0.2, 0.4]
     # Typical acceptance and others may have their lossless end at the top of the dial.
     margins = [parse_label(f"judge:threshold={a}") for a in (0.2, 1.0)]
-    assert [s.value for s in in_order("judge", margins)] == [1.0, 0.2]  # type: ignore[misc]
+    assert [s.value for s in in_order(margins)] == [1.0, 0.2]  # type: ignore[misc]
     assert parse_label("lossless") is None
     assert parse_label("learned:head=runs/a=b,alpha=0.1").value == 0.1  # type: ignore[union-attr]
+
+
+def test_labels_that_do_not_say_their_dial_are_read_from_the_summary() -> None:
+    """A run calls its rules `opt` and `learned`; what the dial stood at is in the summary."""
+    rows = outputs(
+        {"lossless": [], "learned": [3], "opt": list(range(90))},
+        400,
+        {"lossless": 10, "learned": 6, "opt": 5},
+    )
+    dials = {
+        "lossless": None,
+        "learned": {"rule": "learned", "parameter": "alpha", "value": 0.3},
+        "opt": {"rule": "opt", "parameter": "alpha", "value": 0.2},
+    }
+    with pytest.raises(InputError, match="no setting to choose from"):
+        choose_from_outputs(rows, metric="exact_match", max_loss=0.05)
+    choice = choose_from_outputs(rows, metric="exact_match", max_loss=0.05, dials=dials)
+    assert (choice.setting.label, choice.setting.rule, choice.setting.value) == ("learned", "learned", 0.3)
+    assert setting_of("learned:head=runs/a,alpha=0.1").rule == "learned"  # type: ignore[union-attr]
+    assert setting_of("opt:alpha=1e-3").value == 1e-3  # type: ignore[union-attr]
 
 
 def test_two_rules_share_the_error_probability() -> None:
@@ -117,6 +138,8 @@ def test_bad_input_is_one_clear_line() -> None:
             "needs references, and 400 of 400",
             lambda: choose_from_outputs(without, metric="chrf", max_loss=0.1),
         ),
+        ("metric is 'bleurt'", lambda: choose_from_outputs([], metric="bleurt", max_verifier_calls=0.5)),
+        ("no such program", lambda: choose_from_outputs([], metric="command:no-such-program-x")),
         ("no rule lossless", lambda: choose_from_outputs(rows[30:], max_verifier_calls=0.5)),
         ("no setting of chow", lambda: choose_from_outputs(rows, max_verifier_calls=0.5, rule="chow")),
     ]

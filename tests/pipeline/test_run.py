@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,20 @@ def test_lossless_writes_what_the_verifier_alone_writes(finished):
     assert len(texts["lossless"]) == 10
 
 
+def test_choose_reads_the_runs_own_decode_folder(finished, tmp_path, capsys):
+    head = tmp_path / "head"
+    shutil.copytree(finished / "head", head)
+    words = ["--metric", "exact_match", "--max-loss", "0.9", "--rule", "learned", "--head", str(head)]
+    assert cli.main(["choose", "--outputs", str(finished / "decode"), *words]) == 0
+    assert capsys.readouterr().out.startswith("learned: observed")
+    config = json.loads((head / "config.json").read_text())
+    learned = json.loads((finished / "decode" / "summary.json").read_text())["rules"]["learned"]
+    assert config["certificate"]["metric"] == "exact_match"
+    assert config["alpha"] == config["certificate"]["value"] == learned["dial"]["value"]
+    assert cli.main(["choose", "--outputs", str(tmp_path / "none"), "--metric", "blue"]) == 2
+    assert "metric is 'blue'" in capsys.readouterr().err
+
+
 def test_second_run_reuses_everything_and_says_so(finished, config_path, capsys):
     before = (finished / "report.html").stat().st_mtime_ns
     assert cli.main(["run", "--config", str(config_path), "--out", str(finished)]) == 0
@@ -170,8 +185,6 @@ def test_bad_config_is_one_line_and_writes_nothing(config_path, tmp_path, capsys
 
 
 def test_too_little_disk_is_said_before_anything_is_written(config_path, tmp_path, capsys, monkeypatch):
-    import shutil
-
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**10, 10**10, 10**6))
     assert cli.main(["run", "--config", str(config_path), "--out", str(tmp_path / "out")]) == 2
     assert "free some disk" in capsys.readouterr().err
