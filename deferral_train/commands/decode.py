@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from deferral_train.errors import InputError
@@ -41,6 +42,7 @@ def run(
     stop_strings: list[str] = [],  # noqa: B006
     chat: str = "auto",
     log_tokens: int = 0,
+    metrics: list[str] = [],  # noqa: B006
     accept_mismatch: bool = False,
     device: str = "auto",
     dtype: str = "auto",
@@ -81,12 +83,15 @@ def run(
         stop_strings: end a text once it holds one of these.
         chat: use the tokenizer's chat template: auto, on or off.
         log_tokens: candidates of both models to record per token, 0 for none.
+        metrics: besides BLEU, chrF and exact match: rouge1, rouge2, rougeL, squad_f1, gsm8k, log_likelihood (of the
+            text under the verifier), or "command:PROGRAM" (pass@1: the program reads the text and exits with 0).
         accept_mismatch: serve a head made for other weights, dtype or temperature; recorded in the summary.
         device: auto, cpu, cuda, cuda:N or mps.
         dtype: auto, float32, float16 or bfloat16.
     """
     from deferral_train.decoding.decode import DecodeConfig, decode
     from deferral_train.decoding.pair import Settings, load_pair
+    from deferral_train.evaluation.outputs import check_metrics, score_outputs
     from deferral_train.heads.rules import rule_from_spec
     from deferral_train.pairs.prompts import read_prompts
 
@@ -102,8 +107,12 @@ def run(
         prompts, format, reference_path=references, prompt_field=prompt_field,
         reference_field=reference_field, template=template, split=split, start=start, limit=limit,
     )  # fmt: skip
-    summary = decode(load_pair(drafter, verifier, device, dtype), texts, named, config, out)
-    for line in table(summary):
+    check_metrics(metrics, texts)
+    pair = load_pair(drafter, verifier, device, dtype)
+    summary = decode(pair, texts, named, config, out)
+    if metrics:
+        summary = score_outputs(out, metrics, pair.models, texts, chat=chat)
+    for line in table(summary, metrics):
         print(line)
     print(f"outputs and summary in {out}")
     return 0
@@ -135,9 +144,10 @@ def stop_from_spec(spec: str | None) -> StopDrafting | None:
         raise InputError(f"stop {spec!r}: {error}") from error
 
 
-def table(summary: dict[str, Any]) -> list[str]:
-    """The summary as a few aligned lines."""
-    heads = ("BLEU", 6), ("tok/s", 8), ("ms/tok", 7), ("accept", 7), ("defer", 6), ("reject", 6), ("len", 6)
+def table(summary: dict[str, Any], metrics: Sequence[str] = ()) -> list[str]:
+    """The summary as a few aligned lines, asked-for metrics last."""
+    heads = [("BLEU", 6), ("tok/s", 8), ("ms/tok", 7), ("accept", 7), ("defer", 6), ("reject", 6), ("len", 6)]
+    heads += [(metric[:14], 14) for metric in metrics]
     lines = [f"{'rule':<32} " + " ".join(f"{name:>{width}}" for name, width in heads)]
     for label, rule in summary["rules"].items():
         cells = (
@@ -148,6 +158,7 @@ def table(summary: dict[str, Any]) -> list[str]:
             _cell(rule["deferral_rate"], 6, 3),
             _cell(rule["rejection_rate"], 6, 3),
             _cell(rule["mean_output_tokens"], 6, 1),
+            *(_cell(rule["quality"].get(metric), 14, 4) for metric in metrics),
         )
         lines.append(f"{label[-32:]:<32} " + " ".join(cells))
     return lines

@@ -5,6 +5,7 @@ Corpus BLEU is no mean over prompts, so it has no per-prompt form here and canno
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -17,6 +18,7 @@ import numpy as np
 
 from deferral_train.errors import InputError
 
+REFERENCE = "REFERENCE"  # environment variable of a user's program
 _ANSWER = re.compile(r"####\s*(-?[\d,]*\.?\d+)")
 _NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -74,15 +76,16 @@ def per_prompt(metric: str, texts: Sequence[str], references: Sequence[str | Non
 
     Args:
         metric: a name in :data:`METRICS`, or ``command:PROGRAM ARGUMENTS``: the program gets the text on
-            standard
-            input and passes it by exiting with 0 (pass@1).
+            standard input and the reference, where there is one, in the environment variable ``REFERENCE``;
+            it passes the text by exiting with 0 (pass@1).
 
     Raises:
         InputError: an unknown metric, or texts without references.
     """
     check_metric(metric)
     if metric.startswith("command:"):
-        return np.array([passes(metric.removeprefix("command:"), text) for text in texts])
+        program = metric.removeprefix("command:")
+        return np.array([passes(program, text, reference) for text, reference in zip(texts, references)])
     absent = sum(reference is None for reference in references)
     if absent:
         raise InputError(
@@ -116,11 +119,17 @@ def corpus_bleu(texts: Sequence[str], references: Sequence[str]) -> float:
     return BLEU().corpus_score(list(texts), [list(references)]).score
 
 
-def passes(command: str, text: str, timeout: float = 30.0) -> float:
+def passes(command: str, text: str, reference: str | None = None, timeout: float = 30.0) -> float:
     """1 where the user's program accepts the text; a program that takes too long rejects it."""
+    given = {} if reference is None else {REFERENCE: reference}
     try:
         done = subprocess.run(
-            shlex.split(command), input=text.encode(), capture_output=True, timeout=timeout, check=False
+            shlex.split(command),
+            input=text.encode(),
+            capture_output=True,
+            timeout=timeout,
+            check=False,
+            env={**os.environ, **given},
         )
     except subprocess.TimeoutExpired:
         return 0.0
