@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deferral_train.errors import InputError
+
 
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     """One index per row, with probability proportional to its weight.
@@ -34,3 +36,16 @@ def uniforms(
     numbers = torch.rand(rows, drafts + 1, dtype=torch.float64, device=device, generator=generator)
     numbers = numbers.to(like.device)
     return numbers[:, :drafts], numbers[:, drafts]
+
+
+def given_numbers(numbers: Tensor, rows: int, drafts: int) -> tuple[Tensor, Tensor]:
+    """The caller's own random numbers [B, T+1], split as `uniforms` gives them.
+
+    Raises:
+        InputError: another shape.
+    """
+    if tuple(numbers.shape) != (rows, drafts + 1):
+        raise InputError(
+            f"numbers has shape {list(numbers.shape)}; for this block it must be [{rows}, {drafts + 1}]"
+        )
+    return numbers[:, :drafts].double(), numbers[:, drafts].double()

@@ -20,7 +20,7 @@ from deferral_train.rules.block import BONUSES, Block
 from deferral_train.rules.learned import Judge
 from deferral_train.rules.limit import Walk, walk
 from deferral_train.rules.rowwise import applies, verify_rows
-from deferral_train.rules.sampling import draw, uniforms
+from deferral_train.rules.sampling import draw, given_numbers, uniforms
 from deferral_train.rules.scoring import score_block
 from deferral_train.rules.summary import Summary
 
@@ -68,6 +68,7 @@ def verify_block(
     lengths: Tensor | None = None,
     bonus: str = "verifier",
     generator: torch.Generator | None = None,
+    numbers: Tensor | None = None,
     context: Summary | None = None,
     max_request_loss: float | None = None,
     spent: Tensor | None = None,
@@ -86,6 +87,8 @@ def verify_block(
         lengths: [B], drafted tokens per row; default T.
         bonus: after a block emitted whole, ``"verifier"`` draws from the verifier's law, ``"exact"`` from the
             rule's target law (drafter logits have T+1 rows), ``"none"`` withholds it.
+        numbers: [B, T+1] in [0, 1), in place of the generator's: one per check, then the next token's (for callers
+            whose rows have a random stream each).
         context: summary fields that logits do not give, [B, T, ..] (T+1 for an exact bonus).
         max_request_loss: B, a limit on the estimated loss per request, in the units of `rule.estimated_gap`
             (expected token errors, or the unit of a head's loss). A kept token costs max(gap, 0) and is kept
@@ -105,9 +108,13 @@ def verify_block(
             drafter_sampling_logits, verifier_sampling_logits, lengths, context,
         )  # fmt: skip
         rows, drafts = drafted.shape
-        numbers = None if block.temperature == 0 else uniforms(rows, drafts, generator, verifier_logits)
         limited = max_request_loss is not None
-        uniform, last = (None, None) if numbers is None else numbers
+        uniform: Tensor | None = None
+        last: Tensor | None = None
+        if block.temperature > 0 and numbers is not None:
+            uniform, last = given_numbers(numbers, rows, drafts)
+        elif block.temperature > 0:
+            uniform, last = uniforms(rows, drafts, generator, verifier_logits)
         if uniform is not None and last is not None and applies(rule, block, limited):
             found = verify_rows(rule, block, uniform, last)
             deferred, next_token = found.deferred, found.correction

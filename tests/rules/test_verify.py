@@ -370,3 +370,16 @@ def test_an_empty_block_under_a_limit_gives_a_bonus_and_spends_nothing(temperatu
     assert (verdict.next_token >= 0).all()
     assert verdict.spent is not None
     assert verdict.spent.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_random_numbers_of_the_callers_own_stand_in_for_the_generators():
+    drafted, drafter, verifier = block()
+    numbers = torch.rand(B, T + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    own = verify_block(make_rule("opt", alpha=0.1), drafted, drafter, verifier, numbers=numbers)
+    drawn = verify_block(
+        make_rule("opt", alpha=0.1), drafted, drafter, verifier, generator=torch.Generator().manual_seed(3)
+    )
+    assert torch.equal(own.accepted, drawn.accepted)
+    assert torch.equal(own.next_token, drawn.next_token)
+    with pytest.raises(InputError, match=rf"numbers has shape .* it must be \[{B}, {T + 1}\]"):
+        verify_block(make_rule("opt", alpha=0.1), drafted, drafter, verifier, numbers=numbers[:, :T])
