@@ -27,7 +27,7 @@ class Block:
     drafted: Tensor  # [B, T] int64, 0 beyond a row's length
     lengths: Tensor  # [B] int64
     drafter_logits: Tensor | None  # [B, T or T+1, V]
-    verifier_logits: Tensor  # [B, T+1, V]
+    verifier_logits: Tensor  # [B, T+1, V]; T rows where no bonus is drawn
     drafter_sampling_logits: Tensor | None
     verifier_sampling_logits: Tensor | None
     temperature: float
@@ -55,18 +55,19 @@ class Block:
         rows, drafts = drafted.shape
         verifier = as_float(verifier_logits, "verifier_logits")
         vocabulary = verifier.shape[-1]
-        _check_shape("verifier_logits", verifier, rows, (drafts + 1,), vocabulary)
+        _check_shape("verifier_logits", verifier, rows, (drafts, drafts + 1), vocabulary)
+        counts = verifier.shape[1]
         given: dict[str, Tensor | None] = dict.fromkeys(
             ("drafter_logits", "drafter_sampling_logits", "verifier_sampling_logits")
         )
-        for name, logits, counts in (
+        for name, logits, allowed in (
             ("drafter_logits", drafter_logits, (drafts, drafts + 1)),
             ("drafter_sampling_logits", drafter_sampling_logits, (drafts, drafts + 1)),
-            ("verifier_sampling_logits", verifier_sampling_logits, (drafts + 1,)),
+            ("verifier_sampling_logits", verifier_sampling_logits, (counts,)),
         ):
             if logits is not None:
                 given[name] = as_float(logits, name)
-                _check_shape(name, as_float(logits, name), rows, counts, vocabulary)
+                _check_shape(name, as_float(logits, name), rows, allowed, vocabulary)
         if drafter_logits is None and drafter_sampling_logits is not None:
             raise InputError(
                 "drafter_sampling_logits without drafter_logits; pass both, or neither (one-hot)"

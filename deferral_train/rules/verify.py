@@ -79,7 +79,7 @@ def verify_block(
         rule: decides; executed exactly (Narasimhan et al. 2025, Algorithms 1 and 4 to 6).
         drafted: [B, T] int64, drawn from the drafter's sampling law.
         drafter_logits: decision logits [B, T or T+1, V]; None for one-hot proposals (a draft without a law).
-        verifier_logits: decision logits [B, T+1, V].
+        verifier_logits: decision logits [B, T+1, V]; with bonus ``"none"`` T rows will do.
         temperature: the sampling law is softmax(decision logits / temperature); 0 is greedy and draws nothing
             from the generator.
         drafter_sampling_logits, verifier_sampling_logits: logits after temperature and truncation, of the
@@ -108,6 +108,10 @@ def verify_block(
             drafter_sampling_logits, verifier_sampling_logits, lengths, context,
         )  # fmt: skip
         rows, drafts = drafted.shape
+        if bonus != "none" and verifier_logits.shape[1] == drafts:
+            raise InputError(
+                f"verifier_logits has shape {list(verifier_logits.shape)}; a bonus needs T+1 = {drafts + 1} rows"
+            )
         limited = max_request_loss is not None
         uniform: Tensor | None = None
         last: Tensor | None = None

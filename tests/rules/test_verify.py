@@ -383,3 +383,17 @@ def test_random_numbers_of_the_callers_own_stand_in_for_the_generators():
     assert torch.equal(own.next_token, drawn.next_token)
     with pytest.raises(InputError, match=rf"numbers has shape .* it must be \[{B}, {T + 1}\]"):
         verify_block(make_rule("opt", alpha=0.1), drafted, drafter, verifier, numbers=numbers[:, :T])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_without_a_bonus_the_verifiers_last_row_may_be_left_out(temperature):
+    drafted, drafter, verifier = block()
+    rule = make_rule("token_v3", alpha=0.4)
+    numbers = torch.rand(B, T + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    settings = {"temperature": temperature, "numbers": numbers, "bonus": "none"}
+    whole = verify_block(rule, drafted, drafter, verifier, **settings)
+    short = verify_block(rule, drafted, drafter[:, :T], verifier[:, :T], **settings)
+    assert torch.equal(whole.origin, short.origin)
+    assert torch.equal(whole.next_token, short.next_token)
+    with pytest.raises(InputError, match="a bonus needs T\\+1"):
+        verify_block(rule, drafted, drafter, verifier[:, :T])
