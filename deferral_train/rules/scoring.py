@@ -75,7 +75,7 @@ def decide(rule: Rule, laws: Laws, summary: Summary, token: Tensor) -> Tensor | 
     if isinstance(rule, PositionRule):
         return rule.defer(summary).to(token.device).expand(token.shape)
     if isinstance(rule, TokenRule):
-        drafter, verifier = laws.logprobs_at(token)
+        drafter, verifier = laws.drafter_logprob(token), laws.verifier_logprob(token)
         return ~rule.keep(drafter.unsqueeze(-1), verifier.unsqueeze(-1), summary).squeeze(-1)
     if isinstance(rule, LawRule):
         return None

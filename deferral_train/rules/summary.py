@@ -67,12 +67,32 @@ FIELDS: dict[str, Field] = {
         Field("verifier_hidden", "the verifier's last hidden state [.., D]", "float", "verifier"),
         Field("draft_position", "0-based place in the drafted block", "int", "context"),
         Field("position", "tokens generated before this one", "int", "context"),
+        Field(
+            "previous_token_1",
+            "the token generated before this one; -1 where there is none",
+            "int",
+            "context",
+        ),
+        Field(
+            "previous_token_2",
+            "the token generated two places before; -1 where there is none",
+            "int",
+            "context",
+        ),
+        Field(
+            "previous_token_3",
+            "the token generated three places before; -1 where there is none",
+            "int",
+            "context",
+        ),
     )
 }
 
+PREVIOUS_TOKENS = ("previous_token_1", "previous_token_2", "previous_token_3")  # nearest first
+
 HIDDEN_FIELDS = frozenset({"drafter_hidden", "verifier_hidden"})
 TOKEN_FIELDS = frozenset({"token", "drafter_logprob", "verifier_logprob"})
-CONTEXT_FIELDS = HIDDEN_FIELDS | {"draft_position", "position"}
+CONTEXT_FIELDS = HIDDEN_FIELDS | {"draft_position", "position", *PREVIOUS_TOKENS}
 COMPUTED_FIELDS = frozenset(FIELDS) - CONTEXT_FIELDS
 # What an external draft without a law cannot give: with a one-hot q these say nothing about the drafter.
 DRAFTER_CONFIDENCE_FIELDS = frozenset(
@@ -239,11 +259,6 @@ def total_variation(p: Tensor, q: Tensor) -> Tensor:
     return ((p - q).abs_().sum(dim=-1) * 0.5).clamp(0.0, 1.0)
 
 
-def _entropy(logprobs: Tensor) -> Tensor:
-    """-sum p log p, with 0 log 0 = 0."""
-    return _mean_under(logprobs, -logprobs).clamp(min=0.0)
-
-
 def _mean_under(logprobs: Tensor, values: Tensor) -> Tensor:
     """sum_v exp(logprobs) * values over the tokens that have any probability (no 0 * inf)."""
     weights = logprobs.exp()
@@ -264,10 +279,6 @@ def _js(laws: Laws) -> Tensor:
     return (halves * 0.5).clamp(min=0.0)
 
 
-def _argmax(logits: Tensor) -> Tensor:
-    return logits.max(dim=-1).indices
-
-
 def gather_token(values: Tensor, token: Tensor) -> Tensor:
     """Each position's value at its token: [.., V] and ids [..] to [..]."""
     return values.gather(-1, token.unsqueeze(-1)).squeeze(-1)
@@ -275,20 +286,19 @@ def gather_token(values: Tensor, token: Tensor) -> Tensor:
 
 def _sampled_tv(laws: Laws) -> Tensor:
     if laws.greedy:
-        differ = _argmax(laws.processed_drafter_logits) != _argmax(laws.processed_verifier_logits)
-        return differ.to(laws.drafter_logits.dtype)
+        return laws.sampled_argmaxes_differ.to(laws.drafter_logits.dtype)
     return total_variation(laws.p, laws.q)
 
 
 _FORMULAS: dict[str, Callable[[Laws], Tensor]] = {
     "drafter_max": lambda laws: laws.drafter_max,
     "verifier_max": lambda laws: laws.verifier_max,
-    "drafter_argmax": lambda laws: _argmax(laws.drafter_logits),
-    "verifier_argmax": lambda laws: _argmax(laws.verifier_logits),
-    "drafter_at_verifier_argmax": lambda laws: laws.logprobs_at(_argmax(laws.verifier_logits))[0].exp(),
-    "verifier_at_drafter_argmax": lambda laws: laws.logprobs_at(_argmax(laws.drafter_logits))[1].exp(),
-    "drafter_entropy": lambda laws: _entropy(laws.drafter_logprobs),
-    "verifier_entropy": lambda laws: _entropy(laws.verifier_logprobs),
+    "drafter_argmax": lambda laws: laws.drafter_argmax,
+    "verifier_argmax": lambda laws: laws.verifier_argmax,
+    "drafter_at_verifier_argmax": lambda laws: laws.drafter_logprob(laws.verifier_argmax).exp(),
+    "verifier_at_drafter_argmax": lambda laws: laws.verifier_logprob(laws.drafter_argmax).exp(),
+    "drafter_entropy": lambda laws: laws.drafter_entropy,
+    "verifier_entropy": lambda laws: laws.verifier_entropy,
     "kl": lambda laws: _kl(laws.verifier_logprobs, laws.drafter_logprobs),
     "reverse_kl": lambda laws: _kl(laws.drafter_logprobs, laws.verifier_logprobs),
     "js": _js,
@@ -304,6 +314,6 @@ _FORMULAS: dict[str, Callable[[Laws], Tensor]] = {
 
 _TOKEN_FORMULAS: dict[str, Callable[[Laws, Tensor], Tensor]] = {
     "token": lambda laws, token: token,
-    "drafter_logprob": lambda laws, token: laws.logprobs_at(token)[0],
-    "verifier_logprob": lambda laws, token: laws.logprobs_at(token)[1],
+    "drafter_logprob": lambda laws, token: laws.drafter_logprob(token),
+    "verifier_logprob": lambda laws, token: laws.verifier_logprob(token),
 }
