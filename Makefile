@@ -12,7 +12,7 @@ JOBS ?= 2
 # One OpenMP thread per process: two processes with two threads each run several times slower on two cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: quickstart test check format layers bench bench-gpu clean
+.PHONY: quickstart test check format bench bench-gpu fuzz clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -37,6 +37,12 @@ check: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix deferral_train tests benchmarks examples
 	$(BIN)/ruff format deferral_train tests benchmarks examples
+
+# Coverage-guided fuzzing of every loader, SECONDS each; findings and corpora land in runs/fuzz/.
+SECONDS ?= 600
+fuzz: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	PYTHONPATH=tests $(TEST_ENV) $(BIN)/python -m fuzz.run --seconds $(SECONDS)
 
 bench: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks --device cpu

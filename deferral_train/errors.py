@@ -1,11 +1,33 @@
 """One-line errors. Knows nothing about the rest of the package."""
 
+from __future__ import annotations
+
+import contextlib
+from argparse import ArgumentError
+from collections.abc import Iterator
+
+LONGEST = 1000
+
+
+def one_line(text: str, longest: int = LONGEST) -> str:
+    """``text`` as one printable line: a value from a file may hold line ends, terminal escapes or megabytes.
+
+    What is too long loses its middle, because the field stands at the front and the remedy at the end.
+    """
+    if len(text) > longest:
+        text = f"{text[: longest // 2]} ... {text[-(longest // 2) :]}"
+    text = " ".join(text.split())
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
 
 class InputError(ValueError):
     """Something the user can mend: the message names the field, the value and the remedy, in one line.
 
     The command line prints the message without a traceback and exits with 2.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class MissingExtraError(InputError):
@@ -20,3 +42,20 @@ class MissingExtraError(InputError):
         super().__init__(f"{module} is not installed; run: pip install 'deferral-train[{extra}]'")
         self.module = module
         self.extra = extra
+
+
+@contextlib.contextmanager
+def config_errors(prefix: str = "") -> Iterator[None]:
+    """What jsonargparse raises on a config or flags that do not fit becomes an InputError.
+
+    Besides its own error it lets through those of the YAML reader and of the file system, and a TypeError where a
+    section holds a single value.
+    """
+    try:
+        yield
+    except (ArgumentError, ValueError, RecursionError) as error:
+        raise InputError(f"{prefix}{error}") from None
+    except TypeError:
+        raise InputError(
+            f"{prefix}a section holds a single value or a list; write its fields as key: value"
+        ) from None

@@ -20,6 +20,7 @@ from deferral_train.heads.config import FORMAT_VERSION, METADATA, head_from_conf
 from deferral_train.provenance import write_bytes, write_json, write_text
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+SLACK = 1 << 20  # bytes that a safetensors header may take
 
 
 def full_config(head: DeferralHead) -> dict[str, Any]:
@@ -49,19 +50,33 @@ def load_head(folder: str | Path, cls: type[DeferralHead] | None = None) -> Defe
     that do not fit the config.
     """
     path = Path(folder) if Path(folder).is_dir() else _download(str(folder))
-    head = head_from_config(read_config(path / CONFIG), cls)
+    config = read_config(path / CONFIG)
+    if cls is None:  # a class of one's own may not build on the meta device
+        with torch.device("meta"):
+            _check_size(path / WEIGHTS, head_from_config(config).state_dict())
+    head = head_from_config(config, cls)
     _load_weights(head, path / WEIGHTS)
     return head.eval()
 
 
+def _check_size(path: Path, expected: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a config that claims another size than the weights have, before that size is allocated."""
+    wanted = sum(t.numel() * t.element_size() for t in expected.values())
+    try:
+        size = path.stat().st_size
+    except OSError:
+        raise InputError(f"{path} does not exist; the head folder is incomplete") from None
+    if not wanted <= size <= wanted + SLACK:
+        raise InputError(
+            f"{path} has {size} bytes, but the tensors that config.json describes need {wanted}; "
+            "it holds another head"
+        )
+
+
 def _load_weights(head: DeferralHead, path: Path) -> None:
     expected = head.state_dict()
-    limit = sum(t.numel() * t.element_size() for t in expected.values()) + (1 << 20)
+    _check_size(path, expected)
     try:
-        if path.stat().st_size > limit:
-            raise InputError(
-                f"{path} is larger than the config allows ({limit} bytes); it holds another head"
-            )
         tensors = load(path.read_bytes())
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; the head folder is incomplete") from None
@@ -69,13 +84,14 @@ def _load_weights(head: DeferralHead, path: Path) -> None:
         raise InputError(
             f"{path} is no readable safetensors file: {' '.join(str(error).split())[:200]}"
         ) from None
-    _check_tensors(path, tensors, expected)
+    check_tensors(path, tensors, expected)
     head.load_state_dict(tensors)
 
 
-def _check_tensors(
+def check_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
 ) -> None:
+    """Refuse tensors that are not those expected, by name, shape and type, or that are not finite."""
     if set(tensors) != set(expected):
         difference = ", ".join(sorted(set(tensors) ^ set(expected)))[:300]
         raise InputError(f"{path} does not fit config.json: tensors {difference} are absent or unexpected")

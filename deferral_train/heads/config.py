@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from deferral_train.errors import InputError
 from deferral_train.heads.base import DeferralHead
@@ -15,6 +16,9 @@ FORMAT_VERSION = 1
 MAX_BYTES = 4 << 20
 MAX_FEATURES = 4096
 METADATA = ("alpha", "certificate", "pair", "training", "cost", "evaluation")
+ARGUMENTS = ("stage", "loss", "features", "schema_hash", "widths", "body", "hidden", "recalibration")
+KNOWN = ("format_version", "lossy", "deferral_head_type", *ARGUMENTS, "memory_entries", *METADATA)
+MAX_ALPHA = 1e6
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -22,24 +26,27 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise InputError(f"{path} is larger than {MAX_BYTES} bytes; this is no head config")
-        config = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        text = path.read_text(encoding="utf-8")
+        config = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+        json.dumps(config, ensure_ascii=False).encode()  # lone surrogates could not be written again
     except FileNotFoundError:
         raise InputError(
             f"{path} does not exist; give a folder written by save_pretrained or export"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {_one_line(error)}") from None
+        raise InputError(f"{path} cannot be read as JSON: {str(error)[:200]}") from None
     if not isinstance(config, dict):
         raise InputError(f"{path} must hold a JSON object, found {type(config).__name__}")
     return config
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name[:20]} is no finite JSON number")
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse_constant(text)
 
 
 def _typed(config: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
@@ -70,6 +77,9 @@ def head_from_config(config: Mapping[str, Any], cls: type[DeferralHead] | None =
         raise InputError(
             f"head format_version {version!r} is not readable here (known: {FORMAT_VERSION}); upgrade"
         )
+    unknown = sorted(set(config) - set(KNOWN))
+    if unknown:
+        raise InputError(f"head config field {unknown[0]!r} is unknown; use the release that wrote it")
     head_class = _head_class(_typed(config, "deferral_head_type", str), cls)
     widths = _typed(config, "widths", dict, {})
     if not all(isinstance(v, int) and not isinstance(v, bool) for v in widths.values()):
@@ -85,7 +95,7 @@ def head_from_config(config: Mapping[str, Any], cls: type[DeferralHead] | None =
     )
     _check_schema(config, head)
     head.metadata = {key: config[key] for key in METADATA if config.get(key) is not None}
-    _check_alpha(head.metadata.get("alpha"))
+    _check_metadata(head.metadata)
     return head
 
 
@@ -101,13 +111,19 @@ def _head_class(name: str, cls: type[DeferralHead] | None) -> type[DeferralHead]
 
 def _check_schema(config: Mapping[str, Any], head: DeferralHead) -> None:
     recorded = config.get("schema_hash")
-    if recorded is not None and recorded != head.inputs.schema_hash:
+    if recorded != head.inputs.schema_hash:
         raise InputError(
             f"the head's feature schema {str(recorded)[:32]!r} differs from this version's "
             f"{head.inputs.schema_hash!r} for the same names; use the release that wrote it"
         )
 
 
-def _check_alpha(alpha: Any) -> None:
-    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
-        raise InputError(f"head config field 'alpha' must be a number, got {str(alpha)[:80]!r}")
+def _check_metadata(metadata: Mapping[str, Any]) -> None:
+    alpha = metadata.get("alpha", 0)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= MAX_ALPHA:
+        raise InputError(
+            f"head config field 'alpha' must be a number up to {MAX_ALPHA:g} in size, got {str(alpha)[:80]!r}"
+        )
+    for key in METADATA[1:]:
+        _typed(metadata, key, dict, {})
+    _typed(metadata.get("evaluation", {}), "metrics", dict, {})

@@ -10,6 +10,7 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -143,7 +144,19 @@ class _Fields:
             raise InputError(
                 f"{where}: field {field!r} is {type(value).__name__}, needs text; name another with {flag}"
             )
+        if not value.isascii():
+            _refuse_surrogates(value, where, field)
         return value
+
+
+def _refuse_surrogates(text: str, where: str, field: str) -> None:
+    """JSON can spell half a character (a lone surrogate), which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: field {field!r} holds a lone surrogate at character {error.start}; mend the text"
+        ) from None
 
 
 def _names(row: Mapping[str, Any]) -> str:
@@ -203,7 +216,7 @@ def _guard(lines: Iterable[Any], path: str | Path) -> Iterator[Any]:
         raise InputError(
             f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it"
         ) from error
-    except (EOFError, gzip.BadGzipFile, OSError) as error:
+    except (EOFError, OSError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({error}); the file is damaged or cut short") from error
     except csv.Error as error:
         raise InputError(f"{path}: not a readable table ({error}); check quotes and separators") from error
@@ -247,7 +260,7 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     try:
         data: Any = io.BytesIO(gzip.decompress(path.read_bytes())) if path.suffix == ".gz" else path
         frame = pandas.read_parquet(data)
-    except (OSError, EOFError, ValueError) as error:
+    except Exception as error:  # what a Parquet reader raises on damaged bytes is not ours to list
         raise InputError(f"{path}: not a readable Parquet file ({str(error)[:100]})") from error
     for row in frame.to_dict("records"):
         yield {str(name): None if value is pandas.NA else value for name, value in row.items()}

@@ -8,6 +8,7 @@ is complete on disk; a process beyond the first writes ``chunks.rankN.jsonl``.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from deferral_train.traces.schema import READABLE_VERSIONS, RELEASES, SCHEMA_VER
 
 HEADER, LEDGER = "manifest.json", "chunks.jsonl"
 PREFIX_SOURCES = ("reference", "drafter", "verifier")  # or "cascade:<rule>"
+WIDEST = 1 << 20  # most candidates or hidden numbers of a row
 # Say how an output came to be or where a checkpoint lies, not what it is: free to differ between runs.
 FREE = frozenset({"provenance", "name", "revision"})
 
@@ -77,6 +79,9 @@ class ChunkRecord:
     def parse(cls, value: Mapping[str, Any]) -> ChunkRecord:
         places = tuple(tuple(place) for place in value.get("nonfinite_at", ()))
         record = cls(**{**value, "nonfinite_at": places})
+        for name in ("id", "rows", "bytes", "nonfinite"):
+            _require(_is_count(getattr(record, name)), f"{name} is no count")
+        _require(isinstance(record.columns, dict), "columns is no object")
         # A ledger may come from elsewhere: it names no file outside its folder.
         if record.file != f"shard-{record.id:05d}.arrow":
             raise ValueError(f"chunk {record.id} lies in {record.file!r}")
@@ -146,11 +151,46 @@ class Manifest:
             )
             readable = ", ".join(map(str, READABLE_VERSIONS))
             raise InputError(f"schema_version={version}: this release reads {readable}; {remedy}")
+        _check_header(value)
         chunks = tuple(
             Chunk(number, seed, tuple(tuple(batch) for batch in batches))
             for number, (seed, batches) in enumerate(value["chunks"])
         )
+        _check_chunks(chunks, len(value["prompt_ids"]))
         return cls(**{**value, "chunks": chunks, "prompt_ids": tuple(value["prompt_ids"])})
+
+
+def _require(holds: bool, problem: str) -> None:
+    if not holds:
+        raise ValueError(problem)
+
+
+def _is_count(value: Any, most: int = 2**62) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
+
+
+def _check_header(value: Mapping[str, Any]) -> None:
+    """Types and sizes of a header that may come from elsewhere; nothing is allocated by what it claims."""
+    for name in ("pair", "hidden", "chunking", "prompts", "settings", "provenance"):
+        _require(isinstance(value.get(name, {}), dict), f"{name} is no object")
+    _require(isinstance(value["prefixes"], str), "prefixes is no text")
+    _require(isinstance(value.get("truth"), str | None), "truth is no text")
+    temperature = value.get("temperature", 1.0)
+    number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    _require(number and 0 <= temperature < math.inf, "temperature is no number >= 0")
+    _require(_is_count(value.get("top_k", 0), WIDEST), f"top_k is no count up to {WIDEST}")
+    for role, size in value.get("hidden", {}).items():
+        _require(_is_count(size, WIDEST) and size > 0, f"hidden.{role} is no width up to {WIDEST}")
+    ids = value["prompt_ids"]
+    _require(isinstance(ids, list) and all(isinstance(i, str) for i in ids), "prompt_ids is no list of texts")
+    _require(len(set(ids)) == len(ids), "prompt_ids repeat")
+
+
+def _check_chunks(chunks: tuple[Chunk, ...], prompts: int) -> None:
+    for chunk in chunks:
+        _require(isinstance(chunk.seed, int), f"chunk {chunk.id} has no seed")
+        known = all(_is_count(number, prompts - 1) for batch in chunk.batches for number in batch)
+        _require(known, f"chunk {chunk.id} names a prompt that is not listed")
 
 
 def write_header(folder: Folder, manifest: Manifest) -> None:
@@ -175,10 +215,12 @@ def read_header(folder: Folder) -> Manifest:
     if folder.size(HEADER) is None:
         raise InputError(f"{folder} is not a trace folder (no {HEADER}); give the --out of a collect run")
     try:
-        return Manifest.parse(json.loads(folder.read(HEADER)))
+        value = json.loads(folder.read(HEADER))
+        _require(isinstance(value, dict), "no object")
+        return Manifest.parse(value)
     except InputError as error:
         raise InputError(f"{folder}/{HEADER}: {error}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{folder}/{HEADER} is damaged ({str(error)[:100]}); collect into a new folder"
         ) from error
@@ -216,10 +258,13 @@ def read_ledger(folder: Folder) -> tuple[dict[int, ChunkRecord], str | None]:
 def _entry(folder: Folder, name: str, number: int, line: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
-        if "stopped" not in value:
+        _require(isinstance(value, dict), "no object")
+        if "stopped" in value:
+            _require(isinstance(value["stopped"], str), "stopped is no text")
+        else:
             ChunkRecord.parse(value)
         return value
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{folder}/{name}, line {number}: damaged; run collect again with the same settings to repair it"
         ) from error

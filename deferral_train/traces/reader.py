@@ -32,8 +32,8 @@ _SUMMARY_TYPES: dict[str, np.dtype] = {"float": np.dtype(np.float32), "int": np.
 class Shard:
     """One shard, opened when first read."""
 
-    def __init__(self, folder: Folder, record: ChunkRecord) -> None:
-        self.folder, self.record = folder, record
+    def __init__(self, folder: Folder, record: ChunkRecord, manifest: Manifest) -> None:
+        self.folder, self.record, self.manifest = folder, record, manifest
         self._checked: set[str] = set()
 
     @cached_property
@@ -41,7 +41,10 @@ class Shard:
         """The shard's one record batch, zero-copy over the mapped file."""
         try:
             batch = pa.ipc.open_stream(self.folder.buffer(self.record.file)).read_next_batch()
-        except (pa.ArrowException, StopIteration, OSError) as error:
+            if not batch.schema.equals(self.manifest.layout.arrow):
+                raise self.damaged("its columns are not those that the manifest describes")
+            batch.validate()
+        except (pa.ArrowException, StopIteration, OSError, MemoryError, UnicodeDecodeError) as error:
             raise self.damaged("cannot be read as Arrow") from error
         if batch.num_rows != self.record.rows:
             raise self.damaged(f"{batch.num_rows} rows instead of {self.record.rows}")
@@ -57,21 +60,29 @@ class Shard:
             if len(flat) and zlib.crc32(flat.data.cast("B")) != self.record.columns.get(name):
                 raise self.damaged(f"column {name} was altered")
             self._checked.add(name)
+            if name == "prompt" and len(flat) and not 0 <= flat.min() <= flat.max() < self._prompts:
+                raise self.damaged("a row belongs to a prompt that the manifest does not list")
         return flat
 
     def damaged(self, what: str) -> InputError:
+    @property
+    def _prompts(self) -> int:
+        return len(self.manifest.prompt_ids)
+
         return InputError(
             f"{self.folder}/{self.record.file}: {what}; run collect again with the same settings to repair it"
         )
 
     def check_size(self) -> None:
-        """Raises InputError where the file is absent or of another size."""
+        """Raises InputError where the file is absent, of another size, or too small for the rows it claims."""
         size = self.folder.size(self.record.file)
         if size is None:
             raise self.damaged("the shard is missing")
         if size != self.record.bytes:
             raise self.damaged(f"{size} bytes instead of {self.record.bytes}, the shard was cut or altered")
 
+        if self.record.rows * self.manifest.layout.row_bytes > size:
+            raise self.damaged(f"{size} bytes cannot hold {self.record.rows} rows")
     def check_whole(self) -> None:
         """Raises InputError where any byte differs."""
         if self.folder.sha256(self.record.file) != self.record.sha256:
@@ -219,7 +230,11 @@ class Traces:
 
     def _tensor(self, name: str, values: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(values)
-        return tensor.view(len(self), -1) if name in HIDDEN_FIELDS else tensor
+        return tensor.view(len(self), width(self._kind(name))) if name in HIDDEN_FIELDS else tensor
+
+    def _previous(self, name: str) -> torch.Tensor:
+        rows = (self.column(column) for column in ("prompt", "position", "token"))
+        return torch.from_numpy(previous_tokens(*rows, PREVIOUS_TOKENS.index(name) + 1))
 
     def _tv_source(self, temperature: float | None) -> tuple[str, ...]:
         if temperature is None or temperature == self.manifest.temperature:
@@ -310,7 +325,10 @@ def open_traces(folder: str | Path, *, verify: bool = False, partial: bool = Fal
             f"{place}: {len(missing)} of {len(manifest.chunks)} shards are not there yet, "
             f"first {missing[0].file}; run collect again with the same settings to finish"
         )
-    shards = [Shard(place, records[number]) for number in sorted(records)]
+    strangers = sorted(set(records) - {chunk.id for chunk in manifest.chunks})
+    if strangers:
+        raise InputError(f"{place}: the ledger lists shard {strangers[0]}, which the manifest does not plan")
+    shards = [Shard(place, records[number], manifest) for number in sorted(records)]
     for shard in shards:
         shard.check_size()
     if verify:

@@ -167,5 +167,7 @@ def _array(name: str, values: np.ndarray, kind: pa.DataType, rows: int) -> pa.Ar
 
 def flat_values(array: pa.Array) -> np.ndarray:
     """A column's values without a copy, lists laid end to end; [N * K]."""
+    if array.null_count:
+        raise ValueError("a column has nulls")
     values = array.flatten() if pa.types.is_fixed_size_list(array.type) else array
     return values.to_numpy(zero_copy_only=True)

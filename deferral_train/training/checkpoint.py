@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import pickle  # for the name of what torch.load raises; nothing is unpickled here
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from deferral_train.errors import InputError
+from deferral_train.heads.artifact import check_tensors
 from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.config import head_from_config
 from deferral_train.training.metadata import evaluation_metadata
@@ -17,21 +18,36 @@ def read_checkpoint(path: str | Path) -> tuple[DeferralHead, dict[str, float]]:
     """Head of a Lightning checkpoint, read with ``weights_only=True``, and the scalars logged when it was
     saved.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        config, state = checkpoint["deferral_head"], checkpoint["state_dict"]
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; give a checkpoint of deferral-train fit") from None
-    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, EOFError, OSError):
-        raise InputError(
-            f"{path} is no checkpoint of deferral-train fit; give its checkpoints/best.ckpt"
-        ) from None
-    head = head_from_config(config)
+    checkpoint = _read(path)
+    head = head_from_config(checkpoint["deferral_head"])
     prefix = "head."
-    try:
-        head.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
-    except RuntimeError:
-        raise InputError(f"{path}: its weights do not fit the head that it describes; fit it again") from None
+    tensors = {k[len(prefix) :]: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    check_tensors(Path(path), tensors, head.state_dict())
+    head.load_state_dict(tensors)
     scalars = {k: float(v) for k, v in checkpoint.get("deferral_scalars", {}).items()}
     head.metadata = {**head.metadata, **evaluation_metadata(scalars)}
     return head.eval(), scalars
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    """The checkpoint's dictionary, with the parts that we read of the right kind."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; give a checkpoint of deferral-train fit") from None
+    except Exception:  # what torch's reader raises on other bytes is not ours to list
+        checkpoint = None
+    if not (
+        isinstance(checkpoint, dict)
+        and isinstance(checkpoint.get("deferral_head"), dict)
+        and _is_mapping(checkpoint.get("state_dict"), torch.Tensor)
+        and _is_mapping(checkpoint.get("deferral_scalars", {}), (int, float))
+    ):
+        raise InputError(f"{path} is no checkpoint of deferral-train fit; give its checkpoints/best.ckpt")
+    return checkpoint
+
+
+def _is_mapping(value: Any, kinds: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(key, str) and isinstance(item, kinds) for key, item in value.items()
+    )

@@ -5,10 +5,12 @@ scores.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deferral_train import provenance
-from deferral_train.training.datamodule import TraceDataModule
+
+if TYPE_CHECKING:  # export reads checkpoints through this module and needs no Lightning
+    from deferral_train.training.datamodule import TraceDataModule
 
 REPORTED = ("regret", "excess_over_opt", "excess_over_plug_in", "hindsight_excess", "auroc", "gap_ece")
 
