@@ -19,8 +19,8 @@ def run(
     prompts: str,
     out: str = "runs/decode",
     rules: list[str] = ["lossless"],  # noqa: B006 - read only; the command line shows it as the default
-    format: str | None = None,
-    references: str | None = None,
+    prompt_format: str | None = None,
+    reference_path: str | None = None,
     prompt_field: str | None = None,
     reference_field: str | None = None,
     template: str = "{prompt}",
@@ -59,8 +59,8 @@ def run(
         prompts: jsonl, csv, parquet or text file, or the name of a data set.
         out: folder for the outputs.
         rules: rules to compare, such as opt:alpha=0.2 or learned:head=FOLDER,alpha=0.1.
-        format: format of the prompts, default by suffix.
-        references: second file of parallel text: line by line the reference of each prompt.
+        prompt_format: jsonl, csv, tsv, parquet, text or dataset; default by suffix.
+        reference_path: second file of parallel text: line by line the reference of each prompt.
         prompt_field: field or column of the prompt.
         reference_field: field or column of the reference.
         template: text around every prompt.
@@ -104,7 +104,7 @@ def run(
     if len(named) < len(rules):
         raise InputError("rules: the same rule is given twice; name each once")
     texts = read_prompts(
-        prompts, format, reference_path=references, prompt_field=prompt_field,
+        prompts, prompt_format, reference_path=reference_path, prompt_field=prompt_field,
         reference_field=reference_field, template=template, split=split, start=start, limit=limit,
     )  # fmt: skip
     check_metrics(metrics, texts)
