@@ -1,0 +1,9 @@
+"""A plug-in for vLLM: rules, learned heads, shadow mode and trace logging inside the serving engine.
+
+Registered as a ``vllm.general_plugins`` entry point and off unless the engine is started with
+``additional_config={"deferral": {...}}``. Importing this package needs no vLLM and changes nothing; `entry.register`
+is what the engine calls. See docs/serving_vllm.md.
+
+Reading order: config.py (what a user may say), entry.py (where we are called), checks.py (what is refused at start),
+seam.py (what changes in a running engine), sampler.py (a step), blocks.py (the decision, torch only).
+"""

@@ -1,0 +1,184 @@
+"""What is refused when the engine starts, each in one line, before any weight is loaded.
+
+Reads the engine's config by attribute; imports vLLM only to ask for its version.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from deferral_train.errors import InputError
+from deferral_train.rules import Rule
+from deferral_train.rules.summary import FIELDS
+from deferral_train.serving.blocks import needs_law
+from deferral_train.serving.config import KEY, ServingConfig
+
+TESTED = ((0, 32), (0, 33))  # from, up to and without: versions of vLLM that the test suite runs on
+METHODS = ("draft_model", "ngram")
+
+
+def configured(vllm_config: Any) -> ServingConfig | None:
+    """The plug-in's settings in an engine config; None where it is off."""
+    extra = getattr(vllm_config, "additional_config", None)
+    if not isinstance(extra, dict) or KEY not in extra:
+        return None
+    return ServingConfig.parse(extra[KEY])
+
+
+def check_version(version: str) -> None:
+    """Refuse an engine that was not tested.
+
+    Raises:
+        InputError: naming the version and the tested range.
+    """
+    low, high = (".".join(map(str, end)) for end in TESTED)
+    try:
+        numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+    except ValueError:
+        numbers = (0, 0)
+    if not TESTED[0] <= numbers < TESTED[1]:
+        raise InputError(
+            f"vLLM {version}: this release of deferral-train works with >={low},<{high}; "
+            "install one of those, or leave additional_config['deferral'] out"
+        )
+
+
+def check_engine(vllm_config: Any, config: ServingConfig) -> Rule:
+    """Refuse an engine that cannot execute the configured rule; returns the rule.
+
+    Raises:
+        InputError: one line naming the setting and the remedy.
+    """
+    import vllm
+
+    check_version(vllm.__version__)
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        raise InputError(
+            "deferral: the engine has no speculative_config; give it a drafter, e.g. "
+            '{"model": DRAFTER, "method": "draft_model", "num_speculative_tokens": 5}'
+        )
+    if vllm_config.use_v2_model_runner:
+        raise InputError(
+            "deferral: the V2 model runner has a sampler of its own, which this release does not replace; "
+            "start with VLLM_USE_V2_MODEL_RUNNER=0"
+        )
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise InputError("deferral: pipeline parallelism is not supported; use tensor parallelism")
+    _check_method(speculative)
+    rule = config.make_rule()
+    _check_rule(rule, speculative)
+    if config.max_request_loss is not None and rule.is_lossless:
+        raise InputError("deferral.max_request_loss: the rule is lossless; leave it out")
+    if config.log is not None:
+        _check_log(config, speculative)
+    return rule
+
+
+def _check_method(speculative: Any) -> None:
+    if speculative.method not in METHODS:
+        raise InputError(
+            f"deferral: speculative method {speculative.method!r} was not tested with this plug-in; "
+            f"use one of {', '.join(METHODS)}"
+        )
+    if speculative.rejection_sample_method != "standard":
+        raise InputError(
+            f"deferral: rejection_sample_method is {speculative.rejection_sample_method!r}, "
+            "and the plug-in replaces that step; leave it at 'standard'"
+        )
+    for name in ("use_heterogeneous_vocab", "use_local_argmax_reduction", "parallel_drafting"):
+        if getattr(speculative, name, False):
+            raise InputError(f"deferral: speculative_config.{name} gives no drafter law; leave it off")
+
+
+def _check_rule(rule: Rule, speculative: Any) -> None:
+    if not rule.drafts:
+        raise InputError(f"deferral: rule {rule.name} never drafts; leave out speculative_config instead")
+    if rule.stage == "draft":
+        raise InputError(
+            f"deferral: rule {rule.name} has a draft-stage head, which decides before the verifier has run; "
+            "export a verify-stage head"
+        )
+    unknown = sorted(rule.needs - set(FIELDS))
+    if unknown:
+        raise InputError(
+            f"deferral: rule {rule.name} needs {', '.join(unknown)}, which the engine cannot give"
+        )
+    if rule.is_lossless or not needs_law(rule):
+        return
+    if speculative.method != "draft_model":
+        raise InputError(
+            f"deferral: rule {rule.name} reads the drafter's law, and {speculative.method} proposals have none; "
+            "use token_v3 or opt_verifier, or a draft model"
+        )
+    if speculative.draft_sample_method != "probabilistic":
+        raise InputError(
+            f"deferral: rule {rule.name} reads the drafter's law, and draft_sample_method is "
+            f"{speculative.draft_sample_method!r}, whose proposals have none under sampling; "
+            'set "draft_sample_method": "probabilistic" in speculative_config'
+        )
+
+
+def _check_log(config: ServingConfig, speculative: Any) -> None:
+    from deferral_train.traces.folder import open_folder
+    from deferral_train.traces.manifest import HEADER
+
+    assert config.log is not None
+    if speculative.method != "draft_model" or speculative.draft_sample_method != "probabilistic":
+        raise InputError(
+            "deferral.log: traces need the drafter's law; use a draft model with "
+            '"draft_sample_method": "probabilistic"'
+        )
+    if open_folder(config.log.folder).size(HEADER) is not None:
+        raise InputError(
+            f"deferral.log.folder is {config.log.folder}, which holds traces already; name a new one"
+        )
+
+
+def describe_pair(vllm_config: Any) -> dict[str, Any]:
+    """Fingerprints of the served pair, as heads and traces record them."""
+    from transformers import AutoTokenizer
+
+    from deferral_train.pairs.fingerprint import checkpoint_fingerprint, tokenizer_fingerprint
+
+    model, drafter = vllm_config.model_config, vllm_config.speculative_config.draft_model_config
+    tokenizer = AutoTokenizer.from_pretrained(model.tokenizer)
+    pair: dict[str, Any] = {}
+    dtypes = {}
+    for role, config in (("drafter", drafter), ("verifier", model)):
+        if config is None:
+            continue
+        dtypes[role] = str(config.dtype).removeprefix("torch.")
+        if Path(config.model).is_dir():
+            pair[role] = checkpoint_fingerprint(config.model)
+    size = min(len(tokenizer), model.get_vocab_size())
+    return {
+        **pair,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "vocab_size": size,
+        "is_encoder_decoder": False,
+        "dtype": dtypes,
+    }
+
+
+def check_heads(rule: Rule, vllm_config: Any) -> list[str]:
+    """Why the rule's head is not for the served pair, in words; empty where it is, or where nothing was recorded.
+
+    Raises:
+        InputError: a head for another vocabulary.
+    """
+    from deferral_train.decoding.compatibility import check_head, heads_of
+
+    found: list[str] = []
+    for head in heads_of(rule):
+        if not (getattr(head, "metadata", None) or {}).get("pair"):
+            continue
+        pair = describe_pair(vllm_config)
+        facts = {
+            "vocab_size": pair["vocab_size"],
+            "dtype": pair["dtype"],
+            "quantization": vllm_config.model_config.quantization,
+        }
+        found += check_head(head, pair, facts, accept_mismatch=True)
+    return found

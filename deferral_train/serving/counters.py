@@ -1,0 +1,159 @@
+"""Counters of a worker where dashboards find them: a small mapped file, and a Prometheus collector that reads it.
+
+Worker processes have no way of their own to the server's ``/metrics``. Each writes its numbers to a file in a folder
+that the front process made and named in the environment; the front process adds them up when it is asked. B blocks.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VARIABLE = "DEFERRAL_TRAIN_COUNTERS"
+PLACES = 32  # drafted positions that are told apart; the last takes all beyond
+REFUSALS = ("asked", "temperature", "pair", "options", "drafter_law", "fault")
+
+# name -> what it counts. Served and shadow blocks have the same names.
+BLOCK_COUNTERS = {
+    "blocks": "drafted blocks that were verified",
+    "drafted": "drafted tokens",
+    "deferred": "drafted positions left to the verifier",
+    "kept": "drafted tokens that stand by the rule's leave",
+    "accepted": "deferred drafted tokens that passed the exact check",
+    "rejected": "drafted tokens that were replaced",
+    "discarded": "drafted tokens after a rejection",
+    "squares": "sum over blocks of (drafted tokens that stand)^2",
+    "estimated_loss": "estimated loss of the kept tokens, units of the rule's estimate",
+}
+OTHER_COUNTERS = {
+    "steps": "engine steps with drafted tokens that this plug-in decided",
+    "engine_steps": "engine steps left to the engine's own sampler, no row needing the plug-in",
+    "verdict_seconds": "time spent in verdicts, head included",
+    "head_seconds": "time spent in the head",
+    "shadow_seconds": "time spent on what the rule would have done",
+    "requests": "requests seen",
+    "limited": "blocks of requests that had reached their loss limit",
+    "log_rows": "trace rows written",
+    "log_bytes": "trace bytes written",
+    "log_requests": "requests whose traces were written",
+    "log_dropped": "requests whose traces were dropped",
+    "log_faults": "faults of the trace logger, none of which touched a request",
+}
+SCALARS = (
+    *BLOCK_COUNTERS,
+    *(f"shadow_{name}" for name in BLOCK_COUNTERS),
+    *OTHER_COUNTERS,
+    *(f"refused_{reason}" for reason in REFUSALS),
+)
+ROWS = ("reached", "passed", "shadow_reached", "shadow_passed")  # by place in the block
+SIZE = len(SCALARS) + len(ROWS) * PLACES
+
+
+class Counters:
+    """Numbers of one process: in memory, and in a mapped file where a folder is given."""
+
+    def __init__(self, folder: str | None = None, label: str = "0") -> None:
+        self.index = {name: place for place, name in enumerate(SCALARS)}
+        self.values: Any
+        if folder and Path(folder).is_dir():
+            path = Path(folder) / f"{label}-{os.getpid()}.f64"
+            self.values = np.memmap(path, dtype=np.float64, mode="w+", shape=(SIZE,))
+        else:
+            self.values = np.zeros(SIZE, dtype=np.float64)
+
+    def add(self, name: str, amount: float = 1.0) -> None:
+        """Count."""
+        self.values[self.index[name]] += amount
+
+    def add_places(self, name: str, counts: np.ndarray) -> None:
+        """Count by place in the block: ``counts`` [T]."""
+        start = len(SCALARS) + ROWS.index(name) * PLACES
+        inside = min(len(counts), PLACES)
+        self.values[start : start + inside] += counts[:inside]
+        if len(counts) > PLACES:
+            self.values[start + PLACES - 1] += counts[PLACES:].sum()
+
+    def get(self, name: str) -> float:
+        """A counter's value."""
+        return float(self.values[self.index[name]])
+
+    def places(self, name: str) -> list[float]:
+        """A counter by place [PLACES]."""
+        start = len(SCALARS) + ROWS.index(name) * PLACES
+        return [float(value) for value in self.values[start : start + PLACES]]
+
+
+def make_folder() -> str:
+    """The folder of this engine's counters, named in the environment for the processes that it starts."""
+    folder = tempfile.mkdtemp(prefix="deferral-train-")
+    os.environ[VARIABLE] = folder
+    return folder
+
+
+def remove_folder(folder: str) -> None:
+    """At exit of the process that made it."""
+    if os.environ.get(VARIABLE) == folder:
+        del os.environ[VARIABLE]
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_folder(folder: str) -> dict[str, Counters]:
+    """The counters in a folder, added up by label (data-parallel engine)."""
+    found: dict[str, Counters] = {}
+    for path in sorted(Path(folder).glob("*.f64")):
+        try:
+            values = np.fromfile(path, dtype=np.float64)
+        except OSError:
+            continue
+        if values.shape == (SIZE,):
+            label = path.name.rpartition("-")[0]
+            found.setdefault(label, Counters()).values += values
+    return found
+
+
+class Collector:
+    """What ``prometheus_client`` asks on every scrape."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def describe(self) -> list:
+        """Nothing in advance, so that registering reads no files."""
+        return []
+
+    def collect(self) -> Iterator[Any]:
+        """One family per counter, labelled by engine, places and reasons by their own label."""
+        from prometheus_client.core import CounterMetricFamily
+
+        engines = read_folder(self.folder)
+        described = {**BLOCK_COUNTERS, **OTHER_COUNTERS}
+        described |= {f"shadow_{name}": f"shadow: {text}" for name, text in BLOCK_COUNTERS.items()}
+        for name, text in described.items():
+            family = CounterMetricFamily(f"deferral:{name}", text, labels=["engine"])
+            for label, counters in engines.items():
+                family.add_metric([label], counters.get(name))
+            yield family
+        reasons = CounterMetricFamily(
+            "deferral:refused", "requests or blocks served lossless, by reason", labels=["engine", "reason"]
+        )
+        for label, counters in engines.items():
+            for reason in REFUSALS:
+                reasons.add_metric([label, reason], counters.get(f"refused_{reason}"))
+        yield reasons
+        for name in ROWS:
+            family = CounterMetricFamily(
+                f"deferral:{name}_by_place",
+                "drafted positions by place in the block: reached by the walk, or passed",
+                labels=["engine", "place"],
+            )
+            for label, counters in engines.items():
+                for place, value in enumerate(counters.places(name)):
+                    if value:
+                        family.add_metric([label, str(place)], value)
+            yield family

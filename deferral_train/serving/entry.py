@@ -1,0 +1,99 @@
+"""Where vLLM calls us: the ``vllm.general_plugins`` entry point.
+
+`register` runs in every process of every engine on this installation, ours or not. It wraps two methods that run once
+per start; without ``additional_config["deferral"]`` both do nothing more than they did.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+from typing import Any
+
+MARK = "_deferral_train"
+
+
+def register() -> None:
+    """Called by vLLM in each process; calling it again changes nothing."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    _wrap(EngineArgs, "create_engine_config", _checked_config)
+    _wrap(WorkerWrapperBase, "init_device", _attached_device)
+
+
+def _wrap(owner: Any, name: str, make: Any) -> None:
+    original = getattr(owner, name)
+    if getattr(original, MARK, False):
+        return
+    wrapped = functools.wraps(original)(make(original))
+    setattr(wrapped, MARK, True)
+    setattr(owner, name, wrapped)
+
+
+def _checked_config(original: Any) -> Any:
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        vllm_config = original(self, *args, **kwargs)
+        from deferral_train.serving.checks import check_engine, check_heads, configured
+
+        config = configured(vllm_config)
+        if config is not None:
+            rule = check_engine(vllm_config, config)
+            check_heads(rule, vllm_config)
+            _prepare_front(config, rule)
+        return vllm_config
+
+    return create_engine_config
+
+
+def _prepare_front(config: Any, rule: Any) -> None:
+    """In the process that talks to users: counters on ``/metrics``, requests checked when they are admitted."""
+    import prometheus_client
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from deferral_train.serving.counters import Collector, make_folder, remove_folder
+
+    folder = make_folder()
+    atexit.register(remove_folder, folder)
+    prometheus_client.REGISTRY.register(Collector(folder))
+    _wrap(InputProcessor, "process_inputs", _checked_inputs)
+
+
+def _checked_inputs(original: Any) -> Any:
+    def process_inputs(
+        self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        _admit(self, params)
+        return original(self, request_id, prompt, params, *args, **kwargs)
+
+    return process_inputs
+
+
+def _admit(processor: Any, params: Any) -> None:
+    """Raises InputError (a ValueError: HTTP 400) for options that the server does not grant."""
+    from deferral_train.serving.checks import configured
+    from deferral_train.serving.config import RequestOptions
+
+    if not hasattr(processor, MARK):
+        config = configured(processor.vllm_config)
+        setattr(processor, MARK, None if config is None else (config, config.make_rule()))
+    granted = getattr(processor, MARK)
+    extra = getattr(params, "extra_args", None)
+    if granted is not None and extra:
+        RequestOptions.parse(extra).admit(*granted)
+
+
+def _attached_device(original: Any) -> Any:
+    def init_device(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        from deferral_train.serving.checks import check_engine, check_heads, configured
+
+        config = configured(self.vllm_config)
+        if config is not None:
+            from deferral_train.serving.seam import attach
+
+            rule = check_engine(self.vllm_config, config)
+            attach(self.worker, self.vllm_config, config, rule, check_heads(rule, self.vllm_config))
+        return result
+
+    return init_device

@@ -1,0 +1,118 @@
+"""What the plug-in remembers of each request: its rule, its limit, what it has spent, whether it is logged.
+
+Kept by request id beside the engine's own state, so that it survives preemption; forgotten when the engine does.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from deferral_train.errors import InputError
+from deferral_train.rules import Rule
+from deferral_train.serving.blocks import GREEDY_BELOW, Plan
+from deferral_train.serving.config import RequestOptions, ServingConfig
+
+
+@dataclass
+class Request:
+    """One request in the engine.
+
+    Attributes:
+        plan: rule, limit and what is spent of it.
+        refused: why the configured rule is not in force: "asked", "temperature", "pair" or "options"; None where it is.
+        logged: whether its blocks go to the traces.
+    """
+
+    plan: Plan
+    refused: str | None
+    logged: bool
+
+    @property
+    def idle(self) -> bool:
+        """Whether the engine's own sampler would do."""
+        return self.plan.rule.is_lossless and not self.logged
+
+    def spend(self, loss: float) -> None:
+        """Charge what a block cost."""
+        self.plan = Plan(self.plan.rule, self.plan.limit, self.plan.spent + loss)
+
+
+class Requests:
+    """All requests that this worker has met.
+
+    Args:
+        config: the plug-in's settings.
+        rule: the configured rule.
+        mismatch: why the rule's head is not for this pair; empty where it is.
+    """
+
+    def __init__(self, config: ServingConfig, rule: Rule, mismatch: Iterable[str] = ()) -> None:
+        self.config, self.rule, self.mismatch = config, rule, list(mismatch)
+        self.certified = _certified_temperature(rule)
+        self._known: dict[str, Request] = {}
+        self._dialled: dict[float, Rule] = {}
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def of(self, name: str, temperature: float, extra_args: Mapping[str, Any] | None) -> Request:
+        """The state of a request, made when it is first seen."""
+        known = self._known.get(name)
+        if known is None:
+            known = self._known[name] = self._admit(name, temperature, extra_args)
+        return known
+
+    def forget(self, names: Iterable[str]) -> list[str]:
+        """Drop finished requests; returns those that were known."""
+        return [name for name in names if self._known.pop(name, None) is not None]
+
+    def keep_only(self, alive: Callable[[str], bool]) -> list[str]:
+        """Drop requests that the engine no longer holds (aborted before they were reported finished)."""
+        return self.forget([name for name in self._known if not alive(name)])
+
+    def _admit(self, name: str, temperature: float, extra_args: Mapping[str, Any] | None) -> Request:
+        logged = self.config.log is not None and chosen(name, self.config.log.fraction)
+        try:
+            options = RequestOptions.parse(extra_args)
+            options.admit(self.config, self.rule)
+        except InputError:  # refused at the front door; a request that came round it is served lossless
+            return Request(Plan(), "options", logged)
+        refused = self._refused(options, temperature)
+        if refused is not None:
+            return Request(Plan(), refused, logged)
+        limit = self.config.max_request_loss if options.max_request_loss is None else options.max_request_loss
+        return Request(Plan(self._at(options.dial), limit), None, logged)
+
+    def _refused(self, options: RequestOptions, temperature: float) -> str | None:
+        if options.lossless:
+            return "asked"
+        if self.mismatch:
+            return "pair"
+        temperature = 0.0 if temperature < GREEDY_BELOW else temperature
+        if self.certified is not None and temperature != self.certified:
+            return "temperature"
+        return None
+
+    def _at(self, dial: float | None) -> Rule:
+        if dial is None or self.rule.dial is None:
+            return self.rule
+        if dial not in self._dialled:
+            self._dialled[dial] = self.rule.with_dial(dial)
+        return self._dialled[dial]
+
+
+def chosen(name: str, fraction: float) -> bool:
+    """Whether a request is among the logged share: by a hash of its id, the same on every rank."""
+    return zlib.crc32(name.encode()) < fraction * 2**32
+
+
+def _certified_temperature(rule: Rule) -> float | None:
+    """The temperature that the certificate of the rule's head speaks of; None without one."""
+    metadata = getattr(getattr(rule, "head", None), "metadata", None) or {}
+    certificate = metadata.get("certificate")
+    if isinstance(certificate, Mapping) and "temperature" in certificate:
+        return float(certificate["temperature"])
+    return None

@@ -1,0 +1,99 @@
+"""The sampler that stands in the engine's place: bonus and log probabilities are the engine's, verdicts are ours.
+
+Imported only inside a running engine. R rows with drafts, T drafted positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from vllm.v1.outputs import SamplerOutput
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID, RejectionSampler
+
+from deferral_train.serving.blocks import GREEDY_BELOW
+
+if TYPE_CHECKING:
+    from deferral_train.serving.seam import Seam
+
+
+class DeferralSampler(RejectionSampler):
+    """vLLM's `RejectionSampler` with the accept and residual steps replaced.
+
+    Steps in which no row has a rule, is logged or shadowed go to the engine's own code, unless they sample on a CPU,
+    where that code is broken (docs/upstream.md).
+    """
+
+    def __init__(self, sampler: Any, spec_config: Any, device: torch.device, seam: Seam) -> None:
+        super().__init__(sampler, spec_config, device)
+        self.seam = seam
+
+    def forward(
+        self, metadata: Any, draft_probs: Tensor | None, logits: Tensor, sampling_metadata: Any
+    ) -> SamplerOutput:
+        """As `RejectionSampler.forward`: sampled ids [B, T+1], -1 after the last one of a row."""
+        step = self.seam.begin_step(metadata, sampling_metadata)
+        if step is None:
+            return super().forward(metadata, draft_probs, logits, sampling_metadata)
+        bonus = self.sampler(
+            logits=logits[metadata.bonus_logits_indices],
+            sampling_metadata=replace(sampling_metadata, max_num_logprobs=-1),
+            predict_bonus_token=True,
+            logprobs_mode_override="processed_logits" if self.is_processed_logprobs_mode else "raw_logits",
+        )
+        raw = logits[metadata.target_logits_indices].to(torch.float32)
+        # The processors write in place; log probabilities and traces want the logits as they were.
+        processed = self.apply_logits_processors(raw.clone(), sampling_metadata, metadata)
+        sampling = self._truncated(processed, metadata, sampling_metadata)
+        outcome = self.seam.decide(step, raw, processed, sampling, metadata.target_logits_indices)
+        tokens = self._tokens(step, outcome, bonus.sampled_token_ids, metadata)
+        logprobs = None
+        if sampling_metadata.max_num_logprobs is not None:
+            target = raw
+            if self.is_processed_logprobs_mode:
+                target = processed if sampling is None else sampling
+            logprobs = self._get_logprobs_tensors(
+                sampling_metadata.max_num_logprobs, metadata, logits, target,
+                bonus.logprobs_tensors.logprobs, tokens,
+            )  # fmt: skip
+        return SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=logprobs)
+
+    def _truncated(self, logits: Tensor, metadata: Any, sampling_metadata: Any) -> Tensor | None:
+        """Logits after temperature and truncation [N, V]; None where no row truncates."""
+        if sampling_metadata.all_greedy or (
+            sampling_metadata.top_k is None
+            and sampling_metadata.top_p is None
+            and not self.is_processed_logprobs_mode
+        ):
+            return None
+        counts = torch.tensor(metadata.num_draft_tokens, device=logits.device)
+
+        def expand(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.repeat_interleave(counts)
+
+        temperature = expand(sampling_metadata.temperature)
+        assert temperature is not None
+        temperature = torch.where(temperature < GREEDY_BELOW, 1.0, temperature)
+        scaled = logits / temperature.unsqueeze(-1)
+        top_k, top_p = expand(sampling_metadata.top_k), expand(sampling_metadata.top_p)
+        return apply_top_k_top_p(scaled, top_k, top_p)
+
+    @staticmethod
+    def _tokens(step: Any, outcome: Any, bonus: Tensor, metadata: Any) -> Tensor:
+        """Sampled ids [B, max_spec_len + 1] int32."""
+        width = metadata.max_spec_len + 1
+        shape = (len(metadata.num_draft_tokens), width)
+        tokens = torch.full(shape, PLACEHOLDER_TOKEN_ID, dtype=torch.int32, device=bonus.device)
+        tokens[:, :1] = bonus  # rows without drafts: the engine's own token
+        at = torch.tensor(step.members, device=bonus.device)
+        last = torch.where(outcome.correction < 0, bonus[at, 0].long(), outcome.correction)
+        column = torch.arange(width, device=bonus.device)
+        drafted = torch.nn.functional.pad(step.drafted, (0, width - step.drafted.shape[1]))
+        accepted = outcome.accepted.unsqueeze(1)
+        rows = torch.where(column < accepted, drafted, torch.full_like(drafted, PLACEHOLDER_TOKEN_ID))
+        rows = torch.where(column == accepted, last.unsqueeze(1), rows)
+        tokens[at] = rows.to(torch.int32)
+        return tokens

@@ -1,0 +1,433 @@
+"""What changes in a running engine: one sampler object, and four methods of one runner and its drafter.
+
+Everything is done on instances, nothing on vLLM's classes, so that a second engine in the process is not touched.
+R rows with drafts, T drafted positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deferral_train.errors import InputError
+from deferral_train.rules import Rule
+from deferral_train.serving.blocks import GREEDY_BELOW, Outcome, Plan, Rows, verify
+from deferral_train.serving.config import ServingConfig
+from deferral_train.serving.counters import VARIABLE, Counters
+from deferral_train.serving.proposals import Proposals
+from deferral_train.serving.requests import Request, Requests
+from deferral_train.serving.tally import tally
+
+log = logging.getLogger("vllm.deferral_train")  # below vllm's logger, so that the engine formats it
+
+
+@dataclass
+class Step:
+    """One engine step with drafted tokens.
+
+    Attributes:
+        members: rows of the batch that have drafts. names, requests: theirs.
+        drafted: [R, T] int64. lengths: [R]. counts: drafted positions in the engine's layout, per member.
+        temperatures: per member. generators: random stream of a member with a seed, by place among the members.
+        cut: members whose block ends at an id that the engine marked invalid.
+    """
+
+    members: list[int]
+    names: list[str]
+    requests: list[Request]
+    drafted: Tensor
+    lengths: Tensor
+    counts: list[int]
+    temperatures: list[float]
+    generators: dict[int, torch.Generator]
+    positions: Tensor | None
+    cut: list[int] = field(default_factory=list)
+
+
+class Seam:
+    """The plug-in in one worker.
+
+    Args:
+        runner: vLLM's V1 model runner.
+        config, rule: the plug-in's settings and its rule.
+        mismatch: why the rule's head is not for this pair.
+        counters: where to count.
+        logger: trace logger, None where nothing is logged here.
+        seed: of the random stream for requests without a seed of their own; the same on every rank.
+    """
+
+    def __init__(
+        self,
+        runner: Any,
+        config: ServingConfig,
+        rule: Rule,
+        mismatch: list[str],
+        counters: Counters,
+        logger: Any | None,
+        seed: int,
+    ) -> None:
+        self.runner, self.config, self.rule = runner, config, rule
+        self.requests = Requests(config, rule, mismatch)
+        self.counters, self.logger = counters, logger
+        self.shadow = config.mode == "shadow"
+        wants = rule.needs | (
+            {"drafter_hidden", "verifier_hidden"} if config.log and config.log.hidden else set()
+        )
+        self.hidden = {role for role in ("drafter", "verifier") if f"{role}_hidden" in wants}
+        self.proposals = Proposals("drafter" in self.hidden)
+        device = runner.device
+        self.generator = torch.Generator(device=device).manual_seed(seed)
+        self.shadow_generator = torch.Generator(device=device).manual_seed(seed + 1)
+        self.sampler: Any = None
+        self.scheduled, self.consulted, self.opted_out = 0, 0, 0
+        self._sample_hidden: Tensor | None = None
+        self._closed = False
+
+    # What the runner's wrapped methods call
+
+    def note(self, state: Any) -> None:
+        """Before a step's tokens are sampled: is our sampler still there, which requests are gone."""
+        if self.runner.rejection_sampler is not self.sampler:
+            raise RuntimeError(
+                "deferral: the engine's rejection sampler was replaced after start; no rule is in force"
+            )
+        self.scheduled += bool(state.scheduler_output.scheduled_spec_decode_tokens)
+        self._sample_hidden = state.sample_hidden_states if "verifier" in self.hidden else None
+        if len(self.requests) > len(self.runner.requests):
+            gone = self.requests.keep_only(self.runner.requests.__contains__)
+            if self.logger is not None:
+                self.logger.finished(gone)
+
+    def wants_laws(self) -> bool:
+        """Whether the drafter's logits of this batch will be asked for."""
+        batch = self.runner.input_batch
+        if not batch.sampling_metadata.all_greedy and self.runner.device.type == "cpu":
+            return True
+        return any(not self.request(name).idle for name in batch.req_ids)
+
+    def request(self, name: str) -> Request:
+        """What we know of a request of the batch."""
+        params = self.runner.requests[name].sampling_params
+        before = len(self.requests)
+        request = self.requests.of(name, params.temperature, params.extra_args)
+        if len(self.requests) > before:
+            self.counters.add("requests")
+            if request.refused is not None:
+                self.counters.add(f"refused_{request.refused}")
+            if self.logger is not None and request.logged:
+                self.logger.started(name, self.runner.requests[name])
+        return request
+
+    # One step
+
+    def begin_step(self, metadata: Any, sampling_metadata: Any) -> Step | None:
+        """The rows to decide; None where the engine's own sampler does the same."""
+        counts = metadata.num_draft_tokens
+        members = [row for row, count in enumerate(counts) if count > 0]
+        if not members:
+            return None
+        names = [self.runner.input_batch.req_ids[row] for row in members]
+        requests = [self.request(name) for name in names]
+        self.opted_out += sum(request.refused is not None for request in requests)
+        if all(request.idle for request in requests) and (
+            sampling_metadata.all_greedy or self.runner.device.type != "cpu"
+        ):
+            self.counters.add("engine_steps")
+            return None
+        counts = [counts[row] for row in members]
+        drafted = spread(metadata.draft_token_ids.long(), counts)
+        lengths = torch.tensor(counts, device=drafted.device)
+        cut: list[int] = []
+        invalid = (drafted < 0) & (
+            torch.arange(drafted.shape[1], device=drafted.device) < lengths.unsqueeze(1)
+        )
+        if bool(invalid.any()):
+            cut = invalid.any(dim=1).nonzero()[:, 0].tolist()
+            first = torch.where(invalid, 1, 0).argmax(dim=1)
+            lengths = torch.where(invalid.any(dim=1), first, lengths)
+        inside = torch.arange(drafted.shape[1], device=drafted.device) < lengths.unsqueeze(1)
+        temperatures = [self.runner.requests[name].sampling_params.temperature for name in names]
+        generators = sampling_metadata.generators
+        return Step(
+            members,
+            names,
+            requests,
+            torch.where(inside, drafted, 0),
+            lengths,
+            counts,
+            temperatures,
+            {place: generators[row] for place, row in enumerate(members) if row in generators},
+            self._positions(metadata, names, counts),
+            cut,
+        )
+
+    def _positions(self, metadata: Any, names: list[str], counts: list[int]) -> Tensor | None:
+        """Tokens generated before each drafted one [R, T], where somebody asks."""
+        if self.logger is None and "position" not in self.rule.needs:
+            return None
+        at = metadata.logits_indices[metadata.target_logits_indices]
+        positions = spread(self.runner.positions[at].long(), counts)
+        prompts = [self.runner.requests[name].num_prompt_tokens for name in names]
+        return positions + 1 - torch.tensor(prompts, device=positions.device).unsqueeze(1)
+
+    def decide(
+        self, step: Step, raw: Tensor, processed: Tensor, sampling: Tensor | None, indices: Tensor
+    ) -> Outcome:
+        """Verdicts of a step; charges, counts and logs them.
+
+        Args:
+            raw, processed: verifier logits [N, V] of the drafted positions, before and after logits processors.
+            sampling: after temperature and truncation [N, V]; None where that is processed / temperature.
+            indices: [N], rows of the step's hidden states that belong to the drafted positions.
+        """
+        began = time.perf_counter()
+        rows = self._rows(step, processed, sampling, indices)
+        plans = [request.plan for request in step.requests]
+        served = [Plan()] * len(plans) if self.shadow else plans
+        outcome = verify(rows, served, self._numbers(step, rows, self.generator, own=True))
+        self.consulted += sum(not plan.rule.is_lossless for plan in plans)
+        self.counters.add("steps")
+        tally(self.counters, rows, outcome, "")
+        self.counters.add("verdict_seconds", time.perf_counter() - began)
+        if self.shadow:
+            began = time.perf_counter()
+            numbers = self._numbers(step, rows, self.shadow_generator, own=False)
+            imagined = verify(rows, plans, numbers)
+            tally(self.counters, rows, imagined, "shadow_")
+            self._charge(step, imagined)
+            self.counters.add("shadow_seconds", time.perf_counter() - began)
+        else:
+            self._charge(step, outcome)
+        if self.logger is not None:
+            self._log(step, rows, outcome, raw)
+        return outcome
+
+    def _charge(self, step: Step, outcome: Outcome) -> None:
+        for name, rows in (("drafter_law", outcome.unlawful), ("fault", outcome.faults)):
+            if rows:
+                self.counters.add(f"refused_{name}", len(rows))
+        losses = outcome.loss.tolist()
+        for request, loss in zip(step.requests, losses):
+            plan = request.plan
+            if plan.limit is not None and plan.spent >= plan.limit:
+                self.counters.add("limited")
+            if loss:
+                request.spend(loss)
+
+    def _rows(self, step: Step, processed: Tensor, sampling: Tensor | None, indices: Tensor) -> Rows:
+        drafts = step.drafted.shape[1]
+        laws, states, have = self.proposals.take(step.names, drafts)
+        probabilistic = self.runner.speculative_config.draft_sample_method == "probabilistic"
+        lawful = [
+            known and (probabilistic or temperature < GREEDY_BELOW)
+            for known, temperature in zip(have, step.temperatures)
+        ]
+        context = {}
+        if step.positions is not None and "position" in self.rule.needs:
+            context["position"] = step.positions
+        if states is not None:
+            context["drafter_hidden"] = states
+        if self._sample_hidden is not None:
+            context["verifier_hidden"] = spread(self._sample_hidden[indices], step.counts)
+        return Rows(
+            step.drafted,
+            step.lengths,
+            spread(processed, step.counts),
+            step.temperatures,
+            laws,
+            lawful,
+            None if sampling is None else spread(sampling, step.counts),
+            context,
+            step.cut,
+        )
+
+    def _numbers(self, step: Step, rows: Rows, generator: torch.Generator, own: bool) -> Tensor | None:
+        """Random numbers [R, T+1]; a row with a seed has its own stream, whoever its neighbours are."""
+        if all(temperature < GREEDY_BELOW for temperature in step.temperatures):
+            return None
+        count, drafts = rows.drafted.shape
+        numbers = torch.rand(
+            count, drafts + 1, dtype=torch.float64, device=rows.drafted.device, generator=generator
+        )
+        for place, stream in step.generators.items() if own else ():
+            length = step.counts[place]
+            mine = torch.rand(length + 1, dtype=torch.float64, device=stream.device, generator=stream)
+            numbers[place, :length], numbers[place, drafts] = mine[:length], mine[length]
+        return numbers
+
+    def _log(self, step: Step, rows: Rows, outcome: Outcome, raw: Tensor) -> None:
+        """Hand the blocks of logged requests to the writing thread; never raises."""
+        try:
+            places = [place for place, request in enumerate(step.requests) if request.logged]
+            if places:
+                self.logger.take(step, rows, outcome, spread(raw, step.counts), places)  # type: ignore[union-attr]
+        except Exception:
+            self.counters.add("log_faults")
+            log.exception("deferral: trace logging failed for one step; requests are not affected")
+
+    def close(self) -> None:
+        """Finish the traces; a rule that was never consulted is an error.
+
+        Raises:
+            RuntimeError: drafted blocks were verified and the rule was not asked once.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        if self.logger is not None:
+            self.logger.close()
+        if self.scheduled and not self.consulted and not self.opted_out and not self.rule.is_lossless:
+            message = (
+                f"deferral: rule {self.config.spec} was configured and never consulted in {self.scheduled} steps with "
+                "drafted tokens"
+            )
+            log.error(message)
+            raise RuntimeError(message)
+
+
+def spread(flat: Tensor, counts: list[int]) -> Tensor:
+    """Drafted positions [N, ..] of the engine's flat layout as [R, T, ..]; a view where all rows are as long."""
+    longest = max(counts)
+    if min(counts) == longest:
+        return flat.view(len(counts), longest, *flat.shape[1:])
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    steps = np.minimum(np.arange(longest)[None, :], np.array(counts)[:, None] - 1)
+    return flat[torch.from_numpy(starts[:, None] + steps).to(flat.device)]
+
+
+def attach(worker: Any, vllm_config: Any, config: ServingConfig, rule: Rule, mismatch: list[str]) -> Seam:
+    """Put the plug-in into a worker whose device is ready and whose weights are not loaded yet.
+
+    Raises:
+        InputError: a runner that has not the parts we replace.
+    """
+    from deferral_train.serving.sampler import DeferralSampler
+
+    runner = worker.model_runner
+    wanted = ("rejection_sampler", "drafter", "sample_tokens", "_sample", "propose_draft_token_ids")
+    missing = [name for name in wanted if not hasattr(runner, name)]
+    if missing:
+        raise InputError(
+            f"deferral: this engine's {type(runner).__name__} has no {', '.join(missing)}; "
+            "start with VLLM_USE_V2_MODEL_RUNNER=0, or use a tested version of vLLM"
+        )
+    first = getattr(worker, "rank", 0) % max(1, vllm_config.parallel_config.tensor_parallel_size) == 0
+    label = str(vllm_config.parallel_config.data_parallel_index)
+    counters = Counters(os.environ.get(VARIABLE) if first else None, label)
+    logger = None
+    if config.log is not None and first:
+        from deferral_train.serving.checks import describe_pair
+        from deferral_train.serving.trace_log import TraceLog
+
+        widths = None
+        if config.log.hidden:
+            models = {
+                "drafter": vllm_config.speculative_config.draft_model_config,
+                "verifier": vllm_config.model_config,
+            }
+            widths = {role: model.get_hidden_size() for role, model in models.items()}
+        logger = TraceLog(config, describe_pair(vllm_config), counters, label, widths)
+    seam = Seam(runner, config, rule, mismatch, counters, logger, vllm_config.model_config.seed or 0)
+    seam.sampler = DeferralSampler(runner.sampler, vllm_config.speculative_config, runner.device, seam)
+    runner.rejection_sampler = seam.sampler
+    _wrap_runner(runner, seam)
+    if hasattr(runner.drafter, "_sample_draft_tokens"):
+        runner.drafter._sample_draft_tokens = _kept_draft(runner.drafter, seam)
+    _time_head(rule, counters)
+    _close_with(worker, seam)
+    announce(config, rule, mismatch)
+    return seam
+
+
+def announce(config: ServingConfig, rule: Rule, mismatch: list[str]) -> None:
+    """Say once what is in force."""
+    if config.mode == "shadow":
+        log.warning("deferral: shadow mode; served lossless, counting what %s would do", config.spec)
+    elif rule.is_lossless:
+        log.warning('deferral: %s, "lossy": false', config.spec)
+    else:
+        log.warning(
+            'deferral: %s, "lossy": true: outputs differ from the verifier\'s; a request may say deferral_lossless',
+            config.spec,
+        )
+    if mismatch:
+        log.warning(
+            "deferral: every request is served lossless: the head is for another pair: %s",
+            "; ".join(mismatch),
+        )
+
+
+def _wrap_runner(runner: Any, seam: Seam) -> None:
+    sample_tokens, sample, propose = runner.sample_tokens, runner._sample, runner.propose_draft_token_ids
+
+    def noted_sample_tokens(*args: Any, **kwargs: Any) -> Any:
+        if runner.execute_model_state is not None:
+            seam.note(runner.execute_model_state)
+        return sample_tokens(*args, **kwargs)
+
+    def forgetful_sample(*args: Any, **kwargs: Any) -> Any:
+        output = sample(*args, **kwargs)
+        seam.proposals.begin(False)  # they were for this step; a step without drafting must not find them
+        return output
+
+    def kept_propose(*args: Any, **kwargs: Any) -> Any:
+        seam.proposals.begin(seam.wants_laws())
+        drafted = propose(*args, **kwargs)
+        seam.proposals.finish(runner.input_batch.req_ids)
+        return drafted
+
+    runner.sample_tokens = noted_sample_tokens
+    runner._sample = forgetful_sample
+    runner.propose_draft_token_ids = kept_propose
+
+
+def _kept_draft(drafter: Any, seam: Seam) -> Any:
+    original = drafter._sample_draft_tokens
+
+    def sample_draft_tokens(hidden_states: Tensor, sampling_metadata: Any) -> tuple[Tensor, Tensor | None]:
+        if not seam.proposals.open:
+            return original(hidden_states, sampling_metadata)
+        logits = drafter.model.compute_logits(hidden_states)
+        seam.proposals.add(logits, hidden_states)
+        if sampling_metadata.all_greedy or not drafter._enable_probabilistic_draft_probs:
+            return logits.argmax(dim=-1), None
+        return drafter._sample_from_logits(logits.clone(), sampling_metadata)  # which scales them in place
+
+    return sample_draft_tokens
+
+
+def _time_head(rule: Rule, counters: Counters) -> None:
+    head = getattr(rule, "head", None)
+    if not isinstance(head, torch.nn.Module):
+        return
+    began = [0.0]
+
+    def before(*_: Any) -> None:
+        began[0] = time.perf_counter()
+
+    def after(*_: Any) -> None:
+        counters.add("head_seconds", time.perf_counter() - began[0])
+
+    head.register_forward_pre_hook(before)
+    head.register_forward_hook(after)
+
+
+def _close_with(worker: Any, seam: Seam) -> None:
+    shutdown = worker.shutdown
+
+    def shutdown_both(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return shutdown(*args, **kwargs)
+        finally:
+            seam.close()
+
+    worker.shutdown = shutdown_both
+    atexit.register(seam.close)

@@ -1,0 +1,291 @@
+"""Traces from live traffic, in this project's format, written by a thread that never holds up a request.
+
+The step hands over copies of the logits of logged requests and goes on; the thread turns them into columns, gathers
+whole requests and writes shards. A queue that is full drops the request's traces, not the request. N rows of one
+block, K candidates, V vocabulary, D hidden width.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deferral_train import provenance
+from deferral_train.errors import InputError
+from deferral_train.rules import summarize
+from deferral_train.serving.config import ServingConfig
+from deferral_train.serving.counters import Counters
+from deferral_train.traces import Chunk, Manifest, TraceWriter
+from deferral_train.traces.folder import Folder, open_folder
+from deferral_train.traces.manifest import write_header
+
+if TYPE_CHECKING:
+    from deferral_train.serving.blocks import Outcome, Rows
+    from deferral_train.serving.seam import Step
+
+log = logging.getLogger("vllm.deferral_train")
+PROMPTS = "prompts.jsonl"  # only where the user asked for request text
+CLOSING_SECONDS = 30.0
+
+
+@dataclass
+class BlockRows:
+    """What is kept of one block: the drafted positions that emitted a token.
+
+    Attributes:
+        drafter, verifier: logits [N, V]. token, position, draft_position, origin: [N].
+        hidden: states [N, D] by role.
+    """
+
+    drafter: Tensor
+    verifier: Tensor
+    token: Tensor
+    position: Tensor
+    draft_position: Tensor
+    origin: Tensor
+    hidden: dict[str, Tensor]
+
+
+class TraceLog:
+    """Gathers blocks by request and writes the finished ones.
+
+    Args:
+        config: the plug-in's settings, with a log.
+        pair: fingerprints for the manifest.
+        counters: where rows, bytes, drops and faults are counted.
+        label: of this engine, part of the folder's name where there are several.
+        widths: hidden width by role, where hidden states are logged.
+
+    Raises:
+        InputError: the folder cannot be made or written.
+    """
+
+    def __init__(
+        self,
+        config: ServingConfig,
+        pair: Mapping[str, Any],
+        counters: Counters,
+        label: str = "0",
+        widths: Mapping[str, int] | None = None,
+    ) -> None:
+        assert config.log is not None
+        self.settings, self.counters = config.log, counters
+        address = self.settings.folder if label == "0" else f"{self.settings.folder.rstrip('/')}-{label}"
+        self.folder: Folder = open_folder(address)
+        self.vocabulary = int(pair["vocab_size"])
+        self.manifest = Manifest(
+            pair=dict(pair),
+            prefixes=f"cascade:{'lossless' if config.mode == 'shadow' else config.spec}",
+            prompt_ids=(),
+            chunks=(),
+            temperature=self.settings.temperature,
+            top_k=min(self.settings.top_k, self.vocabulary),
+            hidden=dict(widths or {}),
+            settings={"source": "vllm", "fraction": self.settings.fraction, "mode": config.mode},
+            provenance=provenance.collect(),
+        )
+        try:
+            self.folder.make()
+            write_header(self.folder, self.manifest)
+        except OSError as error:
+            raise InputError(
+                f"deferral.log.folder {address}: {error.strerror or error}; name another"
+            ) from None
+        self.bytes = 0
+        self.stopped: str | None = None
+        self._waiting: queue.Queue[tuple[str, BlockRows | None]] = queue.Queue()
+        self._blocks_waiting = 0
+        self._lock = threading.Lock()
+        self._dropped: set[str] = set()
+        self._open: dict[str, list[dict[str, np.ndarray]]] = {}
+        self._ready: list[tuple[str, list[dict[str, np.ndarray]]]] = []
+        self._ready_rows = 0
+        self._thread = threading.Thread(target=self._work, name="deferral-traces", daemon=True)
+        self._thread.start()
+
+    # Called by the engine's thread
+
+    def started(self, name: str, state: Any) -> None:
+        """A logged request was admitted; its prompt is kept only where the user asked for text."""
+        if self.settings.text:
+            ids = list(getattr(state, "prompt_token_ids", None) or [])
+            self.folder.append_line(PROMPTS, json.dumps({"id": name, "prompt_token_ids": ids}))
+
+    def take(self, step: Step, rows: Rows, outcome: Outcome, raw: Tensor, places: Sequence[int]) -> None:
+        """Hand over the blocks of logged requests; raw [R, T, V] are the verifier's logits as the model gave them."""
+        for place in places:
+            name = step.names[place]
+            if self.stopped or name in self._dropped or not rows.has_law[place] or rows.drafter is None:
+                continue
+            with self._lock:
+                full = self._blocks_waiting >= self.settings.queue
+                self._blocks_waiting += not full
+            if full:
+                self._drop(name)
+                continue
+            self._waiting.put((name, self._block(step, rows, outcome, raw, place)))
+
+    def finished(self, names: Sequence[str]) -> None:
+        """Requests that the engine no longer holds."""
+        for name in names:
+            self._waiting.put((name, None))
+
+    def close(self) -> None:
+        """Write what is there, then say that logging ended on purpose."""
+        self._waiting.put(("", None))
+        self._thread.join(CLOSING_SECONDS)
+        if self._thread.is_alive():
+            log.error(
+                "deferral: trace logging did not finish within %.0f s; open the folder with partial",
+                CLOSING_SECONDS,
+            )
+
+    def _drop(self, name: str) -> None:
+        self._dropped.add(name)
+        self.counters.add("log_dropped")
+
+    @staticmethod
+    def _block(step: Step, rows: Rows, outcome: Outcome, raw: Tensor, place: int) -> BlockRows:
+        accepted, length = int(outcome.accepted[place]), int(rows.lengths[place])
+        count = min(accepted + 1, length)
+        assert rows.drafter is not None
+        assert step.positions is not None
+        token = rows.drafted[place, :count].clone()
+        if accepted < length:
+            token[accepted] = outcome.correction[place]
+        hidden = {
+            role: rows.context[f"{role}_hidden"][place, :count].to("cpu", copy=True)
+            for role in ("drafter", "verifier")
+            if f"{role}_hidden" in rows.context
+        }
+        return BlockRows(
+            rows.drafter[place, :count].to("cpu", copy=True),
+            raw[place, :count].to("cpu", copy=True),
+            token.cpu(),
+            step.positions[place, :count].cpu(),
+            torch.arange(count),
+            outcome.origin[place, :count].to("cpu", copy=True),
+            hidden,
+        )
+
+    # The writing thread
+
+    def _work(self) -> None:
+        with torch.inference_mode():
+            while True:
+                name, block = self._waiting.get()
+                if block is not None:
+                    with self._lock:
+                        self._blocks_waiting -= 1
+                try:
+                    if not self._handle(name, block):
+                        return
+                except Exception:
+                    self.counters.add("log_faults")
+                    log.exception("deferral: trace logging failed; requests are not affected")
+                    if not name:
+                        return
+
+    def _handle(self, name: str, block: BlockRows | None) -> bool:
+        """One message; False after the last."""
+        if block is not None:
+            if name not in self._dropped and self.stopped is None:
+                self._open.setdefault(name, []).append(self._columns(block))
+            return True
+        for done in [name] if name else list(self._open):
+            parts = self._open.pop(done, None)
+            if done in self._dropped:
+                self._dropped.discard(done)
+            elif parts:
+                self._ready.append((done, parts))
+                self._ready_rows += sum(len(part["position"]) for part in parts)
+        if self._ready_rows >= self.settings.rows_per_shard or (not name and self._ready):
+            self._write()
+        if not name and self.stopped is None:
+            TraceWriter(self.folder, self.manifest).stop("the engine was shut down")
+        return bool(name)
+
+    def _columns(self, block: BlockRows) -> dict[str, np.ndarray]:
+        drafter, verifier = (
+            logits[:, : self.vocabulary].float() for logits in (block.drafter, block.verifier)
+        )
+        summary = summarize(drafter, verifier, temperature=self.settings.temperature, token=block.token)
+        columns = {name: summary[name].numpy() for name in summary.names}
+        count = len(block.token)
+        columns |= {
+            "position": block.position.numpy(),
+            "gold": np.full(count, -1),
+            "draft_position": block.draft_position.numpy(),
+            "origin": block.origin.numpy(),
+        }
+        if self.manifest.top_k:
+            columns |= _candidates(drafter, verifier, self.manifest.top_k)
+        most = torch.finfo(torch.float16).max
+        for role in self.manifest.hidden:
+            columns[f"{role}_hidden"] = block.hidden[role].float().clamp(-most, most).half().numpy()
+        return columns
+
+    def _write(self) -> None:
+        """One shard of the requests that are ready."""
+        ready, self._ready, self._ready_rows = self._ready, [], 0
+        if self.stopped is not None:
+            return
+        layout, first = self.manifest.layout, len(self.manifest.prompt_ids)
+        rows = sum(len(part["position"]) for _, parts in ready for part in parts)
+        if self.bytes + rows * layout.row_bytes + layout.shard_bytes > self.settings.max_bytes:
+            self.stopped = f"max_bytes={self.settings.max_bytes}"
+            self.counters.add("log_dropped", len(ready))
+            TraceWriter(self.folder, self.manifest).stop(self.stopped)
+            log.warning("deferral: trace logging stopped at its limit of %d bytes", self.settings.max_bytes)
+            return
+        numbers = range(first, first + len(ready))
+        columns = {
+            name: np.concatenate([part[name] for _, parts in ready for part in parts])
+            for name in layout.columns
+            if name != "prompt"
+        }
+        lengths = [sum(len(part["position"]) for part in parts) for _, parts in ready]
+        columns["prompt"] = np.repeat(np.arange(first, first + len(ready)), lengths)
+        before = self.manifest
+        chunk = Chunk(len(before.chunks), 0, (tuple(numbers),))
+        self.manifest = replace(
+            before,
+            prompt_ids=(*before.prompt_ids, *(name for name, _ in ready)),
+            chunks=(*before.chunks, chunk),
+        )
+        # The header first: a ledger line for a chunk that the header does not know would spoil the folder.
+        write_header(self.folder, self.manifest)
+        try:
+            record = TraceWriter(self.folder, self.manifest).write(chunk, columns)
+        except BaseException:
+            self.manifest = before
+            write_header(self.folder, before)
+            self.stopped = "a shard could not be written"
+            TraceWriter(self.folder, before).stop(self.stopped)
+            raise
+        self.bytes += record.bytes
+        self.counters.add("log_rows", record.rows)
+        self.counters.add("log_bytes", record.bytes)
+        self.counters.add("log_requests", len(ready))
+
+
+def _candidates(drafter: Tensor, verifier: Tensor, top_k: int) -> dict[str, np.ndarray]:
+    """Each model's K likeliest tokens, likeliest first, what both models give them, and what is left."""
+    logprobs = {"drafter": drafter.log_softmax(-1), "verifier": verifier.log_softmax(-1)}
+    columns: dict[str, np.ndarray] = {}
+    for role, own in logprobs.items():
+        top = own.topk(top_k, dim=-1)
+        columns[f"{role}_top_ids"] = top.indices.int().numpy()
+        columns[f"{role}_tail"] = (1 - top.values.exp().sum(-1)).clamp(0, 1).numpy()
+        for other, theirs in logprobs.items():
+            columns[f"{role}_top_{other}_logprobs"] = theirs.gather(-1, top.indices).half().numpy()
+    return columns
