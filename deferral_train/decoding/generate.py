@@ -17,6 +17,7 @@ from deferral_train.decoding.facts import facts_of
 from deferral_train.decoding.hidden import HiddenTap, tap_hidden
 from deferral_train.decoding.laws import SamplingLaws
 from deferral_train.decoding.loop import Cascade
+from deferral_train.decoding.proposing import ModelProposer
 from deferral_train.decoding.stats import GenerationStats, Ledger
 from deferral_train.decoding.stepper import Stepper
 from deferral_train.decoding.stopping import StopDrafting
@@ -124,9 +125,10 @@ def cascade_generate(
             Stepper(one, tokens, capacity, margin, size, encoder, tap)
             for one, encoder, tap in zip((drafter, model), encoders, taps)
         ]
+        proposer = ModelProposer(steppers[0], tokens, laws, ends, stop, generator)
         cascade = Cascade(
-            steppers[0], steppers[1], rule, laws, tokens, ends, ledger, num_draft_tokens,
-            bonus, stop, generator, max_request_loss, token_streamer=token_streamer, token_log=token_log,
+            steppers[0], steppers[1], rule, laws, tokens, ends, ledger, num_draft_tokens, proposer,
+            bonus, generator, max_request_loss, token_streamer=token_streamer, token_log=token_log,
         )  # fmt: skip
         if stop is not None:
             stop.start(len(input_ids), num_draft_tokens)

@@ -1,4 +1,4 @@
-"""Verification at temperature 0 in a handful of tensor operations.
+"""Verification at temperature 0 from argmaxes alone.
 
 Greedy laws are one-hots: a drafted token stands iff the rule keeps it or it is the verifier's argmax, and whatever
 follows the accepted tokens is the verifier's argmax, be it a correction or a bonus. Gives what ``verify_block``
@@ -10,12 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deferral_train.decoding.outcome import Outcome, outcome_greedy, to_host
+from deferral_train.decoding.proposing import Draft
 from deferral_train.errors import InputError
 from deferral_train.rules.base import LawRule, Rule
-from deferral_train.rules.laws import Laws
+from deferral_train.rules.laws import Laws, lowest_argmax
 from deferral_train.rules.scoring import decide
 from deferral_train.rules.summary import Summary
-from deferral_train.rules.verify import Origin, Verdict
 
 
 def is_plain(rule: Rule, bonus: str, max_request_loss: float | None, sampling: Tensor | None) -> bool:
@@ -25,70 +26,41 @@ def is_plain(rule: Rule, bonus: str, max_request_loss: float | None, sampling: T
     return rule.is_lossless or (bonus == "verifier" and not isinstance(rule, LawRule))
 
 
-def verify_greedy(
-    rule: Rule,
-    drafted: Tensor,
-    drafter_logits: Tensor,
-    verifier_logits: Tensor,
-    lengths: Tensor,
-    context: Summary | None,
-) -> Verdict:
-    """Verdict on a block at temperature 0; arguments as for ``verify_block``, where :func:`is_plain` holds."""
-    depth = drafted.shape[1]
-    top, best = verifier_logits.max(dim=-1)
-    if not bool(torch.isfinite(top).all()):
+def judge_greedy(rule: Rule, draft: Draft, verifier_logits: Tensor, context: Summary | None) -> Outcome:
+    """The outcome of a block at temperature 0, where :func:`is_plain` holds.
+
+    Args:
+        verifier_logits: decision logits [B, T+1, V].
+        context: what the rule reads beside logits.
+
+    Raises:
+        InputError: logits that are not finite.
+    """
+    depth = draft.depth
+    best = lowest_argmax(verifier_logits)
+    top = verifier_logits.gather(2, best[..., None])[..., 0]
+    columns = [best, torch.isfinite(top).all(dim=1, keepdim=True)]
+    decides = not rule.is_lossless and depth > 0
+    if decides:
+        laws = Laws.of(draft.logits[:, :depth], verifier_logits[:, :depth], 0.0)
+        deferred = _decide(rule, laws, draft, context)
+        allowed = verifier_logits[:, :depth].gather(2, draft.tokens[..., None])[..., 0] > -torch.inf
+        columns += [deferred, ~deferred & allowed]
+    if draft.on_host is None or not isinstance(draft.proposed, list):
+        columns += [draft.tokens, draft.lengths[:, None]]
+    found = to_host(*columns)
+    if not all(flag for (flag,) in found[1]):
         raise InputError("the verifier's logits are NaN or infinite; check its weights and number format")
-    if rule.is_lossless and drafted.device.type == "cpu":
-        return _lossless_on_host(drafted.tolist(), best.tolist(), lengths.tolist())
-    places = torch.arange(depth + 1, device=drafted.device)
-    deferred = torch.ones_like(drafted, dtype=torch.bool)
-    stands = drafted == best[:, :depth]
-    if not rule.is_lossless and depth:
-        deferred = _decide(rule, drafted, drafter_logits[:, :depth], verifier_logits[:, :depth], context)
-        allowed = verifier_logits[:, :depth].gather(2, drafted[..., None])[..., 0] > -torch.inf
-        kept = ~deferred & allowed
-        stands = stands | kept
-    inside = places[:depth] < lengths[:, None]
-    accepted = (stands & inside).long().cumprod(dim=1).sum(dim=1)
-    following = best.gather(1, accepted[:, None])
-    origin = torch.full_like(best, int(Origin.ACCEPTED), dtype=torch.int8)
-    if not rule.is_lossless and depth:
-        origin[:, :depth][kept] = int(Origin.KEPT)
-    origin.masked_fill_(places > accepted[:, None], int(Origin.NONE))
-    last = torch.where(accepted < lengths, int(Origin.RESAMPLED), int(Origin.BONUS)).to(torch.int8)
-    origin.scatter_(1, accepted[:, None], last[:, None])
-    return Verdict(accepted, following[:, 0], origin, deferred & inside, None)
+    deferrals, kept = (found[2], found[3]) if decides else (None, None)
+    if draft.on_host is not None and isinstance(draft.proposed, list):
+        return outcome_greedy(found[0], draft.on_host, draft.proposed, kept, deferrals)
+    return outcome_greedy(found[0], found[-2], [row[0] for row in found[-1]], kept, deferrals)
 
 
-def _lossless_on_host(drafted: list[list[int]], best: list[list[int]], lengths: list[int]) -> Verdict:
-    """The same by plain integers: on a CPU that is cheaper than a dozen small tensor operations."""
-    accepted, following, origins = [], [], []
-    for row, (tokens, argmaxes, length) in enumerate(zip(drafted, best, lengths)):
-        count = 0
-        while count < length and tokens[count] == argmaxes[count]:
-            count += 1
-        last = int(Origin.RESAMPLED if count < length else Origin.BONUS)
-        accepted.append(count)
-        following.append(best[row][count])
-        origins.append([int(Origin.ACCEPTED)] * count + [last] + [int(Origin.NONE)] * (len(tokens) - count))
-    depth = len(drafted[0])
-    deferred = [[place < length for place in range(depth)] for length in lengths]
-    return Verdict(
-        torch.tensor(accepted),
-        torch.tensor(following),
-        torch.tensor(origins, dtype=torch.int8),
-        torch.tensor(deferred, dtype=torch.bool).reshape(len(drafted), depth),
-        None,
-    )
-
-
-def _decide(
-    rule: Rule, drafted: Tensor, drafter_logits: Tensor, verifier_logits: Tensor, context: Summary | None
-) -> Tensor:
-    laws = Laws.of(drafter_logits, verifier_logits, 0.0)
+def _decide(rule: Rule, laws: Laws, draft: Draft, context: Summary | None) -> Tensor:
+    depth = draft.depth
     if context is not None:
-        depth = drafted.shape[1]
         context = Summary({name: context[name][:, :depth] for name in context.names})
-    deferred = decide(rule, laws, rule.read(laws, drafted, context), drafted)
+    deferred = decide(rule, laws, rule.read(laws, draft.tokens, context), draft.tokens)
     assert deferred is not None  # law rules are not plain
     return deferred

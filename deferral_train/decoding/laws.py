@@ -17,6 +17,7 @@ from transformers.generation import logits_process as hf
 
 from deferral_train.decoding.tokens import TokenRows
 from deferral_train.errors import InputError
+from deferral_train.rules.laws import lowest_argmax
 
 WARPERS = (
     hf.TemperatureLogitsWarper,
@@ -94,10 +95,10 @@ class SamplingLaws:
         Sampling races exponential clocks, which needs no copy to the host.
         """
         if self.temperature == 0.0:
-            return (decision if sampling is None else sampling).argmax(dim=-1)
+            return lowest_argmax(decision if sampling is None else sampling)
         law = torch.softmax(decision / self.temperature if sampling is None else sampling, dim=-1)
         clocks = torch.empty_like(law).exponential_(generator=generator)
-        return (law / clocks).argmax(dim=-1)
+        return lowest_argmax(law / clocks)
 
     def _through(self, processors: Sequence[Any], logits: Tensor, tokens: TokenRows, offset: int) -> Tensor:
         if not processors or not logits.shape[1]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from deferral_train.decoding.outcome import Outcome
 from deferral_train.rules.verify import Origin
 
 COUNTS = (
@@ -39,7 +40,7 @@ class GenerationStats:
         positions: one [T] int64 tensor per name in :data:`POSITION_COUNTS`, summed over rows; index = place
             in the drafted block. ``accepted`` counts kept tokens too: every drafted token that was emitted.
         origin: [R, N] int8, an :class:`~deferral_train.rules.verify.Origin` per emitted token, NONE after.
-        spent: [R] estimated loss spent under ``max_request_loss``, else None.
+        spent: [R] float64, estimated loss spent under ``max_request_loss``, else None.
         verifier_passes, drafter_passes: forward passes of the whole batch.
     """
 
@@ -111,17 +112,6 @@ def _padded(values: Tensor, length: int) -> Tensor:
 
 
 @dataclass
-class _Block:
-    rows: list[int]
-    proposed: list[int]
-    accepted: list[int]
-    counts: list[int]
-    drafter_calls: list[int]
-    origin: Tensor
-    deferred: Tensor
-
-
-@dataclass
 class Ledger:
     """Collects what each round did and adds it up at the end, so that a round costs almost nothing.
 
@@ -136,27 +126,16 @@ class Ledger:
     positions: dict[str, list[int]] = field(init=False)
     origins: list[list[int]] = field(init=False)
     spent: dict[int, float] = field(default_factory=dict)
-    blocks: list[_Block] = field(default_factory=list)
+    blocks: list[tuple[list[int], list[int], list[int], Outcome]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.totals = {name: [0] * self.rows for name in COUNTS}
         self.positions = {name: [0] * self.depth for name in POSITION_COUNTS}
         self.origins = [[] for _ in range(self.rows)]
 
-    def block(
-        self,
-        rows: list[int],
-        proposed: list[int],
-        accepted: list[int],
-        counts: list[int],
-        drafter_calls: list[int],
-        origin: Tensor,
-        deferred: Tensor,
-    ) -> None:
-        """One verified block: per running row what was proposed, accepted and emitted after cutting, [B]
-        each.
-        """
-        self.blocks.append(_Block(rows, proposed, accepted, counts, drafter_calls, origin, deferred))
+    def block(self, rows: list[int], counts: list[int], drafter_calls: list[int], outcome: Outcome) -> None:
+        """One verified block: per running row the tokens emitted after cutting, and the passes made for it."""
+        self.blocks.append((rows, counts, drafter_calls, outcome))
 
     def emit(self, row: int, origin: Origin) -> None:
         """One token emitted outside of a block."""
@@ -167,59 +146,48 @@ class Ledger:
         for name, amount in amounts.items():
             self.totals[name][row] += amount
 
-    def position(self, place: int, **amounts: int) -> None:
-        """Add to the counts of one place in the drafted block."""
-        for name, amount in amounts.items():
-            self.positions[name][place] += amount
-
     def settle(self) -> None:
         """Add up the blocks collected so far."""
-        for block in self.blocks:
-            origins, deferred = block.origin.tolist(), block.deferred.tolist()
-            for place, row in enumerate(block.rows):
-                self.add(row, drafter_calls=block.drafter_calls[place])
+        for rows, counts, calls, outcome in self.blocks:
+            for place, row in enumerate(rows):
+                self.totals["drafter_calls"][row] += calls[place]
                 self._settle_row(
                     row,
-                    block.proposed[place],
-                    block.accepted[place],
-                    block.counts[place],
-                    origins[place],
-                    deferred[place],
+                    outcome.proposed[place],
+                    outcome.accepted[place],
+                    outcome.origins[place][: counts[place]],
+                    outcome.deferred[place],
                 )
         self.blocks.clear()
 
     def _settle_row(
-        self, row: int, proposed: int, accepted: int, count: int, origin: list[int], deferred: list[bool]
+        self, row: int, proposed: int, accepted: int, origins: list[int], deferred: list[bool]
     ) -> None:
-        origin = origin[:count]
-        self.origins[row].extend(origin)
+        count = len(origins)
+        self.origins[row].extend(origins)
         taken = min(count, accepted)
         rejected = int(accepted < proposed and count > accepted)
         decided = taken + rejected
         self.add(
             row,
             drafted=proposed,
-            kept=origin.count(Origin.KEPT),
-            accepted=origin.count(Origin.ACCEPTED),
+            kept=origins.count(Origin.KEPT),
+            accepted=origins.count(Origin.ACCEPTED),
             rejected=rejected,
             discarded=proposed - decided,
-            resampled=origin.count(Origin.RESAMPLED),
-            bonus=origin.count(Origin.BONUS),
+            resampled=origins.count(Origin.RESAMPLED),
+            bonus=origins.count(Origin.BONUS),
             deferred=sum(deferred[:decided]),
             decided=decided,
             verifier_calls=1,
         )
+        positions = self.positions
         for place in range(proposed):
-            self.position(place, drafted=1)
+            positions["drafted"][place] += 1
         for place in range(decided):
-            was_rejected = int(place == accepted)
-            self.position(
-                place,
-                decided=1,
-                deferred=int(deferred[place]),
-                accepted=1 - was_rejected,
-                rejected=was_rejected,
-            )
+            positions["decided"][place] += 1
+            positions["deferred"][place] += deferred[place]
+            positions["rejected" if place == accepted else "accepted"][place] += 1
 
     def finish(self, verifier_passes: int, drafter_passes: int) -> GenerationStats:
         """The statistics of the call.
@@ -232,7 +200,9 @@ class Ledger:
             self._check(row)
         width = max(len(row) for row in self.origins)
         origin = torch.tensor([row + [0] * (width - len(row)) for row in self.origins], dtype=torch.int8)
-        spent = torch.tensor([self.spent.get(row, 0.0) for row in range(self.rows)]) if self.spent else None
+        spent = None
+        if self.spent:
+            spent = torch.tensor([self.spent.get(row, 0.0) for row in range(self.rows)], dtype=torch.float64)
         return GenerationStats(
             counts={name: torch.tensor(values) for name, values in self.totals.items()},
             positions={name: torch.tensor(values) for name, values in self.positions.items()},

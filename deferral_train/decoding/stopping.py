@@ -8,7 +8,7 @@ block reaches.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.rules.summary import CONTEXT_FIELDS, FIELDS, HIDDEN_FIELDS, Summary, summarize
+from deferral_train.rules.summary import (
+    CONTEXT_FIELDS,
+    FIELDS,
+    HIDDEN_FIELDS,
+    PREVIOUS_TOKENS,
+    Summary,
+    summarize,
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,7 @@ class DraftStep:
         temperature: of the sampling law.
         hidden: [B, D] the drafter's hidden state there, where a tap is set.
         generated: tokens that each row had emitted before this block.
+        previous: gives the token [B] so many places before this one, -1 where that is none generated.
     """
 
     place: int
@@ -40,6 +48,7 @@ class DraftStep:
     temperature: float
     hidden: Tensor | None
     generated: Sequence[int]
+    previous: Callable[[int], Tensor]
 
     def summary(self, fields: frozenset[str]) -> Summary:
         """The drafter's side of the summary at this position, leading shape [B]."""
@@ -63,6 +72,9 @@ class DraftStep:
         if "position" in fields:
             generated = torch.tensor(list(self.generated), device=self.token.device)
             given["position"] = generated + self.place
+        for back, name in enumerate(PREVIOUS_TOKENS, start=1):
+            if name in fields:
+                given[name] = self.previous(back)
         return given
 
     def logprob(self) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deferral_train.decoding.loop import Cascade, advance
+from deferral_train.decoding.loop import Cascade, advance, previous_tokens
 from deferral_train.rules.laws import Laws
 from deferral_train.rules.summary import Summary
 from deferral_train.rules.verify import Origin
@@ -89,6 +89,7 @@ def _context(cascade: Cascade) -> Summary | None:
     tokens = cascade.tokens
     lengths = torch.tensor(tokens.lengths, device=tokens.device)
     given = {"draft_position": torch.zeros_like(lengths), "position": lengths - tokens.prompt_length}
+    given |= {name: found[:, 0] for name, found in previous_tokens(cascade, 1).items()}
     for name, stepper in (("drafter_hidden", cascade.drafter), ("verifier_hidden", cascade.verifier)):
         if name in cascade.context_fields:
             given[name] = stepper.hidden(1)[:, 0]

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deferral_train.decoding.loop import Cascade, Draft, context_of
+from deferral_train.decoding.loop import Cascade, context_of
+from deferral_train.decoding.outcome import Outcome
+from deferral_train.decoding.proposing import Draft
 from deferral_train.rules.laws import Laws
 from deferral_train.rules.summary import Summary
-from deferral_train.rules.verify import Verdict
 
 
 class TokenLog:
@@ -25,24 +26,23 @@ class TokenLog:
         self.top = top
         self.rows: list[list[dict[str, Any]]] = [[] for _ in range(rows)]
 
-    def block(self, cascade: Cascade, draft: Draft, decision: Tensor, verdict: Verdict) -> None:
+    def block(self, cascade: Cascade, draft: Draft, decision: Tensor, outcome: Outcome) -> None:
         """Take in a verified block; ``decision`` [B, T+1, V] are the verifier's decision logits."""
         depth = draft.tokens.shape[1]
         verifier = _candidates(decision, self.top)
         drafter = _candidates(draft.logits[:, :depth], self.top) if depth else None
         gaps, distances = self._gap_and_tv(cascade, draft, decision) if depth else ([], [])
-        accepted, following = verdict.accepted.tolist(), verdict.next_token.tolist()
-        deferred = verdict.deferred.tolist()
+        drafted = draft.tokens.tolist()
         for place, row in enumerate(cascade.tokens.rows):
-            for step in range(accepted[place] + int(following[place] >= 0)):
+            for step in range(len(outcome.emitted[place])):
                 entry: dict[str, Any] = {"verifier_top": verifier[place][step]}
-                if drafter is not None and step < int(draft.lengths[place]):
+                if drafter is not None and step < outcome.proposed[place]:
                     entry |= {
-                        "drafted": int(draft.tokens[place, step]),
+                        "drafted": drafted[place][step],
                         "drafter_top": drafter[place][step],
                         "gap": round(gaps[place][step], 6),
                         "tv": round(distances[place][step], 6),
-                        "deferred": bool(deferred[place][step]),
+                        "deferred": outcome.deferred[place][step],
                     }
                 self.rows[row].append(entry)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,6 +49,8 @@ class TokenRows:
         columns = max_length + num_draft_tokens + 1
         self.ids = input_ids.new_full((count, columns), pad_token_id)
         self.ids[:, : self.prompt_length] = input_ids
+        # On a CPU small reads and writes go through NumPy, at a fraction of a tensor operation's price.
+        self._host = self.ids.numpy() if self.ids.device.type == "cpu" else None
         self.pad_token_id = pad_token_id
         self.max_length = max_length
         self.pads = left_padding(mask, count)
@@ -80,15 +83,31 @@ class TokenRows:
         if block is not None:
             length = self.lengths[0]
             return self.ids[block, length - behind : length + ahead]
+        if self._host is not None:
+            ends, places = np.array(self.lengths)[:, None], np.arange(-behind, ahead)
+            found = self._host[np.array(self.rows)[:, None], np.maximum(ends + places, 0)]
+            return torch.from_numpy(found)
         columns = self._columns(-behind, ahead)
         if behind > min(self.lengths):
             columns = columns.clamp(min=0)
         return self.ids[self.index[:, None], columns]
 
+    def previous(self, back: int, columns: int) -> Tensor:
+        """The token ``back`` places before each of the next ``columns`` places of every running row, [B, columns].
+
+        Drafted tokens count as they stand in the buffer; -1 where the place lies in the prompt.
+        """
+        places = self._columns(-back, columns - back)
+        found = self.ids[self.index[:, None], places.clamp(min=0)]
+        return found.masked_fill(places < self.prompt_length, -1)
+
     def write(self, offset: int, block: Tensor) -> None:
         """Put ``block`` [B, n] behind each row's end, ``offset`` columns on."""
         together = self._block()
-        if together is not None:
+        if self._host is not None and block.shape[1] == 1:
+            ends = [length + offset for length in self.lengths]
+            self._host[self.rows, ends] = block[:, 0].numpy()
+        elif together is not None:
             begin = self.lengths[0] + offset
             self.ids[together, begin : begin + block.shape[1]] = block
         else:
@@ -98,6 +117,18 @@ class TokenRows:
         """One token per running row, ``offsets`` [B] columns behind its end."""
         ends = torch.tensor(self.lengths, device=self.device)
         self.ids[self.index, ends + offsets] = values
+
+    def put_last(self, blocks: Sequence[Sequence[int]]) -> None:
+        """Of each row's ``blocks[b]``, whose other tokens are written already, the last one."""
+        places = [(b, block) for b, block in enumerate(blocks) if block]
+        rows = [self.rows[b] for b, _ in places]
+        columns = [self.lengths[b] + len(block) - 1 for b, block in places]
+        values = [block[-1] for _, block in places]
+        if self._host is not None:
+            self._host[rows, columns] = values
+        else:
+            where = torch.tensor([rows, columns, values], device=self.device)
+            self.ids[where[0], where[1]] = where[2]
 
     def _columns(self, first: int, last: int) -> Tensor:
         ends = torch.tensor(self.lengths, device=self.device)[:, None]

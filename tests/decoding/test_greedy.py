@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deferral_train.decoding.greedy import is_plain, verify_greedy
+from deferral_train.decoding.greedy import is_plain, judge_greedy
+from deferral_train.decoding.outcome import outcome_of
+from deferral_train.decoding.proposing import Draft
 from deferral_train.errors import InputError
 from deferral_train.rules import RULES, make_rule, verify_block
 
@@ -31,17 +33,21 @@ def test_same_verdict_as_verify_block(name: str) -> None:
     verifier[::5, :, 2] = -torch.inf  # a token that the verifier's processors forbid
     drafted = drafter.argmax(dim=-1)
     lengths = torch.randint(0, depth + 1, (rows,), generator=generator)
-    short = verify_greedy(make_rule(name), drafted, drafter, verifier, lengths, None)
-    whole = verify_block(make_rule(name), drafted, drafter, verifier, temperature=0.0, lengths=lengths)
-    for field in ("accepted", "next_token", "origin"):
-        assert torch.equal(getattr(short, field), getattr(whole, field)), field
-    inside = torch.arange(depth) < lengths[:, None]
-    assert torch.equal(short.deferred & inside, whole.deferred & inside)
+    from_device = Draft(drafted, lengths, drafter.split(1, dim=1))
+    known = Draft(drafted, lengths.tolist(), [drafter], on_host=drafted.tolist())
+    verdict = verify_block(make_rule(name), drafted, drafter, verifier, temperature=0.0, lengths=lengths)
+    whole = outcome_of(verdict, from_device)
+    assert 0 < sum(whole.accepted) < int(lengths.sum())
+    for draft in (from_device, known):
+        short = judge_greedy(make_rule(name), draft, verifier, None)
+        for field in ("proposed", "accepted", "emitted", "origins"):
+            assert getattr(short, field) == getattr(whole, field), field
+        for length, mine, theirs in zip(lengths.tolist(), short.deferred, whole.deferred):
+            assert mine == theirs[:length]
 
 
 def test_not_a_number_is_refused() -> None:
     logits = torch.full((1, 2, 3), torch.nan)
+    draft = Draft(torch.zeros(1, 1).long(), [1], [logits[:, :1]], on_host=[[0]])
     with pytest.raises(InputError, match="NaN"):
-        verify_greedy(
-            make_rule("lossless"), torch.zeros(1, 1).long(), logits, logits, torch.ones(1).long(), None
-        )
+        judge_greedy(make_rule("lossless"), draft, logits, None)
