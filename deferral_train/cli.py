@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from deferral_train.errors import InputError, MissingExtraError
+from deferral_train.errors import InputError, MissingExtraError, config_errors
 
 PROGRAM = "deferral-train"
 
@@ -100,7 +100,7 @@ def _dispatch(name: str, words: list[str]) -> int:
 
 def _parse(name: str, module: ModuleType, words: list[str]) -> dict[str, Any]:
     """Flags over ``--config`` YAML over defaults; unknown flags and keys are refused by name."""
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog=f"{PROGRAM} {name}", exit_on_error=False, description=COMMANDS[name])
     parser.add_argument("--config", action="config", help="YAML file with any of the flags below as keys")
@@ -108,11 +108,10 @@ def _parse(name: str, module: ModuleType, words: list[str]) -> dict[str, Any]:
     parser.add_function_arguments(module.run, sub_configs=True, skip=skipped)
     for positional in getattr(module, "POSITIONAL", ()):
         words = _name_positional(words, positional)
-    try:
-        parsed = parser.parse_args(_gathered([_underscored(word) for word in words], _list_flags(module)))
-    except ArgumentError as error:
-        raise InputError(_one_line(str(error))) from None
-    settings = parser.instantiate(parsed).as_dict()
+    with config_errors():
+        words = _switched([_underscored(word) for word in words], _flags(module, ("bool",)))
+        parsed = parser.parse_args(_gathered(words, _flags(module, ("list[", "tuple["))))
+        settings = parser.instantiate(parsed).as_dict()
     settings.pop("config", None)
     return settings
 
@@ -139,12 +138,21 @@ def _underscored(word: str) -> str:
     return flag.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
 
 
-def _list_flags(module: ModuleType) -> set[str]:
-    """Flags that take several values: parameters or fields annotated as list or tuple."""
+def _flags(module: ModuleType, kinds: tuple[str, ...]) -> set[str]:
+    """Flags of parameters or fields whose annotation begins with one of ``kinds``."""
     annotated = dict(module.run.__annotations__)
     if hasattr(module, "SETTINGS"):
         annotated |= {field.name: field.type for field in fields(module.SETTINGS)}
-    return {f"--{name}" for name, kind in annotated.items() if str(kind).startswith(("list[", "tuple["))}
+    return {f"--{name}" for name, kind in annotated.items() if str(kind).startswith(kinds)}
+
+
+def _switched(words: list[str], switches: set[str]) -> list[str]:
+    """``--fresh`` alone as ``--fresh=true``; a value that follows stays its value."""
+    following = [*words[1:], ""]
+    return [
+        f"{word}=true" if word in switches and after.lower() not in ("true", "false") else word
+        for word, after in zip(words, following)
+    ]
 
 
 def _gathered(words: list[str], lists: set[str]) -> list[str]:

@@ -133,3 +133,10 @@ def test_several_values_after_a_flag_are_a_list():
     assert spoken == {"rules": ["opt:alpha=0.2", "token_v3"], "alpha": -0.5}
     assert cli._parse("rules", module, ["--rules", "[opt,chow]"])["rules"] == ["opt", "chow"]
     assert cli._parse("rules", module, ["--rules", "opt"])["rules"] == ["opt"]
+
+
+def test_a_switch_may_stand_alone_or_carry_a_value():
+    assert cli._switched(["--fresh", "--out", "x"], {"--fresh"}) == ["--fresh=true", "--out", "x"]
+    assert cli._switched(["--out", "x", "--fresh"], {"--fresh"}) == ["--out", "x", "--fresh=true"]
+    assert cli._switched(["--fresh", "false"], {"--fresh"}) == ["--fresh", "false"]
+    assert cli._switched(["--fresh=false"], {"--fresh"}) == ["--fresh=false"]

@@ -10,7 +10,7 @@ from deferral_train.commands.quickstart import CONFIG
 from deferral_train.pipeline.config import read_config
 
 ROOT = Path(__file__).resolve().parents[1]
-RUNS = [CONFIG, ROOT / "configs" / "multi30k.yaml"]
+RUNS = [CONFIG, *(ROOT / "configs" / name for name in ("multi30k.yaml", "speculative_cascades.yaml"))]
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)

@@ -120,7 +120,8 @@ def compare_with_decode(
 
     outputs = list(read_lines(decode / OUTPUTS))
     labels = {row["rule"] for row in outputs}
-    rules = {rule_label(rule): rule for rule in map(rule_from_spec, [*specs, "lossless"])}
+    known = [rule_from_spec(spec, typed=specs) for spec in [*specs, "lossless"]]
+    rules = {rule_label(rule): rule for rule in known}
     shared = {label: rule for label, rule in rules.items() if label in labels}
     if not shared:
         raise InputError(
@@ -148,17 +149,13 @@ def write_frontier(decode: Path, out: Path, metric: str) -> None:
     them.
     """
     import json
-    from dataclasses import asdict
 
-    from deferral_train import provenance
-    from deferral_train.evaluation.frontier import VERIFIER, decoded_points, draw_figures, table2
+    from deferral_train.decoding.outputs import BATCHES, read_lines
+    from deferral_train.evaluation import frontier
 
     path = decode / "summary.json"
     summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rules": {}}
-    if VERIFIER not in summary["rules"] or not summary["rules"][VERIFIER]["quality"]:
+    if frontier.VERIFIER not in summary["rules"] or not summary["rules"][frontier.VERIFIER]["quality"]:
         return
-    points = decoded_points(summary, metric)
-    table = {"metric": metric, "table2": table2(points)}
-    lines = {name: [asdict(point) for point in line] for name, line in points.items()}
-    provenance.write_json(out / "frontier.json", table | {"points": lines})
-    draw_figures(points, out, metric)
+    entry = frontier.frontier_of(summary, metric, list(read_lines(decode / BATCHES)))
+    frontier.write_frontier([entry], out)

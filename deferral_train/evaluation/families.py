@@ -108,7 +108,7 @@ def _parse(spec: str) -> tuple[Rule, bool]:
         rule = rule_from_spec(f"{spec},alpha=0.0")
         own = rule.head.metadata.get("alpha")  # type: ignore[attr-defined]
         return (rule, False) if own is None else (rule.with_dial(float(own)), True)
-    rule = rule_from_spec(spec)
+    rule = rule_from_spec(spec, typed=[spec])
     return rule, rule.dial is not None and f"{rule.dial.parameter}=" in spec
 
 

@@ -1,7 +1,8 @@
 """Quality against speed of decoded rules: the paper's Table 2 and Figures 1, 3, 4 and 5 for any pair.
 
 A rule's decoded settings are joined by straight lines, like offline curves (:mod:`curves`): between two
-settings a random choice per prompt attains the line. Latency is relative to the verifier alone.
+settings a random choice per prompt attains the line. Latency is wall clock of the same prompts relative to the
+verifier alone, so that a rule that writes longer texts pays for it.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from deferral_train import provenance
 from deferral_train.errors import InputError
+from deferral_train.evaluation.online import speed_table
 from deferral_train.evaluation.settings import dials_of, setting_of
 
 VERIFIER = "verifier_only"
@@ -22,22 +25,37 @@ COSTS = {
     "deferral_rate": "deferrals per drafted token (Figure 1)",
     "rejection_rate": "rejection rate (Figure 3)",
     "latency": "latency relative to the verifier alone (Figures 4 and 5)",
+    "calls_per_token": "verifier calls per token",
 }
 
 
 @dataclass(frozen=True)
 class Point:
-    """One decoded setting: quality, latency relative to the verifier alone, deferral and rejection rate."""
+    """One decoded setting: quality, latency relative to the verifier alone with its limits over batches (None
+    where there are too few), deferral and rejection rate, verifier calls per emitted token (0 for the drafter
+    alone), mean output length in tokens.
+    """
 
     label: str
     quality: float
     latency: float
     deferral_rate: float
     rejection_rate: float
+    calls_per_token: float = 0.0
+    latency_low: float | None = None
+    latency_high: float | None = None
+    mean_output_tokens: float | None = None
 
 
-def decoded_points(summary: Mapping[str, Any], metric: str = "bleu") -> dict[str, list[Point]]:
+def decoded_points(
+    summary: Mapping[str, Any], metric: str = "bleu", batches: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, list[Point]]:
     """Settings by rule, in order of latency, from ``decode``'s summary; rules without a dial have one point.
+
+    Args:
+        summary: ``summary.json``.
+        metric: of its ``quality``.
+        batches: of ``batches.jsonl``, for intervals of the latency over batches.
 
     Raises:
         InputError: the verifier alone was not decoded, or the metric is not in the summary.
@@ -52,18 +70,24 @@ def decoded_points(summary: Mapping[str, Any], metric: str = "bleu") -> dict[str
         raise InputError(
             f"metric {metric!r} is not in the summary; it holds {known or 'none: no references'}"
         )
-    alone = rules[VERIFIER]["ms_per_token"]
+    alone = rules[VERIFIER]["seconds"]
+    speeds = speed_table(batches)
     dials = dials_of(summary)
     found: dict[str, list[Point]] = defaultdict(list)
     for label, rule in rules.items():
         setting = setting_of(label, dials)
+        speed = speeds.get(label)
         found[label if setting is None else setting.family].append(
             Point(
                 label,
                 rule["quality"][metric],
-                rule["ms_per_token"] / alone,
+                rule["seconds"] / alone if speed is None else 1 / speed.value,
                 rule.get("deferral_rate") or 0.0,
                 rule.get("rejection_rate") or 0.0,
+                rule.get("verifier_calls_per_token") or 0.0,
+                1 / speed.high if speed and speed.high else None,
+                1 / speed.low if speed and speed.low else None,
+                rule.get("mean_output_tokens"),
             )
         )
     return {name: sorted(points, key=lambda point: point.latency) for name, points in found.items()}
@@ -74,7 +98,8 @@ def table2(points: Mapping[str, Sequence[Point]]) -> list[dict[str, Any]]:
     latency.
 
     ``speedup_at_quality`` is None where no setting (and no mixture of two neighbours) reaches the verifier's
-    quality. The choice of setting is made on the reported outputs, as in the paper; it is optimistic for
+    quality; ``calls_at_quality`` is the same with verifier calls per token for latency, which depends on no
+    machine. The choice of setting is made on the reported outputs, as in the paper; it is optimistic for
     rules with many settings.
     """
     goal = points[VERIFIER][0].quality
@@ -82,28 +107,31 @@ def table2(points: Mapping[str, Sequence[Point]]) -> list[dict[str, Any]]:
     for name, line in points.items():
         if name == VERIFIER:
             continue
-        latency = least_latency(line, goal)
+        latency, calls = (least_cost(line, goal, cost) for cost in ("latency", "calls_per_token"))
         rows.append(
             {
                 "rule": name,
                 "settings": len(line),
                 "speedup_at_quality": None if latency is None else 1 / latency,
+                "calls_at_quality": calls,
                 "best_quality_within_latency": best_quality(line, 1.0),
             }
         )
     return rows
 
 
-def least_latency(line: Sequence[Point], quality: float) -> float | None:
-    """Smallest latency on the line through ``line`` with at least ``quality``; None where it is not
-    reached.
+def least_cost(line: Sequence[Point], quality: float, cost: str = "latency") -> float | None:
+    """Smallest cost on the line through ``line``, taken in order of that cost, with at least ``quality``; None
+    where it is not reached.
     """
-    reached = [point.latency for point in line if point.quality >= quality]
-    for first, second in itertools.pairwise(line):
-        low, high = sorted((first, second), key=lambda point: point.quality)
+    ordered = sorted(line, key=lambda point: getattr(point, cost))
+    reached = [getattr(point, cost) for point in ordered if point.quality >= quality]
+    for pair in itertools.pairwise(ordered):
+        low, high = sorted(pair, key=lambda point: point.quality)
         if low.quality < quality <= high.quality:
             share = (quality - low.quality) / (high.quality - low.quality)
-            reached.append(low.latency + share * (high.latency - low.latency))
+            ends = getattr(low, cost), getattr(high, cost)
+            reached.append(ends[0] + share * (ends[1] - ends[0]))
     return min(reached, default=None)
 
 
@@ -117,32 +145,57 @@ def best_quality(line: Sequence[Point], latency: float) -> float | None:
     return max(found, default=None)
 
 
-def draw_figures(points: Mapping[str, Sequence[Point]], folder: Path, metric: str) -> list[Path]:
+def frontier_of(
+    summary: Mapping[str, Any], metric: str, batches: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """One temperature's entry of ``frontier.json``: points by rule and Table 2, with n and settings."""
+    points = decoded_points(summary, metric, batches)
+    settings = summary.get("settings", {})
+    return {
+        "metric": metric,
+        "temperature": settings.get("temperature"),
+        "num_draft_tokens": settings.get("num_draft_tokens"),
+        "batch_size": settings.get("batch_size"),
+        "repetitions": summary.get("repetitions"),
+        "prompts": summary["rules"][VERIFIER].get("prompts"),
+        "table2": table2(points),
+        "points": {name: [asdict(point) for point in line] for name, line in points.items()},
+    }
+
+
+def write_frontier(entries: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
+    """``frontier.json``, and the figures of every temperature in ``frontier/``; returns the figures."""
+    provenance.write_json(folder / "frontier.json", {"entries": list(entries)})
+    return [path for entry in entries for path in draw_figures(entry, folder / "frontier")]
+
+
+def draw_figures(entry: Mapping[str, Any], folder: Path) -> list[Path]:
     """Quality against each of :data:`COSTS`, as png and svg; returns the files."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    metric, temperature, written = entry["metric"], entry["temperature"], []
     for cost, label in COSTS.items():
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        for name, line in points.items():
-            ordered = sorted(line, key=lambda point: getattr(point, cost))
-            axes.plot(
-                [getattr(p, cost) for p in ordered],
-                [p.quality for p in ordered],
-                marker="o",
-                ms=4,
-                label=name,
-            )
-        axes.axhline(points[VERIFIER][0].quality, color="gray", linestyle=":", linewidth=1)
-        axes.set(xlabel=label, ylabel=metric)
-        axes.legend(fontsize=8)
-        axes.grid(alpha=0.3)
+        _draw(figure.subplots(), entry, cost)
+        figure.axes[0].set(
+            xlabel=label, ylabel=metric, title=f"T = {temperature:g}, {entry['prompts']} prompts"
+        )
+        end = f"_t{temperature:g}"
         for suffix in ("png", "svg"):
-            path = folder / f"{metric}_against_{cost}.{suffix}"
+            path = folder / f"{metric.split(':')[0]}_against_{cost}{end}.{suffix}"
             figure.savefig(path, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
             written.append(path)
     return written
+
+
+def _draw(axes: Any, entry: Mapping[str, Any], cost: str) -> None:
+    for name, line in entry["points"].items():
+        ordered = sorted(line, key=lambda point: point[cost])
+        style = {"marker": "*", "ms": 11, "linestyle": "none"} if len(line) == 1 else {"marker": "o", "ms": 4}
+        axes.plot([p[cost] for p in ordered], [p["quality"] for p in ordered], label=name, **style)
+    axes.axhline(entry["points"][VERIFIER][0]["quality"], color="gray", linestyle=":", linewidth=1)
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)

@@ -39,14 +39,24 @@ def online_table(
     by_rule: dict[str, dict[str, Mapping[str, Any]]] = defaultdict(dict)
     for row in first:
         by_rule[row["rule"]][str(row["id"])] = row
-    seconds = _median_seconds(batches)
+    speeds = speed_table(batches, seed)
     table: dict[str, dict[str, Interval]] = {}
     for rule, own in by_rule.items():
         found = _against_base(own, by_rule.get(base, {}), metric, seed)
-        if "verifier_only" in seconds and rule in seconds:
-            found["speed"] = _ratio(seconds["verifier_only"], seconds[rule], seed)
+        if rule in speeds:
+            found["speed"] = speeds[rule]
         table[rule] = found
     return table
+
+
+def speed_table(batches: Iterable[Mapping[str, Any]], seed: int = 0) -> dict[str, Interval]:
+    """Seconds of ``verifier_only`` over each rule's, medians over repetitions per batch, batches redrawn
+    together; empty where the verifier alone was not decoded.
+    """
+    seconds = _median_seconds(batches)
+    if "verifier_only" not in seconds:
+        return {}
+    return {rule: _ratio(seconds["verifier_only"], own, seed) for rule, own in seconds.items()}
 
 
 def _against_base(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deferral_train.errors import InputError
+from deferral_train.errors import InputError, config_errors
 from deferral_train.pairs.train_config import PairConfig
 
 PARTS = ("fit", "validation", "calibration", "test")
@@ -155,6 +155,7 @@ class DecodeSection:
         temperature: 0 is greedy.
         batch_size: prompts side by side.
         repetitions: interleaved, for timing.
+        metrics: besides BLEU, chrF and exact match, as ``deferral-train decode --metrics`` takes them.
     """
 
     limit: int = 200
@@ -163,6 +164,44 @@ class DecodeSection:
     temperature: float = 0.0
     batch_size: int = 1
     repetitions: int = 3
+    metrics: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FrontierConfig:
+    """Quality against cost of whole rules, decoded: Figures 1, 3, 4 and 5 and Table 2 of the paper.
+
+    Every rule is decoded at several values of its dial, which lie at given shares of lossless's rejection rate
+    on the calibration part, so that one config serves any pair.
+
+    Attributes:
+        temperatures: of the sampling; empty decodes nothing.
+        rules: by spec without a dial value; the learned head and the ends are always decoded.
+        shares: of lossless's rejection rate, one dial value each.
+        token_cascades, sequence_cascades: specs with dial values, decoded token by token and text by text.
+        limit: most test prompts, for quality, rates and calls. batch_size: prompts side by side there.
+        timed: how many of them are decoded again one by one, for latency. repetitions: of that, interleaved.
+        metric: of the summary of ``decode``, for the axis of quality.
+    """
+
+    temperatures: tuple[float, ...] = ()
+    rules: tuple[str, ...] = ("chow", "diff", "opt", "token_v1", "token_v2", "token_v3", "lossy", "bild")
+    shares: tuple[float, ...] = (0.9, 0.7, 0.5, 0.3, 0.1)
+    token_cascades: tuple[str, ...] = ()
+    sequence_cascades: tuple[str, ...] = ()
+    limit: int = 400
+    batch_size: int = 32
+    timed: int = 50
+    repetitions: int = 1
+    metric: str = "bleu"
+
+    def __post_init__(self) -> None:
+        wrong = [share for share in self.shares if not 0 <= share <= 1]
+        if wrong or not self.shares:
+            raise InputError(f"frontier.shares: {wrong or 'empty'}; give shares between 0 and 1, such as 0.5")
+        bare = [spec for spec in (*self.token_cascades, *self.sequence_cascades) if "=" not in spec]
+        if bare:
+            raise InputError(f"frontier: cascade {bare[0]} has no dial value; write {bare[0]}:alpha=0.2")
 
 
 @dataclass(frozen=True)
@@ -173,7 +212,8 @@ class RunConfig:
         out: the run folder.
         seed: of everything that draws.
         rules: plug-in rules to score offline, by spec without a dial value.
-        decoded: which of them are decoded beside ``verifier_only``, ``lossless`` and the learned head.
+        decoded: which of them are decoded beside ``verifier_only``, ``lossless``, the learned head and the plug-in
+            rule that loses least on the calibration part.
         bootstrap: redraws of prompts for intervals.
     """
 
@@ -197,6 +237,7 @@ class RunConfig:
     decoded: tuple[str, ...] = ("opt", "token_v3")
     point: OperatingPointConfig = field(default_factory=OperatingPointConfig)
     decode: DecodeSection = field(default_factory=DecodeSection)
+    frontier: FrontierConfig = field(default_factory=FrontierConfig)
     bootstrap: int = 1000
 
     def __post_init__(self) -> None:
@@ -213,12 +254,10 @@ def read_config(path: str | Path, **overrides: Any) -> RunConfig:
     Raises:
         InputError: a key or value that does not fit, named.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(RunConfig, sub_configs=True)
-    try:
+    with config_errors(f"{path}: "):
         parsed = parser.instantiate(parser.parse_path(str(path)))
-    except ArgumentError as error:
-        raise InputError(f"{path}: {' '.join(str(error).split())}") from None
     return RunConfig(**{**parsed.as_dict(), **overrides})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from deferral_train.traces import Traces
 
 # Fine enough that neighbouring settings differ by less than a point of rejection rate on real pairs.
 DIAL_POINTS = 201
+SPREAD_POINTS, SPREAD_PROMPTS = 61, 100
 # Comparisons across rule families need the loss of the token that is emitted, not of the model deferred to.
 LOSS = "emitted_risk"
 
@@ -26,15 +27,17 @@ def choose_points(
     config: OperatingPointConfig,
     num_draft_tokens: int,
     seed: int,
+    learned: str | None = None,
 ) -> dict[str, Any]:
     """Dial value of every rule that comes nearest to the wanted rejection rate, and the rule that loses least there.
 
     Args:
         traces: of the calibration part.
         rules: name to be shown -> rule or spec; dials are swept.
+        learned: name of the one that is no plug-in rule.
 
     Returns:
-        ``{"target_rejection_rate", "points": {name: {...}}, "best"}``; risks are token error rates.
+        ``{"target_rejection_rate", "points": {name: {...}}, "best", "best_plug_in"}``; risks are token error rates.
     """
     table = score_rules(
         traces, dict(rules), grid=DIAL_POINTS, bootstrap=0, num_draft_tokens=num_draft_tokens, seed=seed
@@ -45,9 +48,44 @@ def choose_points(
         "target_rejection_rate": target,
         "points": points,
         "best": min(points, key=lambda name: points[name]["risk_at_match"]),
+        "best_plug_in": min(
+            (name for name in points if name != learned), key=lambda name: points[name]["risk_at_match"]
+        ),
         "lossless_risk": float(table["lossless"].metrics[LOSS][0]),
         "drafter_risk": float(table["drafter_only"].metrics[LOSS][0]),
     }
+
+
+def spread(
+    traces: Traces,
+    rules: Mapping[str, Rule | str],
+    shares: Sequence[float],
+    temperature: float,
+    num_draft_tokens: int,
+) -> dict[str, list[tuple[str, float]]]:
+    """Dial values of every rule at shares of lossless's rejection rate on these traces, as (parameter, value).
+
+    Rates are known for the temperature of the traces, 0 and 1; other temperatures take those of 1. A spread
+    needs no more than :data:`SPREAD_PROMPTS` prompts.
+    """
+    known = temperature if temperature in (0.0, 1.0, traces.manifest.temperature) else 1.0
+    table = score_rules(
+        traces.select_prompts(list(traces.prompt_ids)[:SPREAD_PROMPTS]),
+        dict(rules),
+        grid=SPREAD_POINTS,
+        bootstrap=0,
+        temperature=known,
+        num_draft_tokens=num_draft_tokens,
+    )
+    whole = float(table["lossless"].metrics["rejection_rate"][0])
+    found: dict[str, list[tuple[str, float]]] = {}
+    for name in rules:
+        scores = table[name]
+        rates = scores.metrics["rejection_rate"]
+        places = dict.fromkeys(int(np.abs(rates - share * whole).argmin()) for share in shares)
+        if scores.parameter is not None:
+            found[name] = [(scores.parameter, float(scores.values[place] or 0.0)) for place in places]
+    return found
 
 
 def _nearest(table: ScoreTable, name: str, target: float, share: float) -> dict[str, Any]:

@@ -19,11 +19,12 @@ from deferral_train.errors import InputError
 from deferral_train.heads import DeferralHead
 from deferral_train.heads.rules import learned_rule, rule_from_spec
 from deferral_train.pipeline import operate
+from deferral_train.pipeline.closing import close, short
 from deferral_train.pipeline.config import PARTS, RunConfig
 from deferral_train.pipeline.console import RunConsole
 from deferral_train.pipeline.heads import BEST, export_head, fit_candidates
 from deferral_train.pipeline.pair import open_pair, prepare_pair
-from deferral_train.pipeline.stages import Stage, StageRecord, StageRunner, open_run
+from deferral_train.pipeline.stages import Stage, StageRunner, open_run
 from deferral_train.pipeline.text import part_path, prepare_text, read_part
 from deferral_train.pipeline.verdict import make_verdict
 from deferral_train.provenance import plain
@@ -73,7 +74,7 @@ class Run:
         """Run all stages; returns the verdict."""
         runner = StageRunner(self.folder, self.console.announce)
         records = runner.run(self.stages())
-        self._close(records)
+        close(self.console, records, self.folder)
         return dict(records["verdict"].result)
 
     def stages(self) -> list[Stage]:
@@ -122,6 +123,14 @@ class Run:
                 self.decode,
             ),
             (
+                "frontier",
+                "quality against cost of whole rules",
+                [c.frontier, c.decode, c.seed],
+                ("point",),
+                ("frontier", "evaluation/frontier.json", "evaluation/frontier"),
+                self.frontier,
+            ),
+            (
                 "skew",
                 "offline against online",
                 [c.bootstrap, c.seed],
@@ -133,7 +142,7 @@ class Run:
                 "verdict",
                 "what is gained and lost",
                 c.point,
-                ("evaluate", "skew"),
+                ("evaluate", "skew", "frontier"),
                 ("verdict.json",),
                 self.verdict,
             ),
@@ -187,6 +196,7 @@ class Run:
             self.config.point,
             self.config.decode.num_draft_tokens,
             self.config.seed,
+            LEARNED,
         )
         provenance.write_json(self.folder / "point.json", points)
         export_head(self.folder, points["points"]["learned"]["value"])
@@ -222,15 +232,42 @@ class Run:
         from deferral_train.decoding import Pair
         from deferral_train.decoding.decode import DecodeConfig, decode
         from deferral_train.decoding.pair import Settings
+        from deferral_train.evaluation.outputs import check_metrics, score_outputs
 
         section = asdict(self.config.decode)
-        limit, repetitions = section.pop("limit"), section.pop("repetitions")
+        limit, repetitions, metrics = (section.pop(name) for name in ("limit", "repetitions", "metrics"))
         rules = {name: rule_from_spec(name) for name in ("verifier_only", "lossless")}
         rules |= {label: rule_from_spec(spec) for label, spec in self.decoded(results).items()}
         settings = DecodeConfig(Settings(seed=self.config.seed, **section), repetitions, log_tokens=5)
         pair = Pair(open_pair(self.config.pair, results["pair"]))
-        summary = decode(pair, read_part(self.folder, "test", limit), rules, settings, self.folder / "decode")
-        return {name: _short(scores) for name, scores in summary["rules"].items()}
+        prompts = read_part(self.folder, "test", limit)
+        check_metrics(metrics, prompts)
+        summary = decode(pair, prompts, rules, settings, self.folder / "decode")
+        if metrics:
+            summary = score_outputs(self.folder / "decode", metrics, pair.models, prompts)
+        return {name: short(scores) for name, scores in summary["rules"].items()}
+
+    def frontier(self, results: Results) -> Any:
+        """Every rule over its dial, decoded; nothing where no temperature is asked for."""
+        from deferral_train.decoding import Pair
+        from deferral_train.pipeline.frontier import decode_frontier
+
+        config = self.config.frontier
+        if not config.temperatures:
+            return None
+        head = DeferralHead.from_pretrained(self.folder / BEST)
+        rules: dict[str, tuple[str, Rule | str]] = {rule: (rule, rule) for rule in config.rules}
+        rules[LEARNED] = (f"learned:head={self.folder / 'head'}", learned_rule(head, alpha=0.0))
+        return decode_frontier(
+            config,
+            self.config.decode,
+            Pair(open_pair(self.config.pair, results["pair"])),
+            read_part(self.folder, "test", config.limit),
+            self.open("calibration"),
+            rules,
+            self.folder,
+            self.config.seed,
+        )
 
     def skew(self, results: Results) -> Any:
         """Collect on the chosen cascade's own prefixes and compare what they predict with what decoding counted."""
@@ -294,8 +331,9 @@ class Run:
     def decoded(self, results: Results) -> dict[str, str]:
         """Specs of the decoded rules at their operating points."""
         points = results["point"]["points"]
+        plug_ins = dict.fromkeys([*self.config.decoded, results["point"]["best_plug_in"]])
         specs = {
-            **{rule: rule for rule in self.config.decoded},
+            **{rule: rule for rule in plug_ins},
             LEARNED: f"learned:head={self.folder / 'head'}",
         }
         return {
@@ -321,38 +359,3 @@ class Run:
     def costs(self, pair: Mapping[str, Any]) -> dict[str, float]:
         """Seconds of a drafter and a verifier pass, as the gate measured them."""
         return {"drafter": pair["gate"]["drafter_seconds"], "verifier": pair["gate"]["verifier_seconds"]}
-
-    def _close(self, records: Mapping[str, StageRecord]) -> None:
-        """The short table and the paths that a run ends with."""
-        decoded, verdict = records["decode"].result, records["verdict"].result
-        points = records["point"].result["points"]
-        opt = points.get("opt", {}).get("risk_at_match")
-        rows = [
-            [
-                name,
-                scores["chrf"],
-                scores["mean_acceptance_length"],
-                scores["deferral_rate"],
-                scores["tokens_per_second"],
-                None if opt is None or name not in points else points[name]["risk_at_match"] - opt,
-            ]
-            for name, scores in decoded.items()
-        ]
-        columns = ["rule", "chrF", "tokens/call", "deferred", "tokens/s", "risk-OPT"]
-        self.console.table(
-            "held-out prompts; dials set to one rejection rate on the calibration part", columns, rows
-        )
-        self.console.line(verdict["headline"])
-        self.console.path("report", self.folder / "report.html")
-        self.console.path("TensorBoard", self.folder / "fit")
-
-
-def _short(scores: Mapping[str, Any]) -> dict[str, Any]:
-    keep = (
-        "mean_acceptance_length",
-        "deferral_rate",
-        "rejection_rate",
-        "tokens_per_second",
-        "mean_output_tokens",
-    )
-    return {name: scores[name] for name in keep} | {"chrf": scores["quality"].get("chrf")}

@@ -1,13 +1,14 @@
+import json
 from pathlib import Path
 
 import pytest
 
 from deferral_train.errors import InputError
-from deferral_train.evaluation.frontier import decoded_points, draw_figures, table2
+from deferral_train.evaluation.frontier import decoded_points, frontier_of, table2, write_frontier
 
 
-def rule(bleu: float, ms: float) -> dict:
-    return {"quality": {"bleu": bleu}, "ms_per_token": ms, "deferral_rate": 0.5, "rejection_rate": 0.1}
+def rule(bleu: float, seconds: float) -> dict:
+    return {"quality": {"bleu": bleu}, "seconds": seconds, "deferral_rate": 0.5, "rejection_rate": 0.1}
 
 
 SUMMARY = {
@@ -35,9 +36,36 @@ def test_table_2_by_hand() -> None:
 
 
 def test_figures_are_written(tmp_path: Path) -> None:
-    files = draw_figures(decoded_points(SUMMARY), tmp_path, "bleu")
-    assert len(files) == 6
+    entries = [frontier_of({**SUMMARY, "settings": {"temperature": t}}, "bleu") for t in (0.0, 0.5)]
+    files = write_frontier(entries, tmp_path)
+    assert len(files) == len(set(files)) == 16
     assert all(path.stat().st_size > 1000 for path in files)
+    stored = json.loads((tmp_path / "frontier.json").read_text())["entries"]
+    assert [entry["temperature"] for entry in stored] == [0.0, 0.5]
+    assert [p["label"] for p in stored[0]["points"]["opt"]] == [
+        "opt:alpha=0.4",
+        "opt:alpha=0.2",
+        "opt:alpha=0.1",
+    ]
+
+
+def test_latency_is_wall_clock_of_the_same_prompts_with_an_interval_over_batches() -> None:
+    """Twelve batches; `opt` takes half the verifier's time on each, whatever it emits."""
+    batches = [
+        {"rule": label, "repetition": r, "batch": b, "seconds": s * (1 + b)}
+        for label, s in (("verifier_only", 2.0), ("opt:alpha=0.1", 1.0))
+        for r in range(3)
+        for b in range(12)
+    ]
+    point = decoded_points(SUMMARY, "bleu", batches)["opt"][-1]
+    assert point.label == "opt:alpha=0.1"
+    assert (point.latency, point.latency_low, point.latency_high) == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_settings_of_one_rule_are_joined_whatever_their_labels_say() -> None:
+    summary = {"rules": {**SUMMARY["rules"], "mine": rule(27.0, 6.0)}}
+    summary["rules"]["mine"]["dial"] = {"rule": "opt", "parameter": "alpha", "value": 0.3}
+    assert [point.label for point in decoded_points(summary)["mine"]] == ["mine"]
 
 
 def test_bad_input() -> None:

@@ -49,6 +49,15 @@ def write_config(folder: Path) -> Path:
         "heads": {"candidates": {"gap": {"head": "gap", "hidden": [16], "epochs": 3, "batch_size": 256}}},
         "decode": {"limit": 10, "num_draft_tokens": 3, "max_new_tokens": 10, "repetitions": 1},
         "rules": ["chow", "opt", "token_v3"],
+        "frontier": {
+            "temperatures": [0.0, 1.0],
+            "rules": ["opt", "token_v3"],
+            "shares": [0.7, 0.3],
+            "token_cascades": ["chow:alpha=0.5"],
+            "limit": 4,
+            "timed": 2,
+            "metric": "chrf",
+        },
         "bootstrap": 100,
     }
     path = folder / "run.yaml"
@@ -85,7 +94,23 @@ def test_every_station_left_its_output(finished):
         assert (finished / name).is_file(), name
     assert list((finished / "fit").rglob("events.out.tfevents*"))
     decoded = json.loads((finished / "decode" / "summary.json").read_text())["rules"]
-    assert set(decoded) == {"verifier_only", "lossless", "opt", "token_v3", "learned"}
+    best = json.loads((finished / "point.json").read_text())["best_plug_in"]
+    assert set(decoded) == {"verifier_only", "lossless", "opt", "token_v3", "learned", best}
+
+
+def test_frontier_holds_every_rule_at_every_temperature(finished):
+    entries = json.loads((finished / "evaluation" / "frontier.json").read_text())["entries"]
+    assert [entry["temperature"] for entry in entries] == [0.0, 1.0]
+    names = {"verifier_only", "lossless", "drafter_only", "opt", "token_v3", "learned", "token cascade chow"}
+    for entry in entries:
+        assert set(entry["points"]) == names
+        assert {row["rule"] for row in entry["table2"]} == names - {"verifier_only"}
+        assert entry["points"]["verifier_only"][0]["latency"] == 1.0
+        assert (entry["prompts"], entry["timed_prompts"], entry["metric"]) == (4, 2, "chrf")
+    greedy = entries[0]["points"]
+    assert greedy["lossless"][0]["quality"] == greedy["verifier_only"][0]["quality"]
+    assert greedy["lossless"][0]["rejection_rate"] >= max(p["rejection_rate"] for p in greedy["opt"])
+    assert len(list((finished / "evaluation" / "frontier").glob("chrf_against_*_t1.svg"))) == 4
 
 
 def test_lossless_writes_what_the_verifier_alone_writes(finished):

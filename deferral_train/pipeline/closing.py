@@ -1,0 +1,51 @@
+"""What a run prints at its end: a short table of what was decoded, the verdict, and where to look."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deferral_train.pipeline.console import RunConsole
+from deferral_train.pipeline.stages import StageRecord
+
+KEPT = (
+    "mean_acceptance_length",
+    "deferral_rate",
+    "rejection_rate",
+    "tokens_per_second",
+    "mean_output_tokens",
+)
+
+
+def short(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a rule's decode summary that the closing table needs."""
+    return {name: scores[name] for name in KEPT} | {"chrf": scores["quality"].get("chrf")}
+
+
+def close(console: RunConsole, records: Mapping[str, StageRecord], folder: Path) -> None:
+    """Print the table, the verdict's headline and the paths."""
+    decoded, verdict = records["decode"].result, records["verdict"].result
+    found = records["point"].result
+    points, best = found["points"], found["best_plug_in"]
+    opt = points.get("opt", {}).get("risk_at_match")
+    rows = [
+        [
+            f"{name} (best plug-in)" if name == best else name,
+            scores["chrf"],
+            scores["mean_acceptance_length"],
+            scores["deferral_rate"],
+            scores["tokens_per_second"],
+            None if opt is None or name not in points else points[name]["risk_at_match"] - opt,
+        ]
+        for name, scores in decoded.items()
+    ]
+    columns = ["rule", "chrF", "tokens/call", "deferred", "tokens/s", "risk-OPT"]
+    console.table(
+        "held-out prompts; dials and the best plug-in were chosen on the calibration part, at one rejection rate",
+        columns,
+        rows,
+    )
+    console.line(verdict["headline"])
+    console.path("report", folder / "report.html")
+    console.path("TensorBoard", folder)
