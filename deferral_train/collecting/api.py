@@ -50,7 +50,8 @@ def collect(
     """
     out = str(out)
     if config.rule is not None:
-        rule_from_spec(config.rule)  # a mistyped rule is refused before any model is loaded
+        # A mistyped rule is refused before any model is loaded.
+        rule_from_spec(config.rule, typed=[config.rule])
     pair, teacher = _models(config, models)
     given = list(prompts) if prompts is not None else read_any_prompts(config)
     plan = make_plan(config, pair, given[: config.limit], teacher, pair.device.type)

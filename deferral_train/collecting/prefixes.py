@@ -99,7 +99,7 @@ class FromCascade:
                 generation_config=settings,
                 custom_generate=cascade_generate,
                 drafter=pair.drafter,
-                rule=rule_from_spec(self.rule),
+                rule=rule_from_spec(self.rule, typed=[self.rule]),
                 num_draft_tokens=self.num_draft_tokens,
                 vocab_size=pair.vocab_size,
                 generator=torch.Generator(device=model.device).manual_seed(seed),

@@ -100,7 +100,7 @@ def run(
         max_request_loss, stop_from_spec(stop), tuple(stop_strings), chat, accept_mismatch,
     )  # fmt: skip
     config = DecodeConfig(settings, repetitions, log_tokens)
-    named = {spec: rule_from_spec(spec) for spec in rules}
+    named = {spec: rule_from_spec(spec, typed=rules) for spec in rules}
     if len(named) < len(rules):
         raise InputError("rules: the same rule is given twice; name each once")
     texts = read_prompts(

@@ -7,13 +7,17 @@ logged top K and tail.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from deferral_train.errors import InputError
+
+if TYPE_CHECKING:  # fitting uses NumPy; a served head runs where torch alone is installed
+    import numpy as np
 
 KINDS = ("none", "platt", "isotonic")
 CONFIDENCES = ("drafter_max", "verifier_max")
@@ -65,7 +69,7 @@ def temper(logprobs: Tensor, tail: Tensor, vocab_size: int, temperature: float) 
     scaled = logprobs.double() / temperature
     if unlogged > 0:
         each = (tail.double().clamp_min(1e-12) / unlogged).log() / temperature
-        scaled = torch.cat([scaled, (each + np.log(unlogged)).unsqueeze(-1)], dim=-1)
+        scaled = torch.cat([scaled, (each + math.log(unlogged)).unsqueeze(-1)], dim=-1)
     return (scaled - scaled.logsumexp(-1, keepdim=True))[..., : logprobs.shape[-1]]
 
 
@@ -79,16 +83,18 @@ def fit_temperature(logprobs: Tensor, tail: Tensor, gold: Tensor, vocab_size: in
     logged = gold >= 0
 
     def loss(log_t: float) -> float:
-        law = temper(logprobs, tail, vocab_size, float(np.exp(log_t)))
+        law = temper(logprobs, tail, vocab_size, math.exp(log_t))
         seen = law[rows[logged], gold[logged]]
         rest = torch.log1p(-law[~logged].exp().sum(-1).clamp_max(1 - 1e-9))
         return -float(seen.sum() + rest.sum()) / max(len(gold), 1)
 
-    return float(np.exp(golden_section(loss, -2.0, 2.0, steps=40)))
+    return math.exp(golden_section(loss, -2.0, 2.0, steps=40))
 
 
 def isotonic(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Least-squares non-decreasing fit of y on x by pooling adjacent violators: sorted x, fitted values."""
+    import numpy as np
+
     order = np.argsort(x, kind="stable")
     x, y = np.asarray(x, np.float64)[order], np.asarray(y, np.float64)[order]
     unique, inverse, weight = np.unique(x, return_inverse=True, return_counts=True)
@@ -148,6 +154,8 @@ class Recalibration(nn.Module):
                 self._fit_isotonic(which, *pair)
 
     def _fit_isotonic(self, which: int, confidence: Tensor, correct: Tensor) -> None:
+        import numpy as np
+
         x, fitted = isotonic(confidence.cpu().numpy(), correct.cpu().numpy())
         knots = np.quantile(confidence.cpu().numpy(), np.linspace(0, 1, KNOTS))
         knots = np.maximum.accumulate(knots + np.arange(KNOTS) * 1e-9)

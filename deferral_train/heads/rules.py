@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -82,17 +83,22 @@ def learned_rule(
     return LearnedTokenRule(head=head, alpha=float(alpha), priced=priced)
 
 
-def rule_from_spec(spec: str) -> Rule:
+def rule_from_spec(spec: str, typed: Collection[str] = ()) -> Rule:
     """A rule from text: ``opt``, ``opt:alpha=0.2``, ``my_pkg.mine:MyRule:alpha=1``,
     ``learned:head=FOLDER,alpha=0.1``.
 
     ``learned`` takes ``head`` (folder or hub id), ``alpha`` (default: stored in the head), ``tokenwise``
-    and ``priced``. The text is one that the user typed, never one read from an artifact: ``module:Class``
-    is imported.
+    and ``priced``.
+
+    Args:
+        spec: the rule. It may have been read from a file.
+        typed: specs that the user typed, on the command line or in their own config. ``module:Class`` is imported
+            where one of these names it and refused otherwise, so that no file can name code to import.
     """
     name, parameters = parse_spec(spec)
     if name != "learned":
-        return make_rule(name, allow_import=True, **parameters)
+        allowed = ":" in name and name in {parse_spec(text)[0] for text in typed}
+        return make_rule(name, allow_import=allowed, **parameters)
     unknown = sorted(set(parameters) - {"head", "alpha", "tokenwise", "priced"})
     if unknown or "head" not in parameters:
         problem = f"unknown parameter {unknown[0]!r}" if unknown else "no head"

@@ -9,11 +9,15 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
+
+try:
+    import numpy as np
+except ImportError:  # a served head runs where torch alone is installed
+    np = None  # type: ignore[assignment]
 
 
 def as_float(logits: Tensor, what: str) -> Tensor:
@@ -55,9 +59,14 @@ def lowest_argmax(values: Tensor) -> Tensor:
 
     NumPy finds it ten times faster than torch does on a CPU. Ties go to the lowest index in both.
     """
-    if values.device.type == "cpu" and not torch.compiler.is_compiling():
+    if np is not None and values.device.type == "cpu" and not torch.compiler.is_compiling():
         return torch.from_numpy(np.asarray(values.detach().numpy().argmax(axis=-1)))
     return values.max(dim=-1).indices
+
+
+def places(mask: Tensor) -> Tensor:
+    """Indices of the true entries of ``mask`` [V] on a CPU, int64; NumPy finds them several times faster."""
+    return mask.nonzero().squeeze(-1) if np is None else torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
 def one_hot(index: Tensor, size: int, dtype: torch.dtype) -> Tensor:

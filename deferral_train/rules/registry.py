@@ -61,7 +61,10 @@ def make_rule(name: str, /, *, allow_import: bool = False, **parameters: Any) ->
 
 def _imported(name: str, allowed: bool) -> type[Rule]:
     if not allowed:
-        raise InputError(f"rule {name!r} would import code; pass allow_import=True if you typed it yourself")
+        raise InputError(
+            f"rule {name!r} would import code, and names from files never do; type it yourself, in Python with "
+            "allow_import=True"
+        )
     module_name, _, class_name = name.partition(":")
     try:
         rule = getattr(importlib.import_module(module_name), class_name)

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from deferral_train.rules.base import PositionRule, Rule, TokenRule
 from deferral_train.rules.block import Block
 from deferral_train.rules.emission import keep_law
-from deferral_train.rules.laws import check_normaliser
+from deferral_train.rules.laws import check_normaliser, places
 from deferral_train.rules.sampling import draw
 from deferral_train.rules.scoring import check_drawn
 from deferral_train.rules.summary import Summary
@@ -142,13 +141,12 @@ class _Step:
     def _eta(self) -> Tensor:
         """Sets eta, the sum of q over tokens not kept; returns the tokens that are kept.
 
-        Kept tokens are few, so that a list of them costs less than passes over a mask (NumPy finds them several
-        times faster than torch does).
+        Kept tokens are few, so that a list of them costs less than passes over a mask.
         """
         if self.kept_tokens is None:
             assert isinstance(self.rule, TokenRule)
             mask = self.rule.keep_probs(self.q, self.p, self.summary)
-            kept = torch.from_numpy(np.flatnonzero(mask.numpy()))
+            kept = places(mask)
             self.kept_tokens = kept[self.verifier_row[kept] > -torch.inf]
             if len(self.kept_tokens):
                 self.eta = self.scratch.copy_(self.q).index_fill_(0, self.kept_tokens, 0.0).sum().item()
