@@ -1,0 +1,142 @@
+"""The decision of a step: each row by its own plan, whoever its neighbours are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deferral_train.rules import Origin, make_rule, verify_block
+from deferral_train.serving.blocks import Plan, Rows, verify
+from deferral_train.serving.counters import Counters
+from deferral_train.serving.tally import tally
+
+R, T, V = 12, 3, 9
+
+
+def rows(temperatures, law=True, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    verifier = torch.randn(R, T, V, generator=generator) * 1.5
+    drafter = verifier + torch.randn(R, T, V, generator=generator)
+    drafted = torch.empty(R, T, dtype=torch.int64)
+    for row, temperature in enumerate(temperatures):
+        if temperature == 0:
+            drafted[row] = drafter[row].argmax(-1)
+        else:
+            drafted[row] = torch.multinomial(
+                (drafter[row] / temperature).softmax(-1), 1, generator=generator
+            )[:, 0]
+    lengths = torch.tensor([1 + row % T for row in range(R)])
+    return Rows(drafted, lengths, verifier, temperatures, drafter, [law] * R)
+
+
+def numbers(seed=1):
+    return torch.rand(R, T + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_mixed_rows_are_verified_as_each_would_be_alone():
+    temperatures = [(0.0, 1.0, 0.7)[row % 3] for row in range(R)]
+    plans = [
+        (Plan(), Plan(make_rule("opt", alpha=0.2)), Plan(make_rule("token_v3", alpha=0.9), 0.5, 0.02))[
+            row // 4
+        ]
+        for row in range(R)
+    ]
+    block, draws = rows(temperatures), numbers()
+    outcome = verify(block, plans, draws)
+    for row in range(R):
+        limit = plans[row].limit
+        alone = verify_block(
+            plans[row].rule,
+            block.drafted[row : row + 1],
+            block.drafter[row : row + 1],
+            block.verifier[row : row + 1],
+            temperature=temperatures[row],
+            lengths=block.lengths[row : row + 1],
+            bonus="none",
+            numbers=draws[row : row + 1],
+            max_request_loss=limit,
+            spent=None if limit is None else torch.tensor([plans[row].spent], dtype=torch.float64),
+        )
+        assert outcome.accepted[row] == alone.accepted[0]
+        assert outcome.correction[row] == alone.next_token[0]
+        assert torch.equal(outcome.origin[row], alone.origin[0])
+        if limit is not None:
+            assert outcome.loss[row] == pytest.approx(float(alone.spent[0]) - plans[row].spent)
+    assert not outcome.unlawful
+    assert not outcome.faults
+    assert outcome.loss.sum() > 0
+
+
+def test_without_a_drafter_law_a_rule_that_reads_it_is_served_lossless_and_named():
+    plans = [Plan(make_rule("opt", alpha=0.2)), Plan(make_rule("token_v3", alpha=0.5))] * (R // 2)
+    block, draws = rows([1.0] * R, law=False), numbers()
+    outcome = verify(block, plans, draws)
+    needy = [row for row in range(R) if row % 2 == 0]
+    assert outcome.unlawful == needy
+    lossless = verify(block, [Plan()] * R, draws)
+    assert torch.equal(outcome.accepted[needy], lossless.accepted[needy])
+    assert torch.equal(outcome.correction[needy], lossless.correction[needy])
+
+
+def test_truncation_reaches_sampling_and_not_decisions():
+    block, draws = rows([1.0] * R), numbers()
+    kept = block.verifier >= block.verifier.topk(2, dim=-1).values[..., -1:]
+    block.sampling = block.verifier.masked_fill(~kept, -torch.inf)
+    outcome = verify(block, [Plan(make_rule("drafter_only"))] * R, draws)
+    emitted = outcome.correction[outcome.correction >= 0]
+    places = outcome.accepted[outcome.correction >= 0]
+    members = (outcome.correction >= 0).nonzero()[:, 0]
+    assert len(emitted) > 0
+    assert kept[members, places, emitted].all()
+    for row in range(R):
+        assert (
+            kept[row, : outcome.accepted[row]]
+            .gather(1, block.drafted[row, : outcome.accepted[row], None])
+            .all()
+        )
+
+
+def test_a_row_that_cannot_be_verified_gets_one_token_and_harms_no_other():
+    block, draws = rows([1.0] * R), numbers()
+    plans = [Plan(make_rule("opt", alpha=0.2))] * R
+    clean = verify(block, plans, draws)
+    block.verifier[4, 0, 2] = torch.nan
+    outcome = verify(block, plans, draws)
+    assert outcome.faults == [4]
+    assert outcome.accepted[4] == 0
+    assert outcome.correction[4] == torch.nan_to_num(block.verifier[4, 0], nan=-1e9).argmax()
+    others = [row for row in range(R) if row != 4]
+    assert torch.equal(outcome.accepted[others], clean.accepted[others])
+    assert torch.equal(outcome.correction[others], clean.correction[others])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_block_that_a_grammar_cut_draws_its_next_token_here(temperature):
+    block, draws = rows([temperature] * R), numbers()
+    block.lengths = torch.zeros(R, dtype=torch.int64)
+    block.cut = list(range(R))
+    outcome = verify(block, [Plan(make_rule("opt", alpha=0.2))] * R, None if temperature == 0 else draws)
+    assert (outcome.origin[:, 0] == int(Origin.BONUS)).all()
+    if temperature == 0:
+        assert torch.equal(outcome.correction, block.verifier[:, 0].argmax(-1))
+    else:
+        law = (block.verifier[:, 0].double() / temperature).softmax(-1).cumsum(-1)
+        assert torch.equal(
+            outcome.correction, torch.searchsorted(law, draws[:, -1:].contiguous(), right=True)[:, 0]
+        )
+
+
+def test_counters_add_up_on_every_row():
+    counters, block = Counters(), rows([1.0] * R)
+    outcome = verify(block, [Plan(make_rule("opt", alpha=0.1))] * R, numbers())
+    tally(counters, block, outcome, "")
+    names = ("kept", "accepted", "rejected", "discarded")
+    assert counters.get("drafted") == int(block.lengths.sum()) == sum(counters.get(name) for name in names)
+    assert (
+        sum(counters.places("passed"))
+        == int(outcome.accepted.sum())
+        == counters.get("kept") + counters.get("accepted")
+    )
+    assert sum(counters.places("reached")) == counters.get("rejected") + int(outcome.accepted.sum())
+    assert counters.get("rejected") > 0
+    assert counters.get("kept") > 0

@@ -1,0 +1,90 @@
+"""What a user may say, at start and per request, and what is refused in one line."""
+
+from __future__ import annotations
+
+import pytest
+
+from deferral_train.errors import InputError
+from deferral_train.rules import make_rule
+from deferral_train.serving.checks import check_version
+from deferral_train.serving.config import RequestOptions, ServingConfig
+
+
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [
+        ([], r"deferral is \[\]; write an object"),
+        ({}, "nothing to do; give a rule, a head, or a log"),
+        ({"rul": "opt"}, "deferral.rul is unknown; known: rule, head"),
+        ({"rule": 3}, "deferral.rule is 3; write a text"),
+        ({"rule": "opt", "head": "h"}, "both a rule and a head"),
+        ({"rule": "opt", "alpha": 0.1}, "deferral.alpha belongs to a head"),
+        ({"rule": "opt", "mode": "dark"}, "deferral.mode is 'dark'; use one of serve, shadow"),
+        ({"rule": "opt", "max_request_loss": -1}, "max_request_loss is -1; use a number >= 0"),
+        ({"rule": "opt", "max_request_loss": "much"}, "max_request_loss is 'much'; use a finite number"),
+        ({"rule": "opt", "dial_range": [1]}, r"dial_range is \[1\]; write \[lowest, highest\]"),
+        ({"rule": "opt", "dial_range": [1, 0]}, "dial_range"),
+        ({"log": {}}, "log.folder is not given"),
+        ({"log": {"folder": "t", "fraction": 0}}, "log.fraction is 0.0; use a share above 0"),
+        ({"log": {"folder": "t", "fraction": True}}, "log.fraction is True; use a finite number"),
+        ({"log": {"folder": "t", "queue": 0}}, "log.queue is 0; use a whole number above 0"),
+        ({"log": {"folder": "t", "text": 1}}, "log.text is 1; use true or false"),
+        ({"log": {"folder": "t", "speed": 1}}, "log.speed is unknown"),
+    ],
+)
+def test_a_wrong_setting_is_refused_in_one_line(value, line):
+    with pytest.raises(InputError, match=line) as found:
+        ServingConfig.parse(value)
+    assert "\n" not in str(found.value)
+
+
+def test_a_rule_is_named_as_on_the_command_line():
+    config = ServingConfig.parse({"rule": "opt:alpha=0.25", "max_request_loss": 2, "dial_range": [0, 0.5]})
+    rule = config.make_rule()
+    assert (rule.name, rule.dial_value, config.max_request_loss) == ("opt", 0.25, 2.0)
+    assert ServingConfig.parse({"head": "folder", "alpha": 0.1}).spec == "learned:head=folder,alpha=0.1"
+    assert ServingConfig.parse({"log": {"folder": "t"}}).make_rule().is_lossless
+
+
+@pytest.mark.parametrize(
+    ("extra", "line"),
+    [
+        ({"deferral_alpha": 1}, "deferral_alpha is unknown; a request may say deferral_lossless"),
+        ({"deferral_lossless": "yes"}, "deferral_lossless is 'yes'"),
+        ({"deferral_lossless": 2}, "deferral_lossless is 2"),
+        ({"deferral_dial": "x"}, "deferral_dial is 'x'; use a finite number"),
+        ({"deferral_max_request_loss": -0.1}, "deferral_max_request_loss is -0.1"),
+        ({"deferral_max_request_loss": 3}, "this server allows at most 2"),
+        ({"deferral_dial": 0.6}, "deferral_dial is 0.6; this server allows 0 to 0.5"),
+    ],
+)
+def test_a_requests_wrong_wish_is_refused_in_one_line(extra, line):
+    config = ServingConfig.parse({"rule": "opt:alpha=0.25", "max_request_loss": 2, "dial_range": [0, 0.5]})
+    with pytest.raises(InputError, match=line):
+        RequestOptions.parse(extra).admit(config, config.make_rule())
+
+
+def test_a_dial_must_suit_the_rule():
+    config = ServingConfig(rule="token_v3:alpha=0.5")
+    with pytest.raises(InputError, match="rule token_v3: alpha is 7"):
+        RequestOptions.parse({"deferral_dial": 7}).admit(config, config.make_rule())
+    with pytest.raises(InputError, match="has no dial"):
+        RequestOptions.parse({"deferral_dial": 7}).admit(config, make_rule("lossless"))
+
+
+def test_other_peoples_extra_arguments_pass():
+    assert RequestOptions.parse({"kv_transfer_params": {}, "deferral_lossless": 1}).lossless
+    assert RequestOptions.parse(None) == RequestOptions()
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0", "dev"])
+def test_an_untested_engine_is_refused_by_its_version(version):
+    with pytest.raises(
+        InputError, match=f"vLLM {version}: this release of deferral-train works with >=0.32,<0.33"
+    ):
+        check_version(version)
+
+
+def test_the_tested_engine_is_taken():
+    check_version("0.32.0")
+    check_version("0.32.1+cpu")
