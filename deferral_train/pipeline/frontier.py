@@ -45,9 +45,12 @@ def decode_frontier(
         dials = operate.spread(traces, sweeps, config.shares, temperature, section.num_draft_tokens)
         tried = {
             "speculative": {name: rule_from_spec(name) for name in ENDS} | _settings(rules, dials),
-            "token": {f"token cascade {spec}": rule_from_spec(spec) for spec in config.token_cascades},
+            "token": {
+                f"token cascade {spec}": rule_from_spec(spec, typed=[spec]) for spec in config.token_cascades
+            },
             "sequence": {
-                f"sequence cascade {spec}": rule_from_spec(spec) for spec in config.sequence_cascades
+                f"sequence cascade {spec}": rule_from_spec(spec, typed=[spec])
+                for spec in config.sequence_cascades
             },
         }
         settings = Settings(
@@ -110,7 +113,7 @@ def _settings(
 ) -> dict[str, Rule]:
     """Label, with the dial's value, to rule."""
     return {
-        f"{name}:{parameter}={value:g}": rule_from_spec(operate.with_value(spec, parameter, value))
+        f"{name}:{parameter}={value:g}": rule_from_spec(operate.with_value(spec, parameter, value), [spec])
         for name, (spec, _) in rules.items()
         for parameter, value in dials.get(name, ())
     }

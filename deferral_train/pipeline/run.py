@@ -221,7 +221,7 @@ class Run:
         provenance.write_json(out / "prefixes.json", table.prefixes)
         table.figures(out / "figures")
         shares = ("area", self.config.point.rejection_share)
-        chosen = rule_from_spec(self.chosen(results)["spec"])
+        chosen = rule_from_spec(self.chosen(results)["spec"], typed=self.config.rules)
         return {
             "matched": [row for row in table.matched() if row["share"] in shares],
             "bound": operate.token_risk_bound(self.open("test"), chosen, self.config.point.confidence),
@@ -237,7 +237,8 @@ class Run:
         section = asdict(self.config.decode)
         limit, repetitions, metrics = (section.pop(name) for name in ("limit", "repetitions", "metrics"))
         rules = {name: rule_from_spec(name) for name in ("verifier_only", "lossless")}
-        rules |= {label: rule_from_spec(spec) for label, spec in self.decoded(results).items()}
+        typed = self.config.rules
+        rules |= {label: rule_from_spec(spec, typed) for label, spec in self.decoded(results).items()}
         settings = DecodeConfig(Settings(seed=self.config.seed, **section), repetitions, log_tokens=5)
         pair = Pair(open_pair(self.config.pair, results["pair"]))
         prompts = read_part(self.folder, "test", limit)
@@ -287,7 +288,7 @@ class Run:
         rows = skew.compare(
             open_traces(self.folder / ON_POLICY),
             chosen["label"],
-            rule_from_spec(chosen["spec"]),
+            rule_from_spec(chosen["spec"], typed=self.config.rules),
             read_lines(self.folder / "decode" / OUTPUTS),
             num_draft_tokens=section.num_draft_tokens,
             bootstrap=self.config.bootstrap,
@@ -359,3 +360,7 @@ class Run:
     def costs(self, pair: Mapping[str, Any]) -> dict[str, float]:
         """Seconds of a drafter and a verifier pass, as the gate measured them."""
         return {"drafter": pair["gate"]["drafter_seconds"], "verifier": pair["gate"]["verifier_seconds"]}
+        if results["point"]["best_plug_in"] not in self.config.rules:  # stage files may come from elsewhere
+            raise InputError(
+                f"{self.folder}/stages/point.json names a rule that the config does not; use fresh"
+            )
