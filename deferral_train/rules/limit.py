@@ -59,9 +59,8 @@ def _limited(
     scores: Scores, inside: Tensor, passes: Tensor, exact_passes: Tensor, limit: float, spent: Tensor | None
 ) -> Walk:
     rows, drafts = passes.shape
-    if scores.gap is None:  # an empty block costs nothing
-        assert drafts == 0
-        costs = torch.zeros(rows, 0, dtype=torch.float64, device=passes.device)
+    if scores.gap is None:  # no row drafted anything: nothing to cost
+        costs = torch.zeros(rows, drafts, dtype=torch.float64, device=passes.device)
     else:
         costs = scores.gap.double().clamp(min=0.0)
     total = _opening(spent, rows, passes.device)
