@@ -33,6 +33,7 @@ class DeferralHead(nn.Module):
         body: ``"linear"`` or ``"mlp"`` with widths ``hidden``.
         widths: width of each hidden-state feature.
         recalibration: ``"none"``, ``"platt"`` or ``"isotonic"``, applied to max q and max p on entry.
+        memory_entries: size of the memory behind features ``memory_k``; fitting sets it.
     """
 
     head_type: ClassVar[str]
@@ -50,6 +51,7 @@ class DeferralHead(nn.Module):
         hidden: Sequence[int] = (64, 64),
         widths: Mapping[str, int] | None = None,
         recalibration: str = "none",
+        memory_entries: int = 0,
     ) -> None:
         super().__init__()
         if loss not in LOSSES:
@@ -60,7 +62,7 @@ class DeferralHead(nn.Module):
             )
         self.stage, self.loss = stage, loss
         self.gated = stage == "verify" and loss == "zero_one"
-        self.inputs = FeatureSet(features, stage, widths, self.extra_columns())
+        self.inputs = FeatureSet(features, stage, widths, self.extra_columns(), memory_entries)
         self.recalibration = Recalibration(recalibration)
         self.body = self.make_body(body, hidden)
         self.register_buffer("mean", torch.zeros(self.inputs.out_features))
@@ -109,6 +111,7 @@ class DeferralHead(nn.Module):
             "schema_hash": self.inputs.schema_hash,
             "widths": dict(self.inputs.widths),
             **self._arguments,
+            **({} if self.inputs.memory is None else {"memory_entries": self.inputs.memory.entries}),
         }
 
     @property
@@ -116,9 +119,11 @@ class DeferralHead(nn.Module):
         """Trainable numbers."""
         return sum(p.numel() for p in self.parameters())
 
-    def columns(self, summary: Summary) -> Tensor:
-        """Raw columns ``[.., C]`` that :meth:`forward` takes, from a summary."""
-        return self.inputs.columns(summary)
+    def columns(self, summary: Summary, leave_out: Tensor | None = None) -> Tensor:
+        """Raw columns ``[.., C]`` that :meth:`forward` takes, from a summary; ``leave_out`` as in
+        :meth:`FeatureSet.columns`.
+        """
+        return self.inputs.columns(summary, leave_out)
 
     def gap(self, summary: Summary) -> Tensor:
         """Estimated gap ``[..]`` in units of the loss; not-a-number inputs give +inf, which defers."""

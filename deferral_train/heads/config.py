@@ -84,6 +84,9 @@ def head_from_config(config: Mapping[str, Any], cls: type[DeferralHead] | None =
     widths = _typed(config, "widths", dict, {})
     if not all(isinstance(v, int) and not isinstance(v, bool) for v in widths.values()):
         raise InputError("head config field 'widths' must map names to integers")
+    memory = {}
+    if "memory_entries" in config:  # only where a feature needs it, so that heads of others need not know it
+        memory["memory_entries"] = _typed(config, "memory_entries", int)
     head = head_class(
         _list_of(config, "features", str, MAX_FEATURES),
         stage=_typed(config, "stage", str),
@@ -92,6 +95,7 @@ def head_from_config(config: Mapping[str, Any], cls: type[DeferralHead] | None =
         hidden=_list_of(config, "hidden", int, 16),
         widths=widths,
         recalibration=_typed(config, "recalibration", str, "none"),
+        **memory,
     )
     _check_schema(config, head)
     head.metadata = {key: config[key] for key in METADATA if config.get(key) is not None}

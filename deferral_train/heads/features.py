@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deferral_train.errors import InputError
+from deferral_train.heads import memory
 from deferral_train.provenance import hash_of
 from deferral_train.rules.summary import FIELDS, HIDDEN_FIELDS, Summary
 
@@ -65,10 +66,9 @@ class Feature:
         """``"name"`` or ``"name:transform"``; an unknown one is refused by name."""
         name, _, transform = str(text).partition(":")
         transform = transform or "identity"
-        if name not in FIELDS and name not in DERIVED:
-            raise InputError(
-                f"feature {name!r} is no summary field; known: {', '.join(sorted({**FIELDS, **DERIVED}))}"
-            )
+        known = {**FIELDS, **DERIVED, **memory.ORDERS}
+        if name not in known:
+            raise InputError(f"feature {name!r} is no summary field; known: {', '.join(sorted(known))}")
         if transform not in TRANSFORMS:
             raise InputError(
                 f"transform {transform!r} of feature {name!r} is unknown; known: {', '.join(TRANSFORMS)}"
@@ -81,6 +81,8 @@ class Feature:
 
 def fields_of(name: str) -> tuple[str, ...]:
     """Summary fields that a raw feature name reads."""
+    if name in memory.ORDERS:
+        return memory.FIELDS_READ[name]
     return DERIVED[name].fields if name in DERIVED else (name,)
 
 
@@ -106,7 +108,10 @@ class FeatureSet(nn.Module):
         stage: ``"draft"`` refuses what needs the verifier.
         widths: D of each hidden-state field used, e.g. ``{"drafter_hidden": 64}``.
         extra: raw names to carry as columns although the body does not read them (a gate, tv).
+        memory_entries: size of the memory behind ``memory_k``, see :mod:`deferral_train.heads.memory`.
     """
+
+    memory: memory.Memory | None
 
     def __init__(
         self,
@@ -114,6 +119,7 @@ class FeatureSet(nn.Module):
         stage: str = "verify",
         widths: Mapping[str, int] | None = None,
         extra: Sequence[str] = (),
+        memory_entries: int = 0,
     ) -> None:
         super().__init__()
         self.features = tuple(Feature.parse(f) for f in features)
@@ -123,9 +129,13 @@ class FeatureSet(nn.Module):
             raise InputError(f"features repeat: {', '.join(map(str, self.features))}; name each once")
         self.names = tuple(dict.fromkeys([*(f.name for f in self.features), *extra]))
         check_stage(self.names, stage)
+        self.orders = [memory.ORDERS[name] for name in self.names if name in memory.ORDERS]
+        self.memory = memory.Memory(memory_entries) if self.orders else None
         self._lay_out()
 
     def _width(self, name: str) -> int:
+        if name in memory.ORDERS:
+            return memory.WIDTH
         if name not in HIDDEN_FIELDS:
             return 1
         if self.widths.get(name, 0) < 1:
@@ -164,11 +174,16 @@ class FeatureSet(nn.Module):
         rows = [[f.name, f.transform, self._width(f.name)] for f in self.features]
         return hash_of({"version": SCHEMA_VERSION, "stage": self.stage, "features": rows})
 
-    def columns(self, summary: Summary) -> Tensor:
-        """Raw columns ``[.., C]`` in float32 of a summary with leading shape ``[..]``."""
-        return torch.cat([self._raw(summary, name) for name in self.names], dim=-1)
+    def columns(self, summary: Summary, leave_out: Tensor | None = None) -> Tensor:
+        """Raw columns ``[.., C]`` in float32 of a summary with leading shape ``[..]``.
 
-    def _raw(self, summary: Summary, name: str) -> Tensor:
+        ``leave_out`` holds the gold tokens of rows that the memory was fitted on, see :meth:`Memory.columns`.
+        """
+        return torch.cat([self._raw(summary, name, leave_out) for name in self.names], dim=-1)
+
+    def _raw(self, summary: Summary, name: str, leave_out: Tensor | None) -> Tensor:
+        if self.memory is not None and name in memory.ORDERS:
+            return self.memory.columns(summary, memory.ORDERS[name], leave_out)
         value = DERIVED[name].compute(summary) if name in DERIVED else summary[name]
         if name not in HIDDEN_FIELDS:
             return value.unsqueeze(-1).float()

@@ -18,8 +18,9 @@ import pyarrow as pa
 import torch
 
 from deferral_train.errors import InputError
-from deferral_train.rules.summary import FIELDS, HIDDEN_FIELDS, Summary
+from deferral_train.rules.summary import FIELDS, HIDDEN_FIELDS, PREVIOUS_TOKENS, Summary
 from deferral_train.traces.folder import Folder, open_folder
+from deferral_train.traces.history import previous_tokens
 from deferral_train.traces.manifest import ChunkRecord, Manifest, read_header, read_ledger
 from deferral_train.traces.schema import flat_values, numpy_type, width
 
@@ -59,16 +60,16 @@ class Shard:
         if name not in self._checked:
             if len(flat) and zlib.crc32(flat.data.cast("B")) != self.record.columns.get(name):
                 raise self.damaged(f"column {name} was altered")
-            self._checked.add(name)
             if name == "prompt" and len(flat) and not 0 <= flat.min() <= flat.max() < self._prompts:
                 raise self.damaged("a row belongs to a prompt that the manifest does not list")
+            self._checked.add(name)
         return flat
 
-    def damaged(self, what: str) -> InputError:
     @property
     def _prompts(self) -> int:
         return len(self.manifest.prompt_ids)
 
+    def damaged(self, what: str) -> InputError:
         return InputError(
             f"{self.folder}/{self.record.file}: {what}; run collect again with the same settings to repair it"
         )
@@ -80,9 +81,9 @@ class Shard:
             raise self.damaged("the shard is missing")
         if size != self.record.bytes:
             raise self.damaged(f"{size} bytes instead of {self.record.bytes}, the shard was cut or altered")
-
         if self.record.rows * self.manifest.layout.row_bytes > size:
             raise self.damaged(f"{size} bytes cannot hold {self.record.rows} rows")
+
     def check_whole(self) -> None:
         """Raises InputError where any byte differs."""
         if self.folder.sha256(self.record.file) != self.record.sha256:
@@ -190,14 +191,15 @@ class Traces:
 
     @cached_property
     def summary_fields(self) -> tuple[str, ...]:
-        """Summary fields that these traces hold, hidden states included."""
-        return tuple(name for name in self.columns if name in FIELDS)
+        """Summary fields that these traces hold, hidden states included, and those that follow from other rows."""
+        return (*(name for name in self.columns if name in FIELDS), *PREVIOUS_TOKENS)
 
     def summary(self, fields: Iterable[str] | None = None, temperature: float | None = None) -> Summary:
         """The summary over all rows, as float32 and int64 tensors [N] (hidden states [N, D]).
 
         Args:
-            fields: which; None gives all that are stored but the hidden states, which must be asked for.
+            fields: which; None gives all that are stored but the hidden states, which must be asked for as
+                the previous tokens must.
             temperature: what ``tv`` is for: None or the manifest's gives what was collected, 1 the laws as
                 they are, 0 greedy decoding (1 where the argmaxes differ).
 
@@ -205,18 +207,19 @@ class Traces:
             InputError: a field that is not stored, a temperature that was not collected, a damaged shard.
         """
         names = (
-            [name for name in self.summary_fields if name not in HIDDEN_FIELDS]
+            [name for name in self.summary_fields if name not in {*HIDDEN_FIELDS, *PREVIOUS_TOKENS}]
             if fields is None
             else list(fields)
         )
         self._refuse_unknown(names)
         source = self._tv_source(temperature) if "tv" in names else None
-        wanted = [name for name in names if name != "tv"]
+        wanted = [name for name in names if name != "tv" and name not in PREVIOUS_TOKENS]
         wanted += [name for name in source or () if name not in wanted]
         arrays = self._gather(
             dict.fromkeys(wanted), {name: _SUMMARY_TYPES[FIELDS[name].dtype] for name in wanted}
         )
-        columns = {name: self._tensor(name, arrays[name]) for name in names if name != "tv"}
+        columns = {name: self._tensor(name, arrays[name]) for name in names if name in wanted}
+        columns |= {name: self._previous(name) for name in names if name in PREVIOUS_TOKENS}
         if source is not None:
             columns["tv"] = _tv([torch.from_numpy(arrays[name]) for name in source])
         return Summary({name: columns[name] for name in names})
@@ -233,8 +236,9 @@ class Traces:
         return tensor.view(len(self), width(self._kind(name))) if name in HIDDEN_FIELDS else tensor
 
     def _previous(self, name: str) -> torch.Tensor:
-        rows = (self.column(column) for column in ("prompt", "position", "token"))
-        return torch.from_numpy(previous_tokens(*rows, PREVIOUS_TOKENS.index(name) + 1))
+        prompt, position, token = (self.column(column) for column in ("prompt", "position", "token"))
+        back = PREVIOUS_TOKENS.index(name) + 1
+        return torch.from_numpy(previous_tokens(prompt, position, token, back))
 
     def _tv_source(self, temperature: float | None) -> tuple[str, ...]:
         if temperature is None or temperature == self.manifest.temperature:

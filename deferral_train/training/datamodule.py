@@ -14,6 +14,7 @@ from deferral_train.traces import Traces, open_traces, split_prompts
 from deferral_train.training import baselines
 from deferral_train.training.loader import TableLoader
 from deferral_train.training.metrics import check_alphas
+from deferral_train.training.preparation import fit_memory
 from deferral_train.training.table import fit_table, score_table
 
 ALPHAS = tuple(round(0.1 * i, 1) for i in range(11))
@@ -92,6 +93,7 @@ class TraceDataModule(pl.LightningDataModule):
     def prepare(self, head: DeferralHead) -> None:
         """Load the columns that ``head`` needs; checks everything before training starts."""
         fit = self.traces["train"]
+        fit_memory(head, fit)
         self.tables["train"] = fit_table(fit, head, self.truth, self.temperature)
         names = baselines.DRAFT_PLUG_INS if head.stage == "draft" else baselines.PLUG_INS
         best = baselines.best_plug_in(fit, self.tables["train"]["z"], self.alphas, self.temperature, names)

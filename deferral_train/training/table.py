@@ -20,6 +20,7 @@ from deferral_train.heads.truth import LOG_FLOOR
 from deferral_train.rules.base import PositionRule
 from deferral_train.rules.summary import TOKEN_FIELDS, Summary
 from deferral_train.traces import Traces, read_candidates, truth
+from deferral_train.training.preparation import gold_tokens
 
 CANDIDATE_BLOCK = 65_536  # rows whose candidates are read at once
 
@@ -30,7 +31,7 @@ def fit_table(
     """Columns to fit ``head`` on.
 
     Args:
-        traces: at least one row.
+        traces: at least one row; a head's memory must have been fitted on them.
         head: says which columns, which loss, which stage.
         label: truth that labels the gap: reference, verifier, teacher or exact.
         temperature: of the sampling laws that tv compares; None is the manifest's.
@@ -41,7 +42,8 @@ def fit_table(
             a feature of itself.
     """
     check_features(traces, head)
-    table = _shared(traces, head, label, temperature)
+    own = None if head.inputs.memory is None else gold_tokens(traces, "a memory feature")
+    table = _shared(traces, head, label, temperature, own)
     z = table["z"]
     if bool((z == z[0]).all()):
         raise InputError(
@@ -108,10 +110,12 @@ def check_features(traces: Traces, head: DeferralHead) -> None:
         )
 
 
-def _shared(traces: Traces, head: DeferralHead, label: str, temperature: float | None) -> dict[str, Tensor]:
+def _shared(
+    traces: Traces, head: DeferralHead, label: str, temperature: float | None, own: Tensor | None = None
+) -> dict[str, Tensor]:
     wanted = list(dict.fromkeys([*head.features, "tv"]))
     summary = traces.summary(wanted, temperature)
-    x = head.columns(summary)
+    x = head.columns(summary, own)
     _refuse_nan(head, summary)
     return {"x": x, "z": truth.gap(traces, label, head.loss).float(), "tv": summary["tv"].float()}
 
@@ -140,12 +144,7 @@ def _rejection(traces: Traces, tv: Tensor) -> Tensor:
 
 def _gold_columns(traces: Traces, head: DeferralHead) -> dict[str, Tensor]:
     """Class of the gold token and, where logged, the candidates, as :mod:`heads.objectives` reads them."""
-    gold = torch.from_numpy(traces.column("gold").copy()).long()
-    if bool((gold < 0).any()):
-        raise InputError(
-            f"a {head.head_type} head learns from gold tokens; these traces have prefixes "
-            f"{traces.manifest.prefixes!r} without them"
-        )
+    gold = gold_tokens(traces, f"a {head.head_type} head")
     tops = traces.summary(["drafter_argmax", "verifier_argmax"])
     target = torch.full_like(gold, 2)
     target[gold == tops["drafter_argmax"]] = 1
