@@ -8,14 +8,16 @@ from deferral_train.pipeline.config import RunConfig
 SETTINGS = RunConfig
 
 
-def run(config: RunConfig, *, fresh: bool = False) -> int:
+def run(config: RunConfig, *, fresh: bool = False, probe: bool = False) -> int:
     """Run every stage and end in a verdict. A rerun reuses what is finished.
 
     Args:
         config: see the fields above.
         fresh: start over: remove what an earlier run left in the folder.
+        probe: see the ceiling first: a hundred prompts, lossless, the best plug-in rule (chosen on one half, judged on
+            the other), hindsight and the cost ratio. A run without it goes on from there.
     """
     from deferral_train.pipeline.run import run as run_stages
 
-    run_stages(config, fresh=fresh)
+    run_stages(config, fresh=fresh, probe=probe)
     return 0

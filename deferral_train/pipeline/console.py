@@ -11,12 +11,16 @@ from rich.table import Table
 
 from deferral_train.pipeline.stages import Stage, StageRecord
 
+PIPE_WIDTH = 140  # a log has no width; rich would cut tables to 80
+
 
 class RunConsole:
     """Plain lines in a pipe, colours in a terminal."""
 
     def __init__(self) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
+        if not self.console.is_terminal:
+            self.console.width = PIPE_WIDTH
 
     def announce(self, index: int, count: int, stage: Stage, record: StageRecord | None) -> None:
         """Say that a stage starts (no record), was reused, or is done."""
@@ -33,7 +37,7 @@ class RunConsole:
         """The short table a run ends with; the first column is left-aligned, numbers right."""
         table = Table(title=title, title_justify="left")
         for column in columns:
-            table.add_column(column, justify="left" if column == columns[0] else "right")
+            table.add_column(column, justify="left" if column == columns[0] else "right", no_wrap=True)
         for row in rows:
             table.add_row(*[_cell(value) for value in row])
         self.console.print(table)

@@ -19,6 +19,7 @@ from deferral_train.errors import InputError
 from deferral_train.heads import DeferralHead
 from deferral_train.heads.rules import learned_rule, rule_from_spec
 from deferral_train.pipeline import operate
+from deferral_train.pipeline import probe as ceilings
 from deferral_train.pipeline.closing import close, short
 from deferral_train.pipeline.config import PARTS, RunConfig
 from deferral_train.pipeline.console import RunConsole
@@ -34,14 +35,18 @@ from deferral_train.traces import Traces, open_traces
 LEARNED = "learned"
 TRACES = tuple(f"traces/{part}" for part in PARTS)
 ON_POLICY = "traces/on_policy"
+PROBE = "probe/traces"
 SLIDER_PROMPTS = 20
 Results = Mapping[str, Any]
 # What a run writes besides the user's own pair; small runs need far less.
 MIN_FREE_BYTES = 1 << 30
 
 
-def run(config: RunConfig, *, fresh: bool = False) -> dict[str, Any]:
+def run(config: RunConfig, *, fresh: bool = False, probe: bool = False) -> dict[str, Any]:
     """Run every unfinished stage and return the verdict; see the class docstrings of ``pipeline.config``.
+
+    With ``probe`` only the prompts, the pair and a hundred prompts' traces are made, and the ceiling is
+    returned, see :mod:`deferral_train.pipeline.probe`; a run without it goes on from there.
 
     Raises:
         InputError: anything the user can mend, in one line; finished stages stay.
@@ -57,7 +62,8 @@ def run(config: RunConfig, *, fresh: bool = False) -> dict[str, Any]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder.parent / f".{folder.name}.lock", timeout=0):
-            return Run(config, open_run(folder, config, fresh)).execute()
+            work = Run(config, open_run(folder, config, fresh))
+            return work.probe() if probe else work.execute()
     except Timeout:
         raise InputError(
             f"out: another run is working in {folder}; wait for it or name another folder"
@@ -76,6 +82,38 @@ class Run:
         records = runner.run(self.stages())
         close(self.console, records, self.folder)
         return dict(records["verdict"].result)
+
+    def probe(self) -> dict[str, Any]:
+        """Prompts, pair and a hundred prompts; returns and prints the ceiling."""
+        c, first = self.config, [stage for stage in self.stages() if stage.name in ("text", "pair")]
+        settings = [c.traces, c.rules, c.point, c.decode.num_draft_tokens, c.seed]
+        title = f"the ceiling on {ceilings.PROMPTS} prompts"
+        stage = Stage("probe", title, plain(settings), ("text", "pair"), ("probe",), self.ceiling)
+        records = StageRunner(self.folder, self.console.announce).run([*first, stage])
+        found = dict(records["probe"].result)
+        ceilings.show(self.console, found)
+        return found
+
+    def ceiling(self, results: Results) -> Any:
+        """Log a hundred calibration prompts and see what could be gained on them."""
+        collect(
+            CollectConfig(
+                **self.collecting(results["pair"], "calibration"),
+                **asdict(self.config.traces),
+                limit=ceilings.PROMPTS,
+            ),
+            self.folder / PROBE,
+        )
+        found = ceilings.ceiling(
+            open_traces(self.folder / PROBE),
+            self.config.rules,
+            self.costs(results["pair"]),
+            self.config.point,
+            self.config.decode.num_draft_tokens,
+            self.config.seed,
+        )
+        provenance.write_json(self.folder / "probe" / "probe.json", found)
+        return found
 
     def stages(self) -> list[Stage]:
         """The table of contents of a run."""
@@ -332,6 +370,10 @@ class Run:
     def decoded(self, results: Results) -> dict[str, str]:
         """Specs of the decoded rules at their operating points."""
         points = results["point"]["points"]
+        if results["point"]["best_plug_in"] not in self.config.rules:  # stage files may come from elsewhere
+            raise InputError(
+                f"{self.folder}/stages/point.json names a rule that the config does not; use fresh"
+            )
         plug_ins = dict.fromkeys([*self.config.decoded, results["point"]["best_plug_in"]])
         specs = {
             **{rule: rule for rule in plug_ins},
@@ -360,7 +402,3 @@ class Run:
     def costs(self, pair: Mapping[str, Any]) -> dict[str, float]:
         """Seconds of a drafter and a verifier pass, as the gate measured them."""
         return {"drafter": pair["gate"]["drafter_seconds"], "verifier": pair["gate"]["verifier_seconds"]}
-        if results["point"]["best_plug_in"] not in self.config.rules:  # stage files may come from elsewhere
-            raise InputError(
-                f"{self.folder}/stages/point.json names a rule that the config does not; use fresh"
-            )
