@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 # Name -> devices it has a part for. Order: quick first.
 BENCHMARKS = {
     "verify": ("cpu", "cuda"),
-    "head_latency": ("cpu", "cuda"),
+    "head_latency": ("cpu",),
     "score_rules": ("cpu",),
     "read_traces": ("cpu",),
     "fit_speed": ("cpu", "cuda"),

@@ -3,94 +3,81 @@
     python -m benchmarks.collect                     # a trained T5 pair, CPU (--pair FOLDER holds drafter/, verifier/)
     python -m benchmarks.collect --device cuda       # random weights: a Llama verifier of 1.1B parameters
 
-Repetitions interleave bare passes and collecting in one process; ratios are of medians. Collecting is timed whole:
-folder checks, Lightning's start, writing with fsync. Memory is the high-water mark of a process of its own, at two
-numbers of tokens. Without a pair on the CPU, random T5 models of the shared pair's shape stand in.
+Repetitions interleave bare passes and collecting in one process; ratios are of medians of wall time. A bare pass runs
+both models over the very batches of the collect plan, with the same padding and the same kept logits, and drops them;
+encoding the prompts is not in it. Collecting is timed whole: encoding, folder checks, Lightning's start, writing with
+fsync. Its writer has a thread of its own, so that on a second core the work beside the passes overlaps with them; the
+ratio of CPU seconds, which no overlap hides, stands beside. Memory is the high-water mark of a process of its own, at
+two numbers of tokens. Without a pair on the CPU, random T5 models of the shared pair's shape stand in.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from deferral_train import provenance
+from benchmarks.common import SHARED, begin, finish, flags
 from deferral_train.collecting import CollectConfig, collect
 from deferral_train.collecting.plan import make_plan
-from deferral_train.collecting.scoring import make_inputs
+from deferral_train.collecting.scoring import make_inputs, score
 from deferral_train.pairs.load import ModelPair, load_models, make_pair
 from deferral_train.pairs.prompts import Prompt, read_prompts
 from deferral_train.traces import open_traces
 
-SHARED = Path(os.environ.get("DEFERRAL_TRAIN_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 LIMITS = {"cpu": 0.70, "cuda": 0.95}
 BYTES = {64: 1150, 0: 120}
-# What others store per token; sources: their repositories and issues, read in 2026.
+# Bytes that others store for a token, as their code, documentation or users report it.
 PEERS = {
-    "JointAdaSpec (labels)": 33,
-    "SpecDec++ (labels)": 80,
-    "CITER (hidden states)": 6_100,
-    "R2R (hidden states)": 7_400,
-    "SpecForge (hidden states, issue 426)": 17_900,
-    "DeepSpec (hidden states)": 30_700,
-    "speculators (hidden states)": 32_800,
+    "JointAdaSpec, 19 scalars (measured)": 33,
+    "SpecDec++, log-probabilities of the drawn token": 80,
+    "CITER, hidden state": 6_100,
+    "R2R, hidden state and 100 drafter logits": 7_400,
+    "SpecForge, hidden states (its issue 426)": 17_900,
+    "DeepSpec, hidden states of six layers at 4B": 30_700,
+    "speculators, hidden states (its documentation)": 32_800,
 }
 
 
 def main() -> int:
     options = parse()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("benchmarks.collect: no CUDA device here; nothing was run", file=sys.stderr)
-        return 2
-    torch.set_num_threads(options.threads)
+    begin(options)
     pair, prompts, name = workload(options)
     if options.memory_of is not None:
         print(json.dumps(memory(pair, prompts[: options.memory_of], options)))
         return 0
     result = {
-        "benchmark": "collect",
         "pair": name,
-        "device": device_name(options.device),
-        "threads": options.threads,
         "repetitions": options.repetitions,
         "limits": {"ratio": LIMITS[options.device], "bytes": BYTES},
         "top_k": {str(k): compare(pair, prompts, k, options) for k in (64, 0)},
         "memory": [memory_in_child(count, options) for count in (len(prompts) // 4, len(prompts))],
         "peers_bytes_per_token": PEERS,
-        "provenance": provenance.collect({"prompts": options.seed}),
     }
-    print(table(result))
-    if options.out:
-        provenance.write_json(options.out, result)
-        print(f"written: {options.out}")
-    return 0
+    return finish("collect", options, result, table(result))
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser = flags(__doc__)
     parser.add_argument("--pair", type=Path, default=SHARED / "models" / "multi30k-en-de")
     parser.add_argument("--text", type=Path, default=SHARED / "data" / "multi30k")
+    parser.add_argument("--split", default="train", help="of the text")
     parser.add_argument("--prompts", type=int, default=2000)
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="of torch; the writer has a thread of its own")
     parser.add_argument("--batch-tokens", type=int)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
 
@@ -100,9 +87,13 @@ def workload(options: argparse.Namespace) -> tuple[ModelPair, list[Prompt], str]
         return random_llama_pair(), random_prompts(options, 64, 256), "random Llama, 1.1B and 0.16B, bfloat16"
     if options.pair.is_dir() and options.text.is_dir():
         pair = load_models(options.pair / "drafter", options.pair / "verifier", "cpu")
-        source, target = (options.text / f"train.{language}.gz" for language in ("en", "de"))
+        source, target = (options.text / f"{options.split}.{language}.gz" for language in ("en", "de"))
         prompts = read_prompts(source, reference_path=target, limit=options.prompts)
-        return pair, prompts, f"trained T5 pair {options.pair.name}"
+        return (
+            pair,
+            prompts,
+            f"trained T5 pair {options.pair.name}, {len(prompts):,} prompts of {options.split}",
+        )
     return random_t5_pair(), random_prompts(options, 14, 18), "random T5 pair of 0.4M and 2M parameters"
 
 
@@ -169,28 +160,49 @@ def compare(pair: ModelPair, prompts: list[Prompt], k: int, options: argparse.Na
     """Tokens per second of bare passes and of collecting, their ratio, bytes per token."""
     plan = make_plan(config(k, options), pair, prompts, None, options.device)
     bare, whole, size = [], [], 0
-    for repetition in range(options.repetitions + 1):
-        start = time.perf_counter()
-        bare_passes(pair, plan)
-        bare.append(time.perf_counter() - start)
+    for repetition in range(options.repetitions + 1):  # the first is a warm-up
+        bare.append(seconds_of(lambda: bare_passes(pair, plan)))
         with tempfile.TemporaryDirectory() as folder:
-            start = time.perf_counter()
-            collect(config(k, options), folder, progress=False, models=pair, prompts=prompts)
-            whole.append(time.perf_counter() - start)
+            run = CollectRun(config(k, options), folder, pair, prompts)
+            whole.append(seconds_of(run))
             size = open_traces(folder).bytes
         print(
-            f"  top {k}, repetition {repetition}: bare {bare[-1]:.2f} s, collect {whole[-1]:.2f} s",
+            f"  top {k}, repetition {repetition}: bare {bare[-1][0]:.2f} s (CPU {bare[-1][1]:.2f}), "
+            f"collect {whole[-1][0]:.2f} s (CPU {whole[-1][1]:.2f})",
             flush=True,
         )
-    seconds = [statistics.median(times[1:]) for times in (bare, whole)]  # the first is a warm-up
+    wall, cpu = ([statistics.median(t[way] for t in times[1:]) for times in (bare, whole)] for way in (0, 1))
     return {
         "tokens": plan.tokens,
         "batch_tokens": plan.manifest.chunking["batch_tokens"],
-        "bare_tokens_per_second": plan.tokens / seconds[0],
-        "collect_tokens_per_second": plan.tokens / seconds[1],
-        "ratio": seconds[0] / seconds[1],
+        "bare_tokens_per_second": plan.tokens / wall[0],
+        "collect_tokens_per_second": plan.tokens / wall[1],
+        "ratio": wall[0] / wall[1],
+        "cpu_ratio": cpu[0] / cpu[1],
         "bytes_per_token": size / plan.tokens,
+        "seconds": {"bare": [t[0] for t in bare[1:]], "collect": [t[0] for t in whole[1:]]},
+        "cpu_seconds": {"bare": [t[1] for t in bare[1:]], "collect": [t[1] for t in whole[1:]]},
     }
+
+
+@dataclass(frozen=True)
+class CollectRun:
+    """One whole call of ``collect``."""
+
+    config: CollectConfig
+    folder: str
+    pair: ModelPair
+    prompts: list[Prompt]
+
+    def __call__(self) -> None:
+        collect(self.config, self.folder, progress=False, models=self.pair, prompts=self.prompts)
+
+
+def seconds_of(call: Callable[[], None]) -> tuple[float, float]:
+    """Wall and CPU seconds of a call."""
+    start = time.perf_counter(), time.process_time()
+    call()
+    return time.perf_counter() - start[0], time.process_time() - start[1]
 
 
 @torch.inference_mode()
@@ -201,7 +213,7 @@ def bare_passes(pair: ModelPair, plan: Any) -> None:
             prompts = [plan.prompts[number] for number in batch]
             ids, tokens = [p.input_ids for p in prompts], [p.reference_ids for p in prompts]
             for model in (pair.drafter, pair.verifier):
-                model(**make_inputs(model, ids, tokens, pair.device).model_inputs, use_cache=False)
+                score(model, make_inputs(model, ids, tokens, pair.device))
     if pair.device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -226,7 +238,7 @@ def memory(pair: ModelPair, prompts: list[Prompt], options: argparse.Namespace) 
 def memory_in_child(count: int, options: argparse.Namespace) -> dict[str, Any]:
     arguments = [
         f"--{name}={getattr(options, name)}"
-        for name in ("device", "pair", "text", "prompts", "threads", "seed")
+        for name in ("device", "pair", "text", "split", "prompts", "threads", "seed")
     ]
     command = [sys.executable, "-m", "benchmarks.collect", *arguments, f"--memory-of={count}"]
     return json.loads(
@@ -234,20 +246,13 @@ def memory_in_child(count: int, options: argparse.Namespace) -> dict[str, Any]:
     )
 
 
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
-
-
 def table(result: dict[str, Any]) -> str:
-    lines = [f"{result['pair']}; {result['device']}, {result['threads']} torch thread(s)"]
+    lines = [result["pair"]]
     for k, row in result["top_k"].items():
         speeds = (
             f"{row['collect_tokens_per_second']:,.0f} tokens/s, bare {row['bare_tokens_per_second']:,.0f}"
         )
-        ratio = f"ratio {row['ratio']:.2f} (limit {result['limits']['ratio']})"
+        ratio = f"ratio {row['ratio']:.2f} (limit {result['limits']['ratio']}), of CPU time {row['cpu_ratio']:.2f}"
         size = f"{row['bytes_per_token']:,.0f} bytes/token (limit {BYTES[int(k)]:,})"
         lines.append(f"  top {k:>2}: {speeds}, {ratio}, {size}")
     lines += [f"  {row['tokens']:,} tokens: peak {row['peak_megabytes']:.0f} MB" for row in result["memory"]]

@@ -8,7 +8,6 @@ five drafted tokens and the bonus position of the T5 verifier, encoder not count
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.benchmark import Timer
 
-from deferral_train import provenance
+from benchmarks.common import SHARED, begin, finish, flags
 from deferral_train.heads import DeferralHead, GapHead, TruthMixtureHead
 from deferral_train.heads.onnx import export_onnx, open_session
 from deferral_train.training.config import VERIFY_FEATURES
@@ -75,28 +74,22 @@ def verifier_pass(shared: Path) -> float | None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shared", type=Path, default=Path("../shared"))
+    parser = flags(__doc__, devices=("cpu",))
+    parser.add_argument("--shared", type=Path, default=SHARED)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    begin(options)
     whole = verifier_pass(options.shared)
-    results = {}
+    results, lines = {}, []
     for name, head in heads().items():
         results[name] = latencies(head, not options.no_compile)
         for way, times in results[name].items():
             cells = "  ".join(f"batch {b}: {t:8.1f} us" for b, t in times.items())
             share = f"  (batch 5: {times[5] / whole:.2%} of a verifier pass)" if whole else ""
-            print(f"{name:<42}{way:<10}{cells}{share}", flush=True)
-    print(f"verifier pass: {whole:.0f} us" if whole else "verifier pass: no pair here, not measured")
-    if options.out:
-        record = {"microseconds": results, "verifier_pass_us": whole}
-        provenance.write_json(options.out, {**record, "provenance": provenance.collect({"seed": 0})})
-    return 0
+            lines.append(f"{name:<42}{way:<10}{cells}{share}")
+    lines.append(f"verifier pass: {whole:.0f} us" if whole else "verifier pass: no pair here, not measured")
+    result = {"microseconds": results, "verifier_pass_us": whole}
+    return finish("head_latency", options, result, "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import ctypes
 import gc
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deferral_train import provenance
+from benchmarks.common import begin, finish, flags
 from deferral_train.rules import make_rule, verify_block
 
 RULES = {"lossless": {}, "opt": {"alpha": 0.2}, "token_v3": {"alpha": 0.3}}
@@ -32,39 +31,22 @@ LIMITS = {"over_logsumexp": 1.3, "straightforward_over": 2.0, "memory_over_input
 
 def main() -> int:
     options = parse()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("benchmarks.verify: no CUDA device here; nothing was run", file=sys.stderr)
-        return 2
-    torch.set_num_threads(options.threads)
+    begin(options)
     result = {
-        "benchmark": "verify",
         "shape": {"batch": options.batch, "drafts": options.drafts, "vocabulary": options.vocabulary},
-        "device": device_name(options.device),
-        "threads": options.threads,
         "repetitions": options.repetitions,
         "limits": LIMITS,
         "inputs": {kind: measure(kind, options) for kind in ("near", "far")},
-        "provenance": provenance.collect({"inputs": options.seed}),
     }
-    print(table(result))
-    if options.out:
-        provenance.write_json(options.out, result)
-        print(f"written: {options.out}")
-    return 0
+    return finish("verify", options, result, table(result))
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser = flags(__doc__, threads=torch.get_num_threads())
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--drafts", type=int, default=5)
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
 
@@ -182,18 +164,9 @@ def status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return "cpu"
-
-
 def table(result: dict) -> str:
     """The three ratios per rule and kind of input."""
-    lines = [f"verify {result['shape']} on {result['device']}, {result['threads']} thread(s)"]
+    lines = [str(result["shape"])]
     for kind, found in result["inputs"].items():
         lines.append(f"{kind}: {found['accepted_per_row']:.2f} drafts accepted per row (lossless)")
         lines += [f"  {name:28s} {ms:9.2f} ms" for name, ms in found["milliseconds"].items()]

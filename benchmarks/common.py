@@ -1,0 +1,62 @@
+"""What benchmarks share: flags, the shared pair, what they ran on, and how results leave them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deferral_train import provenance
+
+SHARED = Path(os.environ.get("DEFERRAL_TRAIN_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+def flags(
+    doc: str | None, devices: Sequence[str] = ("cpu", "cuda"), threads: int = 1
+) -> argparse.ArgumentParser:
+    """A parser with the flags of every benchmark: ``--device``, ``--threads``, ``--seed``, ``--out``.
+
+    Args:
+        doc: the module's docstring.
+        devices: what the benchmark has a part for, default first.
+        threads: of torch, by default.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=devices, default=devices[0])
+    parser.add_argument("--threads", type=int, default=threads, help="of torch")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    return parser
+
+
+def begin(options: argparse.Namespace) -> None:
+    """Set torch's threads; ends the process with 2 where the device is not there."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device here; nothing was run", file=sys.stderr)
+        raise SystemExit(2)
+    torch.set_num_threads(options.threads)
+
+
+def finish(name: str, options: argparse.Namespace, result: Mapping[str, Any], text: str) -> int:
+    """Print the table; with ``--out`` write the result with device, threads and provenance. Returns exit status 0."""
+    where = {"device": device_name(options.device), "threads": options.threads, "cores": os.cpu_count()}
+    print(f"{name} on {where['device']}, {where['threads']} torch thread(s), {where['cores']} cores\n{text}")
+    if options.out:
+        record = provenance.collect({"seed": options.seed})
+        provenance.write_json(options.out, {"benchmark": name, **where, **result, "provenance": record})
+        print(f"written: {options.out}")
+    return 0
+
+
+def device_name(device: str) -> str:
+    """What the GPU or the CPU calls itself."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    source = Path("/proc/cpuinfo")
+    lines = source.read_text().splitlines() if source.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "cpu")
