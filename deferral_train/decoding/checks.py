@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from deferral_train.decoding.facts import facts_of
 from deferral_train.decoding.stopping import check_stop
+from deferral_train.drafting.plan import DraftCascade, Plan
 from deferral_train.errors import InputError
 from deferral_train.rules.base import PositionRule, Rule
 
@@ -27,7 +29,8 @@ class Request:
     """The arguments of one call, as far as they are checked."""
 
     model: Any
-    drafter: Any
+    drafters: Sequence[Any]
+    plan: Plan | None
     input_ids: Tensor
     generation_config: Any
     rule: Rule
@@ -50,7 +53,8 @@ def check_request(request: Request) -> None:
     """
     _check_settings(request)
     _check_execution(request)
-    _check_models(request.model, request.drafter, request.vocab_size)
+    for drafter in request.drafters:
+        _check_models(request.model, drafter, request.vocab_size)
     _check_configuration(request)
     _check_lengths(request)
     _check_cache(request.model_kwargs)
@@ -98,6 +102,34 @@ def _check_execution(request: Request) -> None:
         raise InputError("token_streamer: execution='sequence' may take back a whole text; leave it out")
 
 
+def check_cascade(request: Request, cascade: DraftCascade) -> None:
+    """Refuse what a cascade of drafters cannot do.
+
+    Raises:
+        InputError: naming the argument, its value and the remedy.
+    """
+    plan, rule = cascade.plan, request.rule
+    if request.execution != "speculative":
+        raise InputError(f"execution={request.execution!r} has one drafter; use 'speculative' with a cascade")
+    if request.stop is not None:
+        raise InputError("stop shortens one drafter's blocks; with a cascade lower the entries of k instead")
+    if plan.one_hot_tail and rule.reads_drafter_confidence and not rule.is_lossless:
+        raise InputError(
+            f"rule {rule.name} reads the drafter's confidence, and k[0] gives the verifier tokens of Max-Gram, which "
+            "has none; let a drafter review them (last entry of k[0] 0), or use opt_verifier, token_v3 or lossless"
+        )
+    if request.bonus == "exact" and not cascade.drafters:
+        raise InputError("bonus 'exact' needs a drafter's law after the block; Max-Gram has none")
+    if "drafter_hidden" in rule.needs and (plan.one_hot_tail or len(plan.reviewing) != 1):
+        raise InputError(
+            f"rule {rule.name} reads the drafter's hidden states, and k[0] has {len(plan.reviewing)} drafters and "
+            f"{plan.k[0][-1]} tokens of Max-Gram; give it the tokens of one drafter"
+        )
+    bigrams = plan.max_gram.bigrams if plan.max_gram is not None else None
+    if bigrams is not None:
+        bigrams.check(cascade.tokenizer, request.vocab_size or facts_of(request.model).vocab_size)
+
+
 def _check_models(model: Any, drafter: Any, vocab_size: int | None) -> None:
     if drafter is None:
         raise InputError("drafter is missing; pass drafter=... to generate")
@@ -140,7 +172,7 @@ def _check_configuration(request: Request) -> None:
 
 def _aligns_right(request: Request) -> bool:
     """Whether every row may sit at its own offset: positions per row, or relative ones only."""
-    models = (request.model, request.drafter)
+    models = (request.model, *request.drafters)
     if not request.model.config.is_encoder_decoder:
         return all(facts_of(one).takes_positions for one in models)
     return all(facts_of(one).relative_positions for one in models)
@@ -152,7 +184,8 @@ def _check_lengths(request: Request) -> None:
         raise InputError("input_ids: the prompt is empty; give at least one token")
     if longest <= prompt:
         raise InputError(f"max_length is {longest}, the prompt has {prompt} tokens; raise max_new_tokens")
-    for role, one in (("drafter", request.drafter), ("verifier", request.model)):
+    roles = [("drafter", one) for one in request.drafters]
+    for role, one in (*roles, ("verifier", request.model)):
         context = facts_of(one).context
         if context is not None and longest > context:
             raise InputError(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from deferral_train.decoding.lazy import lazy_cascade
 from deferral_train.decoding.loop import Cascade, speculative
+from deferral_train.decoding.proposing import ModelProposer
 from deferral_train.decoding.sequence import sequence_cascade
 from deferral_train.decoding.token_execution import token_cascade
 
@@ -24,4 +25,5 @@ def execute(execution: str, cascade: Cascade) -> None:
         defers.
     """
     alone = cascade.rule.name == "drafter_only" and cascade.max_request_loss is None
+    alone = alone and isinstance(cascade.proposer, ModelProposer)
     EXECUTIONS["token" if alone else execution](cascade)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,17 +12,19 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from deferral_train.decoding import checks
+from deferral_train.decoding.cascade_drafting import CascadeProposer
 from deferral_train.decoding.criteria import EndOfRow
 from deferral_train.decoding.executions import execute
 from deferral_train.decoding.facts import facts_of
 from deferral_train.decoding.hidden import HiddenTap, tap_hidden
 from deferral_train.decoding.laws import SamplingLaws
 from deferral_train.decoding.loop import Cascade
-from deferral_train.decoding.proposing import ModelProposer
+from deferral_train.decoding.proposing import ModelProposer, Proposer
 from deferral_train.decoding.stats import GenerationStats, Ledger
 from deferral_train.decoding.stepper import Stepper
 from deferral_train.decoding.stopping import StopDrafting
 from deferral_train.decoding.tokens import TokenRows
+from deferral_train.drafting.plan import DraftCascade
 from deferral_train.rules.base import Rule
 from deferral_train.rules.registry import make_rule
 
@@ -75,7 +78,8 @@ def cascade_generate(
         logits_processor, stopping_criteria, generation_config: as prepared by ``generate``. Decisions read
             the laws after every processor except temperature and truncation warpers; criteria are checked
             per emitted token.
-        drafter: a model over the same tokens.
+        drafter: a model over the same tokens, or a :class:`~deferral_train.drafting.DraftCascade`, whose plan then
+            says how many tokens are drafted.
         rule: a rule or its name.
         num_draft_tokens: most tokens drafted per block, at least 1.
         drafter_inputs: encoder inputs (``input_ids``, ``attention_mask``) of an encoder-decoder drafter, one
@@ -101,33 +105,49 @@ def cascade_generate(
         InputError: anything that cannot work (see :mod:`deferral_train.decoding.checks`), before any work.
     """
     rule = make_rule(rule) if isinstance(rule, str) else rule
+    plan = drafter.plan if isinstance(drafter, DraftCascade) else None
+    drafters = [drafter] if plan is None else list(drafter.drafters)
+    depth = num_draft_tokens
+    if plan is not None:
+        num_draft_tokens, depth = plan.longest[0], plan.depth
     request = checks.Request(
-        model, drafter, input_ids, generation_config, rule, num_draft_tokens, execution, bonus,
+        model, drafters, plan, input_ids, generation_config, rule, num_draft_tokens, execution, bonus,
         max_request_loss, stop, token_streamer, token_log, vocab_size,
         model_kwargs,
     )  # fmt: skip
     checks.check_request(request)
+    if isinstance(drafter, DraftCascade):
+        checks.check_cascade(request, drafter)
     ends = EndOfRow(stopping_criteria or [], generation_config.max_length)
     tokens = TokenRows(
-        input_ids, _prompt_mask(model, model_kwargs), ends.max_length, num_draft_tokens,
+        input_ids, _prompt_mask(model, model_kwargs), ends.max_length, depth,
         _pad_id(generation_config),
         rows_at_once,
     )  # fmt: skip
     laws = SamplingLaws(logits_processor or [], bool(generation_config.do_sample))
     ledger = Ledger(len(input_ids), num_draft_tokens)
     with contextlib.ExitStack() as stack:
-        taps = _taps(stack, model, drafter, rule, stop)
-        encoders = _encoders(model, drafter, model_kwargs, inputs_tensor, drafter_inputs, len(input_ids))
-        margin = num_draft_tokens + 2 if execution == "speculative" else None
+        models = [*drafters, model]
+        taps = _taps(stack, models, rule, stop)
+        encoders = _encoders(models, model_kwargs, inputs_tensor, drafter_inputs, len(input_ids))
+        margin = depth + 2 if execution == "speculative" else None
         size = vocab_size or facts_of(model).vocab_size
         capacity = min(tokens.ids.shape[1], tokens.prompt_length + 256)
         steppers = [
             Stepper(one, tokens, capacity, margin, size, encoder, tap)
-            for one, encoder, tap in zip((drafter, model), encoders, taps)
+            for one, encoder, tap in zip(models, encoders, taps)
         ]
-        proposer = ModelProposer(steppers[0], tokens, laws, ends, stop, generator)
+        proposer: Proposer
+        if plan is None:
+            proposer = ModelProposer(steppers[0], tokens, laws, ends, stop, generator)
+        else:
+            prompts = _prompts(model, tokens, inputs_tensor, model_kwargs)
+            separate = bool(model.config.is_encoder_decoder)
+            proposer = CascadeProposer(
+                plan, steppers[:-1], size, tokens, laws, ends, prompts, separate, generator
+            )
         cascade = Cascade(
-            steppers[0], steppers[1], rule, laws, tokens, ends, ledger, num_draft_tokens, proposer,
+            steppers[0], steppers[-1], rule, laws, tokens, ends, ledger, num_draft_tokens, proposer,
             bonus, generator, max_request_loss, token_streamer=token_streamer, token_log=token_log,
         )  # fmt: skip
         if stop is not None:
@@ -135,7 +155,7 @@ def cascade_generate(
         execute(execution, cascade)
     if token_streamer is not None:
         token_streamer.end()
-    stats = ledger.finish(cascade.verifier.passes, cascade.drafter.passes)
+    stats = ledger.finish(cascade.verifier.passes, sum(one.passes for one in proposer.steppers))
     sequences = tokens.sequences()
     return CascadeOutput(sequences, stats) if generation_config.return_dict_in_generate else sequences
 
@@ -153,42 +173,63 @@ def _prompt_mask(model: Any, model_kwargs: dict[str, Any]) -> Tensor | None:
 
 
 def _taps(
-    stack: contextlib.ExitStack, model: Any, drafter: Any, rule: Rule, stop: StopDrafting | None
+    stack: contextlib.ExitStack, models: Sequence[Any], rule: Rule, stop: StopDrafting | None
 ) -> list[HiddenTap | None]:
+    """A tap per model, drafters first and the verifier last; None where nobody reads its hidden states."""
     asked = rule.needs | (stop.needs if stop is not None else frozenset())
+    fields = ["drafter_hidden"] * (len(models) - 1) + ["verifier_hidden"]
+    return [stack.enter_context(tap_hidden(one, field in asked)) for one, field in zip(models, fields)]
+
+
+def _prompts(
+    model: Any, tokens: TokenRows, inputs_tensor: Tensor | None, model_kwargs: dict[str, Any]
+) -> list[list[int]]:
+    """The ids that Max-Gram may copy from, per row, without padding."""
+    if not model.config.is_encoder_decoder:
+        prompts = tokens.ids[:, : tokens.prompt_length].tolist()
+        return [row[pad:] for row, pad in zip(prompts, tokens.pads)]
+    ids = checks.encoder_ids(inputs_tensor)
+    repeats = len(tokens.ids) // len(ids)
+    rows = ids.repeat_interleave(repeats, dim=0).tolist()
+    mask = _padding_or_none(model_kwargs.get("attention_mask"))
+    if mask is None:
+        return rows
     return [
-        stack.enter_context(tap_hidden(one, field in asked))
-        for one, field in ((drafter, "drafter_hidden"), (model, "verifier_hidden"))
+        [token for token, present in zip(row, flags) if present] for row, flags in zip(rows, mask.tolist())
     ]
 
 
 def _encoders(
-    model: Any,
-    drafter: Any,
+    models: Sequence[Any],
     model_kwargs: dict[str, Any],
     inputs_tensor: Tensor | None,
     drafter_inputs: dict[str, Tensor] | None,
     rows: int,
 ) -> list[tuple[Tensor, Tensor | None] | None]:
-    """Encoder states and masks of drafter and verifier, one row per decoded row; None for decoder-only
+    """Encoder states and masks of drafters and verifier, one row per decoded row; None for decoder-only
     models.
     """
-    if not model.config.is_encoder_decoder:
-        return [None, None]
+    if not models[-1].config.is_encoder_decoder:
+        return [None] * len(models)
     mask = _padding_or_none(model_kwargs.get("attention_mask"))
     states = model_kwargs["encoder_outputs"][0]
+    if len(models) == 1:
+        return [(states, mask)]
     if drafter_inputs is None:
         ids = checks.encoder_ids(inputs_tensor)
         drafter_mask = None if mask is None else mask[:: rows // len(ids)]
     else:
         ids = drafter_inputs["input_ids"]
         drafter_mask = _padding_or_none(drafter_inputs.get("attention_mask"))
-    encoded = drafter.get_encoder()(input_ids=ids, attention_mask=drafter_mask, return_dict=True)
+    encoded = [
+        one.get_encoder()(input_ids=ids, attention_mask=drafter_mask, return_dict=True).last_hidden_state
+        for one in models[:-1]
+    ]
     repeats = rows // len(ids)
-    drafter_states = encoded.last_hidden_state.repeat_interleave(repeats, dim=0)
     if drafter_mask is not None:
         drafter_mask = drafter_mask.repeat_interleave(repeats, dim=0)
-    return [(drafter_states, drafter_mask), (states, mask)]
+    drafters = [(one.repeat_interleave(repeats, dim=0), drafter_mask) for one in encoded]
+    return [*drafters, (states, mask)]
 
 
 def _padding_or_none(mask: Tensor | None) -> Tensor | None:

@@ -47,7 +47,7 @@ class Cascade:
     active: list[Stepper] = field(init=False)  # models whose caches follow the running rows
 
     def __post_init__(self) -> None:
-        self.active = [self.drafter, self.verifier]
+        self.active = [*self.proposer.steppers, self.verifier]
         asked = self.rule.needs | (self.rule.gap_needs if self.max_request_loss is not None else frozenset())
         self.context_fields = asked & CONTEXT_FIELDS
         if self.max_request_loss is not None:
@@ -97,7 +97,9 @@ def _outcome(cascade: Cascade, draft: Draft, decision: Tensor, sampling: Tensor 
     context = context_of(cascade, draft)
     # Without a draft nothing can be kept, so that there is nothing to charge.
     limit = cascade.max_request_loss if draft.columns else None
-    if cascade.laws.temperature == 0.0 and is_plain(rule, bonus, limit, sampling):
+    # Greedy decisions see decision laws alone: not enough where a token is not its law's favourite.
+    own = rule.is_lossless or draft.sampling is None
+    if cascade.laws.temperature == 0.0 and own and is_plain(rule, bonus, limit, sampling):
         return judge_greedy(rule, draft, decision, context)
     verdict = verify_block(
         rule,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from deferral_train.rules.emission import residual
-from deferral_train.rules.laws import one_hot
+from deferral_train.rules.laws import lowest_argmax, one_hot
 from deferral_train.rules.sampling import draw, uniforms
 
 
@@ -104,7 +104,7 @@ def review_greedy(
         lenience: l, at least 1.
     """
     places = drafted.shape[1]
-    best = logits.argmax(dim=-1)
+    best = lowest_argmax(logits)
     stands = drafted == best[:, :places]
     if lenience > 1.0 and places and proposed is not None:
         chance = torch.log_softmax(logits[:, :places], dim=-1).gather(2, drafted[..., None])[..., 0].exp()

@@ -113,7 +113,7 @@ class SuffixIndex:
                 following[state][token] = split
                 state = link[state]
         for column in (self._length, link, following, self._first_end):
-            del column[new:]  # type: ignore[attr-defined]
+            del column[new:]
         self._last = before
 
     def _chain(self, position: int) -> None:

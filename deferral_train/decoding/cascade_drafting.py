@@ -1,0 +1,233 @@
+"""Runs a cascade of drafters: builds the draft of each reviewer from those below it, all rows at once.
+
+The laws of :mod:`deferral_train.drafting.review` travel with the tokens, so that the verifier is told what each
+token was really drawn from. Source: cascade speculative drafting (Chen et al. 2024), Algorithm 1; batches,
+sampling, key/value caches and the number of tokens per row are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from deferral_train.decoding.cascade_draft import CascadeDraft, Grown, Piece, one_hots
+from deferral_train.decoding.criteria import EndOfRow
+from deferral_train.decoding.laws import SamplingLaws
+from deferral_train.decoding.stepper import Stepper
+from deferral_train.decoding.tokens import TokenRows
+from deferral_train.drafting.counts import ReviewCounts
+from deferral_train.drafting.max_gram import MaxGramText
+from deferral_train.drafting.plan import Plan
+from deferral_train.drafting.review import Review, review_greedy, review_sampled, reviewed_law
+from deferral_train.rules.laws import lowest_argmax
+
+
+class CascadeProposer:
+    """The running side of a plan.
+
+    Args:
+        plan: who proposes how much to whom.
+        steppers: the drafters, largest first.
+        vocab_size: columns of the logits.
+        tokens, laws, ends: of the call.
+        prompts: ids of each row of the call, for Max-Gram; encoder ids of an encoder-decoder model.
+        separate: whether generated text does not continue the prompt (encoder-decoder).
+        generator: source of randomness.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        steppers: Sequence[Stepper],
+        vocab_size: int,
+        tokens: TokenRows,
+        laws: SamplingLaws,
+        ends: EndOfRow,
+        prompts: Sequence[Sequence[int]],
+        separate: bool,
+        generator: torch.Generator | None,
+    ) -> None:
+        self.plan, self.tokens, self.laws, self.ends = plan, tokens, laws, ends
+        self.steppers: Sequence[Stepper] = list(steppers)
+        self.vocab_size = vocab_size
+        self.prompts, self.separate, self.generator = prompts, separate, generator
+        self.counts = ReviewCounts(plan)
+        self._texts: dict[int, MaxGramText] = {}
+        self._known: dict[int, int] = {}  # generated tokens of each row that its text holds for good
+        self._base: list[int] = []
+        self._tails: list[list[int]] = []  # drafted tokens of each row up to where drafting has come
+        self._calls: list[int] = []
+        self._latest: Grown | None = None
+
+    def propose(self, limits: Sequence[int], exact: bool) -> CascadeDraft:
+        """The verifier's next draft, of at most ``limits[b]`` tokens."""
+        tokens, rows = self.tokens, len(self.tokens.rows)
+        self._base, self._calls = list(tokens.lengths), [0] * rows
+        self._tails = [[] for _ in range(rows)]
+        if self.plan.max_gram is not None:
+            self._catch_up()
+        grown = self._latest = self._draft_for(0, list(limits))
+        depth, counts = max(grown.counts), list(grown.counts)
+        if exact:
+            self._look_ahead(grown)
+        host = [tail + [0] * (depth - len(tail)) for tail in self._tails]
+        return CascadeDraft(
+            tokens.window(0, depth),
+            counts,
+            (),
+            on_host=host,
+            calls=self._calls,
+            grown=grown,
+            places=depth + int(exact),
+            vocabulary=self.vocab_size,
+            explicit=self.plan.one_hot_tail or self.plan.lenience > 1.0 or self.laws.shapes,
+        )
+
+    def observe(self, proposed: Sequence[int], accepted: Sequence[int]) -> None:
+        """The verifier has judged the draft."""
+        grown = self._latest
+        if grown is not None:
+            self.counts.add(0, grown.sources, grown.missing, accepted, range(len(accepted)))
+
+    def _draft_for(self, reviewer: int, caps: list[int]) -> Grown:
+        tokens, starts = self.tokens, list(self.tokens.lengths)
+        rows, bottom, total = len(starts), self.plan.drafters, 0
+        grown = Grown.empty(caps)
+        for source in range(reviewer, bottom + 1):
+            if not self.plan.k[reviewer][source]:
+                continue
+            total += self.plan.k[reviewer][source]
+            goals = [min(total, cap) for cap in caps]
+            while active := [
+                row for row in range(rows) if not grown.ended[row] and grown.counts[row] < goals[row]
+            ]:
+                tokens.lengths = [start + count for start, count in zip(starts, grown.counts)]
+                if source == bottom:
+                    self._copy(grown, goals, active)
+                    break
+                self._step(source, grown, caps, active)
+        tokens.lengths = starts
+        return grown
+
+    def _step(self, source: int, grown: Grown, caps: list[int], active: list[int]) -> None:
+        """Drafter ``source`` reviews what those below it propose, and adds a token of its own."""
+        tokens, stepper, running = self.tokens, self.steppers[source], set(active)
+        here = list(tokens.lengths)
+        room = [
+            cap - done if row in running else 0 for row, (cap, done) in enumerate(zip(caps, grown.counts))
+        ]
+        inner = self._draft_for(source + 1, [max(0, left - 1) for left in room])
+        depth = max(inner.counts)
+        logits = stepper.feed(ahead=depth, keep=depth + 1)
+        decision = self.laws.decision(logits, tokens)
+        drafted = tokens.window(0, depth)
+        review, law = self._review(inner, drafted, decision, logits)
+        tokens.put(review.accepted, review.next_token)
+        facts = torch.stack([review.accepted, review.next_token], dim=1)
+        host = torch.cat([facts, tokens.window(0, depth + 1)], dim=1).tolist()
+        accepted = [row[0] for row in host]
+        self.counts.add(source + 1, inner.sources, inner.missing, accepted, active)
+        lengths = [0] * len(here)
+        for row in active:
+            new = self._up_to_end(grown, row, host[row][2 : 3 + min(accepted[row], room[row] - 1)])
+            lengths[row] = len(new)
+            self._set_tail(row, here[row], new)
+            self._calls[row] += 1
+        hidden = stepper.hidden(depth + 1) if stepper.tap is not None else None
+        written = tokens.window(0, depth + 1)
+        grown.add(Piece(source, list(grown.counts), lengths, written, decision, law, hidden))
+        tokens.lengths = [length + more for length, more in zip(here, lengths)]
+        for one in self.steppers[source:]:
+            one.settle()
+
+    def _review(
+        self, inner: Grown, drafted: Tensor, decision: Tensor, logits: Tensor
+    ) -> tuple[Review, Tensor | None]:
+        lengths = torch.tensor(inner.counts, device=drafted.device)
+        lenience, depth = self.plan.lenience, drafted.shape[1]
+        if self.laws.temperature == 0.0:
+            proposed = inner.probabilities(drafted) if lenience > 1.0 else None
+            return review_greedy(drafted, proposed, decision, lengths, lenience), None
+        own = self._sampling_law(logits, decision)
+        proposal = inner.laws(depth, decision.shape[-1])
+        review = review_sampled(drafted, proposal, own, lengths, lenience, self.generator)
+        if lenience == 1.0 or not depth:
+            return review, own
+        dense = proposal if proposal is not None else one_hots(drafted, own.shape[-1])
+        reviewed = reviewed_law(dense, own[:, :depth], lenience)
+        inside = torch.arange(depth, device=drafted.device) < lengths[:, None]
+        law = own.clone()
+        law[:, :depth] = torch.where(inside[..., None], reviewed, own[:, :depth])
+        return review, law
+
+    def _look_ahead(self, grown: Grown) -> None:
+        """The largest drafter's law behind the draft, which no token is drawn from: an exact bonus reads it."""
+        tokens, stepper = self.tokens, self.steppers[0]
+        tokens.lengths = [start + count for start, count in zip(self._base, grown.counts)]
+        logits = stepper.feed()
+        decision = self.laws.decision(logits, tokens)
+        law, best = None, lowest_argmax(decision)
+        if self.laws.temperature > 0.0:
+            law = self._sampling_law(logits, decision)
+        hidden = stepper.hidden(1) if stepper.tap is not None else None
+        ones = [1] * len(self._base)
+        grown.pieces.append(Piece(0, list(grown.counts), ones, best, decision, law, hidden))
+        tokens.lengths = list(self._base)
+        self._calls = [calls + 1 for calls in self._calls]
+
+    def _sampling_law(self, logits: Tensor, decision: Tensor) -> Tensor:
+        sampling = self.laws.sampling(logits, decision, self.tokens)
+        return torch.softmax(decision / self.laws.temperature if sampling is None else sampling, dim=-1)
+
+    def _copy(self, grown: Grown, goals: list[int], active: list[int]) -> None:
+        """Max-Gram fills up rows to their goals, as far as it can."""
+        tokens = self.tokens
+        proposals: list[list[int]] = [[] for _ in goals]
+        for row in active:
+            wanted = goals[row] - grown.counts[row]
+            text = self._texts[tokens.rows[row]]
+            start = tokens.lengths[row]
+            drafted = self._tails[row][: start - self._base[row]]
+            text.follow(self._known[tokens.rows[row]], drafted)
+            proposals[row] = self._up_to_end(grown, row, text.propose(wanted))
+            grown.missing[row] = not grown.ended[row] and len(proposals[row]) < wanted
+            self._set_tail(row, start, proposals[row])
+        width = max(len(proposal) for proposal in proposals)
+        block = torch.tensor(
+            [proposal + [0] * (width - len(proposal)) for proposal in proposals],
+            dtype=torch.long,
+            device=tokens.device,
+        ).reshape(len(proposals), width)
+        tokens.write(0, block)
+        lengths = [len(proposal) for proposal in proposals]
+        grown.add(Piece(self.plan.drafters, list(grown.counts), lengths, block))
+
+    def _up_to_end(self, grown: Grown, row: int, new: list[int]) -> list[int]:
+        """``new`` up to the first end of sequence, behind which nothing is drafted."""
+        for place, ends in enumerate(self.ends.are_eos(new)):
+            if ends:
+                grown.ended[row] = True
+                return new[: place + 1]
+        return new
+
+    def _set_tail(self, row: int, start: int, new: list[int]) -> None:
+        tail = self._tails[row]
+        del tail[start - self._base[row] :]
+        tail += new
+
+    def _catch_up(self) -> None:
+        """Every row's text takes in what has been emitted since."""
+        tokens = self.tokens
+        for row in tokens.rows:
+            if row not in self._texts and self.plan.max_gram is not None:
+                self._texts[row] = self.plan.max_gram.read(self.prompts[row], self.separate)
+                self._known[row] = 0
+        generated = [length - tokens.prompt_length for length in tokens.lengths]
+        behind = max(count - self._known[row] for row, count in zip(tokens.rows, generated))
+        new = tokens.window(behind, 0).tolist() if behind else [[] for _ in generated]
+        for row, count, tail in zip(tokens.rows, generated, new):
+            known = self._known[row]
+            self._texts[row].follow(known, tail[behind - (count - known) :])
+            self._known[row] = count
