@@ -331,7 +331,10 @@ def open_traces(folder: str | Path, *, verify: bool = False, partial: bool = Fal
         )
     strangers = sorted(set(records) - {chunk.id for chunk in manifest.chunks})
     if strangers:
-        raise InputError(f"{place}: the ledger lists shard {strangers[0]}, which the manifest does not plan")
+        raise InputError(
+            f"{place}: the ledger lists shard {strangers[0]}, which the manifest does not plan; "
+            "run collect again with the same settings to repair it"
+        )
     shards = [Shard(place, records[number], manifest) for number in sorted(records)]
     for shard in shards:
         shard.check_size()

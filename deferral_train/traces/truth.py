@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,7 +43,7 @@ def gap(traces: Traces, truth: str = "reference", loss: str = "zero_one") -> Ten
 
 
 def _from_gold(traces: Traces, loss: str) -> Tensor:
-    gold = torch.from_numpy(traces.column("gold")).long()
+    gold = torch.from_numpy(traces.column("gold").astype(np.int64))  # a copy: a mapped column is read-only
     if bool((gold < 0).any()):
         raise InputError(
             f"truth='reference': prefixes are {traces.manifest.prefixes!r}, rows without a gold token; "

@@ -119,7 +119,8 @@ def prepare_folder(address: str | Folder, manifest: Manifest) -> list[Chunk]:
             raise InputError(f"{folder} has shards but no {HEADER}; choose another folder, or empty this one")
         write_header(folder, manifest)
     refuse_changes(folder, manifest)
-    finished = sound_records(folder)
+    planned = {chunk.id for chunk in manifest.chunks}
+    finished = {number: record for number, record in sound_records(folder).items() if number in planned}
     write_ledger(folder, finished.values())
     for name in folder.names():
         if name.startswith(".") and name.endswith(".tmp"):

@@ -196,3 +196,18 @@ def test_a_ledger_that_names_a_file_outside_the_folder_is_refused(folder: Path) 
     ledger.write_text(ledger.read_text().replace("shard-00000.arrow", "../outside.arrow"))
     with pytest.raises(InputError, match=r"chunks\.jsonl"):
         open_traces(folder)
+
+
+def test_a_shard_that_the_manifest_does_not_plan_is_refused_and_dropped_on_resuming(
+    folder: Path, manifest: Manifest
+) -> None:
+    ledger = folder / "chunks.jsonl"
+    last = ledger.read_text().splitlines()[-1]
+    stranger = last.replace('"id":2', '"id":9').replace("shard-00002", "shard-00009")
+    (folder / "shard-00009.arrow").write_bytes((folder / "shard-00002.arrow").read_bytes())
+    ledger.write_text(ledger.read_text() + stranger + "\n")
+    for partial in (False, True):
+        with pytest.raises(InputError, match="lists shard 9, which the manifest does not plan"):
+            open_traces(folder, partial=partial)
+    assert prepare_folder(str(folder), manifest) == []
+    assert len(open_traces(folder, verify=True).records) == 3

@@ -71,6 +71,20 @@ def test_gaps_equal_their_definitions(known: tuple, loss: str) -> None:
     torch.testing.assert_close(gap(part, "exact", loss), exact[rows], atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("truth", ["reference", "verifier", "exact"])
+def test_gaps_of_a_mapped_shard_warn_of_nothing(tmp_path: Path, truth: str) -> None:
+    """One shard: its columns are the file itself, read-only, and no label may write into it."""
+    manifest = make_manifest(chunks=make_manifest().chunks[:1], truth="exact", hidden={})
+    for chunk in prepare_folder(str(tmp_path), manifest):
+        TraceWriter(str(tmp_path), manifest).write(chunk, make_columns(manifest, chunk))
+    traces = open_traces(tmp_path)
+    assert not traces.column("gold").flags.writeable
+    label = gap(traces, truth)
+    label += 1.0
+    assert len(label) == len(open_traces(tmp_path, verify=True))
+
+
 def test_truths_that_are_not_logged_are_refused(known: tuple, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="truth='teacher': these traces log the exact law"):
         gap(open_traces(known[0]), "teacher")
