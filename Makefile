@@ -19,7 +19,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 		{ echo "make: Python 3.11 or newer is needed; name it: make PYTHON=python3.12"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,onnx,dev]'
 	@touch $@
 
 quickstart: $(VENV)/.installed

@@ -111,13 +111,19 @@ class Pair:
         self.tokenizer = models.tokenizer
 
     def generate(
-        self, prompts: str | Sequence[str | Prompt], rule: Rule | str = "lossless", **settings: Any
+        self,
+        prompts: str | Sequence[str | Prompt],
+        rule: Rule | str = "lossless",
+        token_streamer: Any = None,
+        **settings: Any,
     ) -> Generation:
         """Decode prompts under a rule.
 
         Args:
             prompts: one text or many.
             rule: a rule or its name.
+            token_streamer: gets the tokens of a single prompt as they are emitted: transformers' ``TextStreamer``
+                (without ``skip_prompt``: the prompt is not sent) or anything with ``put`` and ``end``.
             settings: fields of :class:`Settings`.
 
         Raises:
@@ -127,7 +133,7 @@ class Pair:
         rule = make_rule(rule) if isinstance(rule, str) else rule
         mismatches = self.check(rule, options)
         encoded = self.encode(as_prompts(prompts), options)
-        results = list(self.batches(encoded, rule, options))
+        results = list(self.batches(encoded, rule, options, token_streamer=token_streamer))
         tokens = [row for result in results for row in result.tokens]
         stats = GenerationStats.joined([result.stats for result in results])
         seconds = sum(result.seconds for result in results)
@@ -177,6 +183,7 @@ class Pair:
         rule: Rule,
         options: Settings,
         token_log: Callable[[int], Any] | None = None,
+        token_streamer: Any = None,
     ) -> Iterator[BatchResult]:
         """Decode batch after batch, yielding each as it is done.
 
@@ -188,7 +195,7 @@ class Pair:
         for number, start in enumerate(range(0, len(encoded), options.call_size)):
             batch = encoded[start : start + options.call_size]
             log = token_log(number) if token_log is not None else None
-            result = self.decode_batch(batch, rule, options, stop, number, log)
+            result = self.decode_batch(batch, rule, options, stop, number, log, token_streamer)
             drafted += int(result.stats.drafted.sum())
             yield result
         check_consulted(counters, drafted)
@@ -201,6 +208,7 @@ class Pair:
         stop: StopDrafting | None,
         number: int,
         token_log: Any = None,
+        token_streamer: Any = None,
     ) -> BatchResult:
         """One call of ``verifier.generate``; ``number`` picks the batch's stream of random numbers."""
         models = self.models
@@ -221,6 +229,7 @@ class Pair:
             max_request_loss=options.max_request_loss,
             generator=generator,
             token_log=token_log,
+            token_streamer=token_streamer,
             vocab_size=models.vocab_size,
             rows_at_once=options.batch_size,
         )

@@ -1,6 +1,6 @@
 """Heads: learned estimators of the loss gap, and the folder they are exported to."""
 
-from deferral_train.heads.artifact import check_pair, push_to_hub, set_operating_point
+from deferral_train.heads.artifact import push_to_hub, set_operating_point
 from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.cost_sensitive import CostSensitiveHead
 from deferral_train.heads.gap import GapHead
@@ -16,7 +16,6 @@ __all__ = [
     "PlugInHead",
     "TokenHead",
     "TruthMixtureHead",
-    "check_pair",
     "push_to_hub",
     "set_operating_point",
 ]

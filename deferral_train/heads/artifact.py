@@ -118,21 +118,6 @@ def set_operating_point(
     save_head(head, folder)
 
 
-def check_pair(head: DeferralHead, fingerprints: Mapping[str, Any]) -> None:
-    """Refuse a pair that differs from the one recorded in the head, naming every difference.
-
-    Only what both sides record is compared: vocabulary, tokenizer, drafter and verifier fingerprints.
-    """
-    recorded = head.metadata.get("pair") or {}
-    wrong = [
-        f"{key}: head has {str(recorded[key])[:80]!r}, here {str(fingerprints[key])[:80]!r}"
-        for key in recorded
-        if key in fingerprints and recorded[key] != fingerprints[key]
-    ]
-    if wrong:
-        raise InputError("this head belongs to another pair: " + "; ".join(wrong))
-
-
 def push_to_hub(head: DeferralHead, folder: str | Path, repo_id: str, token: str | None = None) -> str:
     """Save to ``folder`` and upload its files to ``repo_id``; returns the address. Needs huggingface_hub."""
     hub = _hub()
