@@ -184,7 +184,7 @@ class Run:
                 ("verdict.json",),
                 self.verdict,
             ),
-            ("report", "one page", {}, ("verdict",), ("report.html",), self.report),
+            ("report", "one page", {}, ("verdict",), ("report.html", "tensorboard"), self.report),
         ]
         return [
             Stage(name, title, plain(settings), after, out, do)

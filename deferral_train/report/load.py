@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deferral_train.errors import InputError
+from deferral_train.evaluation.frontier import VERIFIER, Point, table2
 from deferral_train.report.events import read_training
 
 TOLERANCE = 1e-4  # of sums of float32 columns
@@ -26,8 +27,8 @@ class Run:
 
     Attributes:
         folder: the run's folder.
-        verdict, scores, skew, summary, provenance: ``verdict.json``, ``evaluation/scores.json``,
-            ``evaluation/skew.json``, ``decode/summary.json``, ``provenance.json``.
+        verdict, scores, skew, frontier, summary, provenance: ``verdict.json``, ``evaluation/scores.json``,
+            ``evaluation/skew.json``, ``evaluation/frontier.json``, ``decode/summary.json``, ``provenance.json``.
         prefixes: ``evaluation/prefixes.json``, logged prefixes for the alpha slider.
         outputs, batches: rows of ``decode/outputs.jsonl`` and ``decode/batches.jsonl``.
         training: scalar curves of the fit, tag to [(step, value)].
@@ -37,6 +38,7 @@ class Run:
     verdict: dict[str, Any] | None = None
     scores: dict[str, Any] | None = None
     skew: dict[str, Any] | None = None
+    frontier: dict[str, Any] | None = None
     prefixes: dict[str, Any] | None = None
     summary: dict[str, Any] | None = None
     provenance: dict[str, Any] | None = None
@@ -61,6 +63,7 @@ def load_run(folder: str | Path) -> Run:
         verdict=verdict,
         scores=_json(root / "evaluation" / "scores.json"),
         skew=_json(root / "evaluation" / "skew.json"),
+        frontier=_json(root / "evaluation" / "frontier.json"),
         prefixes=_json(root / "evaluation" / "prefixes.json"),
         summary=_json(root / "decode" / "summary.json"),
         provenance=_json(root / "provenance.json"),
@@ -68,7 +71,7 @@ def load_run(folder: str | Path) -> Run:
         batches=list(_lines(root / "decode" / "batches.jsonl")),
         training=read_training(root / ((verdict or {}).get("training") or "fit")),
     )
-    if not any((run.verdict, run.scores, run.summary, run.training)):
+    if not any((run.verdict, run.scores, run.frontier, run.summary, run.training)):
         raise InputError(
             f"run folder {root} holds nothing to report: none of verdict.json, evaluation/scores.json, "
             "decode/summary.json, fit/; run `deferral-train evaluate` or `decode` into it first"
@@ -81,6 +84,8 @@ def check(run: Run) -> None:
     """Assert every identity; raises InputError naming file and identity."""
     if run.scores is not None:
         check_scores(run.scores, run.folder / "evaluation" / "scores.json")
+    if run.frontier is not None:
+        check_frontier(run.frontier, run.folder / "evaluation" / "frontier.json")
     check_outputs(run.outputs, run.folder / "decode" / "outputs.jsonl")
     if run.summary is not None and run.outputs:
         check_summary(run.summary, run.outputs, run.folder / "decode" / "summary.json")
@@ -117,6 +122,19 @@ def _check_regret(point: Mapping[str, Any], where: str) -> None:
             where,
             f"{name} = risk + alpha * rejection - oracle on the same tokens ({regret:.6g} and {expected:.6g})",
         )
+
+
+def check_frontier(frontier: Mapping[str, Any], path: Path) -> None:
+    """Rates lie in their ranges, the verifier alone is the unit of latency, Table 2 follows from the points."""
+    for entry in frontier["entries"]:
+        where = f"{path}: temperature {entry['temperature']:g}"
+        points = {name: [Point(**point) for point in line] for name, line in entry["points"].items()}
+        alone = points[VERIFIER][0].latency
+        _require(math.isclose(alone, 1.0, rel_tol=1e-6), where, f"latency of {VERIFIER} = 1")
+        for point in (point for line in points.values() for point in line):
+            for name in ("deferral_rate", "rejection_rate", "calls_per_token"):
+                _require(0 <= getattr(point, name) <= 1, f"{where}, {point.label}", f"0 <= {name} <= 1")
+        _require(table2(points) == entry["table2"], where, "Table 2 follows from the points")
 
 
 def check_outputs(outputs: Iterable[Mapping[str, Any]], path: Path) -> None:

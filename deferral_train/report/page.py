@@ -9,6 +9,8 @@ from typing import Any
 from markupsafe import Markup
 
 from deferral_train import provenance
+from deferral_train.report.board import write_board
+from deferral_train.report.frontier import frontier
 from deferral_train.report.load import Run, load_run
 from deferral_train.report.sections import answer, calibration, curves, length, online, skew, training
 from deferral_train.report.tokens import Texts, slider_data, token_data
@@ -17,7 +19,7 @@ HERE = Path(__file__).parent
 
 
 def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
-    """Check a run folder and write its page.
+    """Check a run folder and write its page, and its curves for TensorBoard in ``tensorboard/`` of the run folder.
 
     Args:
         run_dir: folder of a run, see :class:`deferral_train.report.load.Run` for what is read.
@@ -31,6 +33,7 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     """
     run = load_run(run_dir)
     path = Path(out) if out is not None else run.folder / "report.html"
+    write_board(run)
     provenance.write_text(path, render(run))
     return path
 
@@ -57,6 +60,7 @@ def render(run: Run) -> str:
         answer=answer(run),
         curves=curves(run),
         online=online(run),
+        frontier=frontier(run),
         training=training(run),
         calibration=calibration(run),
         skew=skew(run),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 from report.conftest import HOSTILE
 
+from deferral_train.errors import InputError
+from deferral_train.provenance import write_json
 from deferral_train.report import write_report
 from deferral_train.report.svg import Axis, Series, line_chart
 
@@ -63,11 +66,11 @@ def test_first_screen_holds_the_answer(page: str) -> None:
 
 
 def test_sections_without_input_say_so(run_folder: Path, page: str, tmp_path: Path) -> None:
-    assert page.count("Not measured in this run") == 2  # no training log, no skew
+    assert page.count("Not measured in this run") == 3  # no training log, no skew, no frontier
     (tmp_path / "evaluation").mkdir()
     shutil.copy(run_folder / "evaluation" / "scores.json", tmp_path / "evaluation")
     bare = write_report(tmp_path).read_text(encoding="utf-8")
-    assert bare.count("Not measured in this run") == 6
+    assert bare.count("Not measured in this run") == 7
     assert "no verdict" in bare
 
 
@@ -95,3 +98,81 @@ def test_chart_puts_points_where_they_belong() -> None:
 def test_constant_series_and_empty_charts_are_drawn() -> None:
     assert "circle" in line_chart("t", [Series("a", [1.0], [3.0])], "x", "y")
     assert line_chart("t", [Series("a", [], [])], "x", "y") == ""
+
+
+def frontier_of(verifier: float = 20.0) -> dict:
+    """Two temperatures of a verifier, lossless and OPT at two settings, under a name that is a script."""
+    from deferral_train.evaluation.frontier import frontier_of as entry_of
+
+    def rule(quality: float, seconds: float, rate: float) -> dict:
+        costs = {
+            "seconds": seconds,
+            "rejection_rate": rate,
+            "deferral_rate": rate,
+            "verifier_calls_per_token": rate,
+        }
+        return {"quality": {"bleu": quality}, "prompts": 12, **costs}
+
+    rules = {"verifier_only": rule(verifier, 10.0, 1.0), "lossless": rule(verifier, 8.0, 0.5)}
+    rules |= {"opt:alpha=0.1": rule(21.0, 7.0, 0.4), "opt:alpha=0.3": rule(18.0, 4.0, 0.2)}
+    rules[HOSTILE.format("rule")] = rule(5.0, 3.0, 0.1)
+    return {
+        "entries": [entry_of({"rules": rules, "settings": {"temperature": t}}, "bleu") for t in (0.0, 1.0)]
+    }
+
+
+def test_frontier_becomes_charts_and_table_2(run_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_folder / "evaluation", tmp_path / "evaluation")
+    write_json(tmp_path / "evaluation" / "frontier.json", frontier_of())
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert text.count('data-charts="frontier-') == 2
+    assert text.count("bleu against latency relative to the verifier alone (Figures 4 and 5), T = 1") >= 1
+    # 20 lies between 18 at 0.4 and 21 at 0.7: two thirds of the way, 1 / 0.6.
+    assert "<td>opt</td><td>2</td><td>1.67×</td><td>0.333</td><td>21.0</td>" in text
+    scripts = Scripts()
+    scripts.feed(text)
+    assert "ownedrule" not in "".join(kind or "" for kind in scripts.types)
+    assert HOSTILE.format("rule") not in text
+
+
+@pytest.mark.parametrize(
+    ("identity", "change"),
+    [
+        ("latency of verifier_only = 1", lambda e: e["points"]["verifier_only"][0].update(latency=0.9)),
+        ("0 <= rejection_rate <= 1", lambda e: e["points"]["opt"][0].update(rejection_rate=1.5)),
+        ("Table 2 follows from the points", lambda e: e["table2"][0].update(speedup_at_quality=3.0)),
+    ],
+)
+def test_a_frontier_that_contradicts_itself_is_refused(tmp_path: Path, identity: str, change) -> None:
+    found = frontier_of()
+    change(found["entries"][1])
+    write_json(tmp_path / "evaluation" / "frontier.json", found)
+    with pytest.raises(InputError, match=f"frontier.json: temperature 1.*{identity}"):
+        write_report(tmp_path)
+
+
+def test_tensorboard_gets_the_curves_of_the_page(run_folder: Path, tmp_path: Path) -> None:
+    """Event files read back: every setting is a scalar at its cost in thousandths, every chart a figure."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shutil.copytree(run_folder / "evaluation", tmp_path / "evaluation")
+    write_json(tmp_path / "evaluation" / "frontier.json", frontier_of())
+    for _ in range(2):  # a second report replaces the first
+        write_report(tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    found = [(e.step, e.value) for e in events.Scalars("bleu_against_latency_t1/opt")]
+    assert found == [(400, 18.0), (700, 21.0)]
+    scores = json.loads((tmp_path / "evaluation" / "scores.json").read_text())
+    for name in ("opt", "chow", "lossless"):
+        wanted = sorted(
+            (round(p["rejection_rate"]["value"] * 1000), p["risk"]["value"])
+            for p in scores["points"]
+            if p["rule"] == name
+        )
+        shown = sorted((e.step, e.value) for e in events.Scalars(f"risk_against_rejection_rate/{name}"))
+        assert [step for step, _ in shown] == [step for step, _ in wanted]
+        assert [value for _, value in shown] == pytest.approx([value for _, value in wanted], abs=1e-6)
+    images = events.Tags()["images"]
+    assert {"figures/bleu_against_latency_t0", "figures/emitted_risk_against_rejection_rate"} <= set(images)
+    assert len(events.Images("figures/bleu_against_latency_t0")) == 1
