@@ -95,7 +95,7 @@ def _check_method(speculative: Any) -> None:
 def _check_rule(rule: Rule, speculative: Any) -> None:
     if not rule.drafts:
         raise InputError(f"deferral: rule {rule.name} never drafts; leave out speculative_config instead")
-    if rule.stage == "draft":
+    if rule.stage == "draft" and getattr(rule, "head", None) is not None:
         raise InputError(
             f"deferral: rule {rule.name} has a draft-stage head, which decides before the verifier has run; "
             "export a verify-stage head"

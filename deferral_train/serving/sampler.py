@@ -35,6 +35,12 @@ class DeferralSampler(RejectionSampler):
         self, metadata: Any, draft_probs: Tensor | None, logits: Tensor, sampling_metadata: Any
     ) -> SamplerOutput:
         """As `RejectionSampler.forward`: sampled ids [B, T+1], -1 after the last one of a row."""
+        if metadata.max_spec_len == 0:  # the engine's top-k on a CPU fails on a step without a single draft
+            return self.sampler(
+                logits=logits[metadata.bonus_logits_indices],
+                sampling_metadata=sampling_metadata,
+                predict_bonus_token=True,
+            )
         step = self.seam.begin_step(metadata, sampling_metadata)
         if step is None:
             return super().forward(metadata, draft_probs, logits, sampling_metadata)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from deferral_train.errors import InputError
 from deferral_train.rules import Rule
+from deferral_train.rules.sampling import draw
 from deferral_train.serving.blocks import GREEDY_BELOW, Outcome, Plan, Rows, verify
 from deferral_train.serving.config import ServingConfig
 from deferral_train.serving.counters import VARIABLE, Counters
@@ -132,8 +133,6 @@ class Seam:
         """The rows to decide; None where the engine's own sampler does the same."""
         counts = metadata.num_draft_tokens
         members = [row for row, count in enumerate(counts) if count > 0]
-        if not members:
-            return None
         names = [self.runner.input_batch.req_ids[row] for row in members]
         requests = [self.request(name) for name in names]
         self.opted_out += sum(request.refused is not None for request in requests)
@@ -399,9 +398,22 @@ def _kept_draft(drafter: Any, seam: Seam) -> Any:
         seam.proposals.add(logits, hidden_states)
         if sampling_metadata.all_greedy or not drafter._enable_probabilistic_draft_probs:
             return logits.argmax(dim=-1), None
-        return drafter._sample_from_logits(logits.clone(), sampling_metadata)  # which scales them in place
+        tokens, law = drafter._sample_from_logits(
+            logits.clone(), sampling_metadata
+        )  # which scales them in place
+        if law is not None:
+            _seeded_drafts(tokens, law, sampling_metadata)
+        return tokens, law
 
     return sample_draft_tokens
+
+
+def _seeded_drafts(tokens: Tensor, law: Tensor, sampling_metadata: Any) -> None:
+    """Draw again the drafts [B] of sampled requests with a seed, from their own streams: the engine seeds none."""
+    for row, stream in sampling_metadata.generators.items():
+        if row < len(tokens) and float(sampling_metadata.temperature[row]) >= GREEDY_BELOW:
+            number = torch.rand(1, dtype=torch.float64, device=stream.device, generator=stream)
+            tokens[row] = draw(law[row : row + 1], number.to(law.device))[0]
 
 
 def _time_head(rule: Rule, counters: Counters) -> None:

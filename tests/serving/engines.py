@@ -1,0 +1,150 @@
+"""Tiny Llama pairs that vLLM loads, engines over them in this process, and exact laws to hold them against."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deferral_train.serving.config import ServingConfig
+from deferral_train.serving.counters import SCALARS
+from deferral_train.serving.requests import Requests
+
+VOCABULARY, DRAFTS, LENGTH = 40, 4, 160
+
+
+def save_pair(folder: Path) -> Path:
+    """`verifier`, `drafter` (the same weights with noise) of 64 units; heads of 32, which the CPU kernels know."""
+    from tiny_models import tiny_tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=256, pad_token_id=0, eos_token_id=1,
+        bos_token_id=2, tie_word_embeddings=False,
+    )  # fmt: skip
+
+    def model() -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            made = LlamaForCausalLM(config).eval().requires_grad_(False)
+            for parameter in made.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0, 0.15)
+            made.lm_head.weight.mul_(2.0 / made(torch.randint(4, VOCABULARY, (8, 16))).logits.std())
+        return made
+
+    verifier, drafter = model(), model()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in drafter.parameters():
+        if parameter.dim() > 1:
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15 * float(parameter.std()))
+    for name, made in (("verifier", verifier), ("drafter", drafter)):
+        made.save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+    return folder
+
+
+def start(
+    folder: Path, deferral: dict | None = None, drafter: str | None = "drafter", **settings: Any
+) -> Any:
+    """An engine in this process; without a drafter it does not speculate."""
+    from vllm import LLM
+
+    speculative = settings.pop("speculative", {})
+    if drafter is not None:
+        settings["speculative_config"] = {
+            "model": str(folder / drafter),
+            "method": "draft_model",
+            "num_speculative_tokens": DRAFTS,
+            "draft_sample_method": "probabilistic",
+            **speculative,
+        }
+    if deferral is not None:
+        settings["additional_config"] = {"deferral": deferral}
+    defaults = {
+        "max_model_len": LENGTH,
+        "dtype": "float32",
+        "max_num_seqs": 64,
+        "enforce_eager": True,
+        "seed": 0,
+    }
+    return LLM(model=str(folder / "verifier"), disable_log_stats=False, **{**defaults, **settings})
+
+
+def stop(llm: Any) -> None:
+    """End an engine, so that the next one may start in the same process."""
+    llm.llm_engine.engine_core.shutdown()
+    gc.collect()
+
+
+def runner_of(llm: Any) -> Any:
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+
+def seam_of(llm: Any) -> Any:
+    return runner_of(llm).rejection_sampler.seam
+
+
+def use(llm: Any, **settings: Any) -> Any:
+    """Put other settings into a running engine (a start costs seconds) and set its counters to zero."""
+    seam = seam_of(llm)
+    config = ServingConfig.parse(settings)
+    seam.config, seam.rule, seam.shadow = config, config.make_rule(), config.mode == "shadow"
+    seam.requests = Requests(config, seam.rule)
+    seam.counters.values[:] = 0
+    return seam
+
+
+def counts(seam: Any) -> dict[str, float]:
+    return {name: seam.counters.get(name) for name in SCALARS}
+
+
+def generate(
+    llm: Any, prompts: list[list[int]], extra: dict | list | None = None, **sampling: Any
+) -> list[list[int]]:
+    """Token ids of every prompt; `extra` are extra arguments, for all or one by one."""
+    from vllm import SamplingParams
+
+    sampling = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True, **sampling}
+    each = extra if isinstance(extra, list) else [extra] * len(prompts)
+    params = [SamplingParams(**sampling, extra_args=one) for one in each]
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def prompts(count: int, seed: int = 0, shortest: int = 2, longest: int = 12) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(shortest, longest + 1, (count,), generator=generator).tolist()
+    return [torch.randint(4, VOCABULARY, (size,), generator=generator).tolist() for size in sizes]
+
+
+def exact_logits(folder: Path, sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Drafter's and verifier's logits [N, L, V] in float64 over sequences of one length."""
+    from transformers import LlamaForCausalLM
+
+    found = []
+    for name in ("drafter", "verifier"):
+        model = LlamaForCausalLM.from_pretrained(folder / name, dtype=torch.float64).eval()
+        with torch.no_grad():
+            found.append(model(torch.tensor(sequences)).logits)
+    return found[0], found[1]
+
+
+def uniformity(laws: torch.Tensor, tokens: torch.Tensor, order: torch.Tensor, bins: int = 20) -> float:
+    """p-value that each token [N] was drawn from its own law [N, V].
+
+    Each draw is turned to a number that is uniform under its law (the probability of the tokens before it in `order`
+    [N, V], plus a random part of its own); their histogram goes to a chi-square test of `bins` cells.
+    """
+    from scipy.stats import chisquare
+
+    sorted_laws = laws.gather(1, order)
+    place = (order == tokens[:, None]).double().argmax(dim=1, keepdim=True)
+    before = (sorted_laws.cumsum(1) - sorted_laws).gather(1, place)[:, 0]
+    part = torch.rand(len(tokens), generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    numbers = before + part * sorted_laws.gather(1, place)[:, 0]
+    cells = torch.histc(numbers.clamp(0, 1 - 1e-12), bins, 0, 1)
+    return float(chisquare(cells.numpy()).pvalue)
