@@ -43,7 +43,12 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'deferral_train' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    try:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    except ModuleNotFoundError as error:
+        from deferral_train.errors import missing_extra
+
+        raise missing_extra(error) from None
 
 
 def __dir__() -> list[str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from deferral_train.errors import InputError, MissingExtraError, config_errors
+from deferral_train.errors import InputError, config_errors, missing_extra
 
 PROGRAM = "deferral-train"
 
@@ -36,29 +36,6 @@ COMMANDS: dict[str, str] = {
     "report": "write one self-contained HTML page about a run folder",
     "rules": "print every rule with its dial: parameter, range, lossless end, drafter end",
     "doctor": "say what this machine, pair, trace folder or head can and cannot do",
-}
-
-# Import name -> the extra that brings it.
-EXTRAS = {
-    "transformers": "train",
-    "pytorch_lightning": "train",
-    "datasets": "train",
-    "sklearn": "train",
-    "torchmetrics": "train",
-    "tensorboard": "train",
-    "jsonargparse": "train",
-    "sacrebleu": "train",
-    "jinja2": "train",
-    "matplotlib": "train",
-    "scipy": "train",
-    "pandas": "train",
-    "yaml": "train",
-    "rich": "train",
-    "fsspec": "train",
-    "onnx": "onnx",
-    "onnxscript": "onnx",
-    "onnxruntime": "onnx",
-    "vllm": "vllm",
 }
 
 
@@ -79,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _fail(f"{PROGRAM} {name}", str(error))
     except ModuleNotFoundError as error:
-        return _missing_module(name, error)
+        return _fail(f"{PROGRAM} {name}", str(missing_extra(error)))
     except OSError as error:
         return _os_error(name, error)
     except KeyboardInterrupt:
@@ -218,13 +195,6 @@ def _version() -> str:
     from deferral_train import __version__
 
     return f"{PROGRAM} {__version__}"
-
-
-def _missing_module(name: str, error: ModuleNotFoundError) -> int:
-    top = (error.name or "").split(".")[0]
-    if top not in EXTRAS:
-        raise error
-    return _fail(f"{PROGRAM} {name}", str(MissingExtraError(top, EXTRAS[top])))
 
 
 def _os_error(name: str, error: OSError) -> int:

@@ -7,6 +7,28 @@ from argparse import ArgumentError
 from collections.abc import Iterator
 
 LONGEST = 1000
+# Import name -> the extra that brings it.
+EXTRAS = {
+    "transformers": "train",
+    "pytorch_lightning": "train",
+    "datasets": "train",
+    "sklearn": "train",
+    "torchmetrics": "train",
+    "tensorboard": "train",
+    "jsonargparse": "train",
+    "sacrebleu": "train",
+    "jinja2": "train",
+    "matplotlib": "train",
+    "scipy": "train",
+    "pandas": "train",
+    "yaml": "train",
+    "rich": "train",
+    "fsspec": "train",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
+    "vllm": "vllm",
+}
 
 
 def one_line(text: str, longest: int = LONGEST) -> str:
@@ -42,6 +64,14 @@ class MissingExtraError(InputError):
         super().__init__(f"{module} is not installed; run: pip install 'deferral-train[{extra}]'")
         self.module = module
         self.extra = extra
+
+
+def missing_extra(error: ModuleNotFoundError) -> MissingExtraError:
+    """What to install for a module that is absent; an absent module that no extra brings is raised again."""
+    top = (error.name or "").split(".")[0]
+    if top not in EXTRAS:
+        raise error
+    return MissingExtraError(top, EXTRAS[top])
 
 
 @contextlib.contextmanager
