@@ -12,6 +12,7 @@ from tqdm import tqdm
 from deferral_train.collecting.batches import BatchCollector
 from deferral_train.collecting.config import CollectConfig
 from deferral_train.collecting.engine import run_engine
+from deferral_train.collecting.launch import launch, processes
 from deferral_train.collecting.plan import Plan, make_plan, read_any_prompts, size_text
 from deferral_train.collecting.prefixes import make_source
 from deferral_train.collecting.progress import check_room
@@ -49,6 +50,7 @@ def collect(
             settings, a full disk.
     """
     out = str(out)
+    devices, num_nodes = processes(config.devices, config.num_nodes)
     if config.rule is not None:
         # A mistyped rule is refused before any model is loaded.
         rule_from_spec(config.rule, typed=[config.rule])
@@ -64,7 +66,7 @@ def collect(
     collector = BatchCollector(pair, third, make_source(config), plan.manifest, plan.prompts)
     run_engine(
         pair, third, collector, plan, out,
-        devices=config.devices, num_nodes=config.num_nodes, max_bytes=config.max_bytes, progress=progress,
+        devices=devices, num_nodes=num_nodes, max_bytes=config.max_bytes, progress=progress,
     )  # fmt: skip
     if progress and _rank() == 0:
         _say_result(out)
@@ -90,12 +92,14 @@ def _device(device: str) -> str:
     import torch
 
     if device in ("auto", "cuda") and torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        launched = launch()
+        return f"cuda:{launched.local_rank if launched else os.environ.get('LOCAL_RANK', '0')}"
     return device
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+    launched = launch()
+    return launched.rank if launched else int(os.environ.get("LOCAL_RANK", "0"))  # Lightning's own processes
 
 
 def _say_left_out(plan: Plan) -> None:

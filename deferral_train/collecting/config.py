@@ -33,7 +33,7 @@ class CollectConfig:
         max_bytes: stop cleanly before shards exceed this many bytes.
         limit: use only the first so many prompts.
         seed: base seed; every chunk has its own, derived from it.
-        devices, num_nodes: for Lightning's Trainer.
+        devices, num_nodes: processes per node and machines; under torchrun or srun what was started.
         device: ``auto``, ``cpu`` or ``cuda``. dtype: as ``load_models`` takes it.
         chat, template, prompt_format, reference_path, prompt_field, reference_field, subset, split: see
             ``read_prompts`` and ``encode_prompts``.

@@ -57,8 +57,8 @@ def run(
         max_bytes: stop cleanly before the shards exceed this many bytes.
         limit: use the first so many prompts only.
         seed: base seed; every shard has one of its own, derived from it.
-        devices: processes per node, as Lightning's Trainer takes it.
-        num_nodes: machines.
+        devices: processes per node; under torchrun or srun as many as were started.
+        num_nodes: machines; under torchrun or srun those used.
         device: auto, cpu or cuda.
         dtype: auto, float32, float16 or bfloat16.
         chat: auto (the tokenizer's chat template where it has one), on or off.
