@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -12,18 +12,22 @@ import make_catalogue
 from deferral_train.rules import RULES
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
+PACKAGES = ("rules", "drafting")
 # Modules whose public functions compute an equation each.
 OF_EQUATIONS = ("emission", "floors", "risks", "offline")
 
 
 def named() -> set[str]:
     text = (DOCS / "equations.md").read_text()
-    return set(re.findall(r"`([a-z_0-9]+\.[A-Za-z_0-9]+)`", text)) - {"deferral_train.rules"}
+    return set(re.findall(r"`([a-z_0-9]+\.[A-Za-z_0-9]+)`", text)) - {
+        f"deferral_train.{one}" for one in PACKAGES
+    }
 
 
 def resolve(name: str):
     module, _, attribute = name.partition(".")
-    return getattr(importlib.import_module(f"deferral_train.rules.{module}"), attribute)
+    package = next(one for one in PACKAGES if importlib.util.find_spec(f"deferral_train.{one}.{module}"))
+    return getattr(importlib.import_module(f"deferral_train.{package}.{module}"), attribute)
 
 
 def test_every_function_named_exists():
