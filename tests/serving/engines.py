@@ -148,3 +148,20 @@ def uniformity(laws: torch.Tensor, tokens: torch.Tensor, order: torch.Tensor, bi
     numbers = before + part * sorted_laws.gather(1, place)[:, 0]
     cells = torch.histc(numbers.clamp(0, 1 - 1e-12), bins, 0, 1)
     return float(chisquare(cells.numpy()).pvalue)
+
+
+def drafted_and_accepted(engine):
+    """The engine's own counters of speculation."""
+    found = {metric.name: metric.value for metric in engine.get_metrics() if hasattr(metric, "value")}
+    return [found[f"vllm:spec_decode_num_{name}_tokens"] for name in ("draft", "accepted")]
+
+
+def always_busy(original):
+    """`Requests.of` whose requests all count as logged: rows decided by us, whatever their rule."""
+
+    def of(*arguments):
+        request = original(*arguments)
+        request.logged = True  # a logged row is decided by us, whatever its rule
+        return request
+
+    return of

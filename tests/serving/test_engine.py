@@ -11,13 +11,13 @@ import pytest
 import torch
 from engines import (
     DRAFTS,
+    always_busy,
     counts,
+    drafted_and_accepted,
     exact_logits,
     generate,
     prompts,
-    runner_of,
     save_pair,
-    seam_of,
     start,
     stop,
     use,
@@ -59,31 +59,6 @@ def llm(pair, plain):
     stop(engine)
 
 
-def test_without_settings_the_engine_keeps_its_own_sampler_and_its_random_path_is_broken_on_a_cpu(
-    pair, plain
-):
-    from vllm.v1.sample.rejection_sampler import RejectionSampler
-
-    engine = start(pair, drafter="verifier")
-    try:
-        assert type(runner_of(engine).rejection_sampler) is RejectionSampler
-        assert "sample_tokens" not in vars(runner_of(engine))
-        assert generate(engine, prompts(24)) == plain
-        before = drafted_and_accepted(engine)
-        generate(engine, prompts(24), temperature=1.0)
-        after = drafted_and_accepted(engine)
-    finally:
-        stop(engine)
-    drafted, accepted = (new - old for new, old in zip(after, before))
-    # Drafter = verifier must accept everything. Once vLLM is mended: docs/upstream.md and blocks on a CPU may go.
-    assert accepted < 0.5 * drafted, (drafted, accepted)
-
-
-def drafted_and_accepted(engine):
-    found = {metric.name: metric.value for metric in engine.get_metrics() if hasattr(metric, "value")}
-    return [found[f"vllm:spec_decode_num_{name}_tokens"] for name in ("draft", "accepted")]
-
-
 @pytest.mark.parametrize("name", LOSSLESS_ENDS)
 def test_at_its_lossless_end_every_rule_gives_the_verifiers_own_text(llm, plain, name):
     seam = use(llm, rule=LOSSLESS_ENDS[name])
@@ -106,15 +81,6 @@ def test_lossless_rows_in_our_own_verdicts_are_identical_too(llm, plain):
         assert generate(llm, prompts(24)) == plain, spec
         assert counts(seam)["engine_steps"] == 0
         assert counts(seam)["steps"] > 0
-
-
-def always_busy(original):
-    def of(*arguments):
-        request = original(*arguments)
-        request.logged = True  # a logged row is decided by us, whatever its rule
-        return request
-
-    return of
 
 
 def test_a_rule_in_force_changes_the_text_and_metrics_of_engine_and_plug_in_agree(llm, plain):
@@ -318,94 +284,6 @@ def test_requests_are_forgotten_and_the_engines_proposals_do_not_linger(llm):
     assert counts(seam)["refused_fault"] == 0
 
 
-def test_the_same_weights_accept_every_draft_and_the_law_stays(pair, plain):
-    engine = start(pair, {"rule": "lossless", "log": None} | {"rule": "opt:alpha=0.2"}, drafter="verifier")
-    try:
-        for temperature in (0.0, 1.0):
-            seam = use(engine, rule="opt:alpha=0.2")
-            first = generate(engine, prompts(24), temperature=temperature)
-            assert counts(seam)["rejected"] == 0
-            assert counts(seam)["drafted"] > 0
-            if temperature == 0:
-                assert first == plain
-            seam = use(engine, rule="lossless")
-            generate(engine, prompts(24), temperature=temperature)
-            assert counts(seam)["rejected"] == 0
-    finally:
-        stop(engine)
-
-
-def test_prefix_caching_chunked_prefill_and_preemption_change_no_greedy_token(llm, pair):
-    long = prompts(12, seed=8, shortest=40, longest=60)
-    use(llm, rule="lossless")
-    expected = generate(llm, long, max_tokens=40)
-    # 8 blocks of 32 slots for 12 requests of up to 100 tokens: they do not fit at once.
-    tight = {"max_num_batched_tokens": 80, "num_gpu_blocks_override": 8, "block_size": 32}
-    narrow = start(pair, {"rule": "opt:alpha=0.0", "max_request_loss": 0.5}, **tight)
-    try:
-        seam = seam_of(narrow)
-        seam.requests.of = always_busy(seam.requests.of)
-        assert generate(narrow, long, {"deferral_lossless": 1}, max_tokens=40) == expected
-        assert counts(seam)["engine_steps"] == 0
-        before = preemptions(narrow)
-        assert before > 0
-        seam = use(narrow, rule="opt:alpha=0.0", max_request_loss=0.5)
-        spent = {}
-        seam.requests.forget = remembering(seam.requests, spent)
-        generate(narrow, long, {"deferral_dial": 5.0}, max_tokens=40)
-        generate(
-            narrow, long[:1], {"deferral_lossless": 1}
-        )  # the engine reports the end of a request with the next step
-        assert preemptions(narrow) > before
-    finally:
-        stop(narrow)
-    # One account per request, however often it was preempted: nobody begins again at zero.
-    assert len(spent) == 12
-    assert all(0 < amount <= 0.5 for amount in spent.values())
-    assert sum(spent.values()) == pytest.approx(counts(seam)["estimated_loss"])
-
-
-def preemptions(engine):
-    return next(metric.value for metric in engine.get_metrics() if metric.name == "vllm:num_preemptions")
-
-
-def remembering(requests, spent):
-    original = requests.forget
-
-    def forget(names):
-        names = list(names)
-        spent.update({name: requests._known[name].plan.spent for name in names if name in requests._known})
-        return original(names)
-
-    return forget
-
-
-@pytest.mark.parametrize(
-    ("deferral", "settings", "line"),
-    [
-        ({"rule": "nonsense"}, {}, "unknown rule 'nonsense'"),
-        ({"rule": "opt:alpha=0.2", "speed": 1}, {}, "deferral.speed is unknown"),
-        ({"rule": "verifier_only"}, {}, "rule verifier_only never drafts"),
-        ({"head": "nowhere/at/all"}, {}, "neither a folder nor a hub id"),
-        ({"rule": "opt:alpha=0.2"}, {"drafter": None}, "the engine has no speculative_config"),
-        (
-            {"rule": "chow:alpha=0.2"},
-            {"speculative": {"draft_sample_method": "greedy"}},
-            "reads the drafter's law, and draft_sample_method is 'greedy'",
-        ),
-        (
-            {"rule": "lossless"},
-            {"speculative": {"rejection_sample_method": "block"}},
-            "rejection_sample_method is 'block'",
-        ),
-    ],
-)
-def test_the_engine_refuses_to_start_in_one_line(pair, deferral, settings, line):
-    with pytest.raises(InputError, match=line) as found:
-        start(pair, deferral, **settings)
-    assert "\n" not in str(found.value)
-
-
 def test_the_other_runner_is_refused_by_the_name_of_its_switch(llm):
     config = copy.copy(llm.llm_engine.vllm_config)
     assert not config.use_v2_model_runner
@@ -413,16 +291,3 @@ def test_the_other_runner_is_refused_by_the_name_of_its_switch(llm):
     config.__class__ = other
     with pytest.raises(InputError, match="start with VLLM_USE_V2_MODEL_RUNNER=0"):
         check_engine(config, ServingConfig(rule="opt:alpha=0.2"))
-
-
-def test_a_sampler_that_was_replaced_and_a_rule_that_was_never_asked_are_errors(pair):
-    engine = start(pair, {"rule": "opt:alpha=0.2"})
-    runner, seam = runner_of(engine), seam_of(engine)
-    runner.rejection_sampler = object()
-    with pytest.raises(RuntimeError, match="rejection sampler was replaced"):
-        seam.note(None)
-    runner.rejection_sampler = seam.sampler
-    seam.sampler.forward = super(type(seam.sampler), seam.sampler).forward
-    generate(engine, prompts(2))
-    with pytest.raises(RuntimeError, match=r"opt:alpha=0\.2 was configured and never consulted in"):
-        stop(engine)

@@ -1,0 +1,233 @@
+"""Traces from live traffic: what they hold, what they never hold up, and the way from traffic to a served head."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from engines import counts, exact_logits, generate, prompts, save_pair, seam_of, start, stop, use
+
+from deferral_train.errors import InputError
+from deferral_train.rules import make_rule, summarize
+from deferral_train.serving.blocks import Outcome, Plan, Rows, verify
+from deferral_train.serving.config import LogConfig, ServingConfig
+from deferral_train.serving.counters import Counters
+from deferral_train.serving.seam import Step
+from deferral_train.serving.trace_log import TraceLog
+from deferral_train.traces import open_traces, read_candidates
+
+V, T = 11, 3
+PAIR = {"vocab_size": 10, "tokenizer": "t", "dtype": {}}
+
+
+def logged(folder, **settings):
+    config = ServingConfig(rule="opt:alpha=0.2", log=LogConfig(str(folder), fraction=1.0, **settings))
+    counters = Counters()
+    return TraceLog(config, PAIR, counters), counters
+
+
+def step_of(names, seed=0, start=0):
+    """A verified step of these requests, with a padding column beyond the vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+    count = len(names)
+    verifier = torch.randn(count, T, V, generator=generator)
+    drafter = verifier + torch.randn(count, T, V, generator=generator)
+    verifier[..., 10:] = drafter[..., 10:] = -50.0
+    drafted = torch.multinomial(drafter.softmax(-1).view(-1, V), 1, generator=generator).view(count, T)
+    rows = Rows(drafted, torch.full((count,), T), verifier, [1.0] * count, drafter, [True] * count)
+    numbers = torch.rand(count, T + 1, generator=generator, dtype=torch.float64)
+    outcome = verify(rows, [Plan(make_rule("opt", alpha=0.2))] * count, numbers)
+    positions = start + torch.arange(T).expand(count, T)
+    step = Step(
+        list(range(count)), names, [], drafted, rows.lengths, [T] * count, [1.0] * count, {}, positions
+    )
+    return step, rows, outcome
+
+
+def test_rows_are_those_of_emitted_drafted_positions_with_the_laws_there(tmp_path):
+    log, counters = logged(tmp_path / "t", top_k=4)
+    names = [f"r{n}" for n in range(6)]
+    steps = [step_of(names, seed) for seed in (1, 2)]
+    for number, (step, rows, outcome) in enumerate(steps):
+        step.positions = step.positions + 10 * number
+        log.take(step, rows, outcome, rows.verifier, range(6))
+    log.finished(names[:4])
+    log.close()
+    traces = open_traces(tmp_path / "t", verify=True)
+    assert traces.manifest.prefixes == "cascade:opt:alpha=0.2"
+    assert sorted(traces.prompt_ids) == names
+    place = 0
+    for prompt in traces.manifest.prompt_ids:
+        row = names.index(prompt)
+        for number, (_, rows, outcome) in enumerate(steps):
+            accepted = int(outcome.accepted[row])
+            count = min(accepted + 1, T)
+            token = rows.drafted[row, :count].clone()
+            if accepted < T:
+                token[accepted] = outcome.correction[row]
+            at = slice(place, place + count)
+            place += count
+            expected = summarize(rows.drafter[row, :count, :10], rows.verifier[row, :count, :10], token=token)
+            for name in ("kl", "drafter_max", "verifier_logprob", "tv", "token", "js"):
+                np.testing.assert_allclose(traces.column(name)[at], expected[name], rtol=1e-5, atol=1e-6)
+            assert traces.column("position")[at].tolist() == list(range(10 * number, 10 * number + count))
+            assert traces.column("draft_position")[at].tolist() == list(range(count))
+            assert traces.column("origin")[at].tolist() == outcome.origin[row, :count].tolist()
+    assert place == len(traces) == counters.get("log_rows")
+    assert (counters.get("log_requests"), counters.get("log_dropped"), counters.get("log_faults")) == (
+        6,
+        0,
+        0,
+    )
+    assert read_candidates(traces, np.arange(len(traces))) is not None
+    assert not (tmp_path / "t" / "prompts.jsonl").exists()
+
+
+def test_a_full_queue_drops_traces_and_never_waits(tmp_path):
+    log, counters = logged(tmp_path / "t", queue=2)
+    gate = threading.Event()
+    original = log._columns
+    log._columns = lambda block: (gate.wait(20), original(block))[1]
+    step, rows, outcome = step_of([f"r{n}" for n in range(8)])
+    log.take(step, rows, outcome, rows.verifier, range(8))  # returns although nothing is being written
+    gate.set()
+    log.finished(step.names)
+    log.close()
+    kept = len(open_traces(tmp_path / "t").prompt_ids)
+    assert 2 <= kept <= 3
+    assert counters.get("log_dropped") == 8 - kept
+
+
+def test_the_byte_limit_ends_logging_and_the_folder_stays_readable(tmp_path):
+    log, counters = logged(tmp_path / "t", max_bytes=25_000, rows_per_shard=8)
+    for number in range(40):
+        step, rows, outcome = step_of([f"r{number}-{n}" for n in range(4)], number)
+        log.take(step, rows, outcome, rows.verifier, range(4))
+        log.finished(step.names)
+    log.close()
+    traces = open_traces(tmp_path / "t", verify=True)
+    assert 0 < traces.bytes <= 25_000
+    assert traces.bytes == counters.get("log_bytes")
+    assert counters.get("log_dropped") > 0
+
+
+def test_a_fault_of_the_writer_is_counted_and_touches_nobody(tmp_path):
+    log, counters = logged(tmp_path / "t")
+    step, rows, outcome = step_of(["a", "b"])
+    rows.drafter[0, 0, 3] = torch.nan
+    log.take(step, rows, outcome, rows.verifier, range(2))
+    log.finished(["a", "b"])
+    log.close()
+    assert counters.get("log_faults") == 1
+    assert open_traces(tmp_path / "t").prompt_ids == ("b",)
+    broken: Outcome | None = None
+    with pytest.raises(AttributeError):  # what Seam._log catches and counts
+        log.take(step, rows, broken, rows.verifier, range(2))
+
+
+def test_a_folder_with_traces_is_not_written_over(tmp_path):
+    from types import SimpleNamespace
+
+    from deferral_train.serving.checks import _check_log
+
+    log, _ = logged(tmp_path / "t")
+    log.close()
+    config = ServingConfig(rule="opt", log=LogConfig(str(tmp_path / "t")))
+    with pytest.raises(InputError, match="holds traces already; name a new one"):
+        _check_log(config, SimpleNamespace(method="draft_model", draft_sample_method="probabilistic"))
+    with pytest.raises(InputError, match="traces need the drafter's law"):
+        _check_log(config, SimpleNamespace(method="draft_model", draft_sample_method="greedy"))
+
+
+@pytest.mark.engine
+def test_from_traffic_to_traces_to_a_head_that_the_engine_serves(tmp_path):
+    """Lossless traffic is logged, a head is fitted on it, shadowed, and served: three engines."""
+    from deferral_train.heads import DeferralHead
+    from deferral_train.training.config import FitConfig
+    from deferral_train.training.fit import fit
+
+    pair = save_pair(tmp_path / "pair")
+    asked = prompts(300, seed=21)
+    log = {"folder": str(tmp_path / "traces"), "fraction": 1.0, "hidden": True, "top_k": 4, "queue": 100_000}
+    engine = start(pair, {"log": log})
+    try:
+        said = generate(engine, asked, temperature=1.0)
+        found = counts(seam_of(engine))
+    finally:
+        stop(engine)
+    traces = open_traces(tmp_path / "traces", verify=True)
+    assert found["log_dropped"] == found["log_faults"] == 0
+    assert len(traces) == found["accepted"] + found["rejected"]
+    check_rows(traces, pair, asked, said)
+
+    features = ("drafter_max:logit", "verifier_max:logit", "verifier_at_drafter_argmax", "tv")
+    config = FitConfig(
+        train=str(tmp_path / "traces"), truth="verifier", features=features, hidden=(8,), epochs=4
+    )
+    head = fit(config, tmp_path / "fit").head
+    head.metadata["alpha"] = 0.02
+    DeferralHead.save_pretrained(head, tmp_path / "head")
+    engine = start(pair, {"head": str(tmp_path / "head"), "mode": "shadow"})
+    try:
+        seam = seam_of(engine)
+        assert not seam.requests.mismatch  # the head's pair is the served one
+        generate(engine, asked, temperature=1.0)
+        predicted = per_block(counts(seam), "shadow_")
+        lossless = per_block(counts(seam), "")
+        assert 0 < counts(seam)["head_seconds"] < counts(seam)["shadow_seconds"]
+        use(engine, head=str(tmp_path / "head"))
+        generate(engine, asked, temperature=1.0)
+        served = per_block(counts(seam), "")
+        assert counts(seam)["kept"] > 0
+    finally:
+        stop(engine)
+    # Means per block and their standard errors; a false alarm at 5 of them has probability below 1e-6.
+    assert abs(predicted[0] - served[0]) < 5 * (predicted[1] ** 2 + served[1] ** 2) ** 0.5, (
+        predicted,
+        served,
+    )
+    assert served[0] > lossless[0] + 5 * (served[1] ** 2 + lossless[1] ** 2) ** 0.5, (served, lossless)
+
+    # Another pair: the head is loaded, every request is served lossless, and it is said why.
+    engine = start(pair, {"head": str(tmp_path / "head")}, drafter="verifier")
+    try:
+        seam = seam_of(engine)
+        assert "drafter weights" in "; ".join(seam.requests.mismatch)
+        generate(engine, asked[:4])
+        assert counts(seam)["refused_pair"] == 4
+        assert counts(seam)["kept"] == 0
+    finally:
+        stop(engine)
+
+
+def per_block(found, prefix):
+    """Mean drafted tokens that stand per block, and its standard error."""
+    blocks = found[prefix + "blocks"]
+    mean = (found[prefix + "kept"] + found[prefix + "accepted"]) / blocks
+    return mean, ((found[prefix + "squares"] / blocks - mean**2) / blocks) ** 0.5
+
+
+def check_rows(traces, pair, asked, said):
+    """Every logged row against both models run over the very text that the engine gave."""
+    column = {
+        name: traces.column(name) for name in ("position", "token", "kl", "drafter_max", "verifier_logprob")
+    }
+    rows_of = traces.prompt_of_row
+    checked = 0
+    for number, name in enumerate(traces.manifest.prompt_ids[:12]):
+        place = int(name.split("-")[0])
+        prompt, text = asked[place], said[place]
+        rows = np.flatnonzero(rows_of == number)
+        positions = column["position"][rows]
+        inside = positions < len(text)  # a block may run over the request's last token
+        rows, positions = rows[inside], torch.from_numpy(positions[inside].astype(np.int64))
+        assert (np.array(text)[positions] == column["token"][rows]).all()
+        drafter, verifier = exact_logits(pair, [prompt + text])
+        at = len(prompt) - 1 + positions
+        expected = summarize(drafter[0, at], verifier[0, at], token=torch.tensor(text)[positions])
+        for field in ("kl", "drafter_max", "verifier_logprob"):
+            np.testing.assert_allclose(column[field][rows], expected[field], atol=2e-4)
+        checked += len(rows)
+    assert checked > 50
