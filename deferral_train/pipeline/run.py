@@ -36,6 +36,8 @@ LEARNED = "learned"
 TRACES = tuple(f"traces/{part}" for part in PARTS)
 ON_POLICY = "traces/on_policy"
 PROBE = "probe/traces"
+# Stages that decode or collect for one setting: under another one nothing of them can be used.
+DECODED = ("decode", "frontier", "skew")
 SLIDER_PROMPTS = 20
 Results = Mapping[str, Any]
 # What a run writes besides the user's own pair; small runs need far less.
@@ -88,7 +90,7 @@ class Run:
         c, first = self.config, [stage for stage in self.stages() if stage.name in ("text", "pair")]
         settings = [c.traces, c.rules, c.point, c.decode.num_draft_tokens, c.seed]
         title = f"the ceiling on {ceilings.PROMPTS} prompts"
-        stage = Stage("probe", title, plain(settings), ("text", "pair"), ("probe",), self.ceiling)
+        stage = Stage("probe", title, plain(settings), ("text", "pair"), ("probe",), self.ceiling, True)
         records = StageRunner(self.folder, self.console.announce).run([*first, stage])
         found = dict(records["probe"].result)
         ceilings.show(self.console, found)
@@ -187,7 +189,7 @@ class Run:
             ("report", "one page", {}, ("verdict",), ("report.html", "tensorboard"), self.report),
         ]
         return [
-            Stage(name, title, plain(settings), after, out, do)
+            Stage(name, title, plain(settings), after, out, do, replace=name in DECODED)
             for name, title, settings, after, out, do in table
         ]
 

@@ -36,6 +36,8 @@ class Stage:
         after: names of the stages whose outputs it reads.
         outputs: files or folders below the run folder that it writes.
         work: does it; gets the results of all earlier stages by name, returns a JSON-like result.
+        replace: what the stage left under other settings is removed before it works; without, its own work
+            decides what of it can be used.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Stage:
     after: tuple[str, ...]
     outputs: tuple[str, ...]
     work: Callable[[Mapping[str, Any]], Any]
+    replace: bool = False
 
 
 @dataclass
@@ -105,6 +108,8 @@ class StageRunner:
 
     def _work(self, stage: Stage, key: str) -> StageRecord:
         self._marker(stage).unlink(missing_ok=True)
+        if stage.replace:
+            self._clear(stage, key)
         start = time.perf_counter()
         result = provenance.plain(stage.work(self.results()))
         seconds = round(time.perf_counter() - start, 3)
@@ -117,6 +122,15 @@ class StageRunner:
         }
         provenance.write_json(self._marker(stage), marker)
         return StageRecord(stage.name, result, seconds, False, _digest(marker))
+
+    def _clear(self, stage: Stage, key: str) -> None:
+        """Remove outputs that were begun under another key, and note the key that begins now."""
+        begun = self.folder / MARKERS / f"{stage.name}.begun"
+        if not begun.is_file() or begun.read_text(encoding="utf-8") != key:
+            for output in stage.outputs:
+                path = self.folder / output
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        provenance.write_text(begun, key)
 
     def _outputs(self, stage: Stage) -> dict[str, list[Any]]:
         """Relative path -> [bytes, checksum] of every file a stage wrote."""

@@ -146,6 +146,18 @@ def test_second_run_reuses_everything_and_says_so(finished, config_path, capsys)
     assert (finished / "report.html").stat().st_mtime_ns == before
 
 
+def test_another_limit_decodes_anew_in_the_same_folder(finished, config_path, tmp_path):
+    out = tmp_path / "again"
+    shutil.copytree(finished, out)
+    settings = yaml.safe_load(config_path.read_text())
+    settings["decode"]["limit"] = 5
+    path = tmp_path / "changed.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    assert cli.main(["run", "--config", str(path), "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in (out / "decode" / "outputs.jsonl").read_text().splitlines()]
+    assert len({row["id"] for row in rows}) == 5
+
+
 def test_killed_in_every_stage_gives_the_numbers_of_an_uninterrupted_run(finished, config_path, tmp_path):
     out = tmp_path / "killed"
     script = Path(__file__).with_name("killed_run.py")

@@ -111,3 +111,26 @@ def test_fresh_starts_over_but_never_empties_a_foreign_folder(tmp_path):
     open_run(run, {"seed": 0}, fresh=True)
     assert not (run / "left").exists()
     assert (run / RUN_FILE).is_file()
+
+
+def test_a_replacing_stage_clears_what_other_settings_left_but_not_its_own_unfinished_work(tmp_path):
+    seen = []
+
+    def work(_):
+        folder = tmp_path / "made"
+        seen.append(sorted(path.name for path in folder.glob("*")) if folder.is_dir() else [])
+        folder.mkdir(exist_ok=True)
+        (folder / f"part{len(seen)}").write_text("x")
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+        return {}
+
+    def stage(limit):
+        return Stage("s", "title", {"limit": limit}, (), ("made",), work, replace=True)
+
+    with pytest.raises(KeyboardInterrupt):
+        StageRunner(tmp_path).run([stage(1)])
+    StageRunner(tmp_path).run([stage(1)])
+    StageRunner(tmp_path).run([stage(2)])
+    assert seen == [[], ["part1"], []]
+    assert [path.name for path in (tmp_path / "made").glob("*")] == ["part3"]
