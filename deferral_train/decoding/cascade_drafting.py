@@ -53,7 +53,7 @@ class CascadeProposer:
         self.steppers: Sequence[Stepper] = list(steppers)
         self.vocab_size = vocab_size
         self.prompts, self.separate, self.generator = prompts, separate, generator
-        self.counts = ReviewCounts(plan)
+        self.counts = ReviewCounts(plan.drafters)
         self._texts: dict[int, MaxGramText] = {}
         self._known: dict[int, int] = {}  # generated tokens of each row that its text holds for good
         self._base: list[int] = []

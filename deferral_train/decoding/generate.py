@@ -24,6 +24,7 @@ from deferral_train.decoding.stats import GenerationStats, Ledger
 from deferral_train.decoding.stepper import Stepper
 from deferral_train.decoding.stopping import StopDrafting
 from deferral_train.decoding.tokens import TokenRows
+from deferral_train.drafting.counts import ReviewCounts
 from deferral_train.drafting.plan import DraftCascade
 from deferral_train.rules.base import Rule
 from deferral_train.rules.registry import make_rule
@@ -36,10 +37,12 @@ class CascadeOutput(ModelOutput):
     Attributes:
         sequences: [R, L] ids, prompt included, padded on the right.
         stats: counts, calls and the origin of every emitted token.
+        reviews: who let through how much of whom, where the drafter is a cascade.
     """
 
     sequences: Tensor | None = None
     stats: GenerationStats | None = None
+    reviews: ReviewCounts | None = None
 
 
 @torch.no_grad()
@@ -157,7 +160,10 @@ def cascade_generate(
         token_streamer.end()
     stats = ledger.finish(cascade.verifier.passes, sum(one.passes for one in proposer.steppers))
     sequences = tokens.sequences()
-    return CascadeOutput(sequences, stats) if generation_config.return_dict_in_generate else sequences
+    if not generation_config.return_dict_in_generate:
+        return sequences
+    reviews = proposer.counts if isinstance(proposer, CascadeProposer) else None
+    return CascadeOutput(sequences, stats, reviews)
 
 
 def _pad_id(generation_config: Any) -> int:
