@@ -70,7 +70,10 @@ def _checked_inputs(original: Any) -> Any:
 
 
 def _admit(processor: Any, params: Any) -> None:
-    """Raises InputError (a ValueError: HTTP 400) for options that the server does not grant."""
+    """Raises vLLM's own validation error (HTTP 400) for options that the server does not grant."""
+    from vllm.exceptions import VLLMValidationError
+
+    from deferral_train.errors import InputError
     from deferral_train.serving.checks import configured
     from deferral_train.serving.config import RequestOptions
 
@@ -80,7 +83,10 @@ def _admit(processor: Any, params: Any) -> None:
     granted = getattr(processor, MARK)
     extra = getattr(params, "extra_args", None)
     if granted is not None and extra:
-        RequestOptions.parse(extra).admit(*granted)
+        try:
+            RequestOptions.parse(extra).admit(*granted)
+        except InputError as error:
+            raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
 
 
 def _attached_device(original: Any) -> Any:

@@ -133,6 +133,29 @@ def exact_logits(folder: Path, sequences: list[list[int]]) -> tuple[torch.Tensor
     return found[0], found[1]
 
 
+def loop(
+    folder: Path, rule: Any, rows: list[list[int]], tokens: int, temperature: float, seed: int = 0
+) -> Any:
+    """This project's own loop over prompts of one length: its result with `sequences` and `stats`."""
+    from transformers import LlamaForCausalLM
+
+    from deferral_train import cascade_generate
+
+    drafter, verifier = (
+        LlamaForCausalLM.from_pretrained(folder / name).eval() for name in ("drafter", "verifier")
+    )
+    verifier.generation_config.eos_token_id = None
+    sampling = (
+        {"do_sample": False}
+        if temperature == 0
+        else {"do_sample": True, "temperature": temperature, "top_k": 0}
+    )
+    return verifier.generate(
+        torch.tensor(rows), custom_generate=cascade_generate, drafter=drafter, rule=rule, num_draft_tokens=DRAFTS,
+        max_new_tokens=tokens, return_dict_in_generate=True, generator=torch.Generator().manual_seed(seed), **sampling,
+    )  # fmt: skip
+
+
 def uniformity(laws: torch.Tensor, tokens: torch.Tensor, order: torch.Tensor, bins: int = 20) -> float:
     """p-value that each token [N] was drawn from its own law [N, V].
 

@@ -16,6 +16,7 @@ from engines import (
     drafted_and_accepted,
     exact_logits,
     generate,
+    loop,
     prompts,
     save_pair,
     start,
@@ -159,6 +160,33 @@ def test_truncation_holds_for_drafted_tokens(llm, pair):
         drafter, verifier, drafter_sampling_logits=drafter, verifier_sampling_logits=kept
     )
     assert p_value(pi, tokens, drafter, verifier, slice(1, DRAFTS + 1)) > FAILURE
+
+
+@pytest.mark.parametrize("spec", ["opt:alpha=0.2", "token_v3:alpha=0.5", "lossless"])
+def test_loop_and_engine_say_the_same_greedily_and_accept_alike_when_sampling(llm, pair, spec):
+    """Blocks begin at the same places: the loop starts from the engine's first token, which is not drafted."""
+    name, _, value = spec.partition(":alpha=")
+    rule = make_rule(name, **({"alpha": float(value)} if value else {}))
+    rows = prompts(160, seed=6, shortest=6, longest=6)
+    use(llm, rule=spec)
+    said = generate(llm, rows[:24])
+    from_first = [row + text[:1] for row, text in zip(rows, said)]
+    ours = loop(pair, rule, from_first, 23, 0.0).sequences[:, 7:].tolist()
+    assert ours == [text[1:] for text in said]
+
+    seam = use(llm, rule=spec)
+    seam.requests.of = always_busy(seam.requests.of)
+    said = generate(llm, rows, temperature=1.0, max_tokens=48)
+    reached, passed = (torch.tensor(seam.counters.places(which))[:DRAFTS] for which in ("reached", "passed"))
+    stats = loop(pair, rule, [row + text[:1] for row, text in zip(rows, said)], 47, 1.0).stats
+    decided, accepted = stats.positions["decided"].double(), stats.positions["accepted"].double()
+    for place in range(DRAFTS):
+        both = (passed[place] + accepted[place]) / (reached[place] + decided[place])
+        error = (both * (1 - both) * (1 / reached[place] + 1 / decided[place])) ** 0.5
+        difference = passed[place] / reached[place] - accepted[place] / decided[place]
+        # Normal approximation: one of these 12 comparisons fails by chance with probability below 1e-6.
+        assert abs(difference) < 5.5 * error, (place, difference, error)
+        assert min(reached[place], decided[place]) > 300
 
 
 def test_a_seed_fixes_a_request_whoever_its_neighbours_are(llm):
