@@ -39,6 +39,7 @@ def run(
     bonus: str = "verifier",
     max_request_loss: float | None = None,
     stop: str | None = None,
+    drafting: str | None = None,
     stop_strings: list[str] = [],  # noqa: B006
     chat: str = "auto",
     log_tokens: int = 0,
@@ -80,6 +81,8 @@ def run(
         max_request_loss: bound on the summed estimated loss of kept tokens per prompt; then lossless.
         stop: adaptive draft length: confidence:threshold=0.4, cumulative:threshold=0.2,
             entropy:threshold=0.4,weight=0.2, head:head=FOLDER,alpha=0.1,threshold=0.5, speed:cost=0.1.
+        drafting: cascade of drafters in place of the drafter alone: vertical:tokens=4,copies=10,
+            horizontal:tokens=4,copies=6, max_gram:tokens=10, or a .yaml file with k, lenience, smaller drafters.
         stop_strings: end a text once it holds one of these.
         chat: use the tokenizer's chat template: auto, on or off.
         log_tokens: candidates of both models to record per token, 0 for none.
@@ -91,13 +94,16 @@ def run(
     """
     from deferral_train.decoding.decode import DecodeConfig, decode
     from deferral_train.decoding.pair import Settings, load_pair
+    from deferral_train.drafting.spec import drafting_from_spec
     from deferral_train.evaluation.outputs import check_metrics, score_outputs
     from deferral_train.heads.rules import rule_from_spec
     from deferral_train.pairs.prompts import read_prompts
 
+    spec = drafting_from_spec(drafting) if drafting is not None else None
     settings = Settings(
         num_draft_tokens, max_new_tokens, batch_size, temperature, top_k, top_p, seed, execution, bonus,
         max_request_loss, stop_from_spec(stop), tuple(stop_strings), chat, accept_mismatch,
+        drafting=spec.plan if spec is not None else None,
     )  # fmt: skip
     config = DecodeConfig(settings, repetitions, log_tokens)
     named = {spec: rule_from_spec(spec, typed=rules) for spec in rules}
@@ -108,7 +114,7 @@ def run(
         reference_field=reference_field, template=template, split=split, start=start, limit=limit,
     )  # fmt: skip
     check_metrics(metrics, texts)
-    pair = load_pair(drafter, verifier, device, dtype)
+    pair = load_pair(drafter, verifier, device, dtype, smaller=spec.smaller if spec is not None else ())
     summary = decode(pair, texts, named, config, out)
     if metrics:
         summary = score_outputs(out, metrics, pair.models, texts, chat=chat)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ def _counted(rule: Rule, config: DecodeConfig) -> tuple[Rule, StopDrafting | Non
 def _identity(
     pair: Pair, prompts: Sequence[Prompt], named: Mapping[str, Rule], config: DecodeConfig
 ) -> dict[str, Any]:
-    settings = asdict(replace(config.settings, stop=None)) | {"stop": repr(config.settings.stop)}
+    settings = config.settings.described()
     return {
         "prompts": provenance.hash_of([[p.id, p.prompt, p.reference] for p in prompts]),
         "rules": {label: _describe(rule) for label, rule in named.items()},
@@ -246,6 +246,6 @@ def _summary(
     return {
         "rules": rules,
         "repetitions": config.repetitions,
-        "settings": asdict(replace(config.settings, stop=None)) | {"stop": repr(config.settings.stop)},
+        "settings": config.settings.described(),
         "provenance": provenance.collect({"decode": config.settings.seed}),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from deferral_train.decoding.facts import facts_of
 from deferral_train.decoding.generate import cascade_generate
 from deferral_train.decoding.stats import GenerationStats
 from deferral_train.decoding.stopping import StopDrafting
+from deferral_train.drafting.plan import DraftCascade, Plan
 from deferral_train.errors import InputError
 from deferral_train.pairs.encode import EncodedPrompt, encode_prompts
-from deferral_train.pairs.load import ModelPair, load_models
+from deferral_train.pairs.load import ModelPair, load_models, load_smaller
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.rules.base import Rule
 from deferral_train.rules.registry import make_rule
@@ -36,6 +37,8 @@ class Settings:
         stop_strings: end a row once its text holds one of these.
         chat: use the tokenizer's chat template: ``auto``, ``on`` or ``off``.
         accept_mismatch: go on with a head made for other weights, dtype or temperature.
+        drafting: plan of a cascade of drafters, the pair's own at its top (none for Max-Gram alone); then
+            ``num_draft_tokens`` is not read.
         queue: prompts handed over together, in batches: a prompt takes the place of one that has ended.
     """
 
@@ -54,6 +57,7 @@ class Settings:
     chat: str = "auto"
     accept_mismatch: bool = False
     queue: int = 4
+    drafting: Plan | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_draft_tokens", "max_new_tokens", "batch_size", "queue"):
@@ -64,6 +68,12 @@ class Settings:
             raise InputError(f"temperature is {self.temperature}; give a number >= 0 (0 is greedy)")
         if self.top_k < 0 or not 0.0 < self.top_p <= 1.0:
             raise InputError(f"top_k is {self.top_k}, top_p {self.top_p}; give top_k >= 0 and 0 < top_p <= 1")
+
+    def described(self) -> dict[str, Any]:
+        """The settings as plain values, for records."""
+        values = asdict(replace(self, stop=None, drafting=None))
+        drafting = None if self.drafting is None else self.drafting.described()
+        return values | {"stop": repr(self.stop), "drafting": drafting}
 
     @property
     def call_size(self) -> int:
@@ -104,10 +114,11 @@ class Pair:
 
     Args:
         models: as loaded by :func:`deferral_train.pairs.load.load_models`.
+        smaller: further drafters below the pair's own, largest first, for ``drafting``.
     """
 
-    def __init__(self, models: ModelPair) -> None:
-        self.models = models
+    def __init__(self, models: ModelPair, smaller: Sequence[Any] = ()) -> None:
+        self.models, self.smaller = models, tuple(smaller)
         self.tokenizer = models.tokenizer
 
     def generate(
@@ -140,7 +151,9 @@ class Pair:
         return Generation([self.text(row) for row in tokens], tokens, stats, seconds, mismatches)
 
     def check(self, rule: Rule, options: Settings) -> list[str]:
-        """Refuse heads that belong to another pair; returns the mismatches that were accepted."""
+        """Refuse heads that belong to another pair and plans for other drafters; returns the mismatches that were
+        accepted.
+        """
         verifier = self.models.verifier
         facts = {
             "vocab_size": self.models.vocab_size,
@@ -151,6 +164,7 @@ class Pair:
             "quantization": _quantization(verifier),
             "temperature": options.temperature,
         }
+        self._drafter(options)
         found: list[str] = []
         for head in heads_of(rule, options.stop):
             found += check_head(head, self.models.fingerprints, facts, options.accept_mismatch)
@@ -220,7 +234,7 @@ class Pair:
             **self._generate_options(options),
             stopping_criteria=self._criteria(options),
             custom_generate=cascade_generate,
-            drafter=models.drafter,
+            drafter=self._drafter(options),
             rule=rule,
             num_draft_tokens=options.num_draft_tokens,
             stop=stop,
@@ -238,6 +252,13 @@ class Pair:
         counts = output.stats.emitted.tolist()
         rows = output.sequences[:, prompt_length:].tolist()
         return BatchResult([row[:count] for row, count in zip(rows, counts)], output.stats, seconds)
+
+    def _drafter(self, options: Settings) -> Any:
+        """The pair's drafter, or the cascade below it that the settings ask for."""
+        if options.drafting is None:
+            return self.models.drafter
+        drafters = [self.models.drafter, *self.smaller] if options.drafting.drafters else []
+        return DraftCascade(drafters, options.drafting, self.models.fingerprints.get("tokenizer"))
 
     def _generate_options(self, options: Settings) -> dict[str, Any]:
         sampling: dict[str, Any] = {"do_sample": False}
@@ -274,10 +295,18 @@ class Pair:
 
 
 def load_pair(
-    drafter: str, verifier: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+    drafter: str,
+    verifier: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    smaller: Sequence[str] = (),
 ) -> Pair:
-    """Load two checkpoints as a :class:`Pair`; arguments and errors as for ``load_models``."""
-    return Pair(load_models(drafter, verifier, device, dtype, trust_remote_code))
+    """Load two checkpoints as a :class:`Pair`, and the drafters below; arguments and errors as for
+    ``load_models``.
+    """
+    models = load_models(drafter, verifier, device, dtype, trust_remote_code)
+    return Pair(models, load_smaller(smaller, models, dtype, trust_remote_code))
 
 
 def as_prompts(prompts: str | Sequence[str | Prompt]) -> list[Prompt]:

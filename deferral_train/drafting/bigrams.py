@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from deferral_train import provenance
 from deferral_train.errors import InputError
 
 FORMAT = "deferral-train bigrams 1"
@@ -34,6 +35,11 @@ class BigramTable:
             raise InputError(f"bigram table: a successor lies outside the vocabulary 0..{size - 1}")
         self.successor, self.tokenizer = successor.to(torch.int32), tokenizer
         self._list: list[int] = self.successor.tolist()
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the table."""
+        return provenance.hash_of([self.tokenizer, self._list])
 
     def __len__(self) -> int:
         return len(self._list)

@@ -61,6 +61,18 @@ class Plan:
         """Neural drafters."""
         return len(self.k) - 1
 
+    def described(self) -> dict[str, Any]:
+        """The plan as plain values, for records; a bigram table by its hash."""
+        copies = self.max_gram
+        table = None if copies is None or copies.bigrams is None else copies.bigrams.fingerprint
+        return {
+            "k": [list(row) for row in self.k],
+            "lenience": self.lenience,
+            "match": None if copies is None else copies.match,
+            "least": None if copies is None else copies.least,
+            "bigrams": table,
+        }
+
     @property
     def longest(self) -> tuple[int, ...]:
         """Most tokens of a draft that each model may have to review, verifier first."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +73,26 @@ def load_models(
     fingerprints: dict[str, Any] = {role: checkpoint_fingerprint(folder) for role, folder in folders.items()}
     fingerprints["tokenizer"] = tokenizer_fingerprint(tokenizers["verifier"])
     return make_pair(models["drafter"], models["verifier"], tokenizers["verifier"], fingerprints)
+
+
+def load_smaller(
+    names: Sequence[str | Path], pair: ModelPair, dtype: str = "auto", trust_remote_code: bool = False
+) -> list[Any]:
+    """Further drafters for a pair, checked like its own; on the pair's device, in eval mode, and among its
+    fingerprints.
+
+    Raises:
+        InputError: as for :func:`load_models`.
+    """
+    models = []
+    for name in names:
+        folder = resolve_checkpoint(name, "drafter")
+        config = _load_config(folder, "drafter", trust_remote_code)
+        _check_architectures(config, pair.verifier.config)
+        check_same_tokenizer(load_tokenizer(folder, "drafter", trust_remote_code), pair.tokenizer)
+        models.append(_load_model(folder, "drafter", config, pair.device, dtype, trust_remote_code).eval())
+        pair.fingerprints.setdefault("smaller", []).append(checkpoint_fingerprint(folder))
+    return models
 
 
 def make_pair(
