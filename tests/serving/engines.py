@@ -150,9 +150,10 @@ def loop(
         if temperature == 0
         else {"do_sample": True, "temperature": temperature, "top_k": 0}
     )
+    ids = torch.tensor(rows)
     return verifier.generate(
-        torch.tensor(rows), custom_generate=cascade_generate, drafter=drafter, rule=rule, num_draft_tokens=DRAFTS,
-        max_new_tokens=tokens, return_dict_in_generate=True, generator=torch.Generator().manual_seed(seed), **sampling,
+        ids, attention_mask=torch.ones_like(ids), custom_generate=cascade_generate, drafter=drafter, rule=rule,
+        num_draft_tokens=DRAFTS, max_new_tokens=tokens, return_dict_in_generate=True, generator=torch.Generator().manual_seed(seed), **sampling,
     )  # fmt: skip
 
 
