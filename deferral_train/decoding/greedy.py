@@ -38,8 +38,8 @@ def judge_greedy(rule: Rule, draft: Draft, verifier_logits: Tensor, context: Sum
     """
     depth = draft.depth
     best = lowest_argmax(verifier_logits)
-    top = verifier_logits.gather(2, best[..., None])[..., 0]
-    columns = [best, torch.isfinite(top).all(dim=1, keepdim=True)]
+    top = verifier_logits.amax(dim=-1)  # NaN where there is one
+    columns = [best, torch.isfinite(top)]
     decides = not rule.is_lossless and depth > 0
     if decides:
         laws = Laws.of(draft.logits[:, :depth], verifier_logits[:, :depth], 0.0)
@@ -49,7 +49,7 @@ def judge_greedy(rule: Rule, draft: Draft, verifier_logits: Tensor, context: Sum
     if draft.on_host is None or not isinstance(draft.proposed, list):
         columns += [draft.tokens, draft.lengths[:, None]]
     found = to_host(*columns)
-    if not all(flag for (flag,) in found[1]):
+    if not all(all(row) for row in found[1]):
         raise InputError("the verifier's logits are NaN or infinite; check its weights and number format")
     deferrals, kept = (found[2], found[3]) if decides else (None, None)
     if draft.on_host is not None and isinstance(draft.proposed, list):

@@ -109,7 +109,7 @@ class Stepper:
         self.passes += 1
         if logits.shape[1] != keep or logits.shape[2] != self.vocab_size:
             logits = logits[:, -keep:, : self.vocab_size]
-        return logits.float()
+        return logits if logits.dtype == torch.float32 else logits.float()
 
     def _arguments(self, inputs: Tensor, keep: int) -> dict[str, Any]:
         mask, positions = self._mask_and_positions(inputs)

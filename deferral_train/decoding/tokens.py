@@ -104,9 +104,11 @@ class TokenRows:
     def write(self, offset: int, block: Tensor) -> None:
         """Put ``block`` [B, n] behind each row's end, ``offset`` columns on."""
         together = self._block()
-        if self._host is not None and block.shape[1] == 1:
-            ends = [length + offset for length in self.lengths]
-            self._host[self.rows, ends] = block[:, 0].numpy()
+        if self._host is not None and together is not None:
+            begin = self.lengths[0] + offset
+            self._host[together, begin : begin + block.shape[1]] = block.numpy()
+        elif self._host is not None and block.shape[1] == 1:
+            self._host[self.rows, np.array(self.lengths) + offset] = block[:, 0].numpy()
         elif together is not None:
             begin = self.lengths[0] + offset
             self.ids[together, begin : begin + block.shape[1]] = block
@@ -120,6 +122,10 @@ class TokenRows:
 
     def put_last(self, blocks: Sequence[Sequence[int]]) -> None:
         """Of each row's ``blocks[b]``, whose other tokens are written already, the last one."""
+        if self._host is not None and len(blocks) == 1:
+            if blocks[0]:
+                self._host[self.rows[0], self.lengths[0] + len(blocks[0]) - 1] = blocks[0][-1]
+            return
         places = [(b, block) for b, block in enumerate(blocks) if block]
         rows = [self.rows[b] for b, _ in places]
         columns = [self.lengths[b] + len(block) - 1 for b, block in places]

@@ -162,8 +162,10 @@ class Rule:
         if token is None:
             computed = computed - TOKEN_FIELDS
         columns = summarize_laws(laws, computed, token)
-        given = {name: context[name] for name in wanted & CONTEXT_FIELDS} if context is not None else {}
-        return columns.with_fields(given)
+        given = wanted & CONTEXT_FIELDS
+        if context is None or not given:
+            return columns
+        return columns.with_fields({name: context[name] for name in given})
 
     def law_from(self, laws: Laws, summary: Summary) -> Tensor:
         """pi [.., V] from laws and the summary it needs; the verifier's law at the lossless end."""

@@ -6,6 +6,7 @@ Knows nothing about rules. Shapes: leading shape free, last axis V (vocabulary).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
+from deferral_train.rules.reduce import Reduced, reduce_rows
 
 try:
     import numpy as np
@@ -69,10 +71,66 @@ def places(mask: Tensor) -> Tensor:
     return mask.nonzero().squeeze(-1) if np is None else torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
+def gather_token(values: Tensor, token: Tensor) -> Tensor:
+    """Each position's value at its token: [.., V] and ids [..] to [..]."""
+    return values.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+
+
 def one_hot(index: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     """Point masses [.., size] at `index` [..]."""
     law = torch.zeros(*index.shape, size, dtype=dtype, device=index.device)
     return law.scatter_(-1, index.unsqueeze(-1), 1.0)
+
+
+class DecisionLaw:
+    """One model's decision law in a few numbers per position, each computed once and only if it is read.
+
+    Args:
+        logits: [.., V].
+        law: gives softmax(logits), and refuses logits that are not finite.
+    """
+
+    def __init__(self, logits: Tensor, law: Callable[[], Tensor]) -> None:
+        self.logits, self.law = logits, law
+        self._argmax: Tensor | None = None
+        self._known: Reduced | None = None
+        self._largest: Tensor | None = None
+
+    @property
+    def argmax(self) -> Tensor:
+        """The lowest argmax, [..]."""
+        if self._argmax is None:
+            self._argmax = lowest_argmax(self.logits)
+        return self._argmax
+
+    @property
+    def logsumexp(self) -> Tensor:
+        """log sum exp of the logits, [..]."""
+        return self._reduced(False).logsumexp
+
+    @property
+    def entropy(self) -> Tensor:
+        """[..], nats."""
+        entropy = self._reduced(True).entropy
+        assert entropy is not None
+        return entropy
+
+    @property
+    def largest(self) -> Tensor:
+        """The largest probability, [..]; the same bits as exp(logprob) at that token, so that ties tie."""
+        if self._largest is None:
+            known = self._reduced(False)
+            self._largest = (known.top - known.logsumexp).clamp(max=0.0).exp()
+        return self._largest
+
+    def logprob(self, token: Tensor) -> Tensor:
+        """log probabilities of tokens [..], without the law; never above 0."""
+        return (gather_token(self.logits, token) - self.logsumexp).clamp(max=0.0)
+
+    def _reduced(self, entropy: bool) -> Reduced:
+        if self._known is None or (entropy and self._known.entropy is None):
+            self._known = reduce_rows(self.logits, self.law(), entropy)
+        return self._known
 
 
 @dataclass(frozen=True)
@@ -137,14 +195,24 @@ class Laws:
         return _softmax(self.verifier_logits, "verifier_logits")
 
     @cached_property
-    def drafter_logsumexp(self) -> Tensor:
-        """log sum exp of the drafter's decision logits, [..]: max z - log max q, at the price of no further exp."""
-        return self._drafter_top - _at(self.drafter_probs, self.drafter_argmax).log()
+    def drafter_side(self) -> DecisionLaw:
+        """The drafter's decision law in a few numbers per position."""
+        return DecisionLaw(self.drafter_logits, lambda: self.drafter_probs)
 
     @cached_property
+    def verifier_side(self) -> DecisionLaw:
+        """The verifier's."""
+        return DecisionLaw(self.verifier_logits, lambda: self.verifier_probs)
+
+    @property
+    def drafter_logsumexp(self) -> Tensor:
+        """log sum exp of the drafter's decision logits, [..]."""
+        return self.drafter_side.logsumexp
+
+    @property
     def verifier_logsumexp(self) -> Tensor:
         """log sum exp of the verifier's decision logits, [..]."""
-        return self._verifier_top - _at(self.verifier_probs, self.verifier_argmax).log()
+        return self.verifier_side.logsumexp
 
     @cached_property
     def drafter_logprobs(self) -> Tensor:
@@ -157,60 +225,14 @@ class Laws:
         return (self.verifier_logits - self.verifier_logsumexp.unsqueeze(-1)).clamp_(max=0.0)
 
     @cached_property
-    def drafter_argmax(self) -> Tensor:
-        """v_q, the lowest argmax of the drafter's decision law, [..]."""
-        return lowest_argmax(self.drafter_logits)
-
-    @cached_property
-    def verifier_argmax(self) -> Tensor:
-        """v_p, the lowest argmax of the verifier's decision law, [..]."""
-        return lowest_argmax(self.verifier_logits)
-
-    @cached_property
-    def drafter_max(self) -> Tensor:
-        """max q of the decision law, [..]; the same bits as exp(drafter_logprobs) at that token, so that ties tie."""
-        return (self._drafter_top - self.drafter_logsumexp).clamp_(max=0.0).exp_()
-
-    @cached_property
-    def verifier_max(self) -> Tensor:
-        """max p of the decision law, [..]."""
-        return (self._verifier_top - self.verifier_logsumexp).clamp_(max=0.0).exp_()
-
-    @cached_property
-    def drafter_entropy(self) -> Tensor:
-        """H(q) of the decision law, [..], nats."""
-        return _entropy(self.drafter_probs, self.drafter_logits, self._drafter_top, self.drafter_argmax)
-
-    @cached_property
-    def verifier_entropy(self) -> Tensor:
-        """H(p) of the decision law, [..], nats."""
-        return _entropy(self.verifier_probs, self.verifier_logits, self._verifier_top, self.verifier_argmax)
-
-    @cached_property
     def sampled_argmaxes_differ(self) -> Tensor:
         """Whether the greedy tokens of the processed logits differ, bool [..]."""
-        drafter, verifier = self.drafter_argmax, self.verifier_argmax
+        drafter, verifier = self.drafter_side.argmax, self.verifier_side.argmax
         if self.drafter_sampling_logits is not None:
             drafter = lowest_argmax(self.drafter_sampling_logits)
         if self.verifier_sampling_logits is not None:
             verifier = lowest_argmax(self.verifier_sampling_logits)
         return drafter != verifier
-
-    @cached_property
-    def _drafter_top(self) -> Tensor:
-        return _at(self.drafter_logits, self.drafter_argmax)
-
-    @cached_property
-    def _verifier_top(self) -> Tensor:
-        return _at(self.verifier_logits, self.verifier_argmax)
-
-    def drafter_logprob(self, token: Tensor) -> Tensor:
-        """log q(x) of the decision law at tokens [..], without the law; never above 0."""
-        return (_at(self.drafter_logits, token) - self.drafter_logsumexp).clamp(max=0.0)
-
-    def verifier_logprob(self, token: Tensor) -> Tensor:
-        """log p(x) of the decision law at tokens [..]."""
-        return (_at(self.verifier_logits, token) - self.verifier_logsumexp).clamp(max=0.0)
 
     @cached_property
     def q(self) -> Tensor:
@@ -258,7 +280,7 @@ class Laws:
         what = f"{who}_logits" if given is None else f"{who}_sampling_logits"
         if self.greedy:
             index = lowest_argmax(processed)
-            check_normaliser(_at(processed, index), what)
+            check_normaliser(gather_token(processed, index), what)
             return one_hot(index, processed.shape[-1], processed.dtype)
         scaled = given is None and self.temperature != 1.0
         return _softmax(processed / self.temperature if scaled else processed, what)
@@ -269,17 +291,6 @@ def _softmax(logits: Tensor, what: str) -> Tensor:
     # One NaN or +inf, or nothing but -inf, turns the whole row to NaN: its first entry tells.
     check_normaliser(law[..., 0], what)
     return law
-
-
-def _at(values: Tensor, index: Tensor) -> Tensor:
-    return values.gather(-1, index.unsqueeze(-1)).squeeze(-1)
-
-
-def _entropy(law: Tensor, logits: Tensor, top: Tensor, argmax: Tensor) -> Tensor:
-    """-log max p - sum p (z - max z): the entropy without a logarithm of every probability."""
-    # A masked token has p = 0, and so has any that far below: the clamp keeps 0 * inf out.
-    spread = (law * (logits - top.unsqueeze(-1)).clamp_(min=-1e4)).sum(dim=-1)
-    return (-_at(law, argmax).log() - spread).clamp(min=0.0)
 
 
 def _check_shapes(tensors: list[Tensor]) -> None:

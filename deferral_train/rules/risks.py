@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.rules.summary import Summary, gather_token
+from deferral_train.rules.laws import gather_token
+from deferral_train.rules.summary import Summary
 
 LOSSES = ("zero_one", "log", "prob")
 LOG_FLOOR = -20.0  # nats; log losses are capped at -LOG_FLOOR, and hits are counted

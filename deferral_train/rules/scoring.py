@@ -13,8 +13,8 @@ from torch import Tensor
 from deferral_train.errors import InputError
 from deferral_train.rules.base import LawRule, PositionRule, Rule, TokenRule
 from deferral_train.rules.block import Block
-from deferral_train.rules.laws import Laws
-from deferral_train.rules.summary import Summary, gather_token
+from deferral_train.rules.laws import Laws, gather_token
+from deferral_train.rules.summary import Summary
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def decide(rule: Rule, laws: Laws, summary: Summary, token: Tensor) -> Tensor | 
     if isinstance(rule, PositionRule):
         return rule.defer(summary).to(token.device).expand(token.shape)
     if isinstance(rule, TokenRule):
-        drafter, verifier = laws.drafter_logprob(token), laws.verifier_logprob(token)
+        drafter, verifier = laws.drafter_side.logprob(token), laws.verifier_side.logprob(token)
         return ~rule.keep(drafter.unsqueeze(-1), verifier.unsqueeze(-1), summary).squeeze(-1)
     if isinstance(rule, LawRule):
         return None

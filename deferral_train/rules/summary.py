@@ -240,7 +240,8 @@ def summarize(
 def summarize_laws(laws: Laws, fields: Iterable[str], token: Tensor | None = None) -> Summary:
     """As `summarize`, from laws already made."""
     columns: dict[str, Tensor] = {}
-    for name in sorted(fields):
+    # Entropies first: what they take along serves maxima and log probabilities too.
+    for name in sorted(fields, key=lambda name: (not name.endswith("entropy"), name)):
         if name in TOKEN_FIELDS:
             if token is None:
                 raise InputError(f"summary field {name!r} needs token=")
@@ -279,11 +280,6 @@ def _js(laws: Laws) -> Tensor:
     return (halves * 0.5).clamp(min=0.0)
 
 
-def gather_token(values: Tensor, token: Tensor) -> Tensor:
-    """Each position's value at its token: [.., V] and ids [..] to [..]."""
-    return values.gather(-1, token.unsqueeze(-1)).squeeze(-1)
-
-
 def _sampled_tv(laws: Laws) -> Tensor:
     if laws.greedy:
         return laws.sampled_argmaxes_differ.to(laws.drafter_logits.dtype)
@@ -291,14 +287,14 @@ def _sampled_tv(laws: Laws) -> Tensor:
 
 
 _FORMULAS: dict[str, Callable[[Laws], Tensor]] = {
-    "drafter_max": lambda laws: laws.drafter_max,
-    "verifier_max": lambda laws: laws.verifier_max,
-    "drafter_argmax": lambda laws: laws.drafter_argmax,
-    "verifier_argmax": lambda laws: laws.verifier_argmax,
-    "drafter_at_verifier_argmax": lambda laws: laws.drafter_logprob(laws.verifier_argmax).exp(),
-    "verifier_at_drafter_argmax": lambda laws: laws.verifier_logprob(laws.drafter_argmax).exp(),
-    "drafter_entropy": lambda laws: laws.drafter_entropy,
-    "verifier_entropy": lambda laws: laws.verifier_entropy,
+    "drafter_max": lambda laws: laws.drafter_side.largest,
+    "verifier_max": lambda laws: laws.verifier_side.largest,
+    "drafter_argmax": lambda laws: laws.drafter_side.argmax,
+    "verifier_argmax": lambda laws: laws.verifier_side.argmax,
+    "drafter_at_verifier_argmax": lambda laws: laws.drafter_side.logprob(laws.verifier_side.argmax).exp(),
+    "verifier_at_drafter_argmax": lambda laws: laws.verifier_side.logprob(laws.drafter_side.argmax).exp(),
+    "drafter_entropy": lambda laws: laws.drafter_side.entropy,
+    "verifier_entropy": lambda laws: laws.verifier_side.entropy,
     "kl": lambda laws: _kl(laws.verifier_logprobs, laws.drafter_logprobs),
     "reverse_kl": lambda laws: _kl(laws.drafter_logprobs, laws.verifier_logprobs),
     "js": _js,
@@ -314,6 +310,6 @@ _FORMULAS: dict[str, Callable[[Laws], Tensor]] = {
 
 _TOKEN_FORMULAS: dict[str, Callable[[Laws, Tensor], Tensor]] = {
     "token": lambda laws, token: token,
-    "drafter_logprob": lambda laws, token: laws.drafter_logprob(token),
-    "verifier_logprob": lambda laws, token: laws.verifier_logprob(token),
+    "drafter_logprob": lambda laws, token: laws.drafter_side.logprob(token),
+    "verifier_logprob": lambda laws, token: laws.verifier_side.logprob(token),
 }
