@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 BENCHMARKS = {
     "verify": ("cpu", "cuda"),
     "head_latency": ("cpu",),
+    "pair_memory": ("cpu",),
     "score_rules": ("cpu",),
     "read_traces": ("cpu",),
     "fit_speed": ("cpu", "cuda"),
