@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -62,21 +63,28 @@ class TraceWriter:
             InputError: columns that do not fit, or a full disk.
         """
         batch = self.layout.batch(columns)
-        try:
+        with _full_disk(self.folder, chunk.file):
             record = write_shard(self.folder, chunk, batch, nonfinite)
             self.folder.append_line(ledger_name(self.rank), record.line())
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            raise InputError(
-                f"{self.folder}: the disk is full at {chunk.file}; finished shards are safe: "
-                "free space and run the same command again"
-            ) from error
         return record
 
     def stop(self, reason: str) -> None:
         """Record that collecting ended early on purpose."""
         self.folder.append_line(ledger_name(self.rank), stop_line(reason))
+
+
+@contextlib.contextmanager
+def _full_disk(folder: Folder, file: str) -> Iterator[None]:
+    """A disk that fills up while writing is one line that names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise InputError(
+            f"{folder}: the disk is full at {file}; finished shards are safe: "
+            "free space and run the same command again"
+        ) from error
 
 
 def write_shard(
@@ -117,7 +125,8 @@ def prepare_folder(address: str | Folder, manifest: Manifest) -> list[Chunk]:
     if folder.size(HEADER) is None:
         if ledger_files(folder):
             raise InputError(f"{folder} has shards but no {HEADER}; choose another folder, or empty this one")
-        write_header(folder, manifest)
+        with _full_disk(folder, HEADER):
+            write_header(folder, manifest)
     refuse_changes(folder, manifest)
     planned = {chunk.id for chunk in manifest.chunks}
     finished = {number: record for number, record in sound_records(folder).items() if number in planned}

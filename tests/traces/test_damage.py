@@ -170,6 +170,16 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path: Path,
     assert [chunk.id for chunk in prepare_folder(str(tmp_path), manifest)] == [1, 2]
 
 
+def test_a_disk_without_room_for_the_header_is_one_line(tmp_path: Path, manifest: Manifest) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    (tmp_path / f".manifest.json.{os.getpid()}.tmp").symlink_to("/dev/full")
+    with pytest.raises(InputError, match=r"the disk is full at manifest\.json; .*free space"):
+        prepare_folder(str(tmp_path), manifest)
+    assert list(tmp_path.iterdir()) == []
+    assert len(prepare_folder(str(tmp_path), manifest)) == 3
+
+
 def test_columns_that_do_not_fit_are_refused(tmp_path: Path, manifest: Manifest) -> None:
     todo = prepare_folder(str(tmp_path), manifest)
     columns = make_columns(manifest, todo[0])
