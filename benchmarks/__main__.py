@@ -26,6 +26,7 @@ BENCHMARKS = {
     "decoding": ("cpu", "cuda"),
     "synthetic_regret": ("cpu",),
     "multi30k_heads": ("cpu",),
+    "multi30k_tokens": ("cpu",),
 }
 
 

@@ -29,7 +29,7 @@ from deferral_train.evaluation.curves import area_difference, differences
 from deferral_train.evaluation.offline import score_rules
 from deferral_train.evaluation.table import ScoreTable
 from deferral_train.heads.base import DeferralHead
-from deferral_train.pairs.prompts import read_prompts
+from deferral_train.pairs.prompts import Prompt, read_prompts
 from deferral_train.rules.learned import LearnedRule
 from deferral_train.traces import Traces, open_traces
 from deferral_train.training.config import VERIFY_FEATURES, FitConfig
@@ -116,15 +116,23 @@ COMPARISONS = {
 }
 
 
-def collect_parts(shared: Path, work: Path) -> dict[str, Traces]:
-    """Traces of the four parts; finished ones are taken as they are."""
-    text, pair = shared / "data" / "multi30k", shared / "models" / "multi30k-en-de"
-    config = CollectConfig(str(pair / "drafter"), str(pair / "verifier"), log_top_k=32, hidden="both")
-    for name, (file, start, count) in PARTS.items():
-        german = str(text / f"{file}.de.gz")
-        prompts = read_prompts(text / f"{file}.en.gz", reference_path=german, start=start, limit=count)
-        collect(config, work / "traces" / name, prompts=prompts)
-    return {name: open_traces(work / "traces" / name) for name in PARTS}
+def part_prompts(shared: Path, part: str) -> list[Prompt]:
+    """Prompts and references of a part."""
+    file, start, count = PARTS[part]
+    text = shared / "data" / "multi30k"
+    german = str(text / f"{file}.de.gz")
+    return read_prompts(text / f"{file}.en.gz", reference_path=german, start=start, limit=count)
+
+
+def collect_parts(
+    shared: Path, folder: Path, names: Sequence[str] = tuple(PARTS), top_k: int = 32
+) -> dict[str, Traces]:
+    """Traces of parts; finished ones are taken as they are."""
+    pair = shared / "models" / "multi30k-en-de"
+    config = CollectConfig(str(pair / "drafter"), str(pair / "verifier"), log_top_k=top_k, hidden="both")
+    for name in names:
+        collect(config, folder / name, prompts=part_prompts(shared, name))
+    return {name: open_traces(folder / name) for name in names}
 
 
 def fit_all(
@@ -212,7 +220,7 @@ def main() -> int:
     if not (options.shared / "models" / "multi30k-en-de").is_dir():
         print(f"multi30k_heads: no pair and text under {options.shared}; nothing was run")
         return 0
-    traces = collect_parts(options.shared, options.work)
+    traces = collect_parts(options.shared, options.work / "traces")
     results = {}
     for name in options.only:
         heads = fit_all(traces, COMPARISONS[name].candidates, options.work)

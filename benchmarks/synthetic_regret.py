@@ -4,7 +4,8 @@
     FILE]
 
 At every size all candidates are fitted, the one of least regret on the ``choose`` texts is taken, and it
-alone is scored on the ``test`` texts. Intervals: bootstrap over texts, rules paired.
+alone is scored on the ``test`` texts; at the largest size once per seed, and there also the best one that has no
+memory of the traces. Intervals: bootstrap over texts, rules paired.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from deferral_train.pairs.synthetic import SyntheticConfig, build_language
 from deferral_train.rules import make_rule, risks
 from deferral_train.traces import Traces, truth
 from deferral_train.training.config import FitConfig
-from deferral_train.training.fit import fit
+from deferral_train.training.fit import FitResult, fit
 from deferral_train.training.preparation import fit_recalibration
 from deferral_train.training.tracking import predict
 
@@ -109,8 +110,8 @@ def decide(head: DeferralHead, traces: Traces, alphas: Tensor) -> Tensor:
         return predict(head, {"x": head.columns(summary), "tv": summary["tv"]}, alphas)["defer"]
 
 
-def best_head(study: Study, size: int) -> tuple[str, DeferralHead, dict[str, float]]:
-    """Fit every candidate on the first ``size`` tokens; the least regret on the ``choose`` texts wins."""
+def fit_candidates(study: Study, size: int, seed: int) -> dict[str, FitResult]:
+    """Every candidate fitted on the first ``size`` tokens."""
     config = study.config
     fit_traces = study.traces["fit"]
     part = fit_traces.select_prompts(fit_traces.prompt_ids[: size // config["length"]])
@@ -120,23 +121,35 @@ def best_head(study: Study, size: int) -> tuple[str, DeferralHead, dict[str, flo
             train=part,
             val=study.traces["choose"],
             alphas=config["alphas"],
-            **{**config["common"], **settings},
+            seed=seed,
+            **{**config["common"], **config["sizes"][size], **settings},
         )
-        results[name] = fit(wanted, study.work / "fit" / f"{size}-{name}", resume=False)
-    scores = {name: result.metrics["regret"] for name, result in results.items()}
-    best = min(scores, key=scores.__getitem__)
-    return best, results[best].head, scores
+        results[name] = fit(wanted, study.work / "fit" / f"{size}-{seed}-{name}", resume=False)
+    return results
+
+
+def least(results: Mapping[str, FitResult]) -> str:
+    """Name of the candidate of least regret on the ``choose`` texts."""
+    return min(results, key=lambda name: results[name].metrics["regret"])
 
 
 def run_variant(study: Study) -> dict[str, Any]:
     """Table of one variant."""
     rows = {name: study.regret(defer) for name, defer in study.plug_ins().items()}
     chosen = {}
-    for size in study.config["sizes"]:
-        name, head, scores = best_head(study, size)
-        chosen[size] = {"head": name, "parameters": head.num_parameters, "choose_regret": scores}
-        rows[f"head_{size}"] = study.regret(decide(head, study.traces["test"], study.alphas))
-        print(f"  {size} tokens: {name}, regret {rows[f'head_{size}'].mean():.6f}", flush=True)
+    sizes, seeds = list(study.config["sizes"]), study.config["fit_seeds"]
+    for size, seed in [*((size, seeds[0]) for size in sizes[:-1]), *((sizes[-1], seed) for seed in seeds)]:
+        results = fit_candidates(study, size, seed)
+        row = f"head_{size}" if size != sizes[-1] else f"head_{size}_seed_{seed}"
+        wanted = {row: least(results)}
+        if size == sizes[-1] and seed == seeds[0]:
+            bare = {name: r for name, r in results.items() if r.head.inputs.memory is None}
+            wanted[f"head_{size}_without_memory"] = least(bare)
+        for key, name in wanted.items():
+            rows[key] = study.regret(decide(results[name].head, study.traces["test"], study.alphas))
+            chosen[key] = {"head": name, "parameters": results[name].head.num_parameters}
+            print(f"  {key}: {name}, regret {rows[key].mean():.6f}", flush=True)
+        chosen[row]["choose_regret"] = {name: r.metrics["regret"] for name, r in results.items()}
     return {"rules": {name: describe(study, rows, name) for name in rows}, "chosen": chosen}
 
 
@@ -166,20 +179,26 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def verdicts(results: Mapping[str, Any], sizes: Sequence[int]) -> dict[str, bool]:
-    """The claims of this study, each as it came out."""
-    last, claims = f"head_{sizes[-1]}", {}
+def verdicts(results: Mapping[str, Any], sizes: Sequence[int], seeds: Sequence[int]) -> dict[str, bool]:
+    """The claims of this study, each as it came out; those on the largest size must hold for every seed."""
+    last = [f"head_{sizes[-1]}_seed_{seed}" for seed in seeds]
+    claims = {}
     if "doubled" in results:
         rules = results["doubled"]["rules"]
-        head = rules[last]["regret"]["value"]
-        claims["doubled: at most 0.25 of OPT"] = rules[last]["ratio_to_opt"]["value"] <= 0.25
+        head = max(rules[name]["regret"]["value"] for name in last)
+        claims["doubled: at most 0.25 of OPT"] = all(
+            rules[name]["ratio_to_opt"]["value"] <= 0.25 for name in last
+        )
         for name in ("opt_recalibrated_law", "opt_recalibrated_platt", "opt_verifier"):
             claims[f"doubled: below {name}"] = head < rules[name]["regret"]["value"]
     if "as_they_come" in results:
-        difference = results["as_they_come"]["rules"][last]["minus_opt"]
-        claims["as they come: not above OPT beyond its interval"] = difference["low"] <= 0
+        rules = results["as_they_come"]["rules"]
+        claims["as they come: not above OPT beyond its interval"] = all(
+            rules[name]["minus_opt"]["low"] <= 0 for name in last
+        )
     for variant, result in results.items():
-        falls = [result["rules"][f"head_{size}"]["regret"]["value"] for size in sizes]
+        rows = [*(f"head_{size}" for size in sizes[:-1]), last[0]]
+        falls = [result["rules"][row]["regret"]["value"] for row in rows]
         claims[f"{variant}: regret falls with every size"] = falls == sorted(falls, reverse=True)
     return claims
 
@@ -200,12 +219,13 @@ def main() -> int:
         print(f"== {variant}", flush=True)
         results[variant] = run_variant(Study(config, variant, options.work))
         print(table(results[variant]), flush=True)
-    claims = verdicts(results, list(config["sizes"]))
+    claims = verdicts(results, list(config["sizes"]), config["fit_seeds"])
     for claim, holds in claims.items():
         print(f"{'holds' if holds else 'FAILS'}: {claim}")
     if options.out:
+        seeds = {**config["seeds"], **{f"fit {seed}": seed for seed in config["fit_seeds"]}}
         record = {"config": config, "results": results, "claims": claims}
-        provenance.write_json(options.out, {**record, "provenance": provenance.collect(config["seeds"])})
+        provenance.write_json(options.out, {**record, "provenance": provenance.collect(seeds)})
     return 0
 
 

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -7,7 +8,7 @@ from heads.laws import FEATURES, every_head, logits, shaken, summary_of
 
 from deferral_train.errors import InputError
 from deferral_train.heads import CostSensitiveHead, GapHead, PlugInHead, TokenHead, TruthMixtureHead
-from deferral_train.heads.rules import LearnedTokenRule, learned_rule
+from deferral_train.heads.rules import LearnedTokenRule, dropped_set, learned_rule
 from deferral_train.rules import make_rule, summarize
 from deferral_train.rules.learned import LearnedRule
 
@@ -84,21 +85,40 @@ def test_token_head_formula_in_numpy():
     np.testing.assert_allclose(head.truth(q, p, summary).numpy(), 1 / (1 + np.exp(-odds)), rtol=2e-4)
 
 
-@pytest.mark.parametrize("priced", [False, True])
-def test_learned_token_rule_keeps_what_its_inequality_says_on_any_candidates(priced):
+def test_learned_token_rule_keeps_what_its_inequality_says_on_any_candidates():
     head, summary = every_head()["token"], summary_of(40)
     q, p = (t.log_softmax(-1) for t in logits(40))
-    rule = LearnedTokenRule(head=head, alpha=0.1, priced=priced)
+    rule = LearnedTokenRule(head=head, alpha=0.1)
     keep = rule.keep(q, p, summary)
     value, truth = head.verifier_value(summary), head.truth(q, p, summary)
     for row in range(40):
         for token in range(9):
-            price = max(0.0, 1 - math.exp(float(p[row, token] - q[row, token]))) if priced else 1.0
-            assert bool(keep[row, token]) == bool(value[row] - truth[row, token] <= 0.1 * price + 1e-6)
+            assert bool(keep[row, token]) == bool(value[row] - truth[row, token] <= 0.1 + 1e-6)
     part = rule.keep(q[:, 2:5], p[:, 2:5], summary)
     assert torch.equal(part, keep[:, 2:5])
     target = rule.target(*logits(40))
     torch.testing.assert_close(target.sum(-1), torch.ones(40))
+
+
+@pytest.mark.parametrize("alpha", [-1.0, 0.0, 0.1, 0.4])
+def test_priced_token_rule_against_every_subset(alpha):
+    """What it gains under pi_Token, per alpha: near the best of all subsets, never below keeping all or none."""
+    rows, size = 60, 6
+    q, p = ((2 * t).softmax(-1).double() for t in logits(rows, size))
+    truth = (p**1.3 * q**0.2) / (p**1.3 * q**0.2).sum(-1, keepdim=True)
+    subsets = torch.tensor(list(itertools.product([False, True], repeat=size)))  # [64, V], dropped
+    found = dropped_set(q, p, truth, alpha)
+
+    def gained(dropped):
+        """E truth(emitted) under pi_Token minus that of q, minus alpha D_TV(q, pi_Token); by the definitions."""
+        pi = q * ~dropped + (q * dropped).sum(-1, keepdim=True) * p
+        return (truth * (pi - q)).sum(-1) - alpha * (q - pi).clamp(min=0).sum(-1)
+
+    every = torch.stack([gained(subset.expand(rows, size)) for subset in subsets], dim=-1)
+    ours = gained(found)
+    assert (ours >= torch.maximum(every[:, 0], every[:, -1]) - 1e-12).all()
+    assert ours.mean() >= 0.98 * every.amax(-1).mean() - 1e-12
+    assert 0 < found.double().mean() < 1 or alpha < 0
 
 
 def test_plug_in_without_recalibration_is_opt():
