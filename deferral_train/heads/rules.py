@@ -32,9 +32,9 @@ class LearnedTokenRule(TokenRule):
 
         sum_{v in S} q(v) (A - P^(v)) - alpha * sum_{v in S} max(0, q(v) - D p(v))
 
-    large, with A = sum P^ p and D = sum_{v in S} q(v): what E P^(emitted token) gains under pi_Token (equation 11), minus alpha per rejection, which are
-    D_TV(q, pi_Token). An extension of ours: equation (9) for token rules. D couples the tokens, so S is sought
-    by a few rounds, and taken only where it beats keeping all and keeping none.
+    large, with A = sum P^ p and D = sum_{v in S} q(v): what E P^(emitted token) gains under pi_Token (equation 11),
+    minus alpha per rejection, of which there are D_TV(q, pi_Token). An extension of ours: equation (9) for token
+    rules. D couples the tokens, so S is sought by a few rounds, and taken only where it beats keeping all and none.
     """
 
     head: TruthHead
