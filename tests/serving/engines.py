@@ -15,13 +15,19 @@ from deferral_train.serving.requests import Requests
 VOCABULARY, DRAFTS, LENGTH = 40, 4, 160
 
 
-def save_pair(folder: Path) -> Path:
-    """`verifier`, `drafter` (the same weights with noise) of 64 units; heads of 32, which the CPU kernels know."""
+def save_pair(folder: Path, tokenizer: Any = None) -> Path:
+    """`verifier`, `drafter` (the same weights with noise) of 64 units; heads of 32, which the CPU kernels know.
+
+    Args:
+        tokenizer: default one of `VOCABULARY` words.
+    """
     from tiny_models import tiny_tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    tokenizer = tokenizer or tiny_tokenizer()
+    vocabulary = len(tokenizer)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=vocabulary, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=32, max_position_embeddings=256, pad_token_id=0, eos_token_id=1,
         bos_token_id=2, tie_word_embeddings=False,
     )  # fmt: skip
@@ -33,7 +39,7 @@ def save_pair(folder: Path) -> Path:
             for parameter in made.parameters():
                 if parameter.dim() > 1:
                     parameter.normal_(0, 0.15)
-            made.lm_head.weight.mul_(2.0 / made(torch.randint(4, VOCABULARY, (8, 16))).logits.std())
+            made.lm_head.weight.mul_(2.0 / made(torch.randint(4, vocabulary, (8, 16))).logits.std())
         return made
 
     verifier, drafter = model(), model()
@@ -43,7 +49,7 @@ def save_pair(folder: Path) -> Path:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15 * float(parameter.std()))
     for name, made in (("verifier", verifier), ("drafter", drafter)):
         made.save_pretrained(folder / name)
-        tiny_tokenizer().save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
     return folder
 
 
@@ -150,10 +156,11 @@ def loop(
         if temperature == 0
         else {"do_sample": True, "temperature": temperature, "top_k": 0}
     )
+    sampling["generator"] = torch.Generator().manual_seed(seed)
     ids = torch.tensor(rows)
     return verifier.generate(
         ids, attention_mask=torch.ones_like(ids), custom_generate=cascade_generate, drafter=drafter, rule=rule,
-        num_draft_tokens=DRAFTS, max_new_tokens=tokens, return_dict_in_generate=True, generator=torch.Generator().manual_seed(seed), **sampling,
+        num_draft_tokens=DRAFTS, max_new_tokens=tokens, return_dict_in_generate=True, **sampling,
     )  # fmt: skip
 
 

@@ -5,6 +5,8 @@ Ending an engine takes the process's groups with it, so that these do not share 
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from engines import (
     always_busy,
@@ -119,6 +121,35 @@ def remembering(requests, spent):
         return original(names)
 
     return forget
+
+
+@pytest.mark.parametrize("spec", ["drafter_only", "opt:alpha=0.2"])
+def test_a_grammar_is_kept_to_under_a_rule(tmp_path, spec):
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    from deferral_train.pairs.tokenizer import train_tokenizer
+
+    pair = save_pair(
+        tmp_path, train_tokenizer(["the quick brown fox " * 9, "abcdefgh 0123456789"], 300, False)
+    )
+    pattern = r"[ -~]{8,20}!"  # wide enough that the drafter, which knows no grammar, meets it now and then
+    engine = start(pair, {"rule": spec})
+    try:
+        for temperature in (0.0, 1.0):
+            params = SamplingParams(
+                temperature=temperature,
+                max_tokens=30,
+                structured_outputs=StructuredOutputsParams(regex=pattern),
+            )
+            rows = [{"prompt_token_ids": ids} for ids in prompts(12)]
+            texts = [output.outputs[0].text for output in engine.generate(rows, params, use_tqdm=False)]
+            assert all(re.fullmatch(pattern, text) for text in texts), texts
+        found = counts(seam_of(engine))
+        assert found["drafted"] > 0
+        assert found["refused_fault"] == 0
+    finally:
+        stop(engine)
 
 
 @pytest.mark.parametrize(
