@@ -54,6 +54,9 @@ class CascadeProposer:
         self.vocab_size = vocab_size
         self.prompts, self.separate, self.generator = prompts, separate, generator
         self.counts = ReviewCounts(plan.drafters)
+        self.passes = [
+            [0] * plan.drafters for _ in tokens.final_lengths
+        ]  # of each drafter, per row of the call
         self._texts: dict[int, MaxGramText] = {}
         self._known: dict[int, int] = {}  # generated tokens of each row that its text holds for good
         self._base: list[int] = []
@@ -135,6 +138,7 @@ class CascadeProposer:
             lengths[row] = len(new)
             self._set_tail(row, here[row], new)
             self._calls[row] += 1
+            self.passes[tokens.rows[row]][source] += 1
         hidden = stepper.hidden(depth + 1) if stepper.tap is not None else None
         written = tokens.window(0, depth + 1)
         grown.add(Piece(source, list(grown.counts), lengths, written, decision, law, hidden))
@@ -176,6 +180,8 @@ class CascadeProposer:
         grown.pieces.append(Piece(0, list(grown.counts), ones, best, decision, law, hidden))
         tokens.lengths = list(self._base)
         self._calls = [calls + 1 for calls in self._calls]
+        for row in tokens.rows:
+            self.passes[row][0] += 1
 
     def _sampling_law(self, logits: Tensor, decision: Tensor) -> Tensor:
         sampling = self.laws.sampling(logits, decision, self.tokens)

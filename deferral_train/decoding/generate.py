@@ -38,11 +38,13 @@ class CascadeOutput(ModelOutput):
         sequences: [R, L] ids, prompt included, padded on the right.
         stats: counts, calls and the origin of every emitted token.
         reviews: who let through how much of whom, where the drafter is a cascade.
+        passes: [R, n] passes of each of its n drafters that a row took part in because it needed them.
     """
 
     sequences: Tensor | None = None
     stats: GenerationStats | None = None
     reviews: ReviewCounts | None = None
+    passes: Tensor | None = None
 
 
 @torch.no_grad()
@@ -162,8 +164,9 @@ def cascade_generate(
     sequences = tokens.sequences()
     if not generation_config.return_dict_in_generate:
         return sequences
-    reviews = proposer.counts if isinstance(proposer, CascadeProposer) else None
-    return CascadeOutput(sequences, stats, reviews)
+    if not isinstance(proposer, CascadeProposer):
+        return CascadeOutput(sequences, stats)
+    return CascadeOutput(sequences, stats, proposer.counts, torch.tensor(proposer.passes))
 
 
 def _pad_id(generation_config: Any) -> int:

@@ -92,6 +92,12 @@ class Plan:
         return sum(self.longest) + len(self.k)
 
     @property
+    def pairs(self) -> set[tuple[int, int]]:
+        """(reviewer, source) pairs that occur, numbered as the rows and columns of k."""
+        side = range(len(self.k))
+        return {(reviewer, source) for reviewer in side for source in side if self.k[reviewer][source]}
+
+    @property
     def one_hot_tail(self) -> bool:
         """Whether the verifier reviews tokens of Max-Gram that no drafter has reviewed."""
         return self.k[0][-1] > 0

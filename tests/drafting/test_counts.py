@@ -49,5 +49,6 @@ def test_a_run_tells_its_counts() -> None:
     assert counts.reviews == [int(stats.verifier_calls.sum()), int(stats.drafter_calls.sum())]
     assert sum(counts.tried[0, 0]) == int(stats.positions["decided"].sum())
     assert sum(counts.accepted[0, 0]) == int(stats.accepted.sum())
+    assert torch.equal(result.passes[:, 0], stats.drafter_calls)
     plain = generate(drafter, verifier, inputs, "lossless", max_new_tokens=12)
-    assert plain.reviews is None
+    assert plain.reviews is plain.passes is None
