@@ -22,7 +22,7 @@ from deferral_train.evaluation.laws import deferral_and_rejection
 from deferral_train.evaluation.positions import read_positions
 from deferral_train.evaluation.settings import parse_label
 from deferral_train.evaluation.survival import block_chain
-from deferral_train.rules.base import Rule
+from deferral_train.rules.base import LawRule, Rule
 from deferral_train.traces import Traces
 
 RELATIVE = 0.03
@@ -113,8 +113,9 @@ def compare(
         rows: of ``outputs.jsonl``, any rules.
 
     Returns:
-        one row per quantity: predicted, counted, their difference with a paired interval over prompts, the
-        relative difference, and ``agrees``: within 3% relative, or the interval holds 0.
+        one row per quantity (law rules decide nothing, so they have no deferral rate): predicted, counted,
+        their difference with a paired interval over prompts, the relative difference, and ``agrees``: within
+        3% relative, or the interval holds 0.
 
     Raises:
         InputError: no common prompts.
@@ -139,6 +140,7 @@ def compare(
         | _difference(before, after, top, bottom, redraws)
         for name, (top, bottom) in QUANTITIES.items()
         if before[bottom].sum() > 0 and after[bottom].sum() > 0
+        if top != "deferred" or not isinstance(rule, LawRule)
     ]
 
 
