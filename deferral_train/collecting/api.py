@@ -47,7 +47,7 @@ def collect(
 
     Raises:
         InputError: a pair, prompts or settings that cannot work, a folder collected with other
-            settings, a full disk.
+            settings, a full disk, no position with finite logits.
     """
     out = str(out)
     devices, num_nodes = processes(config.devices, config.num_nodes)
@@ -68,8 +68,8 @@ def collect(
         pair, third, collector, plan, out,
         devices=devices, num_nodes=num_nodes, max_bytes=config.max_bytes, progress=progress,
     )  # fmt: skip
-    if progress and _rank() == 0:
-        _say_result(out)
+    if _rank() == 0:
+        _report(out, progress)
     return plan.manifest
 
 
@@ -113,8 +113,15 @@ def _say_left_out(plan: Plan) -> None:
             tqdm.write(f"collect: {len(notices)} of {given} prompts {verb}; first: {name}: {reason}")
 
 
-def _say_result(out: str) -> None:
+def _report(out: str, progress: bool) -> None:
     traces = open_traces(out, partial=True)
+    if traces.nonfinite and not len(traces):
+        raise InputError(
+            f"logits: all {traces.nonfinite} positions are NaN or infinite, {out} holds no token; "
+            "check the pair's weights and dtype (float16 overflows where bfloat16 does not)"
+        )
+    if not progress:
+        return
     tqdm.write(f"collect: {len(traces):,} tokens, {size_text(traces.bytes)} in {out}")
     if not traces.complete:
         count = len(traces.manifest.chunks)

@@ -100,6 +100,14 @@ def test_logits_that_are_not_finite_are_named_counted_and_left_out(
     assert said in told.out + told.err
 
 
+def test_a_pair_without_any_finite_logits_is_refused(t5: ModelPair, tmp_path: Path) -> None:
+    broken = copy.deepcopy(t5.verifier)
+    for values in broken.parameters():
+        values.data.fill_(float("nan"))
+    with pytest.raises(InputError, match=r"logits: all \d+ positions are NaN or infinite, .* holds no token; check"):
+        run(dataclasses.replace(t5, verifier=broken), tmp_path / "out")
+
+
 def test_prompts_that_cannot_be_used_are_named_and_the_rest_collected(
     llama: ModelPair, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
