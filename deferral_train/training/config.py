@@ -45,7 +45,7 @@ class FitConfig:
     """Everything that decides a fitted head.
 
     Attributes:
-        train: trace folder, or opened traces.
+        train: trace folder, opened traces, or a list of these whose rows are taken together.
         val: the same for validation; None sets ``val_fraction`` of the prompts of ``train`` aside.
         head: type in :data:`deferral_train.heads.HEADS`, or a scikit-learn baseline: ridge, logistic,
         boosting. stage, loss, features, body, hidden, recalibration: of the head; no features means the
@@ -115,6 +115,11 @@ def plain_settings(config: FitConfig) -> dict[str, Any]:
     """The config as JSON-like values; opened traces become their number of rows."""
     shallow = {name: getattr(config, name) for name in config.__dataclass_fields__}
     for name in ("train", "val"):
-        if isinstance(shallow[name], Traces):
-            shallow[name] = f"{len(shallow[name])} rows in memory"
+        given = shallow[name]
+        named = [_named(each) for each in (given if isinstance(given, list | tuple) else [given])]
+        shallow[name] = named if isinstance(given, list | tuple) else named[0]
     return {k: list(v) if isinstance(v, tuple) else v for k, v in shallow.items()}
+
+
+def _named(source: Any) -> Any:
+    return f"{len(source)} rows in memory" if isinstance(source, Traces) else source

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
@@ -25,7 +26,8 @@ class TraceDataModule(pl.LightningDataModule):
     """Fit, validation and test columns of a head, from trace folders.
 
     Args:
-        train: trace folder to fit on.
+        train: trace folder to fit on, or several whose rows are taken together (of reference texts and of a
+            cascade's own prefixes); baselines, recalibration and memory are fitted on the first.
         val: trace folder to validate on; without it ``val_fraction`` of the prompts of ``train``.
         test: trace folder to test on; without it the validation traces.
         val_fraction: share of the prompts set aside where ``val`` is not given.
@@ -41,7 +43,7 @@ class TraceDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        train: str,
+        train: str | list[str],
         val: str | None = None,
         test: str | None = None,
         val_fraction: float = 0.1,
@@ -54,7 +56,9 @@ class TraceDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False, ignore=["train", "val", "test"])
-        self.folders = {"train": train, "val": val, "test": test}
+        first, *further = train if isinstance(train, list | tuple) else [train]
+        self.folders = {"train": first, "val": val, "test": test}
+        self.further: list[Any] = further  # folders, and once ``traces`` was read the opened traces
         self.val_fraction, self.truth, self.temperature = val_fraction, truth, temperature
         self.alphas, self.batch_size, self.seed = check_alphas(alphas), batch_size, seed
         self.pair_training = pair_training
@@ -71,19 +75,25 @@ class TraceDataModule(pl.LightningDataModule):
 
     def _open(self) -> dict[str, Traces]:
         given = {name: _opened(source) for name, source in self.folders.items() if source is not None}
+        self.further = [_opened(source) for source in self.further]
         if "val" not in given:
             parts = split_prompts(given["train"], [1 - self.val_fraction, self.val_fraction], self.seed)
             given["train"], given["val"] = parts
+            aside = set(given["val"].prompt_ids)
+            self.further = [
+                part.select_prompts([i for i in part.prompt_ids if i not in aside]) for part in self.further
+            ]
         given.setdefault("test", given["val"])
         self._refuse_shared_prompts(given)
         if self.pair_training is not None:
-            refuse_pair_training(self.pair_training, given)
+            every = [*given.values(), *self.further]
+            refuse_pair_training(self.pair_training, every)
         return given
 
-    @staticmethod
-    def _refuse_shared_prompts(traces: dict[str, Traces]) -> None:
+    def _refuse_shared_prompts(self, traces: dict[str, Traces]) -> None:
+        fitted = {name for part in (traces["train"], *self.further) for name in part.prompt_ids}
         for name in ("val", "test"):
-            shared = set(traces["train"].prompt_ids) & set(traces[name].prompt_ids)
+            shared = fitted & set(traces[name].prompt_ids)
             if shared:
                 raise InputError(
                     f"{len(shared)} prompts are in both train and {name} traces, first {min(shared)}; "
@@ -93,10 +103,16 @@ class TraceDataModule(pl.LightningDataModule):
     def prepare(self, head: DeferralHead) -> None:
         """Load the columns that ``head`` needs; checks everything before training starts."""
         fit = self.traces["train"]
+        if self.further and head.inputs.memory is not None:
+            raise InputError(
+                "memory features count one trace folder; leave them out or give one --data.train"
+            )
         fit_memory(head, fit)
-        self.tables["train"] = fit_table(fit, head, self.truth, self.temperature)
+        parts = [fit_table(part, head, self.truth, self.temperature) for part in (fit, *self.further)]
         names = baselines.DRAFT_PLUG_INS if head.stage == "draft" else baselines.PLUG_INS
-        best = baselines.best_plug_in(fit, self.tables["train"]["z"], self.alphas, self.temperature, names)
+        best = baselines.best_plug_in(fit, parts[0]["z"], self.alphas, self.temperature, names)
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if self.further else {}
+        self.tables["train"] = joined or parts[0]
         self.plug_ins = baselines.describe(best)
         fixed = {"opt": baselines.opt_rules(self.alphas), "plug_in": best}
         for name in ("val", "test"):
@@ -139,11 +155,11 @@ def _opened(source: Any) -> Traces:
     return source if isinstance(source, Traces) else open_traces(source)
 
 
-def refuse_pair_training(record: str, traces: dict[str, Traces]) -> None:
+def refuse_pair_training(record: str, traces: Sequence[Traces]) -> None:
     """Raise InputError where a trace's prompt was in the pair's training text (by id)."""
     from deferral_train.pairs.overlap import check_no_overlap, read_training_ids
     from deferral_train.pairs.prompts import Prompt
 
     seen = read_training_ids(record)
-    for part in traces.values():
+    for part in traces:
         check_no_overlap(seen, [Prompt(id=name, prompt="", reference=None) for name in part.prompt_ids])

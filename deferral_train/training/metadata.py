@@ -18,12 +18,13 @@ REPORTED = ("regret", "excess_over_opt", "excess_over_plug_in", "hindsight_exces
 def training_metadata(data: TraceDataModule, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The parts ``pair`` and ``training`` of a head's metadata."""
     traces = data.traces["train"]
+    parts = [traces, *data.further]
     return {
         "pair": dict(traces.manifest.pair),
         "training": {
-            "prefixes": traces.manifest.prefixes,
-            "rows": len(traces),
-            "prompts": len(traces.prompt_ids),
+            "prefixes": " + ".join(part.manifest.prefixes for part in parts),
+            "rows": sum(map(len, parts)),
+            "prompts": len({name for part in parts for name in part.prompt_ids}),
             "truth": data.truth,
             "temperature": traces.manifest.temperature if data.temperature is None else data.temperature,
             "settings": dict(settings),

@@ -187,3 +187,33 @@ def test_plug_in_without_recalibration_has_no_excess_over_opt(config, tmp_path):
 def test_split_by_prompt_when_no_validation_is_given(config, tmp_path):
     result = fit(replace(config, val=None, val_fraction=0.25, epochs=1), tmp_path)
     assert result.head.metadata["training"]["prompts"] == 90
+
+
+def test_several_trace_folders_are_fitted_together(config, folders, tmp_path):
+    """The union of two halves is the whole: same rows, same number of steps, and shared prompts stay refused."""
+    traces = open_traces(config.train)
+    halves = [traces.select_prompts(traces.prompt_ids[:50]), traces.select_prompts(traces.prompt_ids[50:])]
+    head = fit(replace(config, train=halves, epochs=1, figure_every=0), tmp_path / "a").head
+    assert head.metadata["training"]["rows"] == 3000
+    whole = fit(replace(config, epochs=1, figure_every=0), tmp_path / "b").head
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(head.state_dict()[name], value)
+    with pytest.raises(InputError, match="both train and val"):
+        fit(replace(config, train=[config.train, str(folders["val"])]), tmp_path / "c")
+    with pytest.raises(InputError, match="memory"):
+        fit(replace(config, train=halves, features=("tv", "memory_1")), tmp_path / "d")
+    apart = fit(replace(config, train=halves, val=None, val_fraction=0.2, epochs=1), tmp_path / "e").head
+    assert apart.metadata["training"]["prompts"] == 120 - 10
+
+
+def test_memory_is_counted_before_the_tables_and_each_row_leaves_itself_out(config, tmp_path):
+    features = ("verifier_max", "memory_1", "memory_2")
+    head = fit(replace(config, features=features, epochs=1, figure_every=0), tmp_path).head
+    train = open_traces(config.train)
+    gold, before = train.column("gold"), train.summary(["previous_token_1"])["previous_token_1"].numpy()
+    n = head.columns(train.summary(head.features))[:, 1].expm1()  # log(1 + n) of memory_1, this row counted
+    wanted = [(before == token).sum() for token in before[:60]]
+    np.testing.assert_allclose(n[:60], wanted, rtol=1e-5)
+    left_out = head.columns(train.summary(head.features), torch.from_numpy(gold.copy()).long())[:, 1].expm1()
+    np.testing.assert_allclose(left_out[:60], np.array(wanted) - 1, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(head.mean[1].expm1() - 0, np.expm1(left_out.log1p().mean()), rtol=1e-4)
