@@ -14,6 +14,7 @@ from deferral_train.decoding.stopping import check_stop
 from deferral_train.drafting.plan import DraftCascade, Plan
 from deferral_train.errors import InputError
 from deferral_train.rules.base import PositionRule, Rule
+from deferral_train.rules.summary import FIELDS
 
 EXECUTION_NAMES = ("speculative", "token", "lazy", "sequence")
 BONUSES = ("verifier", "exact")
@@ -93,7 +94,7 @@ def _check_execution(request: Request) -> None:
             f"{rule.stage!r}; use a rule of stage 'draft' (chow, chow_log, a draft-stage head)"
         )
     if request.max_request_loss is not None:
-        raise InputError(f"max_request_loss needs execution='speculative', not {execution!r}")
+        _check_limit(rule, execution)
     if request.stop is not None:
         raise InputError(f"stop shortens drafted blocks: it needs execution='speculative', not {execution!r}")
     if request.token_log is not None:
@@ -128,6 +129,23 @@ def check_cascade(request: Request, cascade: DraftCascade) -> None:
     bigrams = plan.max_gram.bigrams if plan.max_gram is not None else None
     if bigrams is not None:
         bigrams.check(cascade.tokenizer, request.vocab_size or facts_of(request.model).vocab_size)
+
+
+def _check_limit(rule: Rule, execution: str) -> None:
+    if execution == "sequence":
+        raise InputError(
+            "max_request_loss: execution='sequence' keeps or leaves a whole row; use another execution"
+        )
+    if execution == "lazy" and not estimates_early(rule):
+        raise InputError(
+            f"max_request_loss: execution='lazy' knows the drafter alone, and rule {rule.name} estimates its loss "
+            "from the verifier; use a draft-stage head, or execution='speculative' or 'token'"
+        )
+
+
+def estimates_early(rule: Rule) -> bool:
+    """Whether the rule's estimated loss of keeping reads nothing of the verifier."""
+    return all(FIELDS[name].sees in ("drafter", "context") for name in rule.gap_needs)
 
 
 def _check_models(model: Any, drafter: Any, vocab_size: int | None) -> None:

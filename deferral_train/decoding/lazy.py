@@ -23,7 +23,7 @@ def lazy_cascade(cascade: Cascade) -> None:
         decision, sampling = drafter_laws(cascade)
         drafted = cascade.laws.draw(decision, sampling, cascade.generator)
         cascade.tokens.write(0, drafted[:, None])
-        deferred = decide_early(cascade, decision, sampling).tolist()
+        deferred = decide_early(cascade, decision, sampling, drafted).tolist()
         verdict = _check(cascade, drafted, decision, sampling) if any(deferred) else None
         _emit(cascade, drafted, deferred, verdict)
 
@@ -61,7 +61,7 @@ def _emit(cascade: Cascade, drafted: Tensor, deferred: list[bool], verdict: Verd
     counts, done = cascade.ends.cut(cascade.tokens, block.tolist(), offered)
     for row, was_deferred, stood, count in zip(cascade.tokens.rows, deferred, passed, counts):
         _record(cascade, row, was_deferred, stood, count)
-    advance(cascade, counts, done)
+    advance(cascade, counts, done, cascade.spent)
 
 
 def _record(cascade: Cascade, row: int, deferred: bool, stood: bool, count: int) -> None:

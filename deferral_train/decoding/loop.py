@@ -52,6 +52,7 @@ class Cascade:
         self.context_fields = asked & CONTEXT_FIELDS
         if self.max_request_loss is not None:
             self.spent = torch.zeros(len(self.tokens.rows), dtype=torch.float64, device=self.tokens.device)
+            self.ledger.spent = dict.fromkeys(range(len(self.tokens.ids)), 0.0)
 
     @property
     def exact(self) -> bool:

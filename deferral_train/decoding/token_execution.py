@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deferral_train.decoding.checks import estimates_early
 from deferral_train.decoding.loop import Cascade, advance, previous_tokens
 from deferral_train.rules.laws import Laws
 from deferral_train.rules.summary import Summary
@@ -29,7 +30,7 @@ def emit_one(cascade: Cascade, token: Tensor) -> None:
     """Append one token [B] per row."""
     cascade.tokens.write(0, token[:, None])
     counts, done = cascade.ends.cut(cascade.tokens, token[:, None].tolist(), [1] * len(token))
-    advance(cascade, counts, done)
+    advance(cascade, counts, done, cascade.spent)
 
 
 def _next_token(cascade: Cascade) -> tuple[Tensor, list[bool], bool]:
@@ -39,12 +40,13 @@ def _next_token(cascade: Cascade) -> tuple[Tensor, list[bool], bool]:
         return verifier_token(cascade), [True] * len(cascade.tokens.rows), True
     decision, sampling = drafter_laws(cascade)
     drafted = cascade.laws.draw(decision, sampling, cascade.generator)
-    if rule.stage == "verify" and rule.needs:
+    reads_verifier = rule.stage == "verify" and bool(rule.needs)
+    if reads_verifier or (cascade.max_request_loss is not None and not estimates_early(rule)):
         laws = _both_laws(cascade, decision, sampling)
-        defer = rule.defer(rule.read(laws, context=_context(cascade)))  # type: ignore[attr-defined]
+        defer = _decide(cascade, laws, drafted)
         theirs = cascade.laws.draw(laws.verifier_logits, laws.verifier_sampling_logits, cascade.generator)
         return torch.where(defer, theirs, drafted), defer.tolist(), True
-    defer = decide_early(cascade, decision, sampling)
+    defer = decide_early(cascade, decision, sampling, drafted)
     deferred = defer.tolist()
     if any(deferred):
         drafted = torch.where(defer, verifier_token(cascade), drafted)
@@ -73,13 +75,29 @@ def _both_laws(cascade: Cascade, decision: Tensor, sampling: Tensor | None) -> L
     return Laws.of(decision, verifier, cascade.laws.temperature, sampling, verifier_sampling)
 
 
-def decide_early(cascade: Cascade, decision: Tensor, sampling: Tensor | None) -> Tensor:
-    """What a draft-stage rule decides from the drafter's law alone: defer, bool [B]."""
+def decide_early(cascade: Cascade, decision: Tensor, sampling: Tensor | None, drafted: Tensor) -> Tensor:
+    """What a draft-stage rule decides about the drafted tokens [B] from the drafter's law alone: defer, bool [B]."""
     rule = cascade.rule
-    if rule.is_lossless or not rule.needs:
+    if rule.is_lossless or not (rule.needs or cascade.max_request_loss is not None):
         return torch.full((len(decision),), rule.is_lossless, device=decision.device)
-    laws = Laws.of(decision, decision, cascade.laws.temperature, sampling, sampling)
-    return rule.defer(rule.read(laws, context=_context(cascade)))  # type: ignore[attr-defined]
+    return _decide(
+        cascade, Laws.of(decision, decision, cascade.laws.temperature, sampling, sampling), drafted
+    )
+
+
+def _decide(cascade: Cascade, laws: Laws, drafted: Tensor) -> Tensor:
+    """The rule's decision [B]; under a limit a token whose estimated loss does not fit is deferred too."""
+    rule, limit = cascade.rule, cascade.max_request_loss
+    extra = rule.gap_needs if limit is not None else frozenset()
+    summary = rule.read(laws, drafted, _context(cascade), extra)
+    defer = rule.defer(summary).expand(len(drafted))  # type: ignore[attr-defined]
+    if limit is None or cascade.spent is None:
+        return defer
+    cost = rule.estimated_gap(summary).to(cascade.spent).clamp(min=0.0)
+    # Written so that a cost that is not a number never fits.
+    defer = defer | ~((cascade.spent < limit) & (cascade.spent + cost <= limit))
+    cascade.spent = torch.where(defer, cascade.spent, cascade.spent + cost)
+    return defer
 
 
 def _context(cascade: Cascade) -> Summary | None:

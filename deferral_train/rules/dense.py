@@ -26,6 +26,7 @@ REDUCED = (
     "verifier_at_drafter_argmax",
     "tv",
 )
+LOGARITHMS = frozenset({"drafter_max", "verifier_max", "verifier_at_drafter_argmax"})  # of what is reduced
 FIELDS_AT_HAND = frozenset(REDUCED) | {"tv_unscaled", "draft_position"}
 Reduce = Callable[[Tensor, Tensor, Tensor, tuple[str, ...]], dict[str, Tensor]]
 
@@ -86,7 +87,7 @@ def reductions(drafter: Tensor, verifier: Tensor, token: Tensor, names: tuple[st
     Args:
         drafter, verifier: decision logits [B, T, V].
         token: [B, T].
-        names: of `REDUCED`.
+        names: of `REDUCED`; those in `LOGARITHMS` come as logarithms.
     """
     drafter_norm, verifier_norm = drafter.logsumexp(-1, keepdim=True), verifier.logsumexp(-1, keepdim=True)
     index = token.unsqueeze(-1)
@@ -98,17 +99,19 @@ def reductions(drafter: Tensor, verifier: Tensor, token: Tensor, names: tuple[st
     }
     log_q, log_p = (drafter - drafter_norm).clamp(max=0.0), (verifier - verifier_norm).clamp(max=0.0)
     q, p = log_q.exp(), log_p.exp()
+    # Probabilities are left as logarithms: who compares one with another's must exponentiate both in one way, and a
+    # compiled graph may round differently from eager code in the last bit.
     if "drafter_max" in names:
-        found["drafter_max"] = log_q.amax(-1).exp()
+        found["drafter_max"] = log_q.amax(-1)
     if "verifier_max" in names:
-        found["verifier_max"] = log_p.amax(-1).exp()
+        found["verifier_max"] = log_p.amax(-1)
     if "drafter_entropy" in names:
         found["drafter_entropy"] = -torch.where(q > 0, q * log_q, 0.0).sum(-1)
     if "verifier_entropy" in names:
         found["verifier_entropy"] = -torch.where(p > 0, p * log_p, 0.0).sum(-1)
     if "verifier_at_drafter_argmax" in names:
         top = drafter.max(dim=-1, keepdim=True).indices
-        found["verifier_at_drafter_argmax"] = log_p.gather(-1, top).squeeze(-1).exp()
+        found["verifier_at_drafter_argmax"] = log_p.gather(-1, top).squeeze(-1)
     if "tv" in names:
         found["tv"] = ((p - q).abs().sum(-1) * 0.5).clamp(0.0, 1.0)
     return found
@@ -129,6 +132,7 @@ def _decide(rule: Rule, found: dict[str, Tensor], summary: Summary) -> Tensor:
 
 def _summary(wanted: frozenset[str], found: dict[str, Tensor], block: Block) -> Summary:
     columns = {name: found["tv" if name == "tv_unscaled" else name] for name in wanted - {"draft_position"}}
+    columns |= {name: columns[name].exp() for name in LOGARITHMS & set(columns)}
     if "draft_position" in wanted:
         steps = torch.arange(block.drafted.shape[1], device=block.drafted.device)
         columns["draft_position"] = steps.expand_as(block.drafted)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 # A masked token has probability 0, and so has any this far below the largest: the clamp keeps 0 * inf out.

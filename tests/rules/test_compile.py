@@ -10,7 +10,7 @@ from test_verify import block
 from deferral_train.errors import InputError
 from deferral_train.rules import make_rule, verify_block
 from deferral_train.rules.block import Block
-from deferral_train.rules.dense import REDUCED, knows, reductions, score_dense
+from deferral_train.rules.dense import LOGARITHMS, REDUCED, knows, reductions, score_dense
 from deferral_train.rules.sampling import uniforms
 from deferral_train.rules.scoring import score_block
 from deferral_train.rules.summary import summarize
@@ -66,7 +66,22 @@ def test_reductions_are_one_graph_and_equal_the_summary():
     names = [*REDUCED, "drafter_logsumexp", "verifier_logsumexp", "drafter_logprob", "verifier_logprob"]
     expected = summarize(drafter, verifier, token=drafted, fields=names)
     for name in names:
-        torch.testing.assert_close(found[name], expected[name], atol=1e-13, rtol=1e-12)
+        value = found[name].exp() if name in LOGARITHMS else found[name]
+        torch.testing.assert_close(value, expected[name], atol=1e-13, rtol=1e-12)
+
+
+def test_v3_at_alpha_0_keeps_the_verifier_s_argmax_to_the_last_bit():
+    generator = torch.Generator().manual_seed(9)
+    verifier = 4 * torch.randn(64, 4, 30, generator=generator)
+    drafter = 4 * torch.randn(64, 4, 30, generator=generator)
+    drafted = verifier[:, :3].argmax(dim=-1)
+    given = Block.of(drafted, drafter, verifier, 1.0, None, None, None, None)
+    uniform, _ = uniforms(*drafted.shape, generator, verifier)
+    compiled = torch.compile(reductions, backend="aot_eager", fullgraph=True)
+    for reduce in (reductions, compiled):
+        scores = score_dense(make_rule("token_v3", alpha=0.0), given, False, uniform, reduce=reduce)
+        assert bool(scores.kept.all())
+    assert bool(score_block(make_rule("token_v3", alpha=0.0), given, False, uniform).kept.all())
 
 
 DENSE = [r for r in instances() if knows(r, limited=False)]
