@@ -21,7 +21,7 @@ class PromptPart:
         reference_path: second file of parallel text.
         prompt_field, reference_field: column names; the usual ones are found by themselves.
         template: text around every prompt, with ``{prompt}`` in it.
-        split: split of a data set.
+        subset, split: configuration and split of a data set.
         start, limit: rows to pass over, and most rows to take.
     """
 
@@ -30,6 +30,7 @@ class PromptPart:
     prompt_field: str | None = None
     reference_field: str | None = None
     template: str = "{prompt}"
+    subset: str | None = None
     split: str = "train"
     start: int = 0
     limit: int | None = None
@@ -181,7 +182,7 @@ class FrontierConfig:
         token_cascades, sequence_cascades: specs with dial values, decoded token by token and text by text.
         limit: most test prompts, for quality, rates and calls. batch_size: prompts side by side there.
         timed: how many of them are decoded again one by one, for latency. repetitions: of that, interleaved.
-        metric: of the summary of ``decode``, for the axis of quality.
+        metric: for the axis of quality: bleu, chrf, exact_match, or what ``deferral-train decode --metrics`` takes.
     """
 
     temperatures: tuple[float, ...] = ()

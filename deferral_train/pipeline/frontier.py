@@ -11,6 +11,7 @@ from deferral_train.decoding.decode import DecodeConfig, decode
 from deferral_train.decoding.outputs import BATCHES, read_lines
 from deferral_train.decoding.pair import Pair, Settings
 from deferral_train.evaluation.frontier import VERIFIER, frontier_of, write_frontier
+from deferral_train.evaluation.outputs import check_metrics, score_outputs
 from deferral_train.heads.rules import rule_from_spec
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.pipeline import operate
@@ -19,6 +20,7 @@ from deferral_train.rules.base import Rule
 from deferral_train.traces import Traces
 
 FOLDER = "frontier"
+ALWAYS = ("bleu", "chrf", "exact_match")  # in every summary of decode that has references
 ENDS = (VERIFIER, "lossless", "drafter_only")
 
 
@@ -39,6 +41,8 @@ def decode_frontier(
         prompts: of the test part. traces: of the calibration part, where dials are set.
         rules: name to (spec without a dial value, the rule to sweep).
     """
+    metrics = () if config.metric in ALWAYS else (config.metric,)
+    check_metrics(metrics, prompts)
     entries = []
     for temperature in config.temperatures:
         sweeps = {name: rule for name, (_, rule) in rules.items()}
@@ -63,7 +67,7 @@ def decode_frontier(
             accept_mismatch=True,
         )
         folder = run / FOLDER / f"t{temperature:g}"
-        judged = _decode_all(pair, prompts, tried, DecodeConfig(settings), folder / "quality")
+        judged = _decode_all(pair, prompts, tried, DecodeConfig(settings), folder / "quality", metrics)
         timing = DecodeConfig(replace(settings, batch_size=1), config.repetitions)
         timed = _decode_all(pair, prompts[: config.timed], tried, timing, folder / "timing")
         entry = frontier_of(_with_times(judged.summary, timed.summary), config.metric, timed.batches)
@@ -86,14 +90,17 @@ def _decode_all(
     tried: Mapping[str, Mapping[str, Rule]],
     config: DecodeConfig,
     folder: Path,
+    metrics: Sequence[str] = (),
 ) -> _Decoded:
-    """Decode the rules of every execution, each in a folder of its own."""
+    """Decode the rules of every execution, each in a folder of its own, and score the outputs."""
     summary: dict[str, Any] = {}
     batches: list[dict[str, Any]] = []
     for execution, named in tried.items():
         if named:
             options = replace(config, settings=replace(config.settings, execution=execution))
             found = decode(pair, prompts, named, options, folder / execution)
+            if metrics:
+                found = score_outputs(folder / execution, metrics, pair.models, prompts)
             summary = {**found, "rules": {**summary.get("rules", {}), **found["rules"]}}
             batches += list(read_lines(folder / execution / BATCHES))
     return _Decoded(summary, batches)

@@ -56,7 +56,7 @@ def write_config(folder: Path) -> Path:
             "token_cascades": ["chow:alpha=0.5"],
             "limit": 4,
             "timed": 2,
-            "metric": "chrf",
+            "metric": "rouge1",
         },
         "bootstrap": 100,
     }
@@ -106,11 +106,11 @@ def test_frontier_holds_every_rule_at_every_temperature(finished):
         assert set(entry["points"]) == names
         assert {row["rule"] for row in entry["table2"]} == names - {"verifier_only"}
         assert entry["points"]["verifier_only"][0]["latency"] == 1.0
-        assert (entry["prompts"], entry["timed_prompts"], entry["metric"]) == (4, 2, "chrf")
+        assert (entry["prompts"], entry["timed_prompts"], entry["metric"]) == (4, 2, "rouge1")
     greedy = entries[0]["points"]
     assert greedy["lossless"][0]["quality"] == greedy["verifier_only"][0]["quality"]
     assert greedy["lossless"][0]["rejection_rate"] >= max(p["rejection_rate"] for p in greedy["opt"])
-    assert len(list((finished / "evaluation" / "frontier").glob("chrf_against_*_t1.svg"))) == 4
+    assert len(list((finished / "evaluation" / "frontier").glob("rouge1_against_*_t1.svg"))) == 4
 
 
 def test_lossless_writes_what_the_verifier_alone_writes(finished):
