@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deferral_train.errors import InputError
 
@@ -69,6 +70,7 @@ def run(
             rule=rule,
             seed=seed,
         )
+        conditions = _conditions(Path(outputs))
     else:
         from deferral_train.traces import open_traces
 
@@ -77,20 +79,28 @@ def run(
             raise InputError(
                 "from traces give max_token_risk and a rule or a head; loss per prompt needs outputs"
             )
+        opened = [open_traces(folder) for folder in traces or ()]
         choice = choose_from_traces(
-            [open_traces(folder) for folder in traces or ()],
+            opened,
             spec,
             max_token_risk,
             confidence=confidence,
             truth=truth,
             temperature=temperature,
         )
+        manifest = opened[0].manifest
+        conditions = {
+            "engine": "traces",
+            "temperature": manifest.temperature if temperature is None else temperature,
+            "dtype": manifest.pair.get("dtype"),
+        }
+    certificate = choice.certificate() | {
+        name: value for name, value in conditions.items() if value is not None
+    }
     if head is not None:
-        _store(head, choice)
+        _store(head, choice, certificate)
     if out is not None:
-        provenance.write_json(
-            Path(out) / "choice.json", choice.certificate() | {"label": choice.setting.label}
-        )
+        provenance.write_json(Path(out) / "choice.json", certificate | {"label": choice.setting.label})
     print(describe(choice))
     return 0
 
@@ -111,7 +121,16 @@ def _dials(folder: Path) -> dict | None:
     return dials_of(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
-def _store(head: str, choice: Choice) -> None:
+def _conditions(folder: Path) -> dict[str, Any]:
+    """Engine, number formats and temperature that the outputs were decoded with: the claim holds for these."""
+    path = folder / "summary.json"
+    if not path.is_file():
+        return {}
+    conditions = json.loads(path.read_text(encoding="utf-8")).get("conditions", {})
+    return {name: conditions.get(name) for name in ("engine", "temperature", "dtype", "quantization")}
+
+
+def _store(head: str, choice: Choice, certificate: Mapping[str, Any]) -> None:
     from deferral_train.heads.artifact import set_operating_point
 
     if choice.setting.rule not in ("learned", "learned_token"):
@@ -119,7 +138,7 @@ def _store(head: str, choice: Choice) -> None:
             f"the chosen setting is {choice.setting.label}, no setting of the head {head}; "
             "nothing was stored: leave head out, or choose with rule=learned"
         )
-    set_operating_point(head, choice.setting.value, choice.certificate())
+    set_operating_point(head, choice.setting.value, certificate)
 
 
 def describe(choice: Choice) -> str:

@@ -98,7 +98,7 @@ def decode(
         ) from error
     for contestant in contestants:
         check_consulted(contestant.counters, contestant.drafted)
-    summary = _summary(folder, named, mismatches, config)
+    summary = _summary(folder, named, mismatches, config) | {"conditions": pair.facts(config.settings)}
     provenance.write_json(folder.folder / "summary.json", summary)
     return summary
 

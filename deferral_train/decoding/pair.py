@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
@@ -154,21 +155,26 @@ class Pair:
         """Refuse heads that belong to another pair and plans for other drafters; returns the mismatches that were
         accepted.
         """
-        verifier = self.models.verifier
-        facts = {
-            "vocab_size": self.models.vocab_size,
-            "dtype": {
-                role: str(model.dtype).removeprefix("torch.")
-                for role, model in (("drafter", self.models.drafter), ("verifier", verifier))
-            },
-            "quantization": _quantization(verifier),
-            "temperature": options.temperature,
-        }
+        facts = self.facts(options)
         self._drafter(options)
         found: list[str] = []
         for head in heads_of(rule, options.stop):
             found += check_head(head, self.models.fingerprints, facts, options.accept_mismatch)
         return found
+
+    def facts(self, options: Settings) -> dict[str, Any]:
+        """What a certificate depends on besides the weights: engine, number formats, temperature, vocabulary."""
+        drafter, verifier = self.models.drafter, self.models.verifier
+        return {
+            "engine": f"transformers {transformers.__version__}",
+            "vocab_size": self.models.vocab_size,
+            "dtype": {
+                role: str(model.dtype).removeprefix("torch.")
+                for role, model in (("drafter", drafter), ("verifier", verifier))
+            },
+            "quantization": _quantization(verifier),
+            "temperature": options.temperature,
+        }
 
     def encode(self, prompts: Sequence[Prompt], options: Settings) -> list[EncodedPrompt]:
         """Ids of every prompt; refuses the first that is empty or does not fit the context."""

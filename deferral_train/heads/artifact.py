@@ -119,13 +119,22 @@ def set_operating_point(
 
 
 def push_to_hub(head: DeferralHead, folder: str | Path, repo_id: str, token: str | None = None) -> str:
-    """Save to ``folder`` and upload its files to ``repo_id``; returns the address. Needs huggingface_hub."""
+    """Save to ``folder`` and upload its files to ``repo_id``; returns the address. Needs huggingface_hub.
+
+    Raises InputError where the hub refuses: no such name, no token, a token that may not write, no network.
+    """
     hub = _hub()
     save_head(head, folder)
     api = hub.HfApi(token=token)
-    api.create_repo(repo_id, exist_ok=True)
     patterns = [CONFIG, WEIGHTS, CARD, "*.onnx"]
-    return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder), allow_patterns=patterns))
+    try:
+        api.create_repo(repo_id, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder), allow_patterns=patterns))
+    except Exception as error:  # refusals, no network, a bad name: each its own class
+        raise InputError(
+            f"{repo_id}: the hub did not take the head ({' '.join(str(error).split())[:160]}); "
+            f"the files are in {folder}; check the name and that the token may write"
+        ) from None
 
 
 def _download(repo_id: str) -> Path:

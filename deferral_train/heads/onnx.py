@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from deferral_train.errors import InputError, MissingExtraError
 from deferral_train.heads.base import DeferralHead
-from deferral_train.heads.cost_sensitive import CostSensitiveHead
+from deferral_train.heads.cost import call_inputs
 from deferral_train.provenance import write_bytes
 
 BOUND = 1e-6
@@ -37,13 +37,6 @@ class _Flat(nn.Module):
         return tuple(out[name] for name in self.names)
 
 
-def _inputs(head: DeferralHead, columns: Tensor) -> tuple[Tensor, ...]:
-    """Columns, and alpha for a cost-sensitive head."""
-    if isinstance(head, CostSensitiveHead):
-        return columns, torch.full_like(columns[:, 0], 0.1)
-    return (columns,)
-
-
 def export_onnx(head: DeferralHead, path: str | Path) -> Path:
     """Write ``head`` as one ONNX file; needs the onnx extra.
 
@@ -53,7 +46,7 @@ def export_onnx(head: DeferralHead, path: str | Path) -> Path:
     onnx = _module("onnx")
     _module("onnxscript")
     head = head.cpu().eval()
-    example = _inputs(head, torch.full((2, head.inputs.width), 0.5))
+    example = call_inputs(head, torch.full((2, head.inputs.width), 0.5))
     with torch.no_grad():
         names = [name for name in OUTPUTS if name in head(*example)]
     batch = torch.export.Dim("batch", min=1)
@@ -115,7 +108,7 @@ def open_session(path: str | Path) -> Any:
 
 
 def _difference(head: DeferralHead, session: Any, columns: Tensor) -> float:
-    inputs = _inputs(head, columns)
+    inputs = call_inputs(head, columns)
     feed = {port.name: value.numpy() for port, value in zip(session.get_inputs(), inputs)}
     found = session.run(None, feed)
     with torch.no_grad():
