@@ -104,7 +104,9 @@ def test_a_pair_without_any_finite_logits_is_refused(t5: ModelPair, tmp_path: Pa
     broken = copy.deepcopy(t5.verifier)
     for values in broken.parameters():
         values.data.fill_(float("nan"))
-    with pytest.raises(InputError, match=r"logits: all \d+ positions are NaN or infinite, .* holds no token; check"):
+    with pytest.raises(
+        InputError, match=r"logits: all \d+ positions are NaN or infinite, .* holds no token; check"
+    ):
         run(dataclasses.replace(t5, verifier=broken), tmp_path / "out")
 
 
