@@ -1,0 +1,95 @@
+"""The threshold of the cumulative stop, fitted on traces: where would drafting have been fastest?
+
+Inspired by Dynamic Depth Decoding (arXiv 2409.00142), which stops a beam once its summed probability falls below a
+threshold; on one chain that is the probability of the block, prod max q, the test of
+:class:`~deferral_train.decoding.stopping.CumulativeStop` on greedy drafts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deferral_train.errors import InputError
+from deferral_train.traces.reader import Traces
+
+CANDIDATES = 200
+
+
+@dataclass(frozen=True)
+class StopFit:
+    """A fitted threshold.
+
+    Attributes:
+        threshold: for ``CumulativeStop``; 0 never stops.
+        speed: expected tokens per unit of verifier time with it.
+        constant: the same without stopping, at the same longest draft.
+        drafted: mean tokens drafted with it.
+    """
+
+    threshold: float
+    speed: float
+    constant: float
+    drafted: float
+
+
+def fit_cumulative(
+    traces: Traces, cost: float, longest: int = 10, temperature: float | None = None
+) -> StopFit:
+    """Fit on the rows of traces, as if a block began at each of them.
+
+    Along a trace the drafter's confidence behind a token that was rejected is that of the trace's prefix, not of
+    the drafter's own: right up to the first rejection, an approximation beyond, where only cost is at stake.
+
+    Args:
+        traces: best with the verifier's prefixes, which is what decoding walks along.
+        cost: time of a drafter pass over a verifier pass.
+        longest: most tokens of a draft.
+        temperature: of the sampling laws, default that of the traces.
+
+    Raises:
+        InputError: a cost or a length that cannot be meant.
+    """
+    summary = traces.summary(["drafter_max", "tv"], temperature)
+    prompts = torch.from_numpy(traces.prompt_of_row.copy())
+    return fit_chains(summary.drafter_max, 1 - summary.tv, prompts, cost, longest)
+
+
+def fit_chains(confidence: Tensor, acceptance: Tensor, prompt: Tensor, cost: float, longest: int) -> StopFit:
+    """The same from columns [N]: max q, the chance that the drafted token is accepted, and the prompt of each row."""
+    if not 0 < cost < float("inf"):
+        raise InputError(f"cost is {cost}; give drafter time / verifier time, above 0")
+    if longest < 1:
+        raise InputError(f"longest is {longest}; a draft has at least 1 token")
+    if not len(prompt):
+        raise InputError("traces have no rows; collect some first")
+    inside = _chains(torch.ones(len(prompt), dtype=torch.float64), prompt, longest)
+    certain = _chains(confidence.double(), prompt, longest).cumprod(dim=1)
+    reach = _chains(acceptance.double(), prompt, longest).cumprod(dim=1)
+    values = certain[inside > 0].unique()
+    places = torch.linspace(0, len(values) - 1, min(CANDIDATES, len(values))).long()
+    candidates = (0.0, *values[places].tolist(), 1.0)
+    found = [_speed(threshold, certain, reach, inside, cost) for threshold in candidates]
+    best = max(found)
+    return StopFit(best[2], best[0], found[0][0], best[1])
+
+
+def _chains(column: Tensor, prompt: Tensor, longest: int) -> Tensor:
+    """[N, longest]: the column at each row and at the rows behind it of the same prompt, then 0."""
+    chains = torch.zeros(len(column), longest, dtype=column.dtype)
+    for ahead in range(min(longest, len(column))):
+        stop = len(column) - ahead
+        chains[:stop, ahead] = torch.where(prompt[ahead:] == prompt[:stop], column[ahead:], 0.0)
+    return chains
+
+
+def _speed(
+    threshold: float, certain: Tensor, reach: Tensor, inside: Tensor, cost: float
+) -> tuple[float, float, float]:
+    """(tokens per verifier time, tokens drafted, threshold): a token is drafted if no earlier one ended the block."""
+    before = torch.cat([torch.ones_like(certain[:, :1]), certain[:, :-1]], dim=1)
+    drafted = (before >= threshold).double() * inside
+    tokens, spent = 1 + (drafted * reach).sum(dim=1), 1 + cost * drafted.sum(dim=1)
+    return float(tokens.sum() / spent.sum()), float(drafted.sum(dim=1).mean()), threshold
