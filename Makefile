@@ -43,7 +43,7 @@ $(VLLM_VENV)/.installed: pyproject.toml
 
 test-vllm:
 	@if $(MAKE) --no-print-directory $(VLLM_VENV)/.installed; then \
-		$(TEST_ENV) $(VLLM_VENV)/bin/python -m pytest tests/serving; \
+		$(TEST_ENV) $(VLLM_VENV)/bin/python -m pytest tests/serving -m "not slow"; \
 	else \
 		echo "make test-vllm: THE ENGINE WAS NOT TESTED: $(VLLM) could not be installed here (see above)"; \
 	fi

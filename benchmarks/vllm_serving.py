@@ -41,6 +41,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu",), default="cpu")
     parser.add_argument("--pair", type=Path, help="folder with drafter/ and verifier/; default: train one")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--part", choices=("all", "speed", "overhead", "agreement"), default="all")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=48, help="tokens per request")
     parser.add_argument("--steps", type=int, default=300, help="training steps of each model")
@@ -53,9 +54,17 @@ def main() -> int:
             "vllm_serving: vLLM is not installed here; run it in .venv-vllm (make test-vllm)", file=sys.stderr
         )
         return 2
+    parts = {"speed", "overhead", "agreement"} if options.part == "all" else {options.part}
+    result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        pair = options.pair or train(Path(scratch) / "pair", options.steps)
-        result = measure(pair, Path(scratch), options)
+        if parts & {"speed", "agreement"}:
+            pair = options.pair or train(Path(scratch) / "pair", options.steps)
+        if "agreement" in parts:
+            result["agreement"] = agreement(pair, options.rules)
+        if "speed" in parts:
+            result |= measure(pair, Path(scratch), options)
+        if "overhead" in parts:
+            result["overhead"] = overhead(Path(scratch), options)
     result["conditions"] = {
         "vllm": vllm.__version__,
         "threads": os.environ.get("OMP_NUM_THREADS"),
@@ -105,7 +114,7 @@ def prompts_of(pair: Path, count: int) -> list[list[int]]:
     rows: list[list[int]] = []
     for document in stdlib_sources()["test"]:
         ids = tokenizer(document.text).input_ids
-        rows += [ids[start : start + 32] for start in range(0, min(len(ids), 400) - 32, 97)]
+        rows += [ids[start : start + 32] for start in range(0, min(len(ids), 2000) - 32, 97)]
         if len(rows) >= count:
             return rows[:count]
     raise InputError(f"the standard library gave {len(rows)} prompts, {count} are needed")
@@ -224,6 +233,103 @@ def measure(pair: Path, scratch: Path, options: argparse.Namespace) -> dict[str,
     return {"table": table}
 
 
+def agreement(
+    pair: Path, rules: list[str], prompts: int = 256, tokens: int = 49
+) -> dict[str, list[dict[str, float]]]:
+    """Share of drafted tokens that stand, by place in the block, in the engine and in this project's loop.
+
+    Sampling at temperature 1. The loop starts from the engine's first token, which is not drafted, so that blocks begin
+    at the same places; both then follow their own text.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from vllm import SamplingParams
+
+    from deferral_train import cascade_generate
+    from deferral_train.heads.rules import rule_from_spec
+
+    rows = prompts_of(pair, prompts)
+    llm = start(pair, {"rule": rules[0]})
+    drafter, verifier = (
+        AutoModelForCausalLM.from_pretrained(pair / name).eval() for name in ("drafter", "verifier")
+    )
+    verifier.generation_config.eos_token_id = None
+    found: dict[str, list[dict[str, float]]] = {}
+    for spec in rules:
+        seam = use(llm, {"rule": spec})
+        params = SamplingParams(temperature=1.0, max_tokens=tokens, ignore_eos=True)
+        outputs = llm.generate([{"prompt_token_ids": row} for row in rows], params, use_tqdm=False)
+        begun = torch.tensor([row + list(out.outputs[0].token_ids)[:1] for row, out in zip(rows, outputs)])
+        stats = verifier.generate(
+            begun, attention_mask=torch.ones_like(begun), custom_generate=cascade_generate, drafter=drafter,
+            rule=rule_from_spec(spec), num_draft_tokens=DRAFTS, max_new_tokens=tokens - 1, do_sample=True, top_k=0,
+            return_dict_in_generate=True, generator=torch.Generator().manual_seed(0),
+        ).stats  # fmt: skip
+        found[spec] = []
+        for place in range(DRAFTS):
+            reached, passed = seam.counters.places("reached")[place], seam.counters.places("passed")[place]
+            decided = float(stats.positions["decided"][place])
+            accepted = float(stats.positions["accepted"][place])
+            both = (passed + accepted) / (reached + decided)
+            error = (both * (1 - both) * (1 / reached + 1 / decided)) ** 0.5
+            found[spec].append(
+                {
+                    "place": place,
+                    "engine": passed / reached,
+                    "engine_n": reached,
+                    "loop": accepted / decided,
+                    "loop_n": decided,
+                    "standard_error": error,
+                }
+            )
+    llm.llm_engine.engine_core.shutdown()
+    return found
+
+
+def overhead(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Verdict and head as a share of wall time with a verifier of 12 layers of 768, random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from deferral_train.heads import GapHead
+    from deferral_train.pairs.corpora import stdlib_sources
+    from deferral_train.pairs.tokenizer import train_tokenizer
+    from deferral_train.training.config import VERIFY_FEATURES
+
+    tokenizer = train_tokenizer((document.text for document in stdlib_sources()["validation"]), 8192, False)
+    for name, layers, width in (("drafter", 1, 128), ("verifier", 12, 768)):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=8192, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+            num_attention_heads=width // 64, num_key_value_heads=width // 64, max_position_embeddings=CONTEXT,
+            tie_word_embeddings=False, pad_token_id=0, eos_token_id=1,
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(scratch / "large" / name)
+        tokenizer.save_pretrained(scratch / "large" / name)
+    head = GapHead(VERIFY_FEATURES, hidden=(64, 64))
+    head.metadata["alpha"] = 0.05
+    head.save_pretrained(scratch / "untrained")
+    llm = start(scratch / "large", {"rule": "lossless"})
+    rows = [list(range(10 + number, 42 + number)) for number in range(max(CONCURRENCY))]
+    found: dict[str, Any] = {}
+    for concurrency in CONCURRENCY:
+        for name, settings in (
+            *((spec, {"rule": spec}) for spec in options.rules),
+            ("head", {"head": str(scratch / "untrained")}),
+        ):
+            seen = []
+            for _ in range(3):
+                seam = use(llm, settings)
+                _, wall, _ = ask(llm, rows[:concurrency], options.tokens)
+                steps = seam.counters.get("steps")
+                verdict = seam.counters.get("verdict_seconds")
+                seen.append((verdict / wall, 1e3 * verdict / steps, 1e3 * wall / steps))
+            share, verdict_ms, step_ms = (statistics.median(column) for column in zip(*seen))
+            found[f"{concurrency} {name}"] = {"share": share, "verdict_ms": verdict_ms, "step_ms": step_ms}
+    llm.llm_engine.engine_core.shutdown()
+    return found
+
+
 def paired(runs: list[dict[str, float]], baseline: list[dict[str, float]], clock: str) -> float:
     """Speed relative to the baseline: median over rounds of baseline time / own time."""
     return statistics.median(theirs[clock] / ours[clock] for ours, theirs in zip(runs, baseline))
@@ -239,6 +345,18 @@ def shares(seam: Any, wall: float) -> dict[str, float]:
 
 
 def report(result: dict[str, Any]) -> None:
+    for spec, places in result.get("agreement", {}).items():
+        for row in places:
+            print(
+                f"{spec} place {row['place']}: engine {row['engine']:.4f} (n {row['engine_n']:.0f}), "
+                f"loop {row['loop']:.4f} (n {row['loop_n']:.0f}), standard error {row['standard_error']:.4f}"
+            )
+    for name, row in result.get("overhead", {}).items():
+        print(
+            f"{name}: verdict {row['verdict_ms']:.2f} ms of a {row['step_ms']:.0f} ms step, {row['share']:.1%}"
+        )
+    if "table" not in result:
+        return
     print(
         "| concurrency | mode | tokens/s | CPU ms/token | x engine, CPU | x engine, wall | verdict | per block |"
     )

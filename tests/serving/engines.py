@@ -15,11 +15,12 @@ from deferral_train.serving.requests import Requests
 VOCABULARY, DRAFTS, LENGTH = 40, 4, 160
 
 
-def save_pair(folder: Path, tokenizer: Any = None) -> Path:
+def save_pair(folder: Path, tokenizer: Any = None, heads: int = 1) -> Path:
     """`verifier`, `drafter` (the same weights with noise) of 64 units; heads of 32, which the CPU kernels know.
 
     Args:
         tokenizer: default one of `VOCABULARY` words.
+        heads: key and value heads, at least one for each tensor-parallel rank.
     """
     from tiny_models import tiny_tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -28,7 +29,7 @@ def save_pair(folder: Path, tokenizer: Any = None) -> Path:
     vocabulary = len(tokenizer)
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, max_position_embeddings=256, pad_token_id=0, eos_token_id=1,
+        num_key_value_heads=heads, head_dim=32, max_position_embeddings=256, pad_token_id=0, eos_token_id=1,
         bos_token_id=2, tie_word_embeddings=False,
     )  # fmt: skip
 

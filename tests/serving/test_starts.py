@@ -5,7 +5,12 @@ Ending an engine takes the process's groups with it, so that these do not share 
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from engines import (
@@ -121,6 +126,25 @@ def remembering(requests, spent):
         return original(names)
 
     return forget
+
+
+@pytest.mark.slow
+def test_tensor_parallel_ranks_draw_the_same_numbers(tmp_path):
+    """Ranks that disagreed on a sampled token would go on from different texts: the output would be another one."""
+    pair, spec = save_pair(tmp_path, heads=2), "opt:alpha=0.2"
+    engine = start(pair, {"rule": spec})
+    try:
+        alone = [generate(engine, prompts(12), temperature=temperature) for temperature in (0.0, 1.0)]
+    finally:
+        stop(engine)
+    script = [sys.executable, str(Path(__file__).parent / "parallel.py"), str(pair), spec]
+    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    run = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=280)
+    line = next((line for line in run.stdout.splitlines() if line.startswith("SAID ")), None)
+    assert line is not None, run.stdout[-2000:] + run.stderr[-2000:]
+    found = json.loads(line.removeprefix("SAID "))
+    assert found["said"] == alone
+    assert found["requests"] == {"0": 24.0}  # one rank counts
 
 
 @pytest.mark.parametrize("spec", ["drafter_only", "opt:alpha=0.2"])
