@@ -27,6 +27,7 @@ BENCHMARKS = {
     "synthetic_regret": ("cpu",),
     "multi30k_heads": ("cpu",),
     "multi30k_tokens": ("cpu",),
+    "dagger": ("cpu",),
 }
 
 

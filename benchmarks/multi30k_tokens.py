@@ -26,22 +26,22 @@ from deferral_train import provenance
 from deferral_train.collecting.scoring import make_inputs, score
 from deferral_train.evaluation.bootstrap import PromptBootstrap
 from deferral_train.evaluation.curves import Curve, area_difference, differences
-from deferral_train.heads.rules import LearnedTokenRule
+from deferral_train.heads.rules import LearnedTokenRule, dropped_set
 from deferral_train.pairs.encode import EncodedPrompt, encode_prompts
 from deferral_train.pairs.load import ModelPair, load_models
 from deferral_train.rules import make_rule
 from deferral_train.rules.base import Rule
-from deferral_train.rules.emission import rejection_mass
+from deferral_train.rules.emission import keep_law, rejection_mass
 from deferral_train.rules.laws import Laws
 from deferral_train.rules.summary import Summary
 from deferral_train.training.config import FitConfig
 from deferral_train.training.fit import fit
 
-BATCH = 16  # prompts; about 280 positions over 4,000 tokens stay near the cache
+BATCH = 4  # prompts; about 70 positions over 4,000 tokens stay in a core's cache
 RULES = ("token_v1", "token_v2", "token_v3", "lossy", "opt", "opt_verifier")
 DIALS = 25
 # alpha is the price of a rejection in expected correct tokens; negative ones reach the lossless end
-ALPHAS = (*(-np.geomspace(3, 0.02, 9)), *np.linspace(0, 0.8, 20))
+ALPHAS = (*(-np.geomspace(3, 0.02, 6)), *np.linspace(0, 0.8, 17))
 CANDIDATES: dict[str, dict[str, Any]] = {
     "truth_mixture_linear": {"head": "truth_mixture", "body": "linear", "features": FEATURES, "lr": 0.02},
     "truth_mixture_mlp": {
@@ -102,13 +102,24 @@ def measure(
         for name, settings in swept.items():
             summary = settings[0].read(laws, context=context)
             with torch.inference_mode():
-                inner = [_effect(rule.law_from(laws, summary), laws, gold) for rule in settings]
+                inner = [_effect(pi, laws, gold) for pi in _targets(settings, laws, summary)]
             effects = torch.stack([ends[0], *inner, ends[1]], dim=1)  # [2, S + 2, N]
             by_prompt = effects.new_zeros(2, effects.shape[1], count).index_add_(2, row, effects)
             sums[name][:, :, first : first + count] = by_prompt.numpy()
-        if first % (BATCH * 10) == 0:
+        if first % (BATCH * 25) == 0:
             print(f"  {first} of {len(prompts)} prompts", flush=True)
     return sums
+
+
+def _targets(settings: Sequence[Rule], laws: Laws, summary: Summary) -> Iterator[Tensor]:
+    """pi of each setting of a rule, [N, V]; a head's P^ is computed once for all of its alphas."""
+    first = settings[0]
+    if not isinstance(first, LearnedTokenRule):
+        yield from (rule.law_from(laws, summary) for rule in settings)
+        return
+    truth = first.head.truth(laws.drafter_logprobs, laws.verifier_logprobs, summary)
+    for alpha in ALPHAS:
+        yield keep_law(laws.q, laws.p, ~dropped_set(laws.q, laws.p, truth, float(alpha)))
 
 
 def _effect(pi: Tensor, laws: Laws, gold: Tensor) -> Tensor:

@@ -116,7 +116,11 @@ def _scalars(
     """The tracker's averages of a fitted head on traces; the plug-in beside is chosen on the fit traces."""
     asked = settings.fitting
     data = TraceDataModule(
-        list(train), traces, truth=asked.truth, temperature=asked.temperature, alphas=asked.alphas
+        list(train),  # type: ignore[arg-type]  # opened traces pass; the signature is what YAML can say
+        traces,  # type: ignore[arg-type]
+        truth=asked.truth,
+        temperature=asked.temperature,
+        alphas=asked.alphas,
     )
     data.prepare(head)
     scalars = score(head, data.tables["val"], data.alphas)
