@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from deferral_train.decoding.facts import facts_of
 from deferral_train.decoding.stopping import check_stop
+from deferral_train.drafting.given import GivenDraft
 from deferral_train.drafting.plan import DraftCascade, Plan
 from deferral_train.errors import InputError
 from deferral_train.rules.base import PositionRule, Rule
@@ -103,6 +104,31 @@ def _check_execution(request: Request) -> None:
         raise InputError("token_streamer: execution='sequence' may take back a whole text; leave it out")
 
 
+def check_given(request: Request, given: GivenDraft) -> None:
+    """Refuse what a given text cannot do.
+
+    Raises:
+        InputError: naming the argument, its value and the remedy.
+    """
+    _check_alone(request)
+    rule = request.rule
+    if "drafter_hidden" in rule.needs or (rule.reads_drafter_confidence and not rule.is_lossless):
+        raise InputError(
+            f"rule {rule.name} reads the drafter's confidence, which a given text has none of; use biased, "
+            "opt_verifier, token_v3 or lossless"
+        )
+    if request.bonus == "exact":
+        raise InputError("bonus 'exact' needs a drafter's law after the block; a given text has none")
+    given.check(len(request.input_ids), request.vocab_size or facts_of(request.model).vocab_size)
+
+
+def _check_alone(request: Request) -> None:
+    if request.execution != "speculative":
+        raise InputError(f"execution={request.execution!r} needs one model as the drafter; use 'speculative'")
+    if request.stop is not None:
+        raise InputError("stop shortens one drafter's blocks; with a cascade lower the entries of k instead")
+
+
 def check_cascade(request: Request, cascade: DraftCascade) -> None:
     """Refuse what a cascade of drafters cannot do.
 
@@ -110,10 +136,7 @@ def check_cascade(request: Request, cascade: DraftCascade) -> None:
         InputError: naming the argument, its value and the remedy.
     """
     plan, rule = cascade.plan, request.rule
-    if request.execution != "speculative":
-        raise InputError(f"execution={request.execution!r} has one drafter; use 'speculative' with a cascade")
-    if request.stop is not None:
-        raise InputError("stop shortens one drafter's blocks; with a cascade lower the entries of k instead")
+    _check_alone(request)
     if plan.one_hot_tail and rule.reads_drafter_confidence and not rule.is_lossless:
         raise InputError(
             f"rule {rule.name} reads the drafter's confidence, and k[0] gives the verifier tokens of Max-Gram, which "

@@ -16,6 +16,7 @@ from deferral_train.decoding.cascade_drafting import CascadeProposer
 from deferral_train.decoding.criteria import EndOfRow
 from deferral_train.decoding.executions import execute
 from deferral_train.decoding.facts import facts_of
+from deferral_train.decoding.given_drafting import GivenProposer
 from deferral_train.decoding.hidden import HiddenTap, tap_hidden
 from deferral_train.decoding.laws import SamplingLaws
 from deferral_train.decoding.loop import Cascade
@@ -25,6 +26,7 @@ from deferral_train.decoding.stepper import Stepper
 from deferral_train.decoding.stopping import StopDrafting
 from deferral_train.decoding.tokens import TokenRows
 from deferral_train.drafting.counts import ReviewCounts
+from deferral_train.drafting.given import GivenDraft
 from deferral_train.drafting.plan import DraftCascade
 from deferral_train.rules.base import Rule
 from deferral_train.rules.registry import make_rule
@@ -83,8 +85,8 @@ def cascade_generate(
         logits_processor, stopping_criteria, generation_config: as prepared by ``generate``. Decisions read
             the laws after every processor except temperature and truncation warpers; criteria are checked
             per emitted token.
-        drafter: a model over the same tokens, or a :class:`~deferral_train.drafting.DraftCascade`, whose plan then
-            says how many tokens are drafted.
+        drafter: a model over the same tokens; a :class:`~deferral_train.drafting.DraftCascade`, whose plan then
+            says how many tokens are drafted; or a :class:`~deferral_train.drafting.GivenDraft`.
         rule: a rule or its name.
         num_draft_tokens: most tokens drafted per block, at least 1.
         drafter_inputs: encoder inputs (``input_ids``, ``attention_mask``) of an encoder-decoder drafter, one
@@ -111,10 +113,12 @@ def cascade_generate(
     """
     rule = make_rule(rule) if isinstance(rule, str) else rule
     plan = drafter.plan if isinstance(drafter, DraftCascade) else None
-    drafters = [drafter] if plan is None else list(drafter.drafters)
-    depth = num_draft_tokens
+    given = drafter if isinstance(drafter, GivenDraft) else None
+    drafters, depth = [drafter], num_draft_tokens
     if plan is not None:
-        num_draft_tokens, depth = plan.longest[0], plan.depth
+        drafters, num_draft_tokens, depth = list(drafter.drafters), plan.longest[0], plan.depth
+    if given is not None:
+        drafters, num_draft_tokens, depth = [], given.longest, given.longest
     request = checks.Request(
         model, drafters, plan, input_ids, generation_config, rule, num_draft_tokens, execution, bonus,
         max_request_loss, stop, token_streamer, token_log, vocab_size,
@@ -123,6 +127,8 @@ def cascade_generate(
     checks.check_request(request)
     if isinstance(drafter, DraftCascade):
         checks.check_cascade(request, drafter)
+    if given is not None:
+        checks.check_given(request, given)
     ends = EndOfRow(stopping_criteria or [], generation_config.max_length)
     tokens = TokenRows(
         input_ids, _prompt_mask(model, model_kwargs), ends.max_length, depth,
@@ -143,7 +149,9 @@ def cascade_generate(
             for one, encoder, tap in zip(models, encoders, taps)
         ]
         proposer: Proposer
-        if plan is None:
+        if given is not None:
+            proposer = GivenProposer(given, tokens, size)
+        elif plan is None:
             proposer = ModelProposer(steppers[0], tokens, laws, ends, stop, generator)
         else:
             prompts = _prompts(model, tokens, inputs_tensor, model_kwargs)

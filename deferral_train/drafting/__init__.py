@@ -4,7 +4,8 @@ Knows tokens and laws, nothing of models: ``decoding`` runs what is described he
 """
 
 from deferral_train.drafting.bigrams import BigramTable
+from deferral_train.drafting.given import GivenDraft
 from deferral_train.drafting.max_gram import MaxGram
 from deferral_train.drafting.plan import DraftCascade, Plan
 
-__all__ = ["BigramTable", "DraftCascade", "MaxGram", "Plan"]
+__all__ = ["BigramTable", "DraftCascade", "GivenDraft", "MaxGram", "Plan"]

@@ -1,0 +1,55 @@
+"""Runs a given text as the draft: all of it in the row's first round, then nothing more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from deferral_train.decoding.cascade_draft import CascadeDraft, Grown, Piece
+from deferral_train.decoding.stepper import Stepper
+from deferral_train.decoding.tokens import TokenRows
+from deferral_train.drafting.given import GivenDraft
+
+
+class GivenProposer:
+    """The running side of a given draft.
+
+    Args:
+        given: a text for each row of the call.
+        tokens: of the call.
+        vocab_size: columns of the logits.
+    """
+
+    def __init__(self, given: GivenDraft, tokens: TokenRows, vocab_size: int) -> None:
+        self.given, self.tokens, self.vocab_size = given, tokens, vocab_size
+        self.steppers: Sequence[Stepper] = []
+
+    def propose(self, limits: Sequence[int], exact: bool) -> CascadeDraft:
+        """The texts of rows that have emitted nothing yet; they are one-hots."""
+        tokens = self.tokens
+        texts = [
+            list(self.given.texts[row][:limit]) if length == tokens.prompt_length else []
+            for row, length, limit in zip(tokens.rows, tokens.lengths, limits)
+        ]
+        counts = [len(text) for text in texts]
+        depth = max(counts)
+        host = [text + [0] * (depth - len(text)) for text in texts]
+        block = torch.tensor(host, dtype=torch.long, device=tokens.device).reshape(len(host), depth)
+        tokens.write(0, block)
+        grown = Grown.empty(counts)
+        grown.add(Piece(0, list(grown.counts), counts, block))
+        return CascadeDraft(
+            block,
+            counts,
+            (),
+            on_host=host,
+            calls=[0] * len(host),
+            grown=grown,
+            places=depth,
+            vocabulary=self.vocab_size,
+            explicit=True,
+        )
+
+    def observe(self, proposed: Sequence[int], accepted: Sequence[int]) -> None:
+        """Nothing to learn: what did not stand is not proposed again."""
