@@ -25,7 +25,7 @@ TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
     "log": lambda x: x.clamp_min(1e-10).log(),
     "log1p": lambda x: x.clamp_min(0).log1p(),
-    "logit": lambda x: torch.logit(x, eps=1e-6),
+    "logit": lambda x: (lambda p: (p / (1 - p)).log())(x.clamp(1e-6, 1 - 1e-6)),
     "sqrt": lambda x: x.clamp_min(0).sqrt(),
     "square": lambda x: x * x,
 }

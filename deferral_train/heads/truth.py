@@ -25,6 +25,8 @@ CROSS = (
     "verifier_at_drafter_argmax",
     "argmaxes_differ",
 )
+# q(v_p), q(v_q), p(v_p), p(v_q)
+AT_ARGMAXES = ("drafter_at_verifier_argmax", "drafter_max", "verifier_max", "verifier_at_drafter_argmax")
 
 
 class TruthHead(DeferralHead):
@@ -35,6 +37,7 @@ class TruthHead(DeferralHead):
     """
 
     losses: ClassVar[tuple[str, ...]] = ("zero_one",)
+    at_argmaxes: Tensor
 
     def __init__(self, features: Sequence[str], **arguments: Any) -> None:
         super().__init__(features, **arguments)
@@ -43,6 +46,8 @@ class TruthHead(DeferralHead):
                 f"a {self.head_type} head needs stage='verify' and loss {' or '.join(self.losses)}, "
                 f"got {self.stage!r} and {self.loss!r}"
             )
+        places = torch.tensor([self.inputs.start[name] for name in AT_ARGMAXES])
+        self.register_buffer("at_argmaxes", places, persistent=False)
 
     @property
     def outputs(self) -> int:
@@ -62,10 +67,12 @@ class TruthHead(DeferralHead):
 
     def argmax_logs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """log q and log p, each ``[N, 2]``, at v_p (column 0) and v_q (column 1)."""
-        at = {name: self.inputs.column(x, name).clamp_min(FLOOR).log() for name in CROSS[:4]}
-        drafter = torch.stack([at["drafter_at_verifier_argmax"], at["drafter_max"]], dim=-1)
-        verifier = torch.stack([at["verifier_max"], at["verifier_at_drafter_argmax"]], dim=-1)
-        return drafter, verifier
+        logs = self.argmax_probs(x).clamp_min(FLOOR).log()
+        return logs[:, 0], logs[:, 1]
+
+    def argmax_probs(self, x: Tensor) -> Tensor:
+        """q and p at v_p and v_q, ``[N, 2, 2]``: drafter before verifier, v_p before v_q."""
+        return x.index_select(-1, self.at_argmaxes).reshape(-1, 2, 2)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         truth = self.log_truth(x, *self.argmax_logs(x)).exp()
@@ -100,28 +107,43 @@ class TruthMixtureHead(TruthHead):
     """
 
     head_type = "truth_mixture"
+    masks: Tensor
+
+    def __init__(self, features: Sequence[str], **arguments: Any) -> None:
+        super().__init__(features, **arguments)
+        # Added to the logits of v_p, v_q and the rest: nothing, or what takes v_q out where it is v_p.
+        self.register_buffer(
+            "masks", torch.tensor([[0.0, 0.0, 0.0], [0.0, -torch.inf, 0.0]]), persistent=False
+        )
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        law = self.class_logits(x).softmax(-1)
+        return {"gap": self.gate(x, law[:, 0] - law[:, 1]), "truth": law[:, 0]}
 
     def class_logits(self, x: Tensor) -> Tensor:
         """Unnormalised log weights ``[N, 3]`` of v_p, v_q (-inf where equal to v_p) and the rest."""
-        a, b, c = self.coefficients(x)
-        drafter, verifier = self.argmax_logs(x)
-        differ = self.inputs.column(x, "argmaxes_differ")
-        rest_p = self._rest(verifier.exp(), differ)
-        rest_q = self._rest(drafter.exp(), differ)
-        top = a.unsqueeze(-1) * verifier + b.unsqueeze(-1) * drafter
-        second = torch.where(differ > 0, top[:, 1], torch.full_like(a, -torch.inf))
-        return torch.stack([top[:, 0], second, a * rest_p + b * rest_q + c], dim=-1)
+        return self._logits_and_weights(x)[0]
 
-    @staticmethod
-    def _rest(probabilities: Tensor, differ: Tensor) -> Tensor:
-        """log of the mass outside {v_p, v_q}, floored where rounding leaves nothing."""
-        return (1 - probabilities[:, 0] - differ * probabilities[:, 1]).clamp_min(1e-6).log()
+    def _logits_and_weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`class_logits`, and the weights (b, a) ``[N, 2]`` of log q and log p.
+
+        Few operations on whole rows: at batch 1 the time goes into their number.
+        """
+        raw = self.body(self.prepare(x))
+        weights = raw[:, :2].flip(-1) + self.masks.new_tensor([0.0, 1.0])
+        differ = self.inputs.column(x, "argmaxes_differ").unsqueeze(-1)
+        at = self.argmax_probs(x)
+        # The mass outside {v_p, v_q}, floored where rounding leaves nothing.
+        rest = 1 - at[..., 0] - differ * at[..., 1]
+        logs = torch.cat([at.clamp_min(FLOOR), rest.clamp_min(1e-6).unsqueeze(-1)], dim=-1).log()
+        logits = (weights.unsqueeze(1) @ logs).squeeze(1)
+        logits = logits + raw[:, 2:] * self.masks.new_tensor([0.0, 0.0, 1.0])
+        return logits + torch.where(differ > 0, self.masks[0], self.masks[1]), weights
 
     def log_truth(self, x: Tensor, drafter: Tensor, verifier: Tensor) -> Tensor:
-        a, b, _ = self.coefficients(x)
-        normaliser = self.class_logits(x).logsumexp(-1, keepdim=True)
-        weight = a.unsqueeze(-1) * verifier + b.unsqueeze(-1) * drafter
-        return (weight - normaliser).clamp_max(0)
+        logits, weights = self._logits_and_weights(x)
+        weight = weights[:, 1:] * verifier + weights[:, :1] * drafter
+        return (weight - logits.logsumexp(-1, keepdim=True)).clamp_max(0)
 
 
 class TokenHead(TruthHead):
