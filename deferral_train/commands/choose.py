@@ -149,8 +149,9 @@ def describe(choice: Choice) -> str:
         "bootstrap": f"verifier calls per token at most {choice.limit:g} of lossless's (bootstrap)",
     }
     smallest = "" if choice.smallest is None else f"; they can certify no less than {choice.smallest:.3g}"
-    calls = "" if choice.calls is None else f", {choice.calls:.3f} of lossless's verifier calls"
+    calls = "" if choice.calls is None else f"{choice.calls:.3f} of lossless's verifier calls"
+    loss = "" if choice.kind == "bootstrap" else f"mean loss {choice.mean:+.4g}"
     return (
-        f"{choice.setting.label}: observed {choice.mean:+.4g}{calls}\n"
+        f"{choice.setting.label}: observed {', '.join(filter(None, (loss, calls)))}\n"
         f"{claims[choice.kind]}, confidence {choice.confidence:g}, {choice.prompts} prompts{smallest}"
     )

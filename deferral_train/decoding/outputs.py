@@ -76,13 +76,21 @@ class OutputFolder:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """JSON lines of a file; a last line cut short by a crash is left out."""
+    """JSON lines of a file; a last line cut short by a crash is left out.
+
+    Raises:
+        InputError: another line that is no JSON, by number.
+    """
     if not path.exists():
         return
     with open(path, encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
+        for number, line in enumerate(file, 1):
+            if not line.endswith("\n"):
+                continue
+            try:
                 yield json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{path}, line {number} is no JSON ({error}); decode again") from None
 
 
 def _key(line: Mapping[str, Any]) -> Key:

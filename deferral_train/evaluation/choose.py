@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from deferral_train.errors import InputError
-from deferral_train.evaluation.bootstrap import PromptBootstrap
+from deferral_train.evaluation.bootstrap import MIN_PROMPTS, PromptBootstrap
 from deferral_train.evaluation.certificate import (
     Certificate,
     betting_p_value,
@@ -167,7 +167,7 @@ def _certified(
     outputs: _Outputs, metric: str, max_loss: float, confidence: float, max_calls: float | None
 ) -> Choice:
     share = 1 - (1 - confidence) / len(outputs.families)
-    check_reachable(max_loss, len(outputs.ids), share)
+    check_reachable("max_loss", max_loss, len(outputs.ids), share)
     base = outputs.scores("lossless", metric)
     best: Choice | None = None
     nearest: list[tuple[float, Setting]] = []
@@ -210,13 +210,13 @@ def _choice(
     )
 
 
-def check_reachable(max_loss: float, prompts: int, confidence: float) -> None:
+def check_reachable(wish: str, limit: float, prompts: int, confidence: float) -> None:
     """Refuse a limit that cannot be certified even if no prompt loses anything; says what can."""
     smallest = smallest_certifiable(prompts, confidence, LOW, HIGH)
-    if max_loss < smallest:
-        need = f"; {prompts_needed(max_loss, confidence, LOW, HIGH)} prompts would do" if max_loss > 0 else ""
+    if limit < smallest:
+        need = f"; {prompts_needed(limit, confidence, LOW, HIGH)} prompts would do" if limit > 0 else ""
         raise InputError(
-            f"max_loss={max_loss:g} cannot be certified with {prompts} prompts: the smallest loss that they can "
+            f"{wish}={limit:g} cannot be certified with {prompts} prompts: the smallest loss that they can "
             f"certify at confidence {confidence:g} is {smallest:.3g}{need}"
         )
 
@@ -237,6 +237,11 @@ def _fewest_changes(outputs: _Outputs, max_calls: float, confidence: float, seed
     """The setting nearest to the lossless end whose share of calls is below the limit, upper end of the
     interval.
     """
+    if len(outputs.ids) < MIN_PROMPTS:
+        raise InputError(
+            f"max_verifier_calls needs at least {MIN_PROMPTS} prompts for its interval, outputs hold "
+            f"{len(outputs.ids)}; decode more"
+        )
     redraws = PromptBootstrap(
         len(outputs.ids), 2000, seed, 2 * confidence - 1 if confidence > 0.5 else confidence
     )
@@ -300,7 +305,7 @@ def choose_from_traces(
     order = in_order(settings)
     place = {setting.value: number for number, setting in enumerate(settings)}
     ordered = losses[[place[setting.value] for setting in order]]
-    check_reachable(max_token_risk, ordered.shape[1], confidence)
+    check_reachable("max_token_risk", max_token_risk, ordered.shape[1], confidence)
     certificate = fixed_sequence(ordered, max_token_risk, confidence, low=LOW, high=HIGH)
     if not certificate.certified:
         raise InputError(

@@ -186,11 +186,17 @@ def check_same(parts: Sequence[Traces]) -> None:
     for name in ("pair", "prefixes", "temperature", "truth"):
         first = getattr(parts[0].manifest, name)
         for part in parts[1:]:
-            if getattr(part.manifest, name) != first:
-                raise InputError(
-                    f"traces differ in {name} ({first!s:.80} and {getattr(part.manifest, name)!s:.80}); "
-                    "score each on its own"
-                )
+            other = getattr(part.manifest, name)
+            if other != first:
+                raise InputError(f"traces differ in {_difference(name, first, other)}; score each on its own")
+
+
+def _difference(name: str, first: Any, second: Any) -> str:
+    """Where two entries of a manifest part, as ``pair.drafter.config: abc and xyz``."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        key = next(key for key in {**first, **second} if first.get(key) != second.get(key))
+        return _difference(f"{name}.{key}", first.get(key), second.get(key))
+    return f"{name}: {first!s:.60} and {second!s:.60}"
 
 
 def _columns(

@@ -137,7 +137,7 @@ class OperatingPointConfig:
     Attributes:
         rejection_share: the rejection rate to match, as a share of lossless's.
         max_quality_loss: most points of mean sentence chrF below lossless that still count as help.
-        confidence: of the bound on the local token risk.
+        confidence: of the bounds on the loss per prompt and on the local token risk.
     """
 
     rejection_share: float = 0.5

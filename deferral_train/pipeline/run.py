@@ -347,6 +347,7 @@ class Run:
             results["skew"],
             self.config.point.max_quality_loss,
             self.config.seed,
+            self.config.point.confidence,
         )
         verdict["training"] = f"fit/{results['fit']['best']}"
         provenance.write_json(self.folder / "verdict.json", verdict)

@@ -8,7 +8,10 @@ from typing import Any
 
 from deferral_train.decoding.outputs import BATCHES, OUTPUTS, read_lines
 from deferral_train.evaluation.bootstrap import MIN_PROMPTS, Interval
+from deferral_train.evaluation.certificate import smallest_certifiable
+from deferral_train.evaluation.choose import HIGH, LOW, least_limit
 from deferral_train.evaluation.online import online_table
+from deferral_train.evaluation.quality import per_prompt
 
 POINTS = 100.0  # metrics per prompt lie in [0, 1]
 
@@ -21,6 +24,7 @@ def make_verdict(
     skew: Mapping[str, Any],
     max_quality_loss: float,
     seed: int,
+    confidence: float = 0.95,
 ) -> dict[str, Any]:
     """Judge the chosen rule from what decoding measured.
 
@@ -31,6 +35,7 @@ def make_verdict(
         bound: of the rise of the local token risk, see ``operate.token_risk_bound``.
         skew: how many predictions from traces agreed with the counts, ``agree`` of ``of``.
         max_quality_loss: points of chrF below lossless beyond which a speed-up is no help.
+        confidence: of the bound on the loss per prompt.
 
     Returns:
         what ``verdict.json`` holds; ``status`` is "ok" where the chosen rule is faster than the verifier alone and
@@ -42,6 +47,7 @@ def make_verdict(
     speedup = measured[label]["speed"]
     calls = {name: _calls(rows, name) for name in ("verifier_only", "lossless", label)}
     quality = _quality(measured[label], measured["lossless"], rows, label)
+    certified = loss_bound(rows, label, confidence)
     cost_ratio = gate["verifier_seconds"] / gate["drafter_seconds"]
     reasons = _against(
         speedup, measured["lossless"]["speed"], quality, max_quality_loss, calls[label], cost_ratio
@@ -59,11 +65,35 @@ def make_verdict(
             "against": "verifier_only",
         },
         "quality": quality,
+        "loss_bound": certified,
         "risk": dict(bound),
         "cost_ratio": cost_ratio,
-        "trust": _trust(len(_first(rows, label)), bound, skew, speedup),
+        "trust": _trust(len(_first(rows, label)), bound, skew, speedup, certified),
         "snippet": snippet(chosen),
         "engine_line": None,
+    }
+
+
+def loss_bound(rows: Sequence[Mapping[str, Any]], label: str, confidence: float) -> dict[str, Any] | None:
+    """Certified upper limit of the chosen setting's mean loss of sentence chrF against lossless, per prompt.
+
+    The setting was fixed before these prompts were decoded, so one test suffices; the limit bounds the mean over the
+    population that the prompts were drawn from, and is never below the smallest that their number can certify. None
+    where prompts have no references.
+    """
+    own, base = _first(rows, label), _first(rows, "lossless")
+    if any(row["reference"] is None for row in own.values()):
+        return None
+    scores = [
+        per_prompt("chrf", [part[i]["text"] for i in own], [part[i]["reference"] for i in own])
+        for part in (base, own)
+    ]
+    return {
+        "metric": "mean sentence chrF",
+        "bound": POINTS * least_limit(scores[0] - scores[1], confidence),
+        "smallest": POINTS * smallest_certifiable(len(own), confidence, LOW, HIGH),
+        "confidence": confidence,
+        "prompts": len(own),
     }
 
 
@@ -166,7 +196,13 @@ def _range(interval: Mapping[str, Any]) -> str:
     return "" if interval["low"] is None else f" ({interval['low']:.2f} to {interval['high']:.2f})"
 
 
-def _trust(prompts: int, bound: Mapping[str, Any], skew: Mapping[str, Any], speedup: Interval) -> list[str]:
+def _trust(
+    prompts: int,
+    bound: Mapping[str, Any],
+    skew: Mapping[str, Any],
+    speedup: Interval,
+    certified: Mapping[str, Any] | None,
+) -> list[str]:
     said = [
         f"Decoded {prompts} test prompts that neither the pair, the head nor its operating point had seen.",
         "Operating points were set on the calibration part, at the same rejection rate for every rule.",
@@ -175,6 +211,13 @@ def _trust(prompts: int, bound: Mapping[str, Any], skew: Mapping[str, Any], spee
         "this is about single tokens, not whole outputs.",
         f"Predicted from traces against counted while decoding: {skew['agree']} of {skew['of']} quantities agree.",
     ]
+    if certified is not None:
+        said.insert(
+            2,
+            f"Its mean loss per prompt against lossless is at most {certified['bound']:.1f} points of chrF with "
+            f"{certified['confidence']:.0%} confidence; {certified['prompts']} prompts cannot certify less than "
+            f"{certified['smallest']:.1f}.",
+        )
     if speedup.low is None:
         said.append(f"Too few prompts for an interval of the speed: at least {MIN_PROMPTS} are needed.")
     return said

@@ -140,6 +140,7 @@ def test_bad_input_is_one_clear_line() -> None:
         ),
         ("metric is 'bleurt'", lambda: choose_from_outputs([], metric="bleurt", max_verifier_calls=0.5)),
         ("no such program", lambda: choose_from_outputs([], metric="command:no-such-program-x")),
+        ("needs at least 10 prompts", lambda: choose_from_outputs(opt_outputs(9), max_verifier_calls=0.5)),
         ("no rule lossless", lambda: choose_from_outputs(rows[30:], max_verifier_calls=0.5)),
         ("no setting of chow", lambda: choose_from_outputs(rows, max_verifier_calls=0.5, rule="chow")),
     ]
@@ -153,7 +154,7 @@ def test_from_traces_the_claim_is_about_local_tokens(traces: Traces) -> None:
     choice = choose_from_traces(traces, "opt", 0.1)
     assert choice.kind == "local token risk"
     assert choice.mean <= 0.1
-    with pytest.raises(InputError, match="the smallest loss that they can certify"):
+    with pytest.raises(InputError, match=r"max_token_risk=0.001 .* the smallest loss that they can certify"):
         choose_from_traces(traces, "opt", 0.001)
 
 

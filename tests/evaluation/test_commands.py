@@ -116,3 +116,9 @@ def test_token_risk_from_traces(folder: Path, traces: Traces, capsys: pytest.Cap
     ]
     assert cli.main(command) == 0
     assert "certified for local tokens only" in capsys.readouterr().out
+
+
+def test_damaged_outputs_are_named_by_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "outputs.jsonl").write_text(rows(12) + "{broken\n")
+    assert cli.main(["choose", "--outputs", str(tmp_path), "--max-verifier-calls", "0.9"]) == 2
+    assert "outputs.jsonl, line 37 is no JSON" in capsys.readouterr().err

@@ -14,8 +14,8 @@ from deferral_train import make_rule
 from deferral_train.errors import InputError
 from deferral_train.evaluation import score_rules
 from deferral_train.rules import TokenRule
-from deferral_train.traces import Traces
-from evaluation.language import Language
+from deferral_train.traces import Traces, open_traces
+from evaluation.language import VOCABULARY, Language
 
 ALPHAS = [-0.5, 0.0, 0.1, 0.6]
 
@@ -204,7 +204,13 @@ def test_bad_input_is_one_clear_line(language: Language, traces: Traces, tmp_pat
     few = traces.select_prompts(traces.prompt_ids[:4])
     other = Language(12, seed=5).write(tmp_path / "other", temperature=0.0)
     bare = Language(12, seed=5).write(tmp_path / "bare", top_k=0)
+    stranger = Language(12, seed=6).write(tmp_path / "stranger", 1.0, VOCABULARY)
+    manifest = json.loads((tmp_path / "stranger" / "manifest.json").read_text())
+    manifest["pair"] = {"drafter": {"name": "another"}}
+    (tmp_path / "stranger" / "manifest.json").write_text(json.dumps(manifest))
+    stranger = open_traces(tmp_path / "stranger")
     cases = [
+        ("traces differ in pair.drafter", lambda: score_rules([traces, stranger], ["opt"], bootstrap=0)),
         ("bootstrap needs at least 10 prompts", lambda: score_rules(few, ["opt"])),
         ("traces differ in temperature", lambda: score_rules([traces, other], ["opt"], bootstrap=0)),
         ("is in two of the traces", lambda: score_rules([traces, traces], ["opt"], bootstrap=0)),

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from deferral_train import cli
+from deferral_train.errors import InputError
 from deferral_train.pairs.corpora import code_prompts, stdlib_sources
 from deferral_train.pairs.prompts import write_prompts
 from deferral_train.pipeline.config import PARTS, read_config
@@ -111,6 +112,28 @@ def test_frontier_holds_every_rule_at_every_temperature(finished):
     assert greedy["lossless"][0]["quality"] == greedy["verifier_only"][0]["quality"]
     assert greedy["lossless"][0]["rejection_rate"] >= max(p["rejection_rate"] for p in greedy["opt"])
     assert len(list((finished / "evaluation" / "frontier").glob("rouge1_against_*_t1.svg"))) == 4
+
+
+def test_verdict_bounds_the_loss_per_prompt_with_the_certificate(finished):
+    from deferral_train.evaluation.choose import choose_from_outputs
+    from deferral_train.pipeline.verdict import loss_bound
+
+    bound = json.loads((finished / "verdict.json").read_text())["loss_bound"]
+    assert bound["smallest"] <= bound["bound"] + 1e-6
+    assert bound["prompts"] == 10
+    rows = [json.loads(line) for line in (finished / "decode" / "outputs.jsonl").read_text().splitlines()]
+    same = loss_bound([row for row in rows if row["rule"] == "lossless"], "lossless", 0.95)
+    assert same["bound"] == pytest.approx(
+        same["smallest"], abs=1e-6
+    )  # no prompt loses anything against itself
+    # `choose` certifies the chosen rule at this very limit, and not below it.
+    point = json.loads((finished / "verdict.json").read_text())["chosen"]
+    dials = {point["label"]: {"rule": point["rule"], "parameter": "alpha", "value": point["value"]}}
+    wish = {"metric": "chrf", "rule": point["label"], "dials": dials}
+    limit = bound["bound"] / 100
+    assert choose_from_outputs(rows, max_loss=limit + 1e-6, **wish).setting.label == point["label"]
+    with pytest.raises(InputError):
+        choose_from_outputs(rows, max_loss=limit - 1e-3, **wish)
 
 
 def test_lossless_writes_what_the_verifier_alone_writes(finished):
