@@ -13,10 +13,11 @@ from torch import Tensor
 from deferral_train.decoding.outcome import Outcome, outcome_greedy, to_host
 from deferral_train.decoding.proposing import Draft
 from deferral_train.errors import InputError
-from deferral_train.rules.base import LawRule, Rule
+from deferral_train.rules import quick
+from deferral_train.rules.base import LawRule, PositionRule, Rule
 from deferral_train.rules.laws import Laws, lowest_argmax
 from deferral_train.rules.scoring import decide
-from deferral_train.rules.summary import Summary
+from deferral_train.rules.summary import CONTEXT_FIELDS, Summary
 
 
 def is_plain(rule: Rule, bonus: str, max_request_loss: float | None, sampling: Tensor | None) -> bool:
@@ -42,10 +43,7 @@ def judge_greedy(rule: Rule, draft: Draft, verifier_logits: Tensor, context: Sum
     columns = [best, torch.isfinite(top)]
     decides = not rule.is_lossless and depth > 0
     if decides:
-        laws = Laws.of(draft.logits[:, :depth], verifier_logits[:, :depth], 0.0)
-        deferred = _decide(rule, laws, draft, context)
-        allowed = verifier_logits[:, :depth].gather(2, draft.tokens[..., None])[..., 0] > -torch.inf
-        columns += [deferred, ~deferred & allowed]
+        columns += decisions(rule, draft, verifier_logits, context)
     if draft.on_host is None or not isinstance(draft.proposed, list):
         columns += [draft.tokens, draft.lengths[:, None]]
     found = to_host(*columns)
@@ -57,10 +55,20 @@ def judge_greedy(rule: Rule, draft: Draft, verifier_logits: Tensor, context: Sum
     return outcome_greedy(found[0], found[-2], [row[0] for row in found[-1]], kept, deferrals)
 
 
-def _decide(rule: Rule, laws: Laws, draft: Draft, context: Summary | None) -> Tensor:
+def decisions(rule: Rule, draft: Draft, verifier_logits: Tensor, context: Summary | None) -> list[Tensor]:
+    """All that a rule costs here: which drafted tokens are deferred, and which stand by its leave; bool [B, T]."""
     depth = draft.depth
+    drafter, verifier = draft.logits[:, :depth], verifier_logits[:, :depth]
     if context is not None:
         context = Summary({name: context[name][:, :depth] for name in context.names})
-    deferred = decide(rule, laws, rule.read(laws, draft.tokens, context), draft.tokens)
-    assert deferred is not None  # law rules are not plain
-    return deferred
+    if isinstance(rule, PositionRule) and quick.knows(rule.needs - CONTEXT_FIELDS, drafter, verifier):
+        summary = quick.summarize_greedy(rule.needs - CONTEXT_FIELDS, drafter, verifier, draft.tokens)
+        deferred = rule.defer(summary if context is None else summary.with_fields(context))
+        deferred = deferred.expand(draft.tokens.shape)
+    else:
+        laws = Laws.of(drafter, verifier, 0.0)
+        found = decide(rule, laws, rule.read(laws, draft.tokens, context), draft.tokens)
+        assert found is not None  # law rules are not plain
+        deferred = found
+    allowed = verifier.gather(2, draft.tokens[..., None])[..., 0] > -torch.inf
+    return [deferred, ~deferred & allowed]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deferral_train.heads import serving
 from deferral_train.heads.base import DeferralHead
+from deferral_train.rules.summary import Summary
 
 
 class GapHead(DeferralHead):
@@ -20,6 +22,12 @@ class GapHead(DeferralHead):
     @property
     def outputs(self) -> int:
         return 1 if self.stage == "verify" else 3
+
+    def gap(self, summary: Summary) -> Tensor:
+        """Estimated gap ``[..]`` in units of the loss; not-a-number inputs give +inf, which defers."""
+        few = self.stage == "verify" and summary.shape.numel() <= serving.MOST_ROWS
+        plain = serving.plain(self) if few else None
+        return super().gap(summary) if plain is None else serving.verify_stage_gap(plain, summary)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         out = self.body(self.prepare(x))

@@ -9,7 +9,8 @@ from deferral_train.decoding.greedy import is_plain, judge_greedy
 from deferral_train.decoding.outcome import outcome_of
 from deferral_train.decoding.proposing import Draft
 from deferral_train.errors import InputError
-from deferral_train.rules import RULES, make_rule, verify_block
+from deferral_train.rules import RULES, make_rule, quick, verify_block
+from deferral_train.rules.summary import summarize
 
 SERVED = [
     name
@@ -51,3 +52,20 @@ def test_not_a_number_is_refused() -> None:
     draft = Draft(torch.zeros(1, 1).long(), [1], [logits[:, :1]], on_host=[[0]])
     with pytest.raises(InputError, match="NaN"):
         judge_greedy(make_rule("lossless"), draft, logits, None)
+
+
+def test_the_quick_summary_is_the_summary() -> None:
+    generator = torch.Generator().manual_seed(3)
+    verifier = 5 * torch.randn(3, 5, 40, generator=generator, dtype=torch.float64) + 30
+    drafter = verifier[:, :4] + torch.randn(3, 4, 40, generator=generator, dtype=torch.float64)
+    verifier[1, :, 7] = -torch.inf
+    token = drafter.argmax(dim=-1)
+    fields = frozenset(quick._FORMULAS)
+    assert quick.knows(fields, drafter, verifier)
+    found = quick.summarize_greedy(fields, drafter, verifier[:, :4], token)
+    expected = summarize(drafter, verifier[:, :4], temperature=0.0, token=token, fields=fields)
+    for name in fields:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-13, rtol=1e-12)
+    drafter[0, 1, 2] = torch.nan
+    with pytest.raises(InputError, match="drafter_logits has NaN"):
+        quick.summarize_greedy(fields, drafter, verifier[:, :4], token)

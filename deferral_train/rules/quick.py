@@ -1,0 +1,105 @@
+"""The summary of a greedy block on a CPU, with as few operations as will do.
+
+At temperature 0 a rule reads a handful of numbers per position. Computed one by one as in summary.py they cost more
+in dispatching tensor operations than in arithmetic; here NumPy does what is small and torch the three passes over
+[B, T, V] that are not. Same fields, up to rounding, which the tests check. B batch, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deferral_train.errors import InputError
+from deferral_train.rules.reduce import FAR_BELOW
+from deferral_train.rules.summary import Summary
+
+try:
+    import numpy as np
+except ImportError:  # a served head runs where torch alone is installed
+    np = None  # type: ignore[assignment]
+
+Array = Any
+
+
+class _Side:
+    """One model's decision law at every position."""
+
+    def __init__(self, logits: Tensor, what: str) -> None:
+        self.logits, self.what = logits, what
+        self.rows = logits.numpy()
+        self.argmax: Array = self.rows.argmax(axis=-1)
+        self._law: Tensor | None = None
+        self.top: Array = None
+        self.normaliser: Array = None
+
+    def law(self) -> Tensor:
+        if self._law is None:
+            self._law = torch.softmax(self.logits, dim=-1)
+            # The largest probability is one over the sum of the shifted exponentials.
+            self.normaliser = -np.log(self._law.numpy().max(axis=-1))
+            self.top = self.rows.max(axis=-1)
+            if not np.isfinite(self.normaliser).all():
+                raise InputError(
+                    f"{self.what} has NaN, +inf or only -inf; logits must be finite, with -inf only for masked tokens"
+                )
+        return self._law
+
+    def logprob(self, token: Array) -> Array:
+        self.law()
+        batch, step = np.ogrid[: token.shape[0], : token.shape[1]]
+        return np.minimum(self.rows[batch, step, token] - (self.top + self.normaliser), 0.0)
+
+    def largest(self) -> Array:
+        self.law()
+        return _exp(np.minimum(self.top - (self.top + self.normaliser), 0.0))
+
+    def entropy(self) -> Array:
+        law = self.law()
+        below = torch.sub(self.logits, torch.from_numpy(self.top).unsqueeze(-1)).clamp_(min=FAR_BELOW)
+        return np.maximum(self.normaliser - below.mul_(law).sum(dim=-1).numpy(), 0.0)
+
+
+def _exp(values: Array) -> Array:
+    # torch's, so that a maximum ties with the probability of its token, which others exponentiate with torch.
+    return torch.from_numpy(values).exp_().numpy()
+
+
+_FORMULAS: dict[str, Callable[[_Side, _Side, Array], Array]] = {
+    "drafter_max": lambda q, p, x: q.largest(),
+    "verifier_max": lambda q, p, x: p.largest(),
+    "drafter_argmax": lambda q, p, x: q.argmax,
+    "verifier_argmax": lambda q, p, x: p.argmax,
+    "drafter_at_verifier_argmax": lambda q, p, x: _exp(q.logprob(p.argmax)),
+    "verifier_at_drafter_argmax": lambda q, p, x: _exp(p.logprob(q.argmax)),
+    "drafter_entropy": lambda q, p, x: q.entropy(),
+    "verifier_entropy": lambda q, p, x: p.entropy(),
+    "tv": lambda q, p, x: (q.argmax != p.argmax).astype(q.rows.dtype),
+    "token": lambda q, p, x: x,
+    "drafter_logprob": lambda q, p, x: q.logprob(x),
+    "verifier_logprob": lambda q, p, x: p.logprob(x),
+}
+
+
+def knows(needs: frozenset[str], drafter: Tensor, verifier: Tensor) -> bool:
+    """Whether these fields of these logits can be read here."""
+    same = drafter.dtype == verifier.dtype and drafter.dtype in (torch.float32, torch.float64)
+    return np is not None and same and drafter.device.type == "cpu" and needs <= frozenset(_FORMULAS)
+
+
+def summarize_greedy(fields: frozenset[str], drafter: Tensor, verifier: Tensor, token: Tensor) -> Summary:
+    """The fields of a block at temperature 0, where :func:`knows` holds; no gradient.
+
+    Args:
+        drafter, verifier: decision logits [B, T, V], from which greedy tokens are taken as they are.
+        token: [B, T].
+
+    Raises:
+        InputError: logits that are not finite.
+    """
+    q, p = _Side(drafter.detach(), "drafter_logits"), _Side(verifier.detach(), "verifier_logits")
+    drafted = token.numpy()
+    return Summary({name: torch.from_numpy(_FORMULAS[name](q, p, drafted)) for name in fields})
