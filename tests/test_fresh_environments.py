@@ -8,6 +8,7 @@ Needs the package index (a CPU build of torch, about 2 GB of disk in all, some m
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -32,8 +33,10 @@ PIP = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check")
 
 
 def run(*words: object, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    # What the shell adds to the path would be found in environments that should be empty.
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(
-        [str(word) for word in words], cwd=cwd, capture_output=True, text=True, timeout=1500
+        [str(word) for word in words], cwd=cwd, capture_output=True, text=True, timeout=1500, env=clean
     )
     assert not check or done.returncode == 0, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done
