@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import random
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -130,12 +131,16 @@ def prompts(options: argparse.Namespace) -> dict[str, list[str]]:
     """Calibration and test texts, in this order; no caption is in both."""
     count = options.calibration + options.prompts
     captions = [one.prompt for one in read_prompts(SHARED / "data/multi30k/test_2016_flickr.en.gz")]
-    questions = read_prompts(SHARED / "data/gsm8k/test.jsonl.gz", prompt_field="question", limit=count)
+    questions = [
+        one.prompt for one in read_prompts(SHARED / "data/gsm8k/test.jsonl.gz", prompt_field="question")
+    ]
+    for texts in (captions, questions):  # calibration and test prompts must be alike
+        random.Random(options.seed).shuffle(texts)
     copies = [f"{one} {two} {one}" for one, two in zip(captions[::2], captions[1::2])]
     return {
         "multi30k": captions[:count],
         "multi30k with copies": copies[:count],
-        "gsm8k": [one.prompt for one in questions],
+        "gsm8k": questions[:count],
     }
 
 
@@ -213,7 +218,9 @@ class Study:
     def chosen(self, team: Team, costs: Sequence[float], plain: bool) -> Plan:
         """The plan that the speed model likes best."""
         plans = [Plan(k) for k in MATRICES[len(team)]]
-        plans = [plan for plan in plans if is_plain(plan) == plain and plan.pairs <= set(self.acceptance[team])]
+        plans = [
+            plan for plan in plans if is_plain(plan) == plain and plan.pairs <= set(self.acceptance[team])
+        ]
         own = [costs[one] for one in team]
         return max(plans, key=lambda plan: expect(plan, self.acceptance[team], own).ewif)
 
@@ -244,9 +251,13 @@ class Study:
             run = self.run(team, plan.k)
             spent = run.cost([costs[one] for one in team])
             swi = sum(run.tokens) / sum(spent)
-            rows.append({"drafters": team, "k": plan.k, "plain": plain, "swi": swi, "spent": spent})
+            said = expect(plan, self.acceptance[team], [costs[one] for one in team]).ewif
+            rows.append(
+                {"drafters": team, "k": plan.k, "plain": plain, "predicted": said, "swi": swi, "spent": spent}
+            )
+        # The cascade is chosen before its count is seen; the plain drafter it must beat is the better one by count.
         single = max((row for row in rows if row["plain"]), key=lambda row: row["swi"])
-        best = max((row for row in rows if not row["plain"]), key=lambda row: row["swi"])
+        best = max((row for row in rows if not row["plain"]), key=lambda row: row["predicted"])
         gain = self.interval(single["spent"], best["spent"])
         for row in rows:
             del row["spent"]
@@ -292,11 +303,13 @@ def table(result: dict[str, Any]) -> str:
             )
         for system, found in text["swi"].items():
             ratio, low, high = found["gain"]
-            lines.append(f"  {system:<4} best cascade over best plain {ratio:.3f} [{low:.3f}, {high:.3f}]")
-            lines += [
-                f"       drafters {row['drafters']} k {row['k']}: SWI {row['swi']:.3f}"
-                for row in found["rows"]
-            ]
+            lines.append(f"  {system:<4} chosen cascade over best plain {ratio:.3f} [{low:.3f}, {high:.3f}]")
+            for row in found["rows"]:
+                chosen = ", chosen" if row == found["best_cascade"] else ""
+                lines.append(
+                    f"       drafters {row['drafters']} k {row['k']}: SWI {row['swi']:.3f}, predicted "
+                    f"{row['predicted']:.3f}{chosen}"
+                )
         good = sum(row["fits"] for row in text["predictions"])
         lines.append(
             f"  mean acceptance length predicted within limits: {good} of {len(text['predictions'])}"
