@@ -82,7 +82,7 @@ def decoded_points(
                 label,
                 rule["quality"][metric],
                 rule["seconds"] / alone if speed is None else 1 / speed.value,
-                rule.get("deferral_rate") or 0.0,
+                1.0 if label == VERIFIER else rule.get("deferral_rate") or 0.0,
                 rule.get("rejection_rate") or 0.0,
                 rule.get("verifier_calls_per_token") or 0.0,
                 1 / speed.high if speed and speed.high else None,

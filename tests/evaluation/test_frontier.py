@@ -42,6 +42,7 @@ def test_figures_are_written(tmp_path: Path) -> None:
     assert all(path.stat().st_size > 1000 for path in files)
     stored = json.loads((tmp_path / "frontier.json").read_text())["entries"]
     assert [entry["temperature"] for entry in stored] == [0.0, 0.5]
+    assert stored[0]["points"]["verifier_only"][0]["deferral_rate"] == 1.0  # it leaves every token to itself
     assert [p["label"] for p in stored[0]["points"]["opt"]] == [
         "opt:alpha=0.4",
         "opt:alpha=0.2",
