@@ -14,9 +14,11 @@ What a rule or head costs is given twice. *Gross*: wall time inside the rule's p
 the run: putting the drafter's logits together (lossless verification never reads them), maxima, normalisers and
 entropies, the head's features and its body, the comparison. *Added*: wall time outside the models per verified block,
 less that of lossless decoding in the same repetition, over wall time per block; it holds whatever the rule causes
-anywhere, and noise. The goal is judged by the gross share.
+anywhere, noise, and at batch 1 the fixed cost of a call, which falls on fewer blocks where more is accepted. The goal
+is judged by the gross share.
 
-Without ``--pair`` the benchmark trains no model: it reads the pair under ``$DEFERRAL_TRAIN_SHARED/models/multi30k-en-de``; ``--random LAYERS WIDTH`` makes a random Llama pair instead.
+Without ``--pair`` the benchmark trains no model: it reads the pair under
+``$DEFERRAL_TRAIN_SHARED/models/multi30k-en-de``; ``--random LAYERS WIDTH`` makes a random Llama pair instead.
 """
 
 from __future__ import annotations

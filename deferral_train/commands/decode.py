@@ -152,6 +152,8 @@ def stop_from_spec(spec: str | None) -> StopDrafting | None:
 
 def table(summary: dict[str, Any], metrics: Sequence[str] = ()) -> list[str]:
     """The summary as a few aligned lines, asked-for metrics last."""
+    from deferral_train.rules.registry import short_label
+
     heads = [("BLEU", 6), ("tok/s", 8), ("ms/tok", 7), ("accept", 7), ("defer", 6), ("reject", 6), ("len", 6)]
     heads += [(metric[:14], 14) for metric in metrics]
     lines = [f"{'rule':<32} " + " ".join(f"{name:>{width}}" for name, width in heads)]
@@ -166,7 +168,7 @@ def table(summary: dict[str, Any], metrics: Sequence[str] = ()) -> list[str]:
             _cell(rule["mean_output_tokens"], 6, 1),
             *(_cell(rule["quality"].get(metric), 14, 4) for metric in metrics),
         )
-        lines.append(f"{label[-32:]:<32} " + " ".join(cells))
+        lines.append(f"{short_label(label, 32):<32} " + " ".join(cells))
     return lines
 
 

@@ -15,6 +15,7 @@ from deferral_train import provenance
 from deferral_train.errors import InputError
 from deferral_train.evaluation.bootstrap import Interval, PromptBootstrap
 from deferral_train.evaluation.curves import SHARES, Curve, area_difference, differences
+from deferral_train.rules.registry import short_label
 
 SCHEMA = 1
 # What a curve may be drawn against, and what it may show; all are ratios of sums over prompts.
@@ -189,7 +190,7 @@ class ScoreTable:
                 row for row in rows if row["rule"] == name and row["loss"] == loss and row["share"] != "area"
             ]
             if cells:
-                lines.append(f"{name[:31]:<32}" + "".join(f"{_cell(cell):>26}" for cell in cells))
+                lines.append(f"{short_label(name, 31):<32}" + "".join(f"{_cell(cell):>26}" for cell in cells))
         return "\n".join(lines)
 
     def figures(self, folder: str | Path) -> list[Path]:

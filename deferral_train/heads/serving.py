@@ -52,7 +52,7 @@ def is_plain(head: DeferralHead) -> bool:
         and not HIDDEN_FIELDS & set(head.inputs.names)
         and all(transform in TRANSFORMS for transform, _ in head.inputs.groups)
         and isinstance(head.body, nn.Sequential)
-        and all(isinstance(layer, nn.Linear | nn.SiLU) for layer in head.body)
+        and all(isinstance(layer, nn.Linear | nn.SiLU) for layer in head.body.children())
         and head.mean.device.type == "cpu"
         and head.mean.dtype == torch.float32
     )
@@ -65,7 +65,7 @@ class _Plain:
         self.names = head.inputs.names
         self.gate = head.inputs.start["argmaxes_differ"] if head.gated else None
         self.groups = [(TRANSFORMS[t], head.inputs.get_buffer(b).numpy()) for t, b in head.inputs.groups]
-        linear = [layer for layer in head.body if isinstance(layer, nn.Linear)]  # type: ignore[union-attr]
+        linear = [layer for layer in head.body.children() if isinstance(layer, nn.Linear)]
         weights = [layer.weight.detach().double() for layer in linear]
         biases = [layer.bias.detach().double() for layer in linear]
         mean, scale = head.mean.double(), head.scale.double()

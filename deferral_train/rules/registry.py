@@ -73,3 +73,11 @@ def _imported(name: str, allowed: bool) -> type[Rule]:
     if not (isinstance(rule, type) and issubclass(rule, Rule)):
         raise InputError(f"rule {name!r} is {rule!r}; it must be a subclass of deferral_train.rules.Rule")
     return rule
+
+
+def short_label(label: str, width: int) -> str:
+    """A rule's label in at most ``width`` characters: both ends stay, since names differ in front and dials behind."""
+    if len(label) <= width:
+        return label
+    front = (width - 2) // 2
+    return f"{label[:front]}..{label[len(label) - (width - 2 - front) :]}"

@@ -11,6 +11,7 @@ from instances import HEADS, instances, label
 from deferral_train.errors import InputError
 from deferral_train.rules import RULES, make_rule
 from deferral_train.rules.base import Rule
+from deferral_train.rules.registry import short_label
 
 NAMES = [
     "lossless",
@@ -157,3 +158,12 @@ def test_a_head_with_its_own_decision_is_asked():
     drafter, verifier = torch.randn(40, 7).double(), torch.randn(40, 7).double()
     expected = make_rule("bild", discrepancy="tv", alpha=0.4).target(drafter, verifier)
     assert torch.equal(rule.target(drafter, verifier), expected)
+
+
+def test_a_short_label_keeps_both_ends():
+    label = "learned:head=runs/a-long-name/head,alpha=0.25"
+    assert short_label(label, 80) == label
+    short = short_label(label, 31)
+    assert len(short) == 31
+    assert short.startswith("learned:head=")
+    assert short.endswith("alpha=0.25")
