@@ -24,6 +24,7 @@ BENCHMARKS = {
     "fit_speed": ("cpu", "cuda"),
     "collect": ("cpu", "cuda"),
     "decoding": ("cpu", "cuda"),
+    "drafting": ("cpu",),
     "synthetic_regret": ("cpu",),
     "multi30k_heads": ("cpu",),
     "multi30k_tokens": ("cpu",),

@@ -1,4 +1,4 @@
-"""The re-translation example as a user runs it: both ways side by side, counts that add up, one clear line on bad input."""
+"""The re-translation example as a user runs it: both ways side by side, counts that add up, bad input in one line."""
 
 from __future__ import annotations
 
