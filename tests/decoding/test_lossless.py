@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from decoding.helpers import emitted, generate, pair_of, prompts_for, row_of
 from tiny_models import KINDS
 
+from deferral_train.decoding.proposing import ModelProposer
+from deferral_train.decoding.tokens import TokenRows
 from deferral_train.rules import make_rule
 
 
@@ -37,3 +41,31 @@ def test_rows_that_wait_for_a_place_give_the_same_text(kind: str, execution: str
     queued = generate(draft_model, verifier, inputs, rule, rows_at_once=3, **options)
     assert torch.equal(together.sequences, queued.sequences)
     assert torch.equal(together.stats.origin, queued.stats.origin)
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama", "mistral"])
+def test_drafting_without_looking_gives_the_same_text(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs on an accelerator: no host copy of the tokens, and drafts that go on past their end."""
+    draft_model, verifier, _ = pair_of(kind, "sometimes")
+    inputs = prompts_for(kind, rows=6)
+    expected = {
+        rule: generate(draft_model, verifier, inputs, rule, max_new_tokens=20, rows_at_once=4)
+        for rule in ("lossless", "opt")
+    }
+    rows, proposer = TokenRows.__init__, ModelProposer.__init__
+
+    def without_host(self: TokenRows, *arguments: Any, **named: Any) -> None:
+        rows(self, *arguments, **named)
+        self._host = None
+
+    def unwatched(self: ModelProposer, *arguments: Any, **named: Any) -> None:
+        proposer(self, *arguments, **named)
+        self.watches = False
+
+    monkeypatch.setattr(TokenRows, "__init__", without_host)
+    monkeypatch.setattr(ModelProposer, "__init__", unwatched)
+    for rule, before in expected.items():
+        result = generate(draft_model, verifier, inputs, rule, max_new_tokens=20, rows_at_once=4)
+        assert torch.equal(result.sequences, before.sequences)
+        assert torch.equal(result.stats.origin, before.stats.origin)
+        assert torch.equal(result.stats.drafted, before.stats.drafted)
