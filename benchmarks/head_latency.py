@@ -18,7 +18,15 @@ import torch
 from torch.utils.benchmark import Timer
 
 from benchmarks.common import SHARED, begin, finish, flags
-from deferral_train.heads import DeferralHead, GapHead, TruthMixtureHead
+from deferral_train.heads import (
+    CostSensitiveHead,
+    DeferralHead,
+    GapHead,
+    PlugInHead,
+    TokenHead,
+    TruthMixtureHead,
+)
+from deferral_train.heads.cost import call_inputs
 from deferral_train.heads.onnx import export_onnx, open_session
 from deferral_train.training.config import VERIFY_FEATURES
 
@@ -32,7 +40,12 @@ def heads() -> dict[str, DeferralHead]:
         "gap, 4 features, linear": GapHead(SERVED, body="linear"),
         "gap, 4 features, 32x32": GapHead(SERVED, hidden=(32, 32)),
         "gap, default features, 64x64": GapHead(VERIFY_FEATURES),
+        "gap, default features, 64x64, isotonic": GapHead(VERIFY_FEATURES, recalibration="isotonic"),
+        "cost_sensitive, default features, 64x64": CostSensitiveHead(VERIFY_FEATURES),
         "truth_mixture, default features, linear": TruthMixtureHead(VERIFY_FEATURES, body="linear"),
+        "truth_mixture, default features, 16": TruthMixtureHead(VERIFY_FEATURES, hidden=(16,)),
+        "token, default features, linear": TokenHead(VERIFY_FEATURES, body="linear"),
+        "plug_in": PlugInHead(),
     }
 
 
@@ -50,11 +63,12 @@ def latencies(head: DeferralHead, compiled: bool) -> dict[str, dict[int, float]]
     found: dict[str, dict[int, float]] = {"eager": {}, "onnx": {}} | ({"compiled": {}} if compiled else {})
     for batch in BATCHES:
         x = torch.rand(batch, head.inputs.width)
-        feed = {"columns": x.numpy()}
+        inputs = call_inputs(head, x)
+        feed = {port.name: value.numpy() for port, value in zip(session.get_inputs(), inputs)}
         with torch.inference_mode():
-            found["eager"][batch] = microseconds(partial(head, x))
+            found["eager"][batch] = microseconds(partial(head, *inputs))
             if fast is not None:
-                found["compiled"][batch] = microseconds(partial(fast, x))
+                found["compiled"][batch] = microseconds(partial(fast, *inputs))
         found["onnx"][batch] = microseconds(partial(session.run, None, feed))
     return found
 
