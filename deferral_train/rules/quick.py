@@ -7,6 +7,7 @@ in dispatching tensor operations than in arithmetic; here NumPy does what is sma
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,42 @@ try:
 except ImportError:  # a served head runs where torch alone is installed
     np = None  # type: ignore[assignment]
 
+SMALL, LARGE = 2**16, 2**23  # elements of a block whose memory is kept
 Array = Any
+
+
+class _Kept(threading.local):
+    """Memory for the blocks of a thread, kept from one to the next.
+
+    Fresh memory for a block of a batch costs more than the arithmetic on it: every page of it is faulted in.
+    """
+
+    def __init__(self) -> None:
+        self.flat: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def block(self, name: str, like: Tensor) -> Tensor | None:
+        """Uninitialised memory of this shape; None for a block that is small enough for fresh memory, or too large
+        to be kept.
+        """
+        size = like.numel()
+        if not SMALL < size <= LARGE:
+            return None
+        flat = self.flat.get((name, like.dtype))
+        if flat is None or flat.numel() < size:
+            flat = self.flat[name, like.dtype] = torch.empty(size, dtype=like.dtype)
+        return flat[:size].view(like.shape)
+
+
+_KEPT = _Kept()
+
+
+def _softmax(logits: Tensor, name: str) -> Tensor:
+    out = _KEPT.block(name, logits)
+    if out is not None and not logits.is_contiguous():
+        copy = _KEPT.block("copy", logits)
+        assert copy is not None
+        logits = copy.copy_(logits)
+    return torch.softmax(logits, dim=-1, out=out)
 
 
 class _Side:
@@ -38,7 +74,7 @@ class _Side:
 
     def law(self) -> Tensor:
         if self._law is None:
-            self._law = torch.softmax(self.logits, dim=-1)
+            self._law = _softmax(self.logits, self.what)
             # The largest probability is one over the sum of the shifted exponentials.
             self.normaliser = -np.log(self._law.numpy().max(axis=-1))
             self.top = self.rows.max(axis=-1)
@@ -59,7 +95,8 @@ class _Side:
 
     def entropy(self) -> Array:
         law = self.law()
-        below = torch.sub(self.logits, torch.from_numpy(self.top).unsqueeze(-1)).clamp_(min=FAR_BELOW)
+        top = torch.from_numpy(self.top).unsqueeze(-1)
+        below = torch.sub(self.logits, top, out=_KEPT.block("below", self.logits)).clamp_(min=FAR_BELOW)
         return np.maximum(self.normaliser - below.mul_(law).sum(dim=-1).numpy(), 0.0)
 
 

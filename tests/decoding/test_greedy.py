@@ -54,7 +54,9 @@ def test_not_a_number_is_refused() -> None:
         judge_greedy(make_rule("lossless"), draft, logits, None)
 
 
-def test_the_quick_summary_is_the_summary() -> None:
+@pytest.mark.parametrize("small", [0, quick.SMALL])
+def test_the_quick_summary_is_the_summary(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quick, "SMALL", small)  # 0: memory is kept from block to block
     generator = torch.Generator().manual_seed(3)
     verifier = 5 * torch.randn(3, 5, 40, generator=generator, dtype=torch.float64) + 30
     drafter = verifier[:, :4] + torch.randn(3, 4, 40, generator=generator, dtype=torch.float64)
@@ -66,6 +68,9 @@ def test_the_quick_summary_is_the_summary() -> None:
     expected = summarize(drafter, verifier[:, :4], temperature=0.0, token=token, fields=fields)
     for name in fields:
         torch.testing.assert_close(found[name], expected[name], atol=1e-13, rtol=1e-12)
+    before = {name: value.clone() for name, value in found.items()}
+    quick.summarize_greedy(fields, verifier[:, :4], drafter, token)
+    assert all(torch.equal(found[name], before[name]) for name in fields)  # nothing points into kept memory
     drafter[0, 1, 2] = torch.nan
     with pytest.raises(InputError, match="drafter_logits has NaN"):
         quick.summarize_greedy(fields, drafter, verifier[:, :4], token)
