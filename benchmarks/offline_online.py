@@ -51,7 +51,7 @@ def compare(
         top_k: logged candidates, for rules that read whole laws.
     """
     write_prompts(root / "prompts.jsonl", prompts)
-    named = {spec: rule_from_spec(spec) for spec in specs}
+    named = {spec: rule_from_spec(spec, typed=[spec]) for spec in specs}
     settings = Settings(**COMMON, temperature=temperature, batch_size=50, accept_mismatch=True)
     times = repetitions if temperature else 1
     decode(

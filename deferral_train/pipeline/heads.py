@@ -16,6 +16,7 @@ from deferral_train.training.fit import FitResult, fit
 # Lower is better, and comparable between heads of one loss: the excess over OPT at every alpha of the grid.
 CRITERION = "regret"
 BEST = "fit/best"
+LEARNED = "learned"  # what the head's rule is called in a run
 
 
 def fit_candidates(

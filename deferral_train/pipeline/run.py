@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,21 @@ from deferral_train.collecting import CollectConfig, collect
 from deferral_train.errors import InputError
 from deferral_train.heads import DeferralHead
 from deferral_train.heads.rules import learned_rule, rule_from_spec
-from deferral_train.pipeline import operate
+from deferral_train.pipeline import online, operate
 from deferral_train.pipeline import probe as ceilings
-from deferral_train.pipeline.closing import close, short
+from deferral_train.pipeline.closing import close
 from deferral_train.pipeline.config import PARTS, RunConfig
 from deferral_train.pipeline.console import RunConsole
-from deferral_train.pipeline.heads import BEST, export_head, fit_candidates
-from deferral_train.pipeline.pair import open_pair, prepare_pair
+from deferral_train.pipeline.heads import BEST, LEARNED, export_head, fit_candidates
+from deferral_train.pipeline.pair import prepare_pair
 from deferral_train.pipeline.stages import Stage, StageRunner, open_run
-from deferral_train.pipeline.text import part_path, prepare_text, read_part
+from deferral_train.pipeline.text import part_path, prepare_text
 from deferral_train.pipeline.verdict import make_verdict
 from deferral_train.provenance import plain
 from deferral_train.rules.base import Rule
 from deferral_train.traces import Traces, open_traces
 
-LEARNED = "learned"
 TRACES = tuple(f"traces/{part}" for part in PARTS)
-ON_POLICY = "traces/on_policy"
 PROBE = "probe/traces"
 # Stages that decode or collect for one setting: under another one nothing of them can be used.
 DECODED = ("decode", "frontier", "skew")
@@ -160,7 +159,7 @@ class Run:
                 [c.decode, c.decoded, c.seed],
                 ("point",),
                 ("decode",),
-                self.decode,
+                partial(online.decode_rules, self),
             ),
             (
                 "frontier",
@@ -168,15 +167,15 @@ class Run:
                 [c.frontier, c.decode, c.seed],
                 ("point",),
                 ("frontier", "evaluation/frontier.json", "evaluation/frontier"),
-                self.frontier,
+                partial(online.decode_frontiers, self),
             ),
             (
                 "skew",
                 "offline against online",
                 [c.bootstrap, c.seed],
                 ("decode",),
-                (ON_POLICY, "evaluation/skew.json"),
-                self.skew,
+                (online.ON_POLICY, "evaluation/skew.json"),
+                partial(online.compare_skew, self),
             ),
             (
                 "verdict",
@@ -266,77 +265,6 @@ class Run:
             "matched": [row for row in table.matched() if row["share"] in shares],
             "bound": operate.token_risk_bound(self.open("test"), chosen, self.config.point.confidence),
         }
-
-    def decode(self, results: Results) -> Any:
-        """Verifier alone, lossless and the rules at their operating points, on the test prompts."""
-        from deferral_train.decoding import Pair
-        from deferral_train.decoding.decode import DecodeConfig, decode
-        from deferral_train.decoding.pair import Settings
-        from deferral_train.evaluation.outputs import check_metrics, score_outputs
-
-        section = asdict(self.config.decode)
-        limit, repetitions, metrics = (section.pop(name) for name in ("limit", "repetitions", "metrics"))
-        rules = {name: rule_from_spec(name) for name in ("verifier_only", "lossless")}
-        typed = self.config.rules
-        rules |= {label: rule_from_spec(spec, typed) for label, spec in self.decoded(results).items()}
-        settings = DecodeConfig(Settings(seed=self.config.seed, **section), repetitions, log_tokens=5)
-        pair = Pair(open_pair(self.config.pair, results["pair"]))
-        prompts = read_part(self.folder, "test", limit)
-        check_metrics(metrics, prompts)
-        summary = decode(pair, prompts, rules, settings, self.folder / "decode")
-        if metrics:
-            summary = score_outputs(self.folder / "decode", metrics, pair.models, prompts)
-        return {name: short(scores) for name, scores in summary["rules"].items()}
-
-    def frontier(self, results: Results) -> Any:
-        """Every rule over its dial, decoded; nothing where no temperature is asked for."""
-        from deferral_train.decoding import Pair
-        from deferral_train.pipeline.frontier import decode_frontier
-
-        config = self.config.frontier
-        if not config.temperatures:
-            return None
-        head = DeferralHead.from_pretrained(self.folder / BEST)
-        rules: dict[str, tuple[str, Rule | str]] = {rule: (rule, rule) for rule in config.rules}
-        rules[LEARNED] = (f"learned:head={self.folder / 'head'}", learned_rule(head, alpha=0.0))
-        return decode_frontier(
-            config,
-            self.config.decode,
-            Pair(open_pair(self.config.pair, results["pair"])),
-            read_part(self.folder, "test", config.limit),
-            self.open("calibration"),
-            rules,
-            self.folder,
-            self.config.seed,
-        )
-
-    def skew(self, results: Results) -> Any:
-        """Collect on the chosen cascade's own prefixes and compare what they predict with what decoding counted."""
-        from deferral_train.decoding.outputs import OUTPUTS, read_lines
-        from deferral_train.evaluation import skew
-
-        chosen, section = self.chosen(results), self.config.decode
-        settings = CollectConfig(
-            **self.collecting(results["pair"], "test"),
-            **{**asdict(self.config.traces), "prefixes": "cascade", "temperature": section.temperature},
-            rule=chosen["spec"],
-            limit=section.limit,
-            max_new_tokens=section.max_new_tokens,
-            num_draft_tokens=section.num_draft_tokens,
-        )
-        collect(settings, self.folder / ON_POLICY)
-        rows = skew.compare(
-            open_traces(self.folder / ON_POLICY),
-            chosen["label"],
-            rule_from_spec(chosen["spec"], typed=self.config.rules),
-            read_lines(self.folder / "decode" / OUTPUTS),
-            num_draft_tokens=section.num_draft_tokens,
-            bootstrap=self.config.bootstrap,
-            seed=self.config.seed,
-        )
-        table = skew.table_of(rows)
-        provenance.write_json(self.folder / "evaluation" / "skew.json", table)
-        return table["meta"]
 
     def verdict(self, results: Results) -> Any:
         verdict = make_verdict(
