@@ -34,6 +34,7 @@ def run(
     reference_field: str | None = None,
     subset: str | None = None,
     split: str = "train",
+    engine: str = "transformers",
     progress: bool = True,
 ) -> int:
     """Run both models over prompts and log their token distributions as traces; run again to resume.
@@ -69,11 +70,23 @@ def run(
         reference_field: column of the reference.
         subset: configuration of a named data set.
         split: split of a data set.
+        engine: transformers, or vllm: what a cascade emits in the serving engine (docs/serving_vllm.md).
         progress: announce the work and show a progress bar.
     """
     from deferral_train.collecting import CollectConfig, collect
+    from deferral_train.errors import InputError
 
     given = dict(locals())
     settings = {name: given[name] for name in CollectConfig.__dataclass_fields__}
-    collect(CollectConfig(**settings), out, progress)
+    config = CollectConfig(**settings)
+    if engine == "vllm":
+        from deferral_train.collecting.plan import read_any_prompts
+        from deferral_train.serving.offline import collect_with_engine
+
+        count = collect_with_engine(config, out, read_any_prompts(config)[: config.limit])
+        print(f"collect: {count:,} prompts in {out}")
+        return 0
+    if engine != "transformers":
+        raise InputError(f"engine={engine!r}: use transformers or vllm")
+    collect(config, out, progress)
     return 0

@@ -33,6 +33,7 @@ class LogConfig:
         temperature: of the column ``tv``; 0 is greedy.
         text: also keep the prompts' token ids, in ``prompts.jsonl``. Off: nothing of a request's text but the ids of
             generated tokens is written.
+        wait: hold up the engine while the queue is full rather than drop: for corpora, never for users.
     """
 
     folder: str
@@ -44,6 +45,7 @@ class LogConfig:
     hidden: bool = False
     temperature: float = 1.0
     text: bool = False
+    wait: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.folder, str) or not self.folder:
@@ -216,7 +218,7 @@ def _number(name: str, value: Any) -> Any:
     """Values of the log's table: the numeric ones must be numbers, the others pass."""
     if name.rpartition(".")[2] in ("fraction", "temperature"):
         return _real(name, value)
-    if name.rpartition(".")[2] in ("hidden", "text") and not isinstance(value, bool):
+    if name.rpartition(".")[2] in ("hidden", "text", "wait") and not isinstance(value, bool):
         raise InputError(f"{name} is {value!r}; use true or false")
     return value
 

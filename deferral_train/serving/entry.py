@@ -11,6 +11,7 @@ import functools
 from typing import Any
 
 MARK = "_deferral_train"
+_collectors: list[Any] = []
 
 
 def register() -> None:
@@ -53,9 +54,14 @@ def _prepare_front(config: Any, rule: Any) -> None:
 
     from deferral_train.serving.counters import Collector, make_folder, remove_folder
 
+    for (
+        earlier
+    ) in _collectors:  # of an engine that this process started before: one set of numbers is exported
+        prometheus_client.REGISTRY.unregister(earlier)
     folder = make_folder()
     atexit.register(remove_folder, folder)
-    prometheus_client.REGISTRY.register(Collector(folder))
+    _collectors[:] = [Collector(folder)]
+    prometheus_client.REGISTRY.register(_collectors[0])
     _wrap(InputProcessor, "process_inputs", _checked_inputs)
 
 

@@ -417,19 +417,26 @@ def _seeded_drafts(tokens: Tensor, law: Tensor, sampling_metadata: Any) -> None:
 
 
 def _time_head(rule: Rule, counters: Counters) -> None:
+    """Count the time that the rule's head takes, whichever of its answers the rule asks for."""
     head = getattr(rule, "head", None)
-    if not isinstance(head, torch.nn.Module):
-        return
-    began = [0.0]
+    inside = [False]
 
-    def before(*_: Any) -> None:
-        began[0] = time.perf_counter()
+    def timed(answer: Any) -> Any:
+        def ask(*args: Any, **kwargs: Any) -> Any:
+            if inside[0]:  # one answer asks another
+                return answer(*args, **kwargs)
+            inside[0], began = True, time.perf_counter()
+            try:
+                return answer(*args, **kwargs)
+            finally:
+                inside[0] = False
+                counters.add("head_seconds", time.perf_counter() - began)
 
-    def after(*_: Any) -> None:
-        counters.add("head_seconds", time.perf_counter() - began[0])
+        return ask
 
-    head.register_forward_pre_hook(before)
-    head.register_forward_hook(after)
+    for name in ("gap", "defer", "truth", "verifier_value"):
+        if callable(getattr(head, name, None)):
+            setattr(head, name, timed(getattr(head, name)))
 
 
 def _close_with(worker: Any, seam: Seam) -> None:

@@ -11,6 +11,7 @@ import json
 import logging
 import queue
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -126,13 +127,21 @@ class TraceLog:
             name = step.names[place]
             if self.stopped or name in self._dropped or not rows.has_law[place] or rows.drafter is None:
                 continue
-            with self._lock:
-                full = self._blocks_waiting >= self.settings.queue
-                self._blocks_waiting += not full
-            if full:
+            if not self._place():
                 self._drop(name)
                 continue
             self._waiting.put((name, self._block(step, rows, outcome, raw, place)))
+
+    def _place(self) -> bool:
+        """Take a place in the queue; False where it is full (with ``wait`` only once the writing thread is gone)."""
+        while True:
+            with self._lock:
+                if self._blocks_waiting < self.settings.queue:
+                    self._blocks_waiting += 1
+                    return True
+            if not self.settings.wait or not self._thread.is_alive():
+                return False
+            time.sleep(0.001)
 
     def finished(self, names: Sequence[str]) -> None:
         """Requests that the engine no longer holds."""

@@ -61,7 +61,9 @@ def start(
     from vllm import LLM
 
     speculative = settings.pop("speculative", {})
-    if drafter is not None:
+    if speculative.get("method") == "ngram":
+        settings["speculative_config"] = speculative
+    elif drafter is not None:
         settings["speculative_config"] = {
             "model": str(folder / drafter),
             "method": "draft_model",

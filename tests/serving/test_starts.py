@@ -5,15 +5,12 @@ Ending an engine takes the process's groups with it, so that these do not share 
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from elsewhere import run_elsewhere
 from engines import (
+    DRAFTS,
     always_busy,
     counts,
     drafted_and_accepted,
@@ -128,23 +125,45 @@ def remembering(requests, spent):
     return forget
 
 
+def test_proposals_without_a_law_take_rules_that_need_none(pair, plain):
+    """The engine's n-gram proposer leaves the process unfit for another engine, so it has one of its own."""
+    ngram = {
+        "method": "ngram",
+        "num_speculative_tokens": DRAFTS,
+        "prompt_lookup_max": 2,
+        "prompt_lookup_min": 1,
+    }
+    with pytest.raises(InputError, match="rule opt reads the drafter's law, and ngram proposals have none"):
+        start(pair, {"rule": "opt:alpha=0.2"}, speculative=ngram)
+    jobs = [{}, {"extra": {"deferral_dial": 0.0}}, {"extra": {"deferral_lossless": 1}, "temperature": 1.0}]
+    found = run_elsewhere(pair, {"rule": "token_v3:alpha=0.5"}, {"speculative": ngram}, jobs)
+    assert found["said"][0] != plain[0]
+    assert found["said"][1] == plain[0]  # at its strictest it keeps the verifier's argmax alone
+    counted = found["counts"]["0"]
+    assert counted["kept"] > 0
+    assert counted["accepted"] > 0
+    assert counted["refused_drafter_law"] == counted["refused_fault"] == 0
+
+
 @pytest.mark.slow
 def test_tensor_parallel_ranks_draw_the_same_numbers(tmp_path):
     """Ranks that disagreed on a sampled token would go on from different texts: the output would be another one."""
-    pair, spec = save_pair(tmp_path, heads=2), "opt:alpha=0.2"
-    engine = start(pair, {"rule": spec})
+    pair, deferral = save_pair(tmp_path, heads=2), {"rule": "opt:alpha=0.2"}
+    engine = start(pair, deferral)
     try:
-        alone = [generate(engine, prompts(12), temperature=temperature) for temperature in (0.0, 1.0)]
+        alone = [generate(engine, prompts(24), temperature=temperature) for temperature in (0.0, 1.0)]
     finally:
         stop(engine)
-    script = [sys.executable, str(Path(__file__).parent / "parallel.py"), str(pair), spec]
-    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    run = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=280)
-    line = next((line for line in run.stdout.splitlines() if line.startswith("SAID ")), None)
-    assert line is not None, run.stdout[-2000:] + run.stderr[-2000:]
-    found = json.loads(line.removeprefix("SAID "))
+    ranks = {
+        "tensor_parallel_size": 2,
+        "distributed_executor_backend": "mp",
+        "speculative": {"draft_tensor_parallel_size": 2},
+    }
+    found = run_elsewhere(pair, deferral, ranks, [{"temperature": 0.0}, {"temperature": 1.0}])
     assert found["said"] == alone
-    assert found["requests"] == {"0": 24.0}  # one rank counts
+    assert {label: counted["requests"] for label, counted in found["counts"].items()} == {
+        "0": 48.0
+    }  # one rank counts
 
 
 @pytest.mark.parametrize("spec", ["drafter_only", "opt:alpha=0.2"])

@@ -100,6 +100,88 @@ def test_a_full_queue_drops_traces_and_never_waits(tmp_path):
     assert counters.get("log_dropped") == 8 - kept
 
 
+def test_a_corpus_waits_for_the_writer_and_drops_nothing(tmp_path):
+    log, counters = logged(tmp_path / "t", queue=1, wait=True)
+    step, rows, outcome = step_of([f"r{n}" for n in range(8)])
+    log.take(step, rows, outcome, rows.verifier, range(8))
+    log.close()
+    assert len(open_traces(tmp_path / "t").prompt_ids) == 8
+    assert counters.get("log_dropped") == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"prefixes": "reference"}, "the engine logs what it emits; use --prefixes cascade"),
+        ({"teacher": "t"}, "the engine runs the pair alone"),
+        ({"hidden": "drafter"}, "use none or both"),
+    ],
+)
+def test_what_the_engine_cannot_collect_is_refused_by_name(tmp_path, settings, line):
+    from deferral_train.collecting import CollectConfig
+    from deferral_train.serving.offline import collect_with_engine
+
+    given = {
+        "drafter": "d",
+        "verifier": "v",
+        "prompts": "p",
+        "prefixes": "cascade",
+        "rule": "lossless",
+        **settings,
+    }
+    if given["prefixes"] != "cascade":
+        del given["rule"]
+    with pytest.raises(InputError, match=line):
+        collect_with_engine(CollectConfig(**given), str(tmp_path / "t"), [])
+
+
+@pytest.mark.engine
+def test_a_corpus_goes_through_the_engine_by_the_collect_command(tmp_path, capsys):
+    from deferral_train.cli import main
+
+    pair = save_pair(tmp_path / "pair")
+    lines = [" ".join(f"w{token - 4}" for token in row) for row in prompts(20, seed=4)]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines) + "\n")
+    command = [
+        "collect",
+        "--engine",
+        "vllm",
+        "--drafter",
+        str(pair / "drafter"),
+        "--verifier",
+        str(pair / "verifier"),
+    ]
+    command += [
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "--prefixes",
+        "cascade",
+        "--rule",
+        "opt:alpha=0.2",
+    ]
+    command += [
+        "--num-draft-tokens",
+        "3",
+        "--max-new-tokens",
+        "20",
+        "--log-top-k",
+        "4",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+    ]
+    assert main([*command, "--out", str(tmp_path / "traces")]) == 0
+    traces = open_traces(tmp_path / "traces", verify=True)
+    assert "prompts in" in capsys.readouterr().out
+    assert 15 < len(traces.prompt_ids) <= 20
+    assert all(name.isdigit() for name in traces.prompt_ids), (
+        traces.prompt_ids
+    )  # the corpus' ids: line numbers
+    assert traces.column("draft_position").max() == 2
+    assert len(traces) > 100
+
+
 def test_the_byte_limit_ends_logging_and_the_folder_stays_readable(tmp_path):
     log, counters = logged(tmp_path / "t", max_bytes=25_000, rows_per_shard=8)
     for number in range(40):
