@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from decoding.helpers import emitted, generate, pair_of, prompts_for, row_of
-from tiny_models import KINDS
 
 from deferral_train.drafting import BigramTable, DraftCascade, MaxGram, Plan
 from deferral_train.rules import make_rule
@@ -22,7 +21,7 @@ CASCADES = {
     "three_levels": ([[3, 0, 0], [0, 2, 0], [0, 0, 5]], 2),
     "all": ([[3, 5, 2], [0, 1, 3], [0, 0, 5]], 2),
 }
-TOKENS = 20
+TOKENS = 14
 
 
 def cascade(kind: str, name: str, **options: Any) -> DraftCascade:
@@ -39,7 +38,7 @@ def expected(kind: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 @pytest.mark.parametrize("name", list(CASCADES))
 @pytest.mark.parametrize("kind", ["t5", "llama"])
 def test_text_is_the_verifiers_own(kind: str, name: str) -> None:
-    inputs = prompts_for(kind, rows=6)
+    inputs = prompts_for(kind, rows=4)
     wanted, verifier = expected(kind, inputs), pair_of(kind)[1]
     for lenience, match, at_once in ((1.0, "earliest", None), (3.0, "latest", 2)):
         drafter = cascade(kind, name, lenience=lenience, max_gram=MaxGram(match))
@@ -50,8 +49,8 @@ def test_text_is_the_verifiers_own(kind: str, name: str) -> None:
         assert torch.equal(stats.drafted, parts)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("t5", "llama")])
-def test_every_architecture_rolls_back(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2", "mistral"])
+def test_other_caches_roll_back(kind: str) -> None:
     inputs = prompts_for(kind, rows=4)
     drafter = cascade(kind, "all", lenience=2.0)
     result = generate(drafter, pair_of(kind)[1], inputs, "lossless", max_new_tokens=TOKENS)
