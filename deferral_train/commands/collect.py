@@ -64,7 +64,7 @@ def run(
         dtype: auto, float32, float16 or bfloat16.
         chat: auto (the tokenizer's chat template where it has one), on or off.
         template: text around each prompt, with {prompt} in it.
-        prompt_format: jsonl, csv, tsv, parquet, text or dataset; default by suffix.
+        prompt_format: jsonl, csv, tsv, parquet, text, mmlu or dataset; default by suffix.
         reference_path: second file of parallel text.
         prompt_field: column of the prompt.
         reference_field: column of the reference.

@@ -60,7 +60,7 @@ def run(
         prompts: jsonl, csv, parquet or text file, or the name of a data set.
         out: folder for the outputs.
         rules: rules to compare, such as opt:alpha=0.2 or learned:head=FOLDER,alpha=0.1.
-        prompt_format: jsonl, csv, tsv, parquet, text or dataset; default by suffix.
+        prompt_format: jsonl, csv, tsv, parquet, text, mmlu or dataset; default by suffix.
         reference_path: second file of parallel text: line by line the reference of each prompt.
         prompt_field: field or column of the prompt.
         reference_field: field or column of the reference.

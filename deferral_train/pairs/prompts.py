@@ -20,9 +20,10 @@ from typing import Any
 from deferral_train import provenance
 from deferral_train.errors import InputError, MissingExtraError
 
-FORMATS = ("jsonl", "csv", "tsv", "parquet", "text", "dataset")
+FORMATS = ("jsonl", "csv", "tsv", "parquet", "text", "mmlu", "dataset")
 PROMPT_FIELDS = ("prompt", "question", "source", "input", "instruction", "text")
 REFERENCE_FIELDS = ("reference", "answer", "target", "completion", "output", "response")
+CHOICES = ("A", "B", "C", "D")
 _SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 
 
@@ -247,6 +248,19 @@ def _table_rows(path: Path, separator: str = ",") -> Iterator[Mapping[str, Any]]
             yield row
 
 
+def _choice_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    """MMLU's tables: no header; question, four choices, the letter of the right one."""
+    with _open(path) as file:
+        for number, cells in enumerate(_guard(csv.reader(file), path), 1):
+            if len(cells) != 6 or cells[5].strip() not in CHOICES:
+                raise InputError(
+                    f"{path}, row {number}: {len(cells)} cells; an MMLU row is question, four choices and one of "
+                    f"{', '.join(CHOICES)}"
+                )
+            choices = "".join(f"\n{letter}. {choice}" for letter, choice in zip(CHOICES, cells[1:5]))
+            yield {"prompt": f"{cells[0]}{choices}\nAnswer:", "reference": cells[5].strip()}
+
+
 def _text_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     for line in read_lines(path):
         yield {"prompt": line}
@@ -304,4 +318,5 @@ _ROWS = {
     "tsv": lambda path: _table_rows(path, "\t"),
     "parquet": _parquet_rows,
     "text": _text_rows,
+    "mmlu": _choice_rows,
 }

@@ -140,3 +140,19 @@ def test_bad_arguments(tmp_path):
     write_prompts(tmp_path / "p.jsonl", [Prompt("a", "x")])
     with pytest.raises(InputError, match="no field 'gold'"):
         read_prompts(tmp_path / "p.jsonl", reference_field="gold")
+
+
+def test_mmlu_tables(tmp_path):
+    path = tmp_path / "anatomy_test.csv"
+    path.write_text('"Which bone, of these?",ulna,"femur\nor so",rib,skull,B\n1+1?,1,2,3,4,B\n')
+    first, second = read_prompts(path, format="mmlu", template="Q: {prompt}")
+    assert first.prompt == "Q: Which bone, of these?\nA. ulna\nB. femur\nor so\nC. rib\nD. skull\nAnswer:"
+    assert (second.id, second.reference) == ("anatomy_test:2", "B")
+    path.write_text("question,A,B,C,D,answer\n")
+    with pytest.raises(
+        InputError, match="row 1: 6 cells; an MMLU row is question, four choices and one of A, B"
+    ):
+        read_prompts(path, format="mmlu")
+    path.write_text("1+1?,1,2,B\n")
+    with pytest.raises(InputError, match="row 1: 4 cells"):
+        read_prompts(path, format="mmlu")
