@@ -55,9 +55,10 @@ def deferral_rate(
 def rejection_rate(
     rule: Rule, summary: Summary, candidates: Candidates | None = None, temperature: float = 1.0
 ) -> Estimate:
-    """D_TV(q, pi), the probability that a drafted token is rejected, and its bound, [N] each.
+    """The probability that a drafted token is rejected, and its bound, [N] each: D_TV(q, pi).
 
-    Position rules: r * tv (Lemma 3), exact.
+    Position rules: r * tv (Lemma 3), exact. `cactus` checks x against a law of x's own and rejects sum_x (q(x) -
+    h_x(x))+, of which its residuals may give back, so that D_TV(q, pi) can be less.
 
     Args:
         summary: fields in `rule.needs` and `tv` (of this temperature); at temperature 0 also drafter_max,
@@ -201,10 +202,11 @@ def _law_rejection(rule: LawRule, summary: Summary, laws: TailedLaws) -> tuple[T
     def rate(q: Tensor, p: Tensor) -> Tensor:
         return rejection_mass(rule.law(q, p, summary), q)
 
-    most = rate(*laws.with_tail(dispersed=True))
     if isinstance(rule, Cactus):
-        # Its leave is concave in p: many small tail tokens may all pass, so that the tail may add nothing.
-        return (laws.q - rule.raised(laws.p)).clamp(min=0.0).sum(dim=-1), most
+        # In the tail no more than (q - p)+, and perhaps nothing: many small tokens may all be raised enough.
+        logged = (laws.q - rule.raised(laws.p)).clamp(min=0.0).sum(dim=-1)
+        return logged, logged + laws.excess
+    most = rate(*laws.with_tail(dispersed=True))
     if isinstance(rule, Mentored):
         # An optimum: a coarser pair never rejects more.
         return rate(*laws.with_single_tail()), most
