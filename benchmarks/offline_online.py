@@ -40,7 +40,7 @@ COMMON = {"num_draft_tokens": 5, "max_new_tokens": 40, "seed": 0}
 
 def compare(
     models: tuple[str, str], prompts: Sequence[Prompt], specs: Sequence[str], temperature: float, root: Path,
-    *, repetitions: int = 2, bootstrap: int = 1000, top_k: int = 64,
+    *, repetitions: int = 2, bootstrap: int = 1000, top_k: int = 1024,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of :func:`deferral_train.evaluation.skew.compare` for every rule, from its own prefixes and from the
     references'; ``rule`` is the spec.
@@ -48,7 +48,8 @@ def compare(
     Args:
         models: checkpoint folders of drafter and verifier. prompts: with references.
         repetitions: of decoding, when sampling; greedy decoding needs one.
-        top_k: logged candidates, for rules that read whole laws.
+        top_k: logged candidates, for rules that read whole laws; with 64 the unlogged tail alone moves what Token V1
+            and Cactus are predicted to accept at temperature 1 by 4 and 8%.
     """
     write_prompts(root / "prompts.jsonl", prompts)
     named = {spec: rule_from_spec(spec, typed=[spec]) for spec in specs}

@@ -39,10 +39,16 @@ def law_sums(settings: Sequence[Rule], block: Block) -> tuple[dict[str, np.ndarr
     return sums, rejection
 
 
-def deferral_and_rejection(rule: Rule, block: Block) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities [n] that a drafted token is deferred, and rejected, of any rule."""
+def deferral_and_rejection(rule: Rule, block: Block, tail: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities [n] that a drafted token is deferred, and rejected, of any rule.
+
+    Args:
+        tail: in [-1, 1], where in their bounds from unlogged candidates to take them, 0 the middle.
+    """
     arguments = (rule, block.summary, block.candidates, block.temperature)
-    return deferral_rate(*arguments)[0].numpy(), rejection_rate(*arguments)[0].numpy()
+    estimates = (deferral_rate(*arguments), rejection_rate(*arguments))
+    deferral, rejection = ((value + tail * bound).clamp(0.0, 1.0).numpy() for value, bound in estimates)
+    return deferral, rejection
 
 
 def _stack(rows: Sequence) -> np.ndarray:

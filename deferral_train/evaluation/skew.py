@@ -51,10 +51,18 @@ class Work:
 
 
 def predict(
-    traces: Traces, rule: Rule, *, temperature: float | None = None, num_draft_tokens: int = 5
+    traces: Traces,
+    rule: Rule,
+    *,
+    temperature: float | None = None,
+    num_draft_tokens: int = 5,
+    tail: float = 0.0,
 ) -> Work:
     """Expected work per prompt if ``rule`` decoded the logged sequences, under the limit of tokens that they
     had.
+
+    Args:
+        tail: what the candidates that were not logged do: 0 the middle of what they can, 1 reject most, -1 least.
     """
     limit = traces.manifest.settings.get("max_new_tokens")
     table = read_positions(
@@ -62,7 +70,7 @@ def predict(
     )
     parts = []
     for block in table.blocks():
-        deferral, rejection = deferral_and_rejection(rule, block)
+        deferral, rejection = deferral_and_rejection(rule, block, tail)
         cut = None if limit is None else block.layout.lengths == limit
         work = block_chain(1 - rejection[:, None], block.layout, num_draft_tokens, deferral[:, None], cut)
         assert work.deferred is not None
@@ -114,13 +122,16 @@ def compare(
 
     Returns:
         one row per quantity (law rules decide nothing, so they have no deferral rate): predicted, counted,
-        their difference with a paired interval over prompts, the relative difference, and ``agrees``: within
-        3% relative, or the interval holds 0.
+        their difference with a paired interval over prompts, the relative difference, ``agrees``: within
+        3% relative, or the interval holds 0; and ``tail``, the lowest and highest prediction that the unlogged
+        candidates allow (the log of more candidates narrows it).
 
     Raises:
         InputError: no common prompts.
     """
-    predicted = predict(traces, rule, temperature=temperature, num_draft_tokens=num_draft_tokens)
+    settings: dict[str, Any] = {"temperature": temperature, "num_draft_tokens": num_draft_tokens}
+    predicted = predict(traces, rule, **settings)
+    extremes = [predict(traces, rule, **settings, tail=side) for side in (-1.0, 1.0)]
     counted = count(row for row in rows if row["rule"] == label)
     ids = [name for name in predicted.prompt_ids if name in set(counted.prompt_ids)]
     if not ids:
@@ -138,6 +149,7 @@ def compare(
             "quantity": name,
         }
         | _difference(before, after, top, bottom, redraws)
+        | {"tail": sorted(_ratio(side.select(ids), top, bottom) for side in extremes)}
         for name, (top, bottom) in QUANTITIES.items()
         if before[bottom].sum() > 0 and after[bottom].sum() > 0
         if top != "deferred" or not isinstance(rule, LawRule)
@@ -155,6 +167,10 @@ def is_on_policy(prefixes: str, rule: Rule) -> bool:
     return setting.rule == rule.name and math.isclose(setting.value, rule.dial_value)
 
 
+def _ratio(part: Mapping[str, np.ndarray], top: str, bottom: str) -> float:
+    return float(part[top].sum() / part[bottom].sum())
+
+
 def _difference(
     before: Mapping[str, np.ndarray],
     after: Mapping[str, np.ndarray],
@@ -162,7 +178,7 @@ def _difference(
     bottom: str,
     redraws: PromptBootstrap,
 ) -> dict[str, Any]:
-    predicted, counted = (float(part[top].sum() / part[bottom].sum()) for part in (before, after))
+    predicted, counted = (_ratio(part, top, bottom) for part in (before, after))
     difference = Interval(counted - predicted)
     if redraws.replicates:
         samples = [redraws.sums(part[top]) / redraws.sums(part[bottom]) for part in (after, before)]

@@ -20,7 +20,7 @@ from deferral_train.pairs.prompts import Prompt, write_prompts
 from deferral_train.traces import Traces, open_traces
 
 GREEDY = ("lossless", "opt:alpha=0.2", "token_v3:alpha=0.3")
-SAMPLED = ("opt:alpha=0.1",)
+SAMPLED = ("opt:alpha=0.1", "cactus:delta=0.3")
 PROMPTS = 24
 COMMON = {"num_draft_tokens": 3, "max_new_tokens": 16, "seed": 0}
 
@@ -96,6 +96,16 @@ def test_sampled_predictions_on_own_prefixes_agree_within_noise(sampled: Runs, s
     for row in sampled.compare(spec, bootstrap=400):
         width = (row["difference"]["high"] - row["difference"]["low"]) / 2
         assert abs(row["difference"]["value"]) <= max(2 * width, 0.03 * row["counted"]), row
+
+
+def test_what_was_not_logged_is_stated(sampled: Runs) -> None:
+    """A rule that reads whole laws is predicted within what 20 of 40 logged candidates leave open; others exactly."""
+    for row in sampled.compare("opt:alpha=0.1"):
+        assert row["tail"] == [row["predicted"]] * 2
+    open_rows = sampled.compare("cactus:delta=0.3")
+    assert any(row["tail"][0] < row["tail"][1] for row in open_rows)
+    for row in open_rows:
+        assert row["tail"][0] <= row["predicted"] <= row["tail"][1]
 
 
 def test_the_wrong_rule_is_caught(greedy: Runs) -> None:
