@@ -5,5 +5,5 @@ Registered as a ``vllm.general_plugins`` entry point and off unless the engine i
 is what the engine calls. See docs/serving_vllm.md.
 
 Reading order: config.py (what a user may say), entry.py (where we are called), checks.py (what is refused at start),
-seam.py (what changes in a running engine), sampler.py (a step), blocks.py (the decision, torch only).
+attach.py (what changes in a running engine), seam.py and sampler.py (a step), blocks.py (the decision, torch only).
 """

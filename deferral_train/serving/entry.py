@@ -102,7 +102,7 @@ def _attached_device(original: Any) -> Any:
 
         config = configured(self.vllm_config)
         if config is not None:
-            from deferral_train.serving.seam import attach
+            from deferral_train.serving.attach import attach
 
             rule = check_engine(self.vllm_config, config)
             attach(self.worker, self.vllm_config, config, rule, check_heads(rule, self.vllm_config))

@@ -142,42 +142,16 @@ def test_a_corpus_goes_through_the_engine_by_the_collect_command(tmp_path, capsy
     pair = save_pair(tmp_path / "pair")
     lines = [" ".join(f"w{token - 4}" for token in row) for row in prompts(20, seed=4)]
     (tmp_path / "prompts.txt").write_text("\n".join(lines) + "\n")
-    command = [
-        "collect",
-        "--engine",
-        "vllm",
-        "--drafter",
-        str(pair / "drafter"),
-        "--verifier",
-        str(pair / "verifier"),
-    ]
-    command += [
-        "--prompts",
-        str(tmp_path / "prompts.txt"),
-        "--prefixes",
-        "cascade",
-        "--rule",
-        "opt:alpha=0.2",
-    ]
-    command += [
-        "--num-draft-tokens",
-        "3",
-        "--max-new-tokens",
-        "20",
-        "--log-top-k",
-        "4",
-        "--dtype",
-        "float32",
-        "--device",
-        "cpu",
-    ]
-    assert main([*command, "--out", str(tmp_path / "traces")]) == 0
+    words = f"collect --engine vllm --drafter {pair / 'drafter'} --verifier {pair / 'verifier'}"
+    words += (
+        f" --prompts {tmp_path / 'prompts.txt'} --prefixes cascade --rule opt:alpha=0.2 --num-draft-tokens 3"
+    )
+    words += f" --max-new-tokens 20 --log-top-k 4 --dtype float32 --device cpu --out {tmp_path / 'traces'}"
+    assert main(words.split()) == 0
     traces = open_traces(tmp_path / "traces", verify=True)
     assert "prompts in" in capsys.readouterr().out
     assert 15 < len(traces.prompt_ids) <= 20
-    assert all(name.isdigit() for name in traces.prompt_ids), (
-        traces.prompt_ids
-    )  # the corpus' ids: line numbers
+    assert all(name.startswith("prompts:") for name in traces.prompt_ids)  # the corpus' own ids
     assert traces.column("draft_position").max() == 2
     assert len(traces) > 100
 
