@@ -39,15 +39,20 @@ def law_sums(settings: Sequence[Rule], block: Block) -> tuple[dict[str, np.ndarr
     return sums, rejection
 
 
-def deferral_and_rejection(rule: Rule, block: Block, tail: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities [n] that a drafted token is deferred, and rejected, of any rule.
+def deferral_and_rejection(
+    rule: Rule, block: Block, tails: Sequence[float] = (0.0,)
+) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities [n, T] that a drafted token is deferred, and rejected, of any rule.
 
     Args:
-        tail: in [-1, 1], where in their bounds from unlogged candidates to take them, 0 the middle.
+        tails: T numbers in [-1, 1], where in their bounds from unlogged candidates to take them, 0 the middle.
     """
     arguments = (rule, block.summary, block.candidates, block.temperature)
     estimates = (deferral_rate(*arguments), rejection_rate(*arguments))
-    deferral, rejection = ((value + tail * bound).clamp(0.0, 1.0).numpy() for value, bound in estimates)
+    deferral, rejection = (
+        np.stack([(value + tail * bound).clamp(0.0, 1.0).numpy() for tail in tails], axis=1)
+        for value, bound in estimates
+    )
     return deferral, rejection
 
 

@@ -18,7 +18,7 @@ from deferral_train.rules.summary import HIDDEN_FIELDS, TOKEN_FIELDS, Summary
 from deferral_train.traces import Traces
 from deferral_train.traces.schema import TOP_IDS, TOP_LOGPROBS
 
-BLOCK_ROWS = 32768
+BLOCK_ROWS, BLOCK_CANDIDATES = 32768, 32768 * 64  # a block of rows, and of rows times logged candidates
 _TIE = 1e-9  # nats; keeps "as likely as the likeliest" true after exp and log
 # Read whatever the rules are: what a calibration of OPT and the emitted token of law rules need.
 _ALWAYS = frozenset(
@@ -87,9 +87,11 @@ class Positions:
         """All rows in order, see :meth:`block`."""
         return map(self.block, self.spans())
 
-    def spans(self, rows: int = BLOCK_ROWS) -> Iterator[slice]:
-        """Prompts in pieces of about ``rows`` rows; each piece has at least one whole prompt."""
+    def spans(self) -> Iterator[slice]:
+        """Prompts in pieces of limited memory; each piece has at least one whole prompt."""
         starts = self.layout.starts
+        width = self.columns[TOP_IDS[0]].shape[1] if self.with_candidates else 1
+        rows = min(BLOCK_ROWS, BLOCK_CANDIDATES // width)
         first = 0
         while first < self.prompts:
             end = starts[first] + rows

@@ -2,8 +2,9 @@
 
 Heads that look good offline and collapse when served are this field's recurring failure, so the difference
 is a number with an interval, per rule. Predictions follow blocks position by position (:mod:`survival`);
-they are exact in expectation where the traces' prefixes come from the very rule that was decoded
-(``cascade:<rule>``). On teacher-forced prefixes the difference mixes two things, the model of the loop and
+on prefixes of the very rule that was decoded (``cascade:<rule>``) they are exact when greedy, and when
+sampling up to what a drawn token says about its own acceptance (:mod:`survival`), which moves only where
+blocks end. On teacher-forced prefixes the difference mixes two things, the model of the loop and
 the other prefixes, and is to be read as such.
 """
 
@@ -56,13 +57,16 @@ def predict(
     *,
     temperature: float | None = None,
     num_draft_tokens: int = 5,
-    tail: float = 0.0,
-) -> Work:
+    tails: Sequence[float] = (0.0,),
+) -> list[Work]:
     """Expected work per prompt if ``rule`` decoded the logged sequences, under the limit of tokens that they
     had.
 
     Args:
-        tail: what the candidates that were not logged do: 0 the middle of what they can, 1 reject most, -1 least.
+        tails: what the candidates that were not logged do: 0 the middle of what they can, 1 reject most, -1 least.
+
+    Returns:
+        one for each of ``tails``.
     """
     limit = traces.manifest.settings.get("max_new_tokens")
     table = read_positions(
@@ -70,14 +74,21 @@ def predict(
     )
     parts = []
     for block in table.blocks():
-        deferral, rejection = deferral_and_rejection(rule, block, tail)
+        deferral, rejection = deferral_and_rejection(rule, block, tails)
         cut = None if limit is None else block.layout.lengths == limit
-        work = block_chain(1 - rejection[:, None], block.layout, num_draft_tokens, deferral[:, None], cut)
+        work = block_chain(1 - rejection, block.layout, num_draft_tokens, deferral, cut)
         assert work.deferred is not None
         parts.append((work.calls, work.judged, work.rejected, work.deferred))
-    calls, judged, rejected, deferred = (np.concatenate(columns)[:, 0] for columns in zip(*parts))
+    calls, judged, rejected, deferred = (np.concatenate(columns) for columns in zip(*parts))
     sums = {"calls": calls, "judged": judged, "passed": judged - rejected, "deferred": deferred}
-    return Work(tuple(table.prompt_ids), sums | {"tokens": table.rows_per_prompt.astype(np.float64)})
+    tokens = table.rows_per_prompt.astype(np.float64)
+    return [
+        Work(
+            tuple(table.prompt_ids),
+            {name: values[:, side] for name, values in sums.items()} | {"tokens": tokens},
+        )
+        for side in range(len(tails))
+    ]
 
 
 def count(rows: Iterable[Mapping[str, Any]]) -> Work:
@@ -129,9 +140,9 @@ def compare(
     Raises:
         InputError: no common prompts.
     """
-    settings: dict[str, Any] = {"temperature": temperature, "num_draft_tokens": num_draft_tokens}
-    predicted = predict(traces, rule, **settings)
-    extremes = [predict(traces, rule, **settings, tail=side) for side in (-1.0, 1.0)]
+    predicted, *extremes = predict(
+        traces, rule, temperature=temperature, num_draft_tokens=num_draft_tokens, tails=(0.0, -1.0, 1.0)
+    )
     counted = count(row for row in rows if row["rule"] == label)
     ids = [name for name in predicted.prompt_ids if name in set(counted.prompt_ids)]
     if not ids:

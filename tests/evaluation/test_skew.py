@@ -78,7 +78,7 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def test_greedy_predictions_on_own_prefixes_equal_the_counts_prompt_by_prompt(
     greedy: Runs, spec: str
 ) -> None:
-    predicted = skew.predict(greedy.traces[spec], rule_from_spec(spec), num_draft_tokens=3)
+    (predicted,) = skew.predict(greedy.traces[spec], rule_from_spec(spec), num_draft_tokens=3)
     counted = skew.count(row for row in greedy.rows if row["rule"] == spec)
     ours, theirs = predicted.select(predicted.prompt_ids), counted.select(predicted.prompt_ids)
     for name, values in ours.items():

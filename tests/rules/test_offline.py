@@ -51,6 +51,9 @@ def test_candidates_hold_no_token_twice():
         for row in joined.ids.tolist():
             real = [x for x in row if x >= 0]
             assert len(real) == len(set(real))
+    drafter, verifier, candidates, _, _ = logged(1.0)
+    for row, q, p in zip(candidates.ids.tolist(), drafter, verifier):
+        assert {x for x in row if x >= 0} == {*q.topk(K).indices.tolist(), *p.topk(K).indices.tolist()}
     both = candidates.with_token(gold, gold * 0.0, gold * 0.0)
     assert bool((both.ids == gold.unsqueeze(1)).any(1).all())
 
