@@ -29,7 +29,7 @@ def run(
     """
     from deferral_train.heads.artifact import push_to_hub as upload
     from deferral_train.heads.base import DeferralHead
-    from deferral_train.heads.cost import measure_cost
+    from deferral_train.heads.export import export_head
 
     if onnx and traces is None:
         raise InputError("--onnx needs --traces: the exported graph is compared with torch on real rows")
@@ -39,10 +39,7 @@ def run(
         from deferral_train.training.checkpoint import read_checkpoint
 
         head, _ = read_checkpoint(checkpoint)
-    if alpha is not None:
-        head.metadata = {k: v for k, v in head.metadata.items() if k != "certificate"} | {"alpha": alpha}
-    head.metadata = {**head.metadata, "cost": measure_cost(head)}
-    head.save_pretrained(out)
+    export_head(head, out, alpha)
     print(f"{head.head_type} head, {head.num_parameters} parameters: {out}")
     if onnx:
         _onnx(head, out, str(traces))

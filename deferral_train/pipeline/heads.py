@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from deferral_train.errors import InputError
-from deferral_train.heads import DeferralHead
 from deferral_train.traces import Traces
 from deferral_train.training.config import FitConfig
 from deferral_train.training.fit import FitResult, fit
@@ -55,11 +54,3 @@ def _describe(result: FitResult) -> dict[str, Any]:
     parameters = sum(parameter.numel() for parameter in result.head.parameters())
     scalars = {name: value for name, value in result.metrics.items() if "/" not in name and value == value}
     return {"parameters": parameters, "epochs": result.epochs, "metrics": scalars}
-
-
-def export_head(run: Path, alpha: float | None) -> None:
-    """Write the kept head to ``head/`` with its operating point."""
-    head = DeferralHead.from_pretrained(run / BEST)
-    if alpha is not None:
-        head.metadata = {**head.metadata, "alpha": alpha}
-    head.save_pretrained(run / "head")

@@ -18,13 +18,14 @@ from deferral_train import provenance
 from deferral_train.collecting import CollectConfig, collect
 from deferral_train.errors import InputError
 from deferral_train.heads import DeferralHead
+from deferral_train.heads.export import export_head
 from deferral_train.heads.rules import learned_rule, rule_from_spec
 from deferral_train.pipeline import online, operate
 from deferral_train.pipeline import probe as ceilings
 from deferral_train.pipeline.closing import close
 from deferral_train.pipeline.config import PARTS, RunConfig
 from deferral_train.pipeline.console import RunConsole
-from deferral_train.pipeline.heads import BEST, LEARNED, export_head, fit_candidates
+from deferral_train.pipeline.heads import BEST, LEARNED, fit_candidates
 from deferral_train.pipeline.pair import prepare_pair
 from deferral_train.pipeline.stages import Stage, StageRunner, open_run
 from deferral_train.pipeline.text import part_path, prepare_text
@@ -238,7 +239,8 @@ class Run:
             LEARNED,
         )
         provenance.write_json(self.folder / "point.json", points)
-        export_head(self.folder, points["points"]["learned"]["value"])
+        best = DeferralHead.from_pretrained(self.folder / BEST)
+        export_head(best, self.folder / "head", points["points"][LEARNED]["value"])
         return points
 
     def evaluate(self, results: Results) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,12 @@ def _parsed(words: Sequence[str]) -> FitCLI:
         word in ("-h", "--help", "--print_config") or word.endswith(".help") for word in words
     )
     spoken = io.StringIO()
-    with contextlib.nullcontext() if asked_for_help else contextlib.redirect_stderr(spoken):
+    with (
+        warnings.catch_warnings(),
+        contextlib.nullcontext() if asked_for_help else contextlib.redirect_stderr(spoken),
+    ):
+        # The words are the command line's own, less the command: sys.argv holds nothing else to mistake them for.
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
         try:
             return FitCLI(
                 DeferralModule,

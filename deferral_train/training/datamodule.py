@@ -111,7 +111,9 @@ class TraceDataModule(pl.LightningDataModule):
         parts = [fit_table(part, head, self.truth, self.temperature) for part in (fit, *self.further)]
         names = baselines.DRAFT_PLUG_INS if head.stage == "draft" else baselines.PLUG_INS
         best = baselines.best_plug_in(fit, parts[0]["z"], self.alphas, self.temperature, names)
-        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if self.further else {}
+        joined = (
+            {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if self.further else {}
+        )
         self.tables["train"] = joined or parts[0]
         self.plug_ins = baselines.describe(best)
         fixed = {"opt": baselines.opt_rules(self.alphas), "plug_in": best}

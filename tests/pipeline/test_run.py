@@ -94,6 +94,7 @@ def test_every_station_left_its_output(finished):
     ):
         assert (finished / name).is_file(), name
     assert list((finished / "fit").rglob("events.out.tfevents*"))
+    assert json.loads((finished / "head" / "config.json").read_text())["cost"]["microseconds_per_token"] > 0
     decoded = json.loads((finished / "decode" / "summary.json").read_text())["rules"]
     best = json.loads((finished / "point.json").read_text())["best_plug_in"]
     assert set(decoded) == {"verifier_only", "lossless", "opt", "token_v3", "learned", best}

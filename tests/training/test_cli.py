@@ -41,10 +41,18 @@ def test_fit_then_export_then_load(folders, tmp_path, capsys):
     stored = DeferralHead.from_pretrained(tmp_path / "head")
     assert isinstance(stored, GapHead)
     assert stored.metadata["alpha"] == 0.2
+    assert stored.metadata["cost"]["microseconds_per_token"] > 0
     assert stored.metadata["pair"]["drafter"].startswith("synthetic-drafter")
     assert "regret" in stored.metadata["evaluation"]["metrics"]
     summary = open_traces(folders["val"]).summary()
     assert (stored.gap(summary) == head.gap(summary)).all()
+
+
+def test_help_starts_with_the_usage(capsys, recwarn):
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    assert capsys.readouterr().out.startswith("usage: deferral-train fit")
+    assert [str(warning.message) for warning in recwarn if "args parameter" in str(warning.message)] == []
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
