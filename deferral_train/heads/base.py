@@ -108,6 +108,7 @@ class DeferralHead(nn.Module):
             "stage": self.stage,
             "loss": self.loss,
             "features": [str(f) for f in self.inputs.features],
+            "schema": self.inputs.schema,
             "schema_hash": self.inputs.schema_hash,
             "widths": dict(self.inputs.widths),
             **self._arguments,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,7 +17,17 @@ FORMAT_VERSION = 1
 MAX_BYTES = 4 << 20
 MAX_FEATURES = 4096
 METADATA = ("alpha", "certificate", "pair", "training", "cost", "evaluation")
-ARGUMENTS = ("stage", "loss", "features", "schema_hash", "widths", "body", "hidden", "recalibration")
+ARGUMENTS = (
+    "stage",
+    "loss",
+    "features",
+    "schema",
+    "schema_hash",
+    "widths",
+    "body",
+    "hidden",
+    "recalibration",
+)
 KNOWN = ("format_version", "lossy", "deferral_head_type", *ARGUMENTS, "memory_entries", *METADATA)
 MAX_ALPHA = 1e6
 
@@ -114,12 +125,42 @@ def _head_class(name: str, cls: type[DeferralHead] | None) -> type[DeferralHead]
 
 
 def _check_schema(config: Mapping[str, Any], head: DeferralHead) -> None:
+    """Refuse features that are not those the weights were trained on, and say which differ."""
     recorded = config.get("schema_hash")
-    if recorded != head.inputs.schema_hash:
-        raise InputError(
-            f"the head's feature schema {str(recorded)[:32]!r} differs from this version's "
-            f"{head.inputs.schema_hash!r} for the same names; use the release that wrote it"
-        )
+    different = list(_schema_differences(_typed(config, "schema", dict, {}), head.inputs.schema))
+    if recorded == head.inputs.schema_hash and not different:
+        return
+    named = "; ".join(different[:4]) or f"hash {str(recorded)[:32]!r}, here {head.inputs.schema_hash!r}"
+    more = f" (and {len(different) - 4} more)" if len(different) > 4 else ""
+    raise InputError(
+        f"the head was trained under another feature schema: {named}{more}; use the config and the release that "
+        "wrote it"
+    )
+
+
+def _schema_differences(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    """What differs, in words; nothing where the config records no schema and its hash alone must do."""
+    for key in ("version", "stage"):
+        if key in recorded and recorded[key] != here[key]:
+            yield f"{key} {str(recorded[key])[:40]!r}, here {here[key]!r}"
+    rows = recorded.get("features", here["features"])
+    if not isinstance(rows, list):
+        yield f"features {str(rows)[:40]!r} are no list"
+        return
+    for place, (theirs, ours) in enumerate(itertools.zip_longest(rows, here["features"], fillvalue=None), 1):
+        if theirs != ours:
+            yield f"feature {place} is {_feature_text(theirs)} there, {_feature_text(ours)} here"
+
+
+def _feature_text(row: Any) -> str:
+    """``drafter_max:logit`` of a schema's row; ``none`` past the end."""
+    if row is None:
+        return "none"
+    if not isinstance(row, list) or len(row) != 3:
+        return repr(str(row)[:40])
+    name, transform, width = row
+    text = f"{name}:{transform}" if transform != "identity" else str(name)
+    return repr(text[:80]) + (f" of width {str(width)[:20]}" if width != 1 else "")
 
 
 def _check_metadata(metadata: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -169,10 +170,17 @@ class FeatureSet(nn.Module):
         return tuple(dict.fromkeys(f for name in self.names for f in fields_of(name)))
 
     @property
-    def schema_hash(self) -> str:
-        """Hash over names, transforms, their order, widths, and the version of the vocabulary."""
+    def schema(self) -> dict[str, Any]:
+        """What the head reads, as its config records it: version of the vocabulary, stage, rows of name, transform,
+        width in order.
+        """
         rows = [[f.name, f.transform, self._width(f.name)] for f in self.features]
-        return hash_of({"version": SCHEMA_VERSION, "stage": self.stage, "features": rows})
+        return {"version": SCHEMA_VERSION, "stage": self.stage, "features": rows}
+
+    @property
+    def schema_hash(self) -> str:
+        """Hash over :attr:`schema`."""
+        return hash_of(self.schema)
 
     def columns(self, summary: Summary, leave_out: Tensor | None = None) -> Tensor:
         """Raw columns ``[.., C]`` in float32 of a summary with leading shape ``[..]``.

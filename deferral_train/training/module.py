@@ -92,7 +92,7 @@ class DeferralModule(pl.LightningModule):
 
     def _facts(self) -> dict[str, Any]:
         """Flat settings of head, data and training for the log's table of hyper-parameters."""
-        facts = {f"head/{k}": v for k, v in self.head.config.items()}
+        facts = {f"head/{k}": v for k, v in self.head.config.items() if k != "schema"}  # its hash is there
         facts |= {f"data/{k}": v for k, v in self.data.hparams.items()}
         facts |= {**self.hparams, "objective": self.objective, "parameters": self.head.num_parameters}
         return {name: _flat(value) for name, value in facts.items()}
