@@ -12,8 +12,14 @@ import pytest
 from benchmarks.offline_online import compare
 from deferral_train.pairs.prompts import read_prompts
 
-PROMPTS = 16
-RULES = ("opt:alpha=0.2", "token_v3:alpha=0.5", "lossy:alpha=0.3")
+PROMPTS = 32
+# A position rule, a token rule and a whole law; greedy laws have one token, and when sampling these need few more.
+RULES = {
+    0.0: ("opt:alpha=0.2", "lossy:alpha=0.3"),
+    0.5: ("token_v3:alpha=0.5",),
+    1.0: ("opt:alpha=0.2", "lossy:alpha=0.3"),
+}
+TOP_K = {0.0: 16, 0.5: 128, 1.0: 128}
 
 
 @pytest.fixture(scope="module", params=[0.0, 0.5, 1.0], ids=lambda value: f"T{value:g}")
@@ -24,27 +30,34 @@ def rows(
     prompts = read_prompts(source, reference_path=target, limit=PROMPTS)
     models = str(t5_pair / "drafter"), str(t5_pair / "verifier")
     root = tmp_path_factory.mktemp("skew")
-    return compare(models, prompts, RULES, request.param, root, bootstrap=400)
+    return compare(
+        models, prompts, RULES[request.param], request.param, root, bootstrap=1000, top_k=TOP_K[request.param]
+    )
 
 
 def test_own_prefixes_predict_what_is_counted(rows: list[dict[str, Any]]) -> None:
-    """Within 3%, or within twice the 95% interval: with a dozen comparisons one in twenty lies outside of one."""
+    """Within 3%, or the 95% interval over prompts holds no difference; greedy decoding is predicted exactly.
+
+    An interval misses one time in twenty, so seeds are fixed and a change of random numbers may fail this by chance:
+    then look at `python -m benchmarks.offline_online` over more prompts before anything else.
+    """
     own = [row for row in rows if row["on_policy"]]
-    assert {row["rule"] for row in own} == set(RULES)
+    assert {row["rule"] for row in own} == set(RULES[rows[0]["temperature"]])
     for row in own:
         assert row["prompts"] == PROMPTS
         if row["temperature"] == 0:
             assert row["predicted"] == pytest.approx(row["counted"], abs=1e-6), row
             continue
-        half = (row["difference"]["high"] - row["difference"]["low"]) / 2
-        assert abs(row["difference"]["value"]) <= max(2 * half, 0.03 * row["counted"]), row
+        interval = row["difference"]
+        near = abs(row["predicted"] - row["counted"]) <= 0.03 * row["counted"]
+        assert near or interval["low"] <= 0 <= interval["high"], row
+        assert row["agrees"], row
 
 
 def test_teacher_forced_prefixes_are_named_as_such(rows: list[dict[str, Any]]) -> None:
+    """Their difference is stated. When greedy it is the shift of prefixes alone: own prefixes leave none."""
     forced = [row for row in rows if not row["on_policy"]]
     assert {row["prefixes"] for row in forced} == {"reference"}
-    greedy = [row for row in forced if row["temperature"] == 0 and row["quantity"] == "acceptance"]
-    if (
-        greedy
-    ):  # the shift of prefixes is a fact of this pair, not noise: greedy decoding repeats itself exactly
-        assert max(abs(row["relative"]) for row in greedy) > 0.005
+    assert {row["rule"] for row in forced} == set(RULES[rows[0]["temperature"]])
+    if forced[0]["temperature"] == 0:
+        assert max(abs(row["relative"]) for row in forced if row["quantity"] == "acceptance") > 0.005
