@@ -46,6 +46,11 @@ def close(console: RunConsole, records: Mapping[str, StageRecord], folder: Path)
         columns,
         rows,
     )
+    if "wish" in found:
+        wish, limit = found["wish"], found["wish"]["certificate"]["limit"]
+        console.line(
+            f"{wish['name']} stands where point.max_loss={limit:g} is certified, not at that rejection rate"
+        )
     console.line(verdict["headline"])
     console.path("report", folder / "report.html")
     console.path("TensorBoard", folder)

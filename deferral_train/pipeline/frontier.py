@@ -48,7 +48,7 @@ def decode_frontier(
         sweeps = {name: rule for name, (_, rule) in rules.items()}
         dials = operate.spread(traces, sweeps, config.shares, temperature, section.num_draft_tokens)
         tried = {
-            "speculative": {name: rule_from_spec(name) for name in ENDS} | _settings(rules, dials),
+            "speculative": {name: rule_from_spec(name) for name in ENDS} | operate.labelled(rules, dials),
             "token": {
                 f"token cascade {spec}": rule_from_spec(spec, typed=[spec]) for spec in config.token_cascades
             },
@@ -113,14 +113,3 @@ def _with_times(summary: Mapping[str, Any], timed: Mapping[str, Any]) -> dict[st
         for label, rule in summary["rules"].items()
     }
     return {**summary, "rules": rules, "repetitions": timed["repetitions"]}
-
-
-def _settings(
-    rules: Mapping[str, tuple[str, Rule | str]], dials: Mapping[str, Sequence[tuple[str, float]]]
-) -> dict[str, Rule]:
-    """Label, with the dial's value, to rule."""
-    return {
-        f"{name}:{parameter}={value:g}": rule_from_spec(operate.with_value(spec, parameter, value), [spec])
-        for name, (spec, _) in rules.items()
-        for parameter, value in dials.get(name, ())
-    }

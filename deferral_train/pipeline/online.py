@@ -17,12 +17,14 @@ from deferral_train.decoding.pair import Settings
 from deferral_train.evaluation import skew
 from deferral_train.evaluation.outputs import check_metrics, score_outputs
 from deferral_train.heads import DeferralHead
+from deferral_train.heads.artifact import set_operating_point
 from deferral_train.heads.rules import learned_rule, rule_from_spec
 from deferral_train.pipeline.closing import short
 from deferral_train.pipeline.frontier import decode_frontier
 from deferral_train.pipeline.heads import BEST, LEARNED
 from deferral_train.pipeline.pair import open_pair
 from deferral_train.pipeline.text import read_part
+from deferral_train.pipeline.wish import certified_point
 from deferral_train.rules.base import Rule
 from deferral_train.traces import open_traces
 
@@ -48,6 +50,28 @@ def decode_rules(run: Run, results: Results) -> Any:
     if metrics:
         summary = score_outputs(run.folder / "decode", metrics, pair.models, prompts)
     return {name: short(scores) for name, scores in summary["rules"].items()}
+
+
+def certify_wish(run: Run, results: Results, plug_in: str) -> dict[str, Any]:
+    """The setting that `choose` certifies on the calibration part; the exported head stores one of its own."""
+    typed, head = run.config.rules, run.folder / "head"
+    rules: dict[str, tuple[str, Rule | str]] = {
+        plug_in: (plug_in, rule_from_spec(plug_in, typed)),
+        LEARNED: (f"learned:head={head}", learned_rule(DeferralHead.from_pretrained(head), alpha=0.0)),
+    }
+    found = certified_point(
+        run.config.point,
+        run.config.decode,
+        Pair(open_pair(run.config.pair, results["pair"])),
+        read_part(run.folder, "calibration"),
+        run.open("calibration"),
+        rules,
+        run.folder,
+        run.config.seed,
+    )
+    if found["name"] == LEARNED:
+        set_operating_point(head, found["value"], found["certificate"])
+    return found
 
 
 def decode_frontiers(run: Run, results: Results) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 from deferral_train.evaluation import score_rules
 from deferral_train.evaluation.choose import least_limit
 from deferral_train.evaluation.table import ScoreTable
+from deferral_train.heads.rules import rule_from_spec
 from deferral_train.pipeline.config import OperatingPointConfig
 from deferral_train.rules.base import Rule
 from deferral_train.traces import Traces
@@ -129,3 +130,16 @@ def with_value(spec: str, parameter: str | None, value: float | None) -> str:
         return spec
     # repr keeps every digit: a dial rounded for show could land on the other side of a step.
     return f"{spec}{',' if ':' in spec else ':'}{parameter}={value!r}"
+
+
+def labelled(
+    rules: Mapping[str, tuple[str, Rule | str]], dials: Mapping[str, Sequence[tuple[str, float]]]
+) -> dict[str, Rule]:
+    """Label, with the dial's value, to rule; ``rules`` name to (spec without a dial value, rule), ``dials`` of
+    :func:`spread`.
+    """
+    return {
+        f"{name}:{parameter}={value:g}": rule_from_spec(with_value(spec, parameter, value), [spec])
+        for name, (spec, _) in rules.items()
+        for parameter, value in dials.get(name, ())
+    }

@@ -30,6 +30,7 @@ from deferral_train.pipeline.pair import prepare_pair
 from deferral_train.pipeline.stages import Stage, StageRunner, open_run
 from deferral_train.pipeline.text import part_path, prepare_text
 from deferral_train.pipeline.verdict import make_verdict
+from deferral_train.pipeline.wish import FOLDER
 from deferral_train.provenance import plain
 from deferral_train.rules.base import Rule
 from deferral_train.traces import Traces, open_traces
@@ -120,6 +121,7 @@ class Run:
     def stages(self) -> list[Stage]:
         """The table of contents of a run."""
         c = self.config
+        wish = () if c.point.max_loss is None else (FOLDER,)
         evaluated = (
             "evaluation/scores.json",
             "evaluation/scores.csv",
@@ -141,9 +143,9 @@ class Run:
             (
                 "point",
                 "dials set on calibration",
-                [c.point, c.rules, c.decode.num_draft_tokens, c.seed],
+                [c.point, c.rules, c.decode.num_draft_tokens if not wish else c.decode, c.seed],
                 ("fit",),
-                ("point.json", "head"),
+                ("point.json", "head", *wish),
                 self.point,
             ),
             (
@@ -189,7 +191,15 @@ class Run:
             ("report", "one page", {}, ("verdict",), ("report.html", "tensorboard"), self.report),
         ]
         return [
-            Stage(name, title, plain(settings), after, out, do, replace=name in DECODED)
+            Stage(
+                name,
+                title,
+                plain(settings),
+                after,
+                out,
+                do,
+                replace=name in (*DECODED, *(["point"] if wish else [])),
+            )
             for name, title, settings, after, out, do in table
         ]
 
@@ -229,8 +239,8 @@ class Run:
             self.config.seed,
         )
 
-    def point(self, _: Results) -> Any:
-        points = operate.choose_points(
+    def point(self, results: Results) -> Any:
+        found = operate.choose_points(
             self.open("calibration"),
             self.rules(),
             self.config.point,
@@ -238,10 +248,12 @@ class Run:
             self.config.seed,
             LEARNED,
         )
-        provenance.write_json(self.folder / "point.json", points)
         best = DeferralHead.from_pretrained(self.folder / BEST)
-        export_head(best, self.folder / "head", points["points"][LEARNED]["value"])
-        return points
+        export_head(best, self.folder / "head", found["points"][LEARNED]["value"])
+        if self.config.point.max_loss is not None:
+            found["wish"] = online.certify_wish(self, results, found["best_plug_in"])
+        provenance.write_json(self.folder / "point.json", found)
+        return found
 
     def evaluate(self, results: Results) -> Any:
         """Curves, areas and matched comparisons on the test traces; the loss bound of the chosen point."""
@@ -302,7 +314,6 @@ class Run:
 
     def decoded(self, results: Results) -> dict[str, str]:
         """Specs of the decoded rules at their operating points."""
-        points = results["point"]["points"]
         if results["point"]["best_plug_in"] not in self.config.rules:  # stage files may come from elsewhere
             raise InputError(
                 f"{self.folder}/stages/point.json names a rule that the config does not; use fresh"
@@ -312,24 +323,34 @@ class Run:
             **{rule: rule for rule in plug_ins},
             LEARNED: f"learned:head={self.folder / 'head'}",
         }
-        return {
-            name: operate.with_value(spec, points[name]["parameter"], points[name]["value"])
-            for name, spec in specs.items()
-        }
+        return {name: operate.with_value(spec, *self.dial(results, name)) for name, spec in specs.items()}
+
+    def dial(self, results: Results, name: str) -> tuple[str | None, float | None]:
+        """A rule's dial and value: the certified one where it was wished for, else that of the common price."""
+        point = results["point"]
+        wish = point.get("wish")
+        found = wish if wish is not None and wish["name"] == name else point["points"][name]
+        return found["parameter"], found["value"]
 
     def chosen(self, results: Results) -> dict[str, Any]:
-        """The decoded rule that lost least on calibration at the common price."""
-        points, decoded = results["point"]["points"], self.decoded(results)
-        name = min(decoded, key=lambda rule: points[rule]["risk_at_match"])
+        """The rule that `choose` certified, else the decoded one that lost least on calibration at the common price."""
+        points, decoded, wish = (
+            results["point"]["points"],
+            self.decoded(results),
+            results["point"].get("wish"),
+        )
+        name = wish["name"] if wish else min(decoded, key=lambda rule: points[rule]["risk_at_match"])
+        parameter, value = self.dial(results, name)
         return {
             "name": name,
             "label": name,
             "rule": name.partition(":")[0],
             "spec": decoded[name],
             "head": str(self.folder / "head") if name == LEARNED else None,
-            "parameter": points[name]["parameter"],
-            "value": points[name]["value"],
+            "parameter": parameter,
+            "value": value,
             "num_draft_tokens": self.config.decode.num_draft_tokens,
+            "certificate": wish["certificate"] if wish else None,
         }
 
     def costs(self, pair: Mapping[str, Any]) -> dict[str, float]:

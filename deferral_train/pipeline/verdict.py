@@ -68,7 +68,7 @@ def make_verdict(
         "loss_bound": certified,
         "risk": dict(bound),
         "cost_ratio": cost_ratio,
-        "trust": _trust(len(_first(rows, label)), bound, skew, speedup, certified),
+        "trust": _trust(len(_first(rows, label)), bound, skew, speedup, certified, chosen.get("certificate")),
         "snippet": snippet(chosen),
         "engine_line": None,
     }
@@ -202,6 +202,7 @@ def _trust(
     skew: Mapping[str, Any],
     speedup: Interval,
     certified: Mapping[str, Any] | None,
+    wish: Mapping[str, Any] | None,
 ) -> list[str]:
     said = [
         f"Decoded {prompts} test prompts that neither the pair, the head nor its operating point had seen.",
@@ -217,6 +218,13 @@ def _trust(
             f"Its mean loss per prompt against lossless is at most {certified['bound']:.1f} points of chrF with "
             f"{certified['confidence']:.0%} confidence; {certified['prompts']} prompts cannot certify less than "
             f"{certified['smallest']:.1f}.",
+        )
+    if wish is not None:
+        said.insert(
+            2,
+            "The chosen setting is another: the one of fewest verifier calls whose mean loss of sentence chrF per "
+            f"prompt is certified to be at most {POINTS * wish['limit']:.1f} points, with "
+            f"{wish['confidence']:.0%} confidence, on {wish['prompts']} calibration prompts.",
         )
     if speedup.low is None:
         said.append(f"Too few prompts for an interval of the speed: at least {MIN_PROMPTS} are needed.")

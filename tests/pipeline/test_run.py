@@ -161,6 +161,42 @@ def test_choose_reads_the_runs_own_decode_folder(finished, tmp_path, capsys):
     assert "metric is 'blue'" in capsys.readouterr().err
 
 
+def test_a_wish_is_certified_on_the_calibration_part_and_decides_the_verdict(
+    finished, config_path, tmp_path, capsys
+):
+    """Sixteen prompts certify little: a small wish is refused with what they can, a large one picks the setting."""
+    out, path = tmp_path / "wish", tmp_path / "wish.yaml"
+    shutil.copytree(finished, out)
+    settings = yaml.safe_load(config_path.read_text())
+
+    def wished(loss: float) -> int:
+        path.write_text(yaml.safe_dump({**settings, "frontier": {}, "point": {"max_loss": loss}}))
+        return cli.main(["run", "--config", str(path), "--out", str(out)])
+
+    assert wished(0.01) == 2
+    error = capsys.readouterr().err
+    assert "point.max_loss=0.01 cannot be certified with 16 prompts" in error
+    smallest = float(error.split(" is ")[1].split(";")[0])
+    assert wished(smallest + 0.15) == 0
+    wish = json.loads((out / "point.json").read_text())["wish"]
+    chosen = json.loads((out / "verdict.json").read_text())["chosen"]
+    assert chosen["certificate"] == wish["certificate"]
+    assert (chosen["name"], chosen["value"]) == (wish["name"], wish["value"])
+    assert wish["certificate"]["kind"] == "certificate"
+    assert wish["certificate"]["p_value"] <= 0.025  # two rules share the error probability
+    decoded = json.loads((out / "decode" / "summary.json").read_text())["rules"]
+    assert decoded[wish["name"]]["dial"]["value"] == wish["value"]
+    # The same outputs, asked by the command, give the same answer; the report shows where it comes from.
+    limit = str(wish["certificate"]["limit"])
+    words = ["--outputs", str(out / "calibration"), "--metric", "chrf", "--max-loss", limit]
+    assert cli.main(["choose", *words, "--out", str(tmp_path / "choice")]) == 0
+    choice = json.loads((tmp_path / "choice" / "choice.json").read_text())
+    assert (choice["value"], choice["p_value"]) == (wish["value"], wish["certificate"]["p_value"])
+    assert "on 16 calibration prompts" in (out / "report.html").read_text()
+    config = json.loads((out / "head" / "config.json").read_text())
+    assert (config.get("certificate") is not None) is (wish["name"] == "learned")
+
+
 def test_second_run_reuses_everything_and_says_so(finished, config_path, capsys):
     before = (finished / "report.html").stat().st_mtime_ns
     assert cli.main(["run", "--config", str(config_path), "--out", str(finished)]) == 0
@@ -232,6 +268,8 @@ def numbers(folder: Path) -> dict[str, object]:
         ({"decoded": ["bild"]}, "decoded: bild"),
         ({"colour": "blue"}, "colour"),
         ({"heads": {"candidates": {}}}, "heads.candidates"),
+        ({"point": {"max_loss": 2.0}}, "point.max_loss=2"),
+        ({"point": {"confidence": 1.0}}, "point.confidence=1"),
     ],
 )
 def test_bad_config_is_one_line_and_writes_nothing(config_path, tmp_path, capsys, change, said):

@@ -1,0 +1,90 @@
+"""A wish for the operating point: settings decoded on the calibration part, and the one that `choose` certifies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deferral_train.decoding.decode import DecodeConfig, decode
+from deferral_train.decoding.outputs import OUTPUTS, read_lines
+from deferral_train.decoding.pair import Pair, Settings
+from deferral_train.errors import InputError
+from deferral_train.evaluation.choose import check_reachable, choose_from_outputs
+from deferral_train.evaluation.settings import dials_of
+from deferral_train.heads.rules import rule_from_spec
+from deferral_train.pairs.prompts import Prompt
+from deferral_train.pipeline import operate
+from deferral_train.pipeline.config import DecodeSection, OperatingPointConfig
+from deferral_train.rules.base import Rule
+from deferral_train.traces import Traces
+
+FOLDER = "calibration"
+METRIC = "chrf"
+# Shares of lossless's rejection rate, tested from the first on: a test that fails ends its rule's sequence.
+SHARES = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+BATCH = 32
+
+
+def check_wish(config: OperatingPointConfig, prompts: list[Prompt], rules: int) -> None:
+    """Refuse a wish before anything is decoded for it: prompts without references, or too few of them."""
+    assert config.max_loss is not None
+    bare = next((prompt.id for prompt in prompts if prompt.reference is None), None)
+    if bare is not None:
+        raise InputError(
+            f"point.max_loss: calibration prompt {bare} has no reference to score its text with; give "
+            "text.calibration references, or leave max_loss out"
+        )
+    share = 1 - (1 - config.confidence) / rules
+    check_reachable("point.max_loss", config.max_loss, len(prompts), share)
+
+
+def certified_point(
+    config: OperatingPointConfig,
+    section: DecodeSection,
+    pair: Pair,
+    prompts: list[Prompt],
+    traces: Traces,
+    rules: Mapping[str, tuple[str, Rule | str]],
+    run: Path,
+    seed: int,
+) -> dict[str, Any]:
+    """Decode every rule over its dial beside lossless; the setting of fewest verifier calls that is certified.
+
+    Args:
+        prompts: of the calibration part. traces: of the same, where dial values are spread.
+        rules: name to (spec without a dial value, the rule to sweep).
+
+    Returns:
+        ``name`` of the rule, ``parameter``, ``value`` and the ``certificate``.
+
+    Raises:
+        InputError: no setting meets the wish (naming the nearest), or :func:`check_wish` refuses it.
+    """
+    check_wish(config, prompts, len(rules))
+    sweeps = {name: rule for name, (_, rule) in rules.items()}
+    dials = operate.spread(traces, sweeps, SHARES, section.temperature, section.num_draft_tokens)
+    settings = Settings(
+        num_draft_tokens=section.num_draft_tokens,
+        max_new_tokens=section.max_new_tokens,
+        batch_size=BATCH,
+        temperature=section.temperature,
+        seed=seed,
+    )
+    tried = {"lossless": rule_from_spec("lossless"), **operate.labelled(rules, dials)}
+    summary = decode(pair, prompts, tried, DecodeConfig(settings), run / FOLDER)
+    choice = choose_from_outputs(
+        list(read_lines(run / FOLDER / OUTPUTS)),
+        metric=METRIC,
+        max_loss=config.max_loss,
+        confidence=config.confidence,
+        dials=dials_of(summary),
+        seed=seed,
+    )
+    found = choice.setting
+    return {
+        "name": found.family,
+        "parameter": found.parameter,
+        "value": found.value,
+        "certificate": choice.certificate() | {"temperature": section.temperature},
+    }
