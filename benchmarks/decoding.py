@@ -277,7 +277,7 @@ def conditions(pair: Pair, arguments: argparse.Namespace, prompts: list[EncodedP
         for role in ("drafter", "verifier")
     }
     return {
-        "pair": arguments.pair or "random",
+        "pair": Path(arguments.pair).name if arguments.pair else "random",
         "parameters": sizes,
         "prompts": len(prompts),
         "draft_tokens": arguments.draft_tokens,

@@ -100,7 +100,8 @@ def measure(
         count = int(row.max()) + 1
         ends = [_effect(laws.q, laws, gold), _effect(laws.p, laws, gold)]
         for name, settings in swept.items():
-            summary = settings[0].read(laws, context=context)
+            reader = next(rule for rule in settings if not rule.is_lossless)  # a lossless one reads nothing
+            summary = reader.read(laws, context=context)
             with torch.inference_mode():
                 inner = [_effect(pi, laws, gold) for pi in _targets(settings, laws, summary)]
             effects = torch.stack([ends[0], *inner, ends[1]], dim=1)  # [2, S + 2, N]
