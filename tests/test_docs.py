@@ -4,7 +4,7 @@
 `deferral-train` is called in this process. HTML comments before a block: `<!-- file: NAME -->` also saves it under
 that name, `<!-- not run: REASON -->` leaves it out. The folder a page runs in holds what the pages assume:
 models/drafter, models/verifier, prompts.jsonl, validation.jsonl, calibration.jsonl, test.jsonl, traces/, an exported
-head in checkpoints/my-head, configs/, and the same pair as runs/quickstart/pair.
+head in checkpoints/my-head, configs/, and the same pair and head in runs/quickstart/ as `make quickstart` leaves them.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ def material(tmp_path_factory) -> Path:
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "runs" / "quickstart").mkdir(parents=True)
     (folder / "runs" / "quickstart" / "pair").symlink_to(folder / "models")
+    (folder / "runs" / "quickstart" / "head").symlink_to(folder / "checkpoints" / "my-head")
     return folder
 
 
@@ -88,7 +89,7 @@ def place(material, tmp_path, monkeypatch) -> Path:
     for entry in material.iterdir():
         if entry.name not in ("runs", "checkpoints"):
             (tmp_path / entry.name).symlink_to(entry)
-    for name in ("runs/quickstart/pair", "checkpoints/my-head"):
+    for name in ("runs/quickstart/pair", "runs/quickstart/head", "checkpoints/my-head"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(material / name)
     monkeypatch.chdir(tmp_path)
