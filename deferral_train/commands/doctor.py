@@ -150,7 +150,7 @@ def pair(drafter: str | None, verifier: str | None) -> Iterator[Finding]:
 
 
 def trace_folder(folder: str) -> Iterator[Finding]:
-    """Whether a trace folder is whole: every shard present, every checksum right."""
+    """Whether a trace folder is whole: every shard present, every checksum right; and what was left out of it."""
     from deferral_train.traces import open_traces
 
     opened = open_traces(folder, verify=True)
@@ -159,6 +159,17 @@ def trace_folder(folder: str) -> Iterator[Finding]:
         "traces",
         f"{len(opened)} tokens of {len(opened.prompt_ids)} prompts, prefixes: {opened.manifest.prefixes}",
     )
+    if not opened.complete:
+        shards, planned = len(opened.records), len(opened.manifest.chunks)
+        text = f"{shards} of {planned} shards: --max-bytes ended the collection; run collect again to go on"
+        yield Finding("note", "traces", text)
+    if opened.nonfinite:
+        text = f"{opened.nonfinite} positions were left out: a model gave NaN or infinite logits there"
+        yield Finding("note", "traces", text)
+    skipped = opened.manifest.prompts.get("skipped")
+    if isinstance(skipped, list) and skipped:
+        text = f"{len(skipped)} prompts were left out; manifest.json says which and why"
+        yield Finding("note", "traces", text)
 
 
 def head_folder(folder: str) -> Iterator[Finding]:

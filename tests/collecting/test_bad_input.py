@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from deferral_train.collecting import CollectConfig, collect
+from deferral_train.commands.doctor import trace_folder
 from deferral_train.errors import InputError
 from deferral_train.pairs.load import ModelPair, make_pair
 from deferral_train.pairs.prompts import Prompt
@@ -27,6 +28,11 @@ PROMPTS = make_prompts(10)
 
 def run(pair: ModelPair, out: Path, prompts: list[Prompt] = PROMPTS, **changes: object) -> None:
     collect(dataclasses.replace(CONFIG, **changes), out, progress=False, models=pair, prompts=prompts)  # type: ignore[arg-type]
+
+
+def notes(folder: Path) -> str:
+    """What doctor remarks on about a sound folder."""
+    return "\n".join(finding.text for finding in trace_folder(str(folder)) if finding.level == "note")
 
 
 @pytest.mark.parametrize(
@@ -98,6 +104,8 @@ def test_logits_that_are_not_finite_are_named_counted_and_left_out(
     name = good.manifest.prompt_ids[int(prompt[first])]
     said = f"{lost.sum()} positions left out for NaN or infinite logits; first: prompt {name}, position "
     assert said in told.out + told.err
+    assert f"{lost.sum()} positions were left out" in notes(tmp_path / "bad")
+    assert notes(tmp_path / "good") == ""
 
 
 def test_a_pair_without_any_finite_logits_is_refused(t5: ModelPair, tmp_path: Path) -> None:
@@ -132,6 +140,7 @@ def test_prompts_that_cannot_be_used_are_named_and_the_rest_collected(
     assert "more than the models' 128 positions" in reasons["tight"]
     told = capsys.readouterr()
     assert "4 of 5 prompts left out; first: long: 200 tokens" in told.out + told.err
+    assert "4 prompts were left out" in notes(tmp_path)
 
 
 def test_no_usable_prompt_at_all(llama: ModelPair, tmp_path: Path) -> None:
@@ -185,6 +194,7 @@ def test_max_bytes_stops_before_the_limit_says_so_and_can_go_on(
     assert set(part.prompt_ids) < set(whole.prompt_ids)
     told = capsys.readouterr()
     assert "stopped at max_bytes with 1 of 3 shards not collected" in told.out + told.err
+    assert "2 of 3 shards: --max-bytes ended" in notes(out)
     run(t5, out)
     again = open_traces(out, verify=True)
     assert again.complete
