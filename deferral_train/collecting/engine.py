@@ -22,7 +22,7 @@ from deferral_train.collecting.shelf import Shelf
 from deferral_train.pairs.load import ModelPair
 from deferral_train.traces import Chunk, TraceWriter, prepare_folder
 from deferral_train.traces.folder import open_folder
-from deferral_train.traces.manifest import read_ledger, write_ledger
+from deferral_train.traces.ledger import read_ledger, write_ledger
 
 
 class CollectData(pl.LightningDataModule):

@@ -1,8 +1,7 @@
-"""What a trace folder says about itself: the header and one line per finished shard.
+"""What a trace folder says about itself: the header, ``manifest.json``.
 
-``manifest.json`` is written once, before the first shard, and fixes everything that decides the bytes of
-the shards: pair, prompts, prefixes, chunks with their seeds and batches. ``chunks.jsonl`` gains a line when a shard
-is complete on disk; a process beyond the first writes ``chunks.rankN.jsonl``.
+It is written once, before the first shard, and fixes everything that decides the bytes of the shards: pair, prompts,
+prefixes, chunks with their seeds and batches.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from deferral_train.errors import InputError
 from deferral_train.traces.folder import Folder
 from deferral_train.traces.schema import READABLE_VERSIONS, RELEASES, SCHEMA_VERSION, Layout
 
-HEADER, LEDGER = "manifest.json", "chunks.jsonl"
+HEADER = "manifest.json"
 PREFIX_SOURCES = ("reference", "drafter", "verifier")  # or "cascade:<rule>"
 WIDEST = 1 << 20  # most candidates or hidden numbers of a row
 # Say how an output came to be or where a checkpoint lies, not what it is: free to differ between runs.
@@ -46,46 +45,6 @@ class Chunk:
     def prompts(self) -> list[int]:
         """The chunk's prompt numbers, ascending: the order of its rows."""
         return sorted(number for batch in self.batches for number in batch)
-
-
-@dataclass(frozen=True)
-class ChunkRecord:
-    """One finished shard, as its line in the ledger says.
-
-    Attributes:
-        id: chunk id.
-        file: shard file name.
-        rows: token rows in it.
-        bytes: file size.
-        sha256: of the whole file.
-        columns: CRC-32 of each column's values, so that a reader can check just what it reads.
-        nonfinite: positions left out because a model gave NaN or infinite logits.
-        nonfinite_at: the first few of them as [prompt number, position, model].
-    """
-
-    id: int
-    file: str
-    rows: int
-    bytes: int
-    sha256: str
-    columns: Mapping[str, int]
-    nonfinite: int = 0
-    nonfinite_at: tuple[tuple[int, int, str], ...] = ()
-
-    def line(self) -> str:
-        return json.dumps(asdict(self), separators=(",", ":"))
-
-    @classmethod
-    def parse(cls, value: Mapping[str, Any]) -> ChunkRecord:
-        places = tuple(tuple(place) for place in value.get("nonfinite_at", ()))
-        record = cls(**{**value, "nonfinite_at": places})
-        for name in ("id", "rows", "bytes", "nonfinite"):
-            _require(_is_count(getattr(record, name)), f"{name} is no count")
-        _require(isinstance(record.columns, dict), "columns is no object")
-        # A ledger may come from elsewhere: it names no file outside its folder.
-        if record.file != f"shard-{record.id:05d}.arrow":
-            raise ValueError(f"chunk {record.id} lies in {record.file!r}")
-        return record
 
 
 @dataclass(frozen=True)
@@ -160,37 +119,39 @@ class Manifest:
         return cls(**{**value, "chunks": chunks, "prompt_ids": tuple(value["prompt_ids"])})
 
 
-def _require(holds: bool, problem: str) -> None:
+def require(holds: bool, problem: str) -> None:
+    """ValueError(problem) unless it holds; what reads a folder from elsewhere turns it into an InputError."""
     if not holds:
         raise ValueError(problem)
 
 
-def _is_count(value: Any, most: int = 2**62) -> bool:
+def is_count(value: Any, most: int = 2**62) -> bool:
+    """Whether a JSON value is a whole number from 0 to ``most``."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
 
 
 def _check_header(value: Mapping[str, Any]) -> None:
     """Types and sizes of a header that may come from elsewhere; nothing is allocated by what it claims."""
     for name in ("pair", "hidden", "chunking", "prompts", "settings", "provenance"):
-        _require(isinstance(value.get(name, {}), dict), f"{name} is no object")
-    _require(isinstance(value["prefixes"], str), "prefixes is no text")
-    _require(isinstance(value.get("truth"), str | None), "truth is no text")
+        require(isinstance(value.get(name, {}), dict), f"{name} is no object")
+    require(isinstance(value["prefixes"], str), "prefixes is no text")
+    require(isinstance(value.get("truth"), str | None), "truth is no text")
     temperature = value.get("temperature", 1.0)
     number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
-    _require(number and 0 <= temperature < math.inf, "temperature is no number >= 0")
-    _require(_is_count(value.get("top_k", 0), WIDEST), f"top_k is no count up to {WIDEST}")
+    require(number and 0 <= temperature < math.inf, "temperature is no number >= 0")
+    require(is_count(value.get("top_k", 0), WIDEST), f"top_k is no count up to {WIDEST}")
     for role, size in value.get("hidden", {}).items():
-        _require(_is_count(size, WIDEST) and size > 0, f"hidden.{role} is no width up to {WIDEST}")
+        require(is_count(size, WIDEST) and size > 0, f"hidden.{role} is no width up to {WIDEST}")
     ids = value["prompt_ids"]
-    _require(isinstance(ids, list) and all(isinstance(i, str) for i in ids), "prompt_ids is no list of texts")
-    _require(len(set(ids)) == len(ids), "prompt_ids repeat")
+    require(isinstance(ids, list) and all(isinstance(i, str) for i in ids), "prompt_ids is no list of texts")
+    require(len(set(ids)) == len(ids), "prompt_ids repeat")
 
 
 def _check_chunks(chunks: tuple[Chunk, ...], prompts: int) -> None:
     for chunk in chunks:
-        _require(isinstance(chunk.seed, int), f"chunk {chunk.id} has no seed")
-        known = all(_is_count(number, prompts - 1) for batch in chunk.batches for number in batch)
-        _require(known, f"chunk {chunk.id} names a prompt that is not listed")
+        require(isinstance(chunk.seed, int), f"chunk {chunk.id} has no seed")
+        known = all(is_count(number, prompts - 1) for batch in chunk.batches for number in batch)
+        require(known, f"chunk {chunk.id} names a prompt that is not listed")
 
 
 def write_header(folder: Folder, manifest: Manifest) -> None:
@@ -216,7 +177,7 @@ def read_header(folder: Folder) -> Manifest:
         raise InputError(f"{folder} is not a trace folder (no {HEADER}); give the --out of a collect run")
     try:
         value = json.loads(folder.read(HEADER))
-        _require(isinstance(value, dict), "no object")
+        require(isinstance(value, dict), "no object")
         return Manifest.parse(value)
     except InputError as error:
         raise InputError(f"{folder}/{HEADER}: {error}") from None
@@ -224,65 +185,6 @@ def read_header(folder: Folder) -> Manifest:
         raise InputError(
             f"{folder}/{HEADER} is damaged ({str(error)[:100]}); collect into a new folder"
         ) from error
-
-
-def ledger_name(rank: int) -> str:
-    """Where a process writes its lines."""
-    return LEDGER if rank == 0 else f"chunks.rank{rank}.jsonl"
-
-
-def ledger_files(folder: Folder) -> list[str]:
-    names = [name for name in folder.names() if name.startswith("chunks.") and name.endswith(".jsonl")]
-    return sorted(names, key=lambda name: (name != LEDGER, name))
-
-
-def read_ledger(folder: Folder) -> tuple[dict[int, ChunkRecord], str | None]:
-    """Finished shards by chunk id, and why collecting was stopped on purpose, if it was.
-
-    A last line cut by a crash counts as not written: its chunk is collected again.
-    """
-    records: dict[int, ChunkRecord] = {}
-    stopped: str | None = None
-    for name in ledger_files(folder):
-        lines = folder.read(name).decode("utf-8", "replace").split("\n")
-        for number, line in enumerate(lines[:-1], 1):
-            value = _entry(folder, name, number, line)
-            if "stopped" in value:
-                stopped = value["stopped"]
-            elif value:
-                record = ChunkRecord.parse(value)
-                records[record.id] = record
-    return records, stopped
-
-
-def _entry(folder: Folder, name: str, number: int, line: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-        _require(isinstance(value, dict), "no object")
-        if "stopped" in value:
-            _require(isinstance(value["stopped"], str), "stopped is no text")
-        else:
-            ChunkRecord.parse(value)
-        return value
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(
-            f"{folder}/{name}, line {number}: damaged; run collect again with the same settings to repair it"
-        ) from error
-
-
-def stop_line(reason: str) -> str:
-    """Says that collecting ended early on purpose, so that readers accept the part."""
-    return json.dumps({"stopped": reason})
-
-
-def write_ledger(folder: Folder, records: Iterable[ChunkRecord], stopped: str | None = None) -> None:
-    """Replace all ledger files by one with these lines: what a resumed run starts from."""
-    lines = [record.line() for record in sorted(records, key=lambda record: record.id)]
-    lines += [] if stopped is None else [stop_line(stopped)]
-    folder.write(LEDGER, "".join(line + "\n" for line in lines).encode())
-    for name in ledger_files(folder):
-        if name != LEDGER:
-            folder.remove(name)
 
 
 def differences(before: Manifest, now: Manifest) -> list[str]:

@@ -13,20 +13,15 @@ import pyarrow as pa
 
 from deferral_train.errors import InputError
 from deferral_train.traces.folder import Folder, Sink, open_folder
-from deferral_train.traces.manifest import (
-    HEADER,
-    Chunk,
+from deferral_train.traces.ledger import (
     ChunkRecord,
-    Manifest,
-    differences,
     ledger_files,
     ledger_name,
-    read_header,
     read_ledger,
     stop_line,
-    write_header,
     write_ledger,
 )
+from deferral_train.traces.manifest import HEADER, Chunk, Manifest, differences, read_header, write_header
 from deferral_train.traces.schema import flat_values
 
 NONFINITE_SHOWN = 20  # places named per shard; all are counted
