@@ -69,49 +69,50 @@ class _Side:
         self.rows = logits.numpy()
         self.argmax: Array = self.rows.argmax(axis=-1)
         self._law: Tensor | None = None
-        self.top: Array = None
-        self.normaliser: Array = None
+        self.largest: Array = None  # the highest probability of each position, once the law is there
 
     def law(self) -> Tensor:
         if self._law is None:
             self._law = _softmax(self.logits, self.what)
-            # The largest probability is one over the sum of the shifted exponentials.
-            self.normaliser = -np.log(self._law.numpy().max(axis=-1))
-            self.top = self.rows.max(axis=-1)
-            if not np.isfinite(self.normaliser).all():
+            self.largest = self._at(self.argmax)
+            if not np.isfinite(self.largest).all():
                 raise InputError(
                     f"{self.what} has NaN, +inf or only -inf; logits must be finite, with -inf only for masked tokens"
                 )
         return self._law
 
-    def logprob(self, token: Array) -> Array:
-        self.law()
-        batch, step = np.ogrid[: token.shape[0], : token.shape[1]]
-        return np.minimum(self.rows[batch, step, token] - (self.top + self.normaliser), 0.0)
+    def _at(self, token: Array) -> Array:
+        assert self._law is not None
+        size = self.rows.shape[-1]
+        starts = np.arange(0, token.size * size, size).reshape(token.shape)
+        return self._law.numpy().reshape(-1)[starts + token]
 
-    def largest(self) -> Array:
+    def prob(self, token: Array) -> Array:
         self.law()
-        return _exp(np.minimum(self.top - (self.top + self.normaliser), 0.0))
+        return self._at(token)
+
+    def highest(self) -> Array:
+        self.law()
+        return self.largest
+
+    def logprob(self, token: Array) -> Array:
+        batch, step = np.ogrid[: token.shape[0], : token.shape[1]]
+        below = self.rows[batch, step, token] - self.rows[batch, step, self.argmax]
+        return np.minimum(below + np.log(self.highest()), 0.0)
 
     def entropy(self) -> Array:
-        law = self.law()
-        top = torch.from_numpy(self.top).unsqueeze(-1)
+        law, top = self.law(), torch.from_numpy(self.rows.max(axis=-1)).unsqueeze(-1)
         below = torch.sub(self.logits, top, out=_KEPT.block("below", self.logits)).clamp_(min=FAR_BELOW)
-        return np.maximum(self.normaliser - below.mul_(law).sum(dim=-1).numpy(), 0.0)
-
-
-def _exp(values: Array) -> Array:
-    # torch's, so that a maximum ties with the probability of its token, which others exponentiate with torch.
-    return torch.from_numpy(values).exp_().numpy()
+        return np.maximum(-np.log(self.largest) - below.mul_(law).sum(dim=-1).numpy(), 0.0)
 
 
 _FORMULAS: dict[str, Callable[[_Side, _Side, Array], Array]] = {
-    "drafter_max": lambda q, p, x: q.largest(),
-    "verifier_max": lambda q, p, x: p.largest(),
+    "drafter_max": lambda q, p, x: q.highest(),
+    "verifier_max": lambda q, p, x: p.highest(),
     "drafter_argmax": lambda q, p, x: q.argmax,
     "verifier_argmax": lambda q, p, x: p.argmax,
-    "drafter_at_verifier_argmax": lambda q, p, x: _exp(q.logprob(p.argmax)),
-    "verifier_at_drafter_argmax": lambda q, p, x: _exp(p.logprob(q.argmax)),
+    "drafter_at_verifier_argmax": lambda q, p, x: q.prob(p.argmax),
+    "verifier_at_drafter_argmax": lambda q, p, x: p.prob(q.argmax),
     "drafter_entropy": lambda q, p, x: q.entropy(),
     "verifier_entropy": lambda q, p, x: p.entropy(),
     "tv": lambda q, p, x: (q.argmax != p.argmax).astype(q.rows.dtype),
