@@ -24,7 +24,7 @@ VERIFIER = "verifier_only"
 COSTS = {
     "deferral_rate": "deferrals per drafted token (Figure 1)",
     "rejection_rate": "rejection rate (Figure 3)",
-    "latency": "latency relative to the verifier alone (Figures 4 and 5)",
+    "latency": "time relative to the verifier alone (Figures 4, 5)",
     "calls_per_token": "verifier calls per token",
 }
 

@@ -28,7 +28,8 @@ class Run:
     Attributes:
         folder: the run's folder.
         verdict, scores, skew, frontier, summary, provenance: ``verdict.json``, ``evaluation/scores.json``,
-            ``evaluation/skew.json``, ``evaluation/frontier.json``, ``decode/summary.json``, ``provenance.json``.
+            ``evaluation/skew.json``, ``evaluation/frontier.json``, ``decode/summary.json``, ``run.json`` (or what
+            the `decode` command left, where there was no whole run).
         prefixes: ``evaluation/prefixes.json``, logged prefixes for the alpha slider.
         outputs, batches: rows of ``decode/outputs.jsonl`` and ``decode/batches.jsonl``.
         training: scalar curves of the fit, tag to [(step, value)].
@@ -66,7 +67,7 @@ def load_run(folder: str | Path) -> Run:
         frontier=_json(root / "evaluation" / "frontier.json"),
         prefixes=_json(root / "evaluation" / "prefixes.json"),
         summary=_json(root / "decode" / "summary.json"),
-        provenance=_json(root / "provenance.json"),
+        provenance=_json(root / "run.json") or _json(root / "decode" / "decode.provenance.json"),
         outputs=list(_lines(root / "decode" / "outputs.jsonl")),
         batches=list(_lines(root / "decode" / "batches.jsonl")),
         training=read_training(root / ((verdict or {}).get("training") or "fit")),

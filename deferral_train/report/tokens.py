@@ -24,14 +24,17 @@ class Texts:
 
     @classmethod
     def of(cls, run: Run) -> Texts:
-        """The tokenizer in the run's pair folder, read from files only."""
-        for folder in (run.folder / "pair" / "verifier", run.folder / "pair" / "drafter", *_configured(run)):
-            if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
-                from transformers import AutoTokenizer
+        """The tokenizer of the run's own pair, of the one that it was given, or of a hub pair in the local cache."""
+        from transformers import AutoTokenizer
 
+        own = [str(run.folder / "pair" / role) for role in ("verifier", "drafter")]
+        for name in [*(folder for folder in own if Path(folder).is_dir()), *_configured(run)]:
+            try:
                 return cls(
-                    AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+                    AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
                 )
+            except (OSError, ValueError):  # moved since, never downloaded here, or of code that is not run
+                continue
         return cls(None)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
@@ -53,9 +56,11 @@ class Texts:
         return self.tokenizer.decode([token], clean_up_tokenization_spaces=False) or f"<{token}>"
 
 
-def _configured(run: Run) -> list[Path]:
-    described = (run.provenance or {}).get("pair", {})
-    return [Path(described[role]) for role in ("verifier", "drafter") if isinstance(described.get(role), str)]
+def _configured(run: Run) -> list[str]:
+    """Folders or hub ids of the pair that the run's or the `decode` command's config names."""
+    config = (run.provenance or {}).get("config") or {}
+    described = config.get("pair", config)
+    return [described[role] for role in ("verifier", "drafter") if described.get(role)]
 
 
 def token_data(run: Run, texts: Texts) -> dict[str, Any] | None:
@@ -129,4 +134,10 @@ def slider_data(run: Run, texts: Texts) -> dict[str, Any] | None:
         }
         for prompt in run.prefixes["prompts"]
     ]
-    return {**{name: value for name, value in run.prefixes.items() if name != "prompts"}, "prompts": prompts}
+    view = {**{name: value for name, value in run.prefixes.items() if name != "prompts"}, "prompts": prompts}
+    chosen = (run.verdict or {}).get("chosen") or {}
+    if chosen.get("label") in view["estimators"] and chosen.get("value") is not None:
+        start = min(max(chosen["value"], view["alpha"]["low"]), view["alpha"]["high"])
+        estimators = sorted(view["estimators"], key=lambda name: name != chosen["label"])
+        view |= {"alpha": {**view["alpha"], "start": start}, "estimators": estimators}
+    return view

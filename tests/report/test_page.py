@@ -126,7 +126,7 @@ def test_frontier_becomes_charts_and_table_2(run_folder: Path, tmp_path: Path) -
     write_json(tmp_path / "evaluation" / "frontier.json", frontier_of())
     text = write_report(tmp_path).read_text(encoding="utf-8")
     assert text.count('data-charts="frontier-') == 2
-    assert text.count("bleu against latency relative to the verifier alone (Figures 4 and 5), T = 1") >= 1
+    assert text.count("bleu against time relative to the verifier alone (Figures 4, 5), T = 1") >= 1
     # 20 lies between 18 at 0.4 and 21 at 0.7: two thirds of the way, 1 / 0.6.
     assert "<td>opt</td><td>2</td><td>1.67×</td><td>0.333</td><td>21.0</td>" in text
     scripts = Scripts()
@@ -176,3 +176,45 @@ def test_tensorboard_gets_the_curves_of_the_page(run_folder: Path, tmp_path: Pat
     images = events.Tags()["images"]
     assert {"figures/bleu_against_latency_t0", "figures/emitted_risk_against_rejection_rate"} <= set(images)
     assert len(events.Images("figures/bleu_against_latency_t0")) == 1
+
+
+def token_view(page: str) -> dict:
+    """The data of the token view and of the slider, as the page's script reads them."""
+    found = re.findall(r'<script type="application/json"[^>]*id="([\w-]+)"[^>]*>(.*?)</script>', page, re.S)
+    return {name: json.loads(data) for name, data in found}
+
+
+def test_a_pair_of_ones_own_gives_text_and_the_page_says_how_it_was_made(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    """`run` leaves no pair folder where the config names a pair: its tokenizer comes from there, else ids are shown."""
+    run = tmp_path / "run"
+    shutil.copytree(run_folder, run)
+    shutil.move(run / "pair", tmp_path / "own")
+    named = {role: str(tmp_path / "own" / role) for role in ("drafter", "verifier")}
+    write_json(run / "run.json", {"config": {"pair": named, "seed": 17}})
+    with_text = write_report(run).read_text(encoding="utf-8")
+    assert "How these numbers were made" in with_text
+    assert "&#34;seed&#34;: 17" in with_text
+    write_json(run / "run.json", {"config": {"pair": dict.fromkeys(named, "nobody/absent")}})
+    with_ids = write_report(run).read_text(encoding="utf-8")
+    texts = [
+        "".join(
+            token["t"] for token in next(iter(token_view(page)["token-data"]["prompts"]))["texts"]["lossless"]
+        )
+        for page in (with_text, with_ids)
+    ]
+    assert "document.title" in texts[0]
+    assert re.fullmatch(r"(\d+ )+", texts[1])
+
+
+def test_the_slider_starts_at_the_chosen_alpha(run_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(run_folder, run)
+    verdict = json.loads((run / "verdict.json").read_text())
+    name = json.loads((run / "evaluation" / "prefixes.json").read_text())["estimators"][-1]
+    verdict["chosen"] |= {"label": name, "value": 0.125}
+    write_json(run / "verdict.json", verdict)
+    slider = token_view(write_report(run).read_text(encoding="utf-8"))["slider-data"]
+    assert slider["alpha"]["start"] == 0.125
+    assert slider["estimators"][0] == name
