@@ -98,6 +98,7 @@ def choose_from_outputs(
     """
     if metric is not None:
         check_metric(metric)
+    check_wish(confidence, max_loss=max_loss)
     if max_loss is None and max_verifier_calls is None:
         raise InputError("give a wish: max_loss with metric, or max_verifier_calls")
     if max_loss is not None and metric is None:
@@ -210,6 +211,17 @@ def _choice(
     )
 
 
+def check_wish(confidence: float, **limits: float | None) -> None:
+    """Refuse a confidence outside of (0, 1), and a limit of 1 or more, which every setting keeps."""
+    if not 0 < confidence < 1:
+        raise InputError(f"confidence={confidence:g} must lie between 0 and 1, such as 0.95")
+    for name, limit in limits.items():
+        if limit is not None and not limit < HIGH:
+            raise InputError(
+                f"{name}={limit:g} allows any loss: losses per prompt lie in [-1, 1], 0.02 is two points in a hundred"
+            )
+
+
 def check_reachable(wish: str, limit: float, prompts: int, confidence: float) -> None:
     """Refuse a limit that cannot be certified even if no prompt loses anything; says what can."""
     smallest = smallest_certifiable(prompts, confidence, LOW, HIGH)
@@ -288,6 +300,7 @@ def choose_from_traces(
     Raises:
         InputError: a limit that so few prompts cannot certify, or that no value meets (naming the nearest).
     """
+    check_wish(confidence, max_token_risk=max_token_risk)
     family = make_families([rule], points)[0]
     if family.parameter is None:
         raise InputError(f"rule {family.name} has no dial to choose")

@@ -137,7 +137,7 @@ class OperatingPointConfig:
     Attributes:
         rejection_share: the rejection rate to match, as a share of lossless's.
         max_loss: a wish instead, for the rule that is chosen: most mean loss of sentence chrF per prompt against
-            lossless, in (0, 1] (0.02 is two points). The head and the best plug-in rule are decoded on the calibration
+            lossless, in (0, 1) (0.02 is two points). The head and the best plug-in rule are decoded on the calibration
             part over their dials, and the setting of fewest verifier calls that `choose` certifies is taken.
         max_quality_loss: most points of mean sentence chrF below lossless that still count as help.
         confidence: of max_loss, and of the bounds on the loss per prompt and on the local token risk.
@@ -153,9 +153,9 @@ class OperatingPointConfig:
             raise InputError(
                 f"point.rejection_share={self.rejection_share:g}: give a share between 0 and 1, such as 0.5"
             )
-        if self.max_loss is not None and not 0 < self.max_loss <= 1:
+        if self.max_loss is not None and not 0 < self.max_loss < 1:
             raise InputError(
-                f"point.max_loss={self.max_loss:g}: give a loss above 0 and at most 1, such as 0.02"
+                f"point.max_loss={self.max_loss:g}: give a loss between 0 and 1, such as 0.02 for two points of chrF"
             )
         if not 0 < self.confidence < 1:
             raise InputError(

@@ -138,6 +138,11 @@ def test_bad_input_is_one_clear_line() -> None:
             "needs references, and 400 of 400",
             lambda: choose_from_outputs(without, metric="chrf", max_loss=0.1),
         ),
+        ("max_loss=1 allows any", lambda: choose_from_outputs(opt_outputs(), metric="chrf", max_loss=1)),
+        (
+            "confidence=1.2 must lie",
+            lambda: choose_from_outputs(opt_outputs(), metric="chrf", max_loss=0.1, confidence=1.2),
+        ),
         ("metric is 'bleurt'", lambda: choose_from_outputs([], metric="bleurt", max_verifier_calls=0.5)),
         ("no such program", lambda: choose_from_outputs([], metric="command:no-such-program-x")),
         ("needs at least 10 prompts", lambda: choose_from_outputs(opt_outputs(9), max_verifier_calls=0.5)),
