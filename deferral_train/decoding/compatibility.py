@@ -10,6 +10,7 @@ from typing import Any
 
 from deferral_train.decoding.stopping import StopDrafting
 from deferral_train.errors import InputError
+from deferral_train.heads.pairing import check_vocabulary, different
 from deferral_train.rules.base import Rule
 
 ROLES = ("drafter", "verifier")
@@ -44,20 +45,12 @@ def check_head(
     """
     metadata = getattr(head, "metadata", None) or {}
     recorded = dict(metadata.get("pair") or {})
-    fatal = list(_different(recorded, {**fingerprints, **facts}, ("tokenizer", "vocab_size")))
-    if fatal:
-        raise InputError(f"head: made for another vocabulary ({'; '.join(fatal)}); use a head of this pair")
-    loose = [*_roles_differ(recorded, fingerprints), *_different(recorded, facts, ("dtype", "quantization"))]
+    check_vocabulary(head, {**fingerprints, **facts})
+    loose = [*_roles_differ(recorded, fingerprints), *different(recorded, facts, ("dtype", "quantization"))]
     loose += list(_temperature_differs(metadata, facts))
     if loose and not accept_mismatch:
         raise InputError(f"head: {'; '.join(loose)}; re-fit it, or accept with --accept-mismatch")
     return loose
-
-
-def _different(recorded: Mapping[str, Any], here: Mapping[str, Any], names: tuple[str, ...]) -> Iterator[str]:
-    for name in names:
-        if name in recorded and name in here and recorded[name] != here[name]:
-            yield f"{name} is {here[name]}, the head's {recorded[name]}"
 
 
 def _roles_differ(recorded: Mapping[str, Any], fingerprints: Mapping[str, Any]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from deferral_train.evaluation.prefixes import slider_prefixes
 from deferral_train.evaluation.scan import FamilySums, Oracle, scan
 from deferral_train.evaluation.survival import relative_latency
 from deferral_train.evaluation.table import RuleScores, ScoreTable
+from deferral_train.heads.pairing import check_vocabulary
 from deferral_train.rules.base import PositionRule, Rule
 from deferral_train.rules.learned import LearnedRule
 from deferral_train.rules.registry import make_rule
@@ -76,11 +77,12 @@ def score_rules(
         workers: threads, default one per core up to 4.
 
     Raises:
-        InputError: traces of different pairs, too few prompts for the bootstrap, a truth or a field that the
-            traces do not hold, an unknown rule.
+        InputError: traces of different pairs, a head of another vocabulary, too few prompts for the bootstrap, a
+            truth or a field that the traces do not hold, an unknown rule.
     """
     _check_request(grid, bootstrap, num_draft_tokens, confidence)
     families = _with_anchors(make_families(rules, grid))
+    _check_heads(families, [traces] if isinstance(traces, Traces) else traces)
     part = read_positions(
         traces,
         frozenset().union(*(family.rule.needs for family in families)),
@@ -119,6 +121,13 @@ def _check_request(grid: Any, bootstrap: int, num_draft_tokens: int, confidence:
         raise InputError(f"num_draft_tokens is {num_draft_tokens}; give at least 1")
     if not 0 < confidence < 1:
         raise InputError(f"confidence is {confidence}; give a number between 0 and 1, for example 0.95")
+
+
+def _check_heads(families: Sequence[Family], traces: Sequence[Traces]) -> None:
+    """Heads of the traces' vocabulary; other weights are what a transfer study compares."""
+    for family in families:
+        for part in traces:
+            check_vocabulary(getattr(family.rule, "head", None), part.manifest.pair)
 
 
 def _with_anchors(families: list[Family]) -> list[Family]:

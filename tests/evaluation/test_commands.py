@@ -62,6 +62,18 @@ def test_evaluate_then_report(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert (folder / "run" / "report.html").stat().st_size < 3_000_000
 
 
+def test_a_head_of_another_vocabulary_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head = GapHead(["drafter_max", "tv"], hidden=[4])
+    head.metadata = {"pair": {"tokenizer": "another", "vocab_size": 7}, "alpha": 0.1}
+    head.save_pretrained(tmp_path / "head")
+    command = ["evaluate", f"--traces={folder / 'traces'}", "--bootstrap=0", f"--out={tmp_path / 'out'}"]
+    assert cli.main([*command, "--rules", f"learned:head={tmp_path / 'head'}"]) == 2
+    assert "another vocabulary (tokenizer is t, the head's another)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_choose_stores_alpha_and_certificate_in_the_head(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

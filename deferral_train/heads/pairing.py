@@ -1,0 +1,27 @@
+"""Was a head made for this vocabulary? Its token ids and laws mean nothing under another one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from deferral_train.errors import InputError
+
+
+def different(recorded: Mapping[str, Any], here: Mapping[str, Any], names: tuple[str, ...]) -> Iterator[str]:
+    """What differs of the ``names`` that both sides state, in words."""
+    for name in names:
+        if name in recorded and name in here and recorded[name] != here[name]:
+            yield f"{name} is {here[name]}, the head's {recorded[name]}"
+
+
+def check_vocabulary(head: Any, pair: Mapping[str, Any]) -> None:
+    """Refuse a head of another tokenizer or vocabulary than ``pair`` (as a manifest or a loaded pair states it).
+
+    Raises:
+        InputError: they differ; a head that recorded no pair is not checked.
+    """
+    recorded = dict((getattr(head, "metadata", None) or {}).get("pair") or {})
+    found = list(different(recorded, pair, ("tokenizer", "vocab_size")))
+    if found:
+        raise InputError(f"head: made for another vocabulary ({'; '.join(found)}); use a head of this pair")
