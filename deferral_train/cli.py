@@ -133,14 +133,16 @@ def _switched(words: list[str], switches: set[str]) -> list[str]:
 
 
 def _gathered(words: list[str], lists: set[str]) -> list[str]:
-    """``--rules opt token_v3`` as one value, ``--rules=["opt", "token_v3"]``; a written-out list stays as it is."""
+    """``--rules opt token_v3`` as one value, ``--rules=["opt", "token_v3"]``, and so ``--rules=opt``; a written-out
+    list stays as it is.
+    """
     gathered: list[str] = []
     at = 0
     while at < len(words):
-        flag, end = words[at], at + 1
+        (flag, equals, first), end = words[at].partition("="), at + 1
         while flag in lists and end < len(words) and not words[end].startswith("--"):
             end += 1
-        values = words[at + 1 : end]
+        values = [*([first] if equals and flag in lists else []), *words[at + 1 : end]]
         written_out = len(values) == 1 and values[0].startswith("[")
         gathered += [f"{flag}={json.dumps(values)}"] if values and not written_out else words[at:end]
         at = end

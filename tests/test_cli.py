@@ -133,6 +133,11 @@ def test_several_values_after_a_flag_are_a_list():
     assert spoken == {"rules": ["opt:alpha=0.2", "token_v3"], "alpha": -0.5}
     assert cli._parse("rules", module, ["--rules", "[opt,chow]"])["rules"] == ["opt", "chow"]
     assert cli._parse("rules", module, ["--rules", "opt"])["rules"] == ["opt"]
+    assert cli._parse("rules", module, ["--rules=opt:alpha=0.2", "chow"])["rules"] == [
+        "opt:alpha=0.2",
+        "chow",
+    ]
+    assert cli._parse("rules", module, ["--rules=[opt,chow]"])["rules"] == ["opt", "chow"]
 
 
 def test_a_switch_may_stand_alone_or_carry_a_value():
