@@ -99,8 +99,7 @@ def _parsed(words: Sequence[str]) -> FitCLI:
         except SystemExit as stop:
             if stop.code in (0, None):
                 raise
-            lines = [line.strip() for line in spoken.getvalue().splitlines() if line.strip()]
-            reason = next(
-                (line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "bad flags"
-            )
-            raise InputError(reason.removeprefix("error: ")) from None
+            said = spoken.getvalue()
+            # The parser names the key on one line, and value and remedy on those after it.
+            reason = " ".join(said[said.rfind("error: ") :].removeprefix("error: ").split())
+            raise InputError(reason or "bad flags; deferral-train fit --help lists them") from None

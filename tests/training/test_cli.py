@@ -86,3 +86,25 @@ def test_export_of_no_checkpoint(tmp_path, capsys):
     assert main(["export", "--checkpoint", str(tmp_path / "x.ckpt"), "--out", str(tmp_path / "head")]) == 2
     assert "no checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "head").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model.lr", "abc"], ['"model.lr"', "float", "abc"]),
+        (["--model.head", "Nope"], ['"model.head"', "Nope"]),
+        (["--data.colour", "blue"], ["--data.colour"]),
+    ],
+)
+def test_a_wrong_flag_is_one_line_with_field_and_value(words, said, capsys):
+    assert main(["fit", "--config", str(CONFIGS / "gap.yaml"), "--data.train", "x", *words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1
+    assert all(part in error for part in said), error
+
+
+def test_a_fit_without_a_head_says_what_is_missing(capsys):
+    assert main(["fit", "--data.train", "x"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "model.head" in error
+    assert "features" in error
