@@ -84,11 +84,26 @@ class TraceDataModule(pl.LightningDataModule):
                 part.select_prompts([i for i in part.prompt_ids if i not in aside]) for part in self.further
             ]
         given.setdefault("test", given["val"])
+        self._refuse_other_vocabularies(given)
         self._refuse_shared_prompts(given)
         if self.pair_training is not None:
             every = [*given.values(), *self.further]
             refuse_pair_training(self.pair_training, every)
         return given
+
+    def _refuse_other_vocabularies(self, traces: dict[str, Traces]) -> None:
+        ours = traces["train"].manifest.pair
+        others = [(name, traces[name]) for name in ("val", "test")] + [
+            ("train", part) for part in self.further
+        ]
+        for name, part in others:
+            theirs = part.manifest.pair
+            for key in ("tokenizer", "vocab_size"):
+                if key in ours and key in theirs and ours[key] != theirs[key]:
+                    raise InputError(
+                        f"data.{name}: traces of another pair, {key} is {theirs[key]}, the first train traces' "
+                        f"{ours[key]}; collect all with one pair"
+                    )
 
     def _refuse_shared_prompts(self, traces: dict[str, Traces]) -> None:
         fitted = {name for part in (traces["train"], *self.further) for name in part.prompt_ids}

@@ -1,6 +1,7 @@
 """Everything that cannot be trained on is refused by name before training starts."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -65,6 +66,15 @@ def test_traces_of_another_schema(config, folders, tmp_path):
     header = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps({**header, "schema_version": 99}))
     refused(config, tmp_path / "out", "schema_version=99", train=str(copy))
+
+
+def test_validation_traces_of_another_vocabulary(config, folders, tmp_path):
+    copy = tmp_path / "traces"
+    shutil.copytree(folders["val"], copy)
+    header = json.loads((copy / "manifest.json").read_text())
+    header["pair"] = {**header["pair"], "vocab_size": 99}
+    (copy / "manifest.json").write_text(json.dumps(header))
+    refused(config, tmp_path / "out", "data.val: traces of another pair, vocab_size is 99", val=str(copy))
 
 
 def altered(source, target, **columns):
