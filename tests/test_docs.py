@@ -105,6 +105,9 @@ def test_code_blocks_run(page, place, monkeypatch, capsys):
             continue
         if "file" in block.notes:
             (place / block.notes["file"]).write_text(block.code)
+            # In sys.modules for this page only: a module of that name from elsewhere goes, and so does this one.
+            monkeypatch.setitem(sys.modules, Path(block.notes["file"]).stem, ModuleType("replaced"))
+            monkeypatch.delitem(sys.modules, Path(block.notes["file"]).stem)
         if block.kind == "python":
             exec(compile("\n" * (block.line - 1) + block.code, page, "exec"), module.__dict__)
             continue

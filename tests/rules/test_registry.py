@@ -90,7 +90,7 @@ def test_unknown_names_and_parameters_are_refused():
 
 
 def test_a_users_rule_is_imported_only_when_asked(tmp_path, monkeypatch):
-    (tmp_path / "my_rules.py").write_text(
+    (tmp_path / "rules_of_a_user.py").write_text(
         "from deferral_train.rules import PositionRule\n"
         "class Never(PositionRule):\n"
         "    name = 'never'\n"
@@ -100,15 +100,15 @@ def test_a_users_rule_is_imported_only_when_asked(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(InputError, match="allow_import"):
-        make_rule("my_rules:Never")
-    rule = make_rule("my_rules:Never", allow_import=True)
+        make_rule("rules_of_a_user:Never")
+    rule = make_rule("rules_of_a_user:Never", allow_import=True)
     assert isinstance(rule, Rule)
     logits = torch.randn(2, 5)
     torch.testing.assert_close(rule.target(logits, torch.randn(2, 5)), torch.softmax(logits, -1))
     with pytest.raises(InputError, match="subclass"):
-        make_rule("my_rules:NOT_A_RULE", allow_import=True)
+        make_rule("rules_of_a_user:NOT_A_RULE", allow_import=True)
     with pytest.raises(InputError, match="cannot be imported"):
-        make_rule("my_rules:Nothing", allow_import=True)
+        make_rule("rules_of_a_user:Nothing", allow_import=True)
 
 
 def test_a_draft_stage_head_cannot_read_the_verifier():
