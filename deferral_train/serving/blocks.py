@@ -96,6 +96,16 @@ class Outcome:
         )
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """What rows must share to be verified together; ``law``: whether their drafter's law is there."""
+
+    rule: Rule
+    limit: float | None
+    greedy: bool
+    law: bool
+
+
 def verify(rows: Rows, plans: Sequence[Plan], numbers: Tensor | None) -> Outcome:
     """Verify every row by its own plan; rows that share rule, limit and kind of sampling go through together.
 
@@ -105,20 +115,17 @@ def verify(rows: Rows, plans: Sequence[Plan], numbers: Tensor | None) -> Outcome
     """
     count, drafts = rows.drafted.shape
     outcome = Outcome.empty(count, drafts, rows.drafted.device)
-    groups: dict[tuple, list[int]] = {}
+    groups: dict[_Kind, list[int]] = {}
     for row, plan in enumerate(plans):
         rule, law = plan.rule, bool(rows.has_law[row]) if rows.drafter is not None else False
         if not law and not rule.is_lossless and needs_law(rule):
             outcome.unlawful.append(row)
             rule = LOSSLESS
         limit = None if rule.is_lossless else plan.limit
-        groups.setdefault((rule, limit, rows.temperatures[row] < GREEDY_BELOW, law), []).append(row)
-    for (rule, limit, greedy, law), members in groups.items():
-        try:
-            _verify_group(rows, plans, numbers, outcome, rule, limit, greedy, law, members)
-        except InputError:
-            for row in members:
-                _verify_alone(rows, plans, numbers, outcome, rule, limit, greedy, law, row)
+        kind = _Kind(rule, limit, rows.temperatures[row] < GREEDY_BELOW, law)
+        groups.setdefault(kind, []).append(row)
+    for kind, members in groups.items():
+        _verify_members(rows, plans, numbers, outcome, kind, members)
     for row in rows.cut:
         if outcome.accepted[row] == rows.lengths[row] and row not in outcome.faults:
             _finish_cut(rows, numbers, outcome, row)
@@ -143,17 +150,46 @@ def needs_law(rule: Rule) -> bool:
     return rule.reads_drafter_confidence or "drafter_hidden" in rule.needs
 
 
+def _verify_members(
+    rows: Rows,
+    plans: Sequence[Plan],
+    numbers: Tensor | None,
+    outcome: Outcome,
+    kind: _Kind,
+    members: list[int],
+) -> None:
+    """Rows of one kind together; where that fails, one by one: a row that fails by itself gets one token and harms no
+    other.
+    """
+    try:
+        _verify_group(rows, plans, numbers, outcome, kind, members)
+    except InputError:
+        if len(members) == 1:
+            _fault(rows, outcome, members[0])
+            return
+        for row in members:
+            _verify_members(rows, plans, numbers, outcome, kind, [row])
+
+
+def _fault(rows: Rows, outcome: Outcome, row: int) -> None:
+    """The verifier's highest finite logit, and no drafted token."""
+    outcome.faults.append(row)
+    logits = rows.verifier[row, 0].float()
+    outcome.accepted[row] = 0
+    outcome.correction[row] = logits.masked_fill(~logits.isfinite(), -torch.inf).argmax()
+    outcome.origin[row] = 0
+    outcome.origin[row, 0] = int(Origin.RESAMPLED)
+
+
 def _verify_group(
     rows: Rows,
     plans: Sequence[Plan],
     numbers: Tensor | None,
     outcome: Outcome,
-    rule: Rule,
-    limit: float | None,
-    greedy: bool,
-    law: bool,
+    kind: _Kind,
     members: list[int],
 ) -> None:
+    rule, limit, greedy = kind.rule, kind.limit, kind.greedy
     whole = len(members) == rows.drafted.shape[0]
     at = torch.tensor(members, device=rows.drafted.device)
 
@@ -161,7 +197,7 @@ def _verify_group(
         return tensor if tensor is None or whole else tensor.index_select(0, at)
 
     verifier, sampling = pick(rows.verifier), None if greedy else pick(rows.sampling)
-    drafter = pick(rows.drafter) if law else None
+    drafter = pick(rows.drafter) if kind.law else None
     assert verifier is not None
     temperature, drafter_sampling = 0.0, None
     if not greedy:
@@ -198,26 +234,3 @@ def _verify_group(
     outcome.deferred[at] = verdict.deferred
     if spent is not None and verdict.spent is not None:
         outcome.loss[at] = verdict.spent - spent
-
-
-def _verify_alone(
-    rows: Rows,
-    plans: Sequence[Plan],
-    numbers: Tensor | None,
-    outcome: Outcome,
-    rule: Rule,
-    limit: float | None,
-    greedy: bool,
-    law: bool,
-    row: int,
-) -> None:
-    """One row of a group that failed; a row that fails by itself gets one token and harms no other."""
-    try:
-        _verify_group(rows, plans, numbers, outcome, rule, limit, greedy, law, [row])
-    except InputError:
-        outcome.faults.append(row)
-        logits = rows.verifier[row, 0].float()
-        outcome.accepted[row] = 0
-        outcome.correction[row] = logits.masked_fill(~logits.isfinite(), -torch.inf).argmax()
-        outcome.origin[row] = 0
-        outcome.origin[row, 0] = int(Origin.RESAMPLED)
