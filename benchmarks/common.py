@@ -34,6 +34,21 @@ def flags(
     return parser
 
 
+def study_flags(doc: str | None, work: str) -> argparse.ArgumentParser:
+    """A parser with the flags of a study on the shared pair: ``--shared``, ``--work``, ``--device``, ``--out``.
+
+    Args:
+        doc: the module's docstring.
+        work: folder for what a study keeps from one run to the next, by default.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=Path, default=Path("../shared"))
+    parser.add_argument("--work", type=Path, default=Path(work))
+    parser.add_argument("--device", default="cpu", help="cpu; the pair is small")
+    parser.add_argument("--out", type=Path)
+    return parser
+
+
 def begin(options: argparse.Namespace) -> None:
     """Set torch's threads; ends the process with 2 where the device is not there."""
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -11,11 +11,10 @@ of the kind it was trained on against those of its own cascade.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from benchmarks.common import study_flags
 from benchmarks.multi30k_heads import part_prompts
 from deferral_train import provenance
 from deferral_train.collecting.config import CollectConfig
@@ -53,16 +52,11 @@ def show(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main() -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--shared", type=Path, default=Path("../shared"))
-    parser.add_argument("--work", type=Path, default=Path("runs/dagger"))
+    parser = study_flags(__doc__, "runs/dagger")
     parser.add_argument("--prompts", type=int, default=2000)
     parser.add_argument("--held-out", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--alpha", type=float, default=0.1)
-    parser.add_argument("--device", default="cpu", help="cpu; the pair is small")
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     folder = options.shared / "models" / "multi30k-en-de"
     if not folder.is_dir():

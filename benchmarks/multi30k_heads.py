@@ -14,7 +14,6 @@ position rules).
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common import study_flags
 from deferral_train import provenance
 from deferral_train.collecting.api import collect
 from deferral_train.collecting.config import CollectConfig
@@ -208,14 +208,9 @@ def show(name: str, result: Mapping[str, Any]) -> str:
 
 
 def main() -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--shared", type=Path, default=Path("../shared"))
-    parser.add_argument("--work", type=Path, default=Path("runs/multi30k"))
+    parser = study_flags(__doc__, "runs/multi30k")
     parser.add_argument("--redraws", type=int, default=1000)
     parser.add_argument("--only", nargs="+", choices=list(COMPARISONS), default=list(COMPARISONS))
-    parser.add_argument("--device", default="cpu", help="cpu; the pair is small")
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if not (options.shared / "models" / "multi30k-en-de").is_dir():
         print(f"multi30k_heads: no pair and text under {options.shared}; nothing was run")

@@ -11,7 +11,6 @@ prompts.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.common import study_flags
 from benchmarks.multi30k_heads import COMMON, FEATURES, SHARES, collect_parts, part_prompts
 from deferral_train import provenance
 from deferral_train.collecting.scoring import make_inputs, score
@@ -168,16 +168,11 @@ def show(result: Mapping[str, Any]) -> str:
 
 
 def main() -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--shared", type=Path, default=Path("../shared"))
-    parser.add_argument("--work", type=Path, default=Path("runs/multi30k"))
+    parser = study_flags(__doc__, "runs/multi30k")
     parser.add_argument("--redraws", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--limit", type=int, help="prompts of val and test, for a short look")
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=RULES)
-    parser.add_argument("--device", default="cpu", help="cpu; the pair is small")
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     folder = options.shared / "models" / "multi30k-en-de"
     if not folder.is_dir():
