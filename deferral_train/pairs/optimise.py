@@ -17,6 +17,7 @@ from torch import Tensor
 
 from deferral_train import provenance
 from deferral_train.errors import InputError
+from deferral_train.pairs.alignable import alignable, draft_weights
 from deferral_train.pairs.batches import IGNORED, Batches
 from deferral_train.pairs.train_config import Schedule
 
@@ -105,12 +106,23 @@ def _step(
             with torch.no_grad():
                 law = next_token_logits(teacher, batch).flatten(0, 1).float().log_softmax(-1)
             divergence = F.kl_div(logits.log_softmax(-1), law, reduction="none", log_target=True).sum(-1)
-            loss = (1 - schedule.distil) * loss + schedule.distil * divergence[labels != IGNORED].mean()
+            weights = _distillation_weights(logits.detach(), batch["labels"], schedule)
+            divergence = (weights * divergence).sum() / weights.sum()
+            loss = (1 - schedule.distil) * loss + schedule.distil * divergence
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return text_loss.item(), int((labels != IGNORED).sum())
+
+
+def _distillation_weights(logits: Tensor, labels: Tensor, schedule: Schedule) -> Tensor:
+    """[B * T]: 1 at every label, or under the alignable mask the number of drafts that reach it."""
+    inside = labels != IGNORED
+    if not schedule.alignable_top_k:
+        return inside.flatten().float()
+    reachable = alignable(logits.view(*labels.shape, -1), labels, schedule.alignable_top_k)
+    return draft_weights(reachable, inside, schedule.draft_window).flatten()
 
 
 def _optimizer(model: Any, schedule: Schedule) -> torch.optim.Optimizer:

@@ -43,6 +43,10 @@ class Schedule:
         warmup: steps of warm-up.
         weight_decay: on matrices, not on norms and embeddings.
         distil: weight of KL(verifier, drafter) against the text's cross entropy; the drafter's alone.
+        alignable_top_k: weigh that divergence by how many drafts of ``draft_window`` tokens reach a position,
+            a draft ending behind a true token that is not among the drafter's so many likeliest (GRIFFIN's
+            mask, 3 there); 0 counts every position once.
+        draft_window: tokens of such a draft.
     """
 
     steps: int
@@ -52,12 +56,24 @@ class Schedule:
     warmup: int = 50
     weight_decay: float = 0.05
     distil: float = 0.0
+    alignable_top_k: int = 0
+    draft_window: int = 5
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or self.warmup < 0:
             raise InputError(f"{self}: steps and batch must be at least 1, warmup not negative")
         if not self.learning_rate > 0 or not self.embedding_rate > 0 or not 0 <= self.distil <= 1:
             raise InputError(f"{self}: rates must be positive and distil in [0, 1]")
+        if self.alignable_top_k < 0 or self.draft_window < 1:
+            raise InputError(
+                f"alignable_top_k={self.alignable_top_k}, draft_window={self.draft_window}: use 0 (no mask) or "
+                "more, and at least 1"
+            )
+        if self.alignable_top_k and not self.distil:
+            raise InputError(
+                f"alignable_top_k={self.alignable_top_k} masks the distillation, and distil is 0; set distil above "
+                "0 or leave alignable_top_k out"
+            )
 
 
 @dataclass(frozen=True)
@@ -145,4 +161,7 @@ class PairConfig:
         """Hash of what changes the trained weights; how often to checkpoint does not."""
         values: dict[str, Any] = asdict(self)
         del values["checkpoint_seconds"]
+        for name in ("drafter_schedule", "verifier_schedule"):
+            if not values[name]["alignable_top_k"]:  # pairs from before there was a mask keep their hash
+                del values[name]["alignable_top_k"], values[name]["draft_window"]
         return provenance.hash_of(values)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny_models import tiny_model
 
 from deferral_train.errors import InputError
+from deferral_train.pairs.alignable import alignable, draft_weights
 from deferral_train.pairs.batches import IGNORED, PairBatches, WindowBatches
 from deferral_train.pairs.gate import GateResult, check_pair
 from deferral_train.pairs.load import load_models, load_tokenizer, make_pair
@@ -184,6 +185,77 @@ def test_distillation_draws_the_drafter_to_the_verifier(tmp_path):
         return float((p.exp() * (p - q)).sum(-1).mean())
 
     assert divergence(1.0) < 0.75 * divergence(0.0)
+
+
+def drafts_that_reach(logits, labels, top_k, window):
+    """Every draft of every start, step by step, as GRIFFIN trains them."""
+    weights = torch.zeros(labels.shape)
+    for row, gold in enumerate(labels.tolist()):
+        for start in range(len(gold)):
+            for at in range(start, min(start + window, len(gold))):
+                if gold[at] == IGNORED:
+                    break
+                weights[row, at] += 1
+                if gold[at] not in logits[row, at].topk(top_k).indices.tolist():
+                    break
+    return weights
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 40])
+def test_the_alignable_mask_counts_the_drafts_that_reach_a_position(window):
+    draw = torch.Generator().manual_seed(window)
+    for top_k in (1, 3):
+        logits = torch.randn(6, 12, 8, generator=draw)
+        labels = logits.argsort(-1, descending=True)[..., 0]
+        others = torch.randint(0, 8, labels.shape, generator=draw)
+        labels = torch.where(torch.rand(labels.shape, generator=draw) < 0.6, labels, others)
+        for row, length in enumerate((12, 12, 7, 3, 1, 0)):
+            labels[row, length:] = IGNORED
+        reachable, inside = alignable(logits, labels, top_k), labels != IGNORED
+        found = draft_weights(reachable, inside, window)
+        assert torch.equal(found, drafts_that_reach(logits, labels, top_k, window))
+        assert window == 1 or found.max() > 1
+
+
+def test_the_mask_weighs_the_distillation_and_is_off_by_default(text, tmp_path):
+    """One step with the mask moves as the weighted divergence says, and off it counts every label once."""
+    teacher = tiny_model("t5", seed=1)
+    draw = torch.Generator().manual_seed(0)
+    rows = [torch.randint(4, 40, (5 + n % 6,), generator=draw).tolist() for n in range(8)]
+    batches = PairBatches(rows, rows[::-1], pad_id=0, size=8, seed=0)
+    batch = batches.batch(0)
+
+    def gradient(top_k):
+        student = tiny_model("t5", seed=2).requires_grad_(True)
+        logits, law = (next_token_logits(model, batch).log_softmax(-1) for model in (student, teacher))
+        weights = (batch["labels"] != IGNORED).float()
+        if top_k:
+            weights = drafts_that_reach(logits, batch["labels"], top_k, 4)
+        ((law.exp() * (law - logits)).sum(-1) * weights).sum().div(weights.sum()).backward()
+        return torch.cat([p.grad.flatten() for p in student.parameters()])
+
+    def moved(top_k):
+        """AdamW's first step is the sign of the gradient, wherever that is not nearly 0."""
+        student = tiny_model("t5", seed=2).requires_grad_(True)
+        before = torch.cat([p.detach().flatten().clone() for p in student.parameters()])
+        schedule = Schedule(
+            1, 8, 1e-3, 1.0, 0, weight_decay=0.0, distil=1.0, alignable_top_k=top_k, draft_window=4
+        )
+        optimise(student, batches, schedule, LoopSettings(tmp_path / "none.pt", "test"), teacher)
+        return torch.cat([p.detach().flatten() for p in student.parameters()]) - before
+
+    for top_k in (0, 3):
+        wanted, other = gradient(top_k), gradient(3 - top_k)
+        sure = wanted.abs() > 1e-4 * wanted.abs().max()
+        assert (moved(top_k)[sure].sign() == -wanted[sure].sign()).float().mean() > 0.999
+        assert (wanted[sure].sign() != other[sure].sign()).float().mean() > 0.02
+    with pytest.raises(InputError, match="alignable_top_k=3 masks the distillation, and distil is 0"):
+        Schedule(1, 1, alignable_top_k=3)
+    with pytest.raises(InputError, match="alignable_top_k=-1, draft_window=5: use 0"):
+        Schedule(1, 1, distil=1.0, alignable_top_k=-1)
+    plain = llama_config(text)
+    masked = Schedule(40, 4, 3e-3, warmup=5, distil=0.5, alignable_top_k=3)
+    assert llama_config(text, drafter_schedule=masked).outcome_hash() != plain.outcome_hash()
 
 
 def test_batches_depend_on_seed_and_step_alone():
