@@ -157,12 +157,10 @@ def seam_of(llm: Any) -> Any:
 def use(llm: Any, settings: dict[str, Any]) -> Any:
     """Other settings in a running engine."""
     from deferral_train.serving.config import ServingConfig
-    from deferral_train.serving.requests import Requests
 
     seam = seam_of(llm)
-    seam.config = ServingConfig.parse(settings)
-    seam.rule = seam.config.make_rule()
-    seam.requests = Requests(seam.config, seam.rule)
+    config = ServingConfig.parse(settings)
+    seam.adopt(config, config.make_rule())
     seam.counters.values[:] = 0
     return seam
 

@@ -8,15 +8,15 @@ in dispatching tensor operations than in arithmetic; here NumPy does what is sma
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.rules.reduce import FAR_BELOW
-from deferral_train.rules.summary import Summary
+from deferral_train.rules.base import PositionRule, Rule, TokenRule
+from deferral_train.rules.summary import CONTEXT_FIELDS, Summary
 
 try:
     import numpy as np
@@ -69,6 +69,7 @@ class _Side:
         self.rows = logits.numpy()
         self.argmax: Array = self.rows.argmax(axis=-1)
         self._law: Tensor | None = None
+        self._below: Tensor | None = None
         self.largest: Array = None  # the highest probability of each position, once the law is there
 
     def law(self) -> Tensor:
@@ -91,6 +92,12 @@ class _Side:
         self.law()
         return self._at(token)
 
+    def prob_above_zero(self, token: Array) -> Array:
+        """As `prob`, but 0 for masked tokens alone: not for one too unlikely for the number format."""
+        batch, step = np.ogrid[: token.shape[0], : token.shape[1]]
+        floor = np.where(self.rows[batch, step, token] > -np.inf, np.finfo(self.rows.dtype).tiny, 0)
+        return np.maximum(self.prob(token), floor.astype(self.rows.dtype))
+
     def highest(self) -> Array:
         self.law()
         return self.largest
@@ -100,10 +107,33 @@ class _Side:
         below = self.rows[batch, step, token] - self.rows[batch, step, self.argmax]
         return np.minimum(below + np.log(self.highest()), 0.0)
 
+    def below(self) -> Tensor:
+        """Logits less the highest of their position [B, T, V]."""
+        if self._below is None:
+            top = torch.from_numpy(self.rows.max(axis=-1)).unsqueeze(-1)
+            self._below = torch.sub(self.logits, top, out=_KEPT.block("below " + self.what, self.logits))
+        return self._below
+
+    def cross_entropy(self, other: _Side) -> Array:
+        """-sum p log r of this law p with another's r [B, T]; +inf where p gives a token that r forbids."""
+        law, below = self.law().numpy(), other.below().numpy()
+        other.law()
+        with np.errstate(invalid="ignore"):
+            mean = _products(law, below)
+        if not np.isfinite(mean).all():  # masked tokens: no 0 * inf
+            mean = _products(law, np.where(law == 0, 0, below))
+        return -np.log(other.largest) - mean
+
     def entropy(self) -> Array:
-        law, top = self.law(), torch.from_numpy(self.rows.max(axis=-1)).unsqueeze(-1)
-        below = torch.sub(self.logits, top, out=_KEPT.block("below", self.logits)).clamp_(min=FAR_BELOW)
-        return np.maximum(-np.log(self.largest) - below.mul_(law).sum(dim=-1).numpy(), 0.0)
+        return np.maximum(self.cross_entropy(self), 0.0)
+
+
+def _products(left: Array, right: Array) -> Array:
+    return np.vecdot(left, right) if hasattr(np, "vecdot") else np.einsum("...v,...v->...", left, right)
+
+
+def _kl(first: _Side, second: _Side) -> Array:
+    return np.maximum(first.cross_entropy(second) - first.cross_entropy(first), 0.0)
 
 
 _FORMULAS: dict[str, Callable[[_Side, _Side, Array], Array]] = {
@@ -115,11 +145,54 @@ _FORMULAS: dict[str, Callable[[_Side, _Side, Array], Array]] = {
     "verifier_at_drafter_argmax": lambda q, p, x: p.prob(q.argmax),
     "drafter_entropy": lambda q, p, x: q.entropy(),
     "verifier_entropy": lambda q, p, x: p.entropy(),
+    "cross_entropy": lambda q, p, x: p.cross_entropy(q),
+    "kl": lambda q, p, x: _kl(p, q),
+    "reverse_kl": lambda q, p, x: _kl(q, p),
     "tv": lambda q, p, x: (q.argmax != p.argmax).astype(q.rows.dtype),
     "token": lambda q, p, x: x,
     "drafter_logprob": lambda q, p, x: q.logprob(x),
     "verifier_logprob": lambda q, p, x: p.logprob(x),
 }
+
+
+def decides(rule: Rule, drafter: Tensor, verifier: Tensor, extra: frozenset[str] = frozenset()) -> bool:
+    """Whether `decide` works for this rule and these logits, with ``extra`` fields."""
+    return isinstance(rule, PositionRule | TokenRule) and knows(
+        (rule.needs | extra) - CONTEXT_FIELDS, drafter, verifier
+    )
+
+
+def decide(
+    rule: Rule,
+    drafter: Tensor,
+    verifier: Tensor,
+    token: Tensor,
+    context: Mapping[str, Tensor],
+    extra: frozenset[str] = frozenset(),
+) -> tuple[Tensor, Summary]:
+    """Which drafted tokens a position or token rule defers, bool [B, T], and the summary that it read.
+
+    Args:
+        context: what `rule.needs` and ``extra`` name of the fields that logits do not give.
+        extra: further fields of the summary.
+
+    Raises:
+        InputError: logits that are not finite.
+    """
+    q, p = _Side(drafter.detach(), "drafter_logits"), _Side(verifier.detach(), "verifier_logits")
+    fields, drafted = rule.needs | extra, token.numpy()
+    columns = {
+        name: context[name] if name in CONTEXT_FIELDS else torch.from_numpy(_FORMULAS[name](q, p, drafted))
+        for name in fields
+    }
+    summary = Summary(columns)
+    if isinstance(rule, TokenRule):
+        probs = [torch.from_numpy(side.prob_above_zero(drafted)) for side in (q, p)]
+        deferred = ~rule.keep_probs(probs[0].unsqueeze(-1), probs[1].unsqueeze(-1), summary).squeeze(-1)
+    else:
+        assert isinstance(rule, PositionRule)
+        deferred = rule.defer(summary)
+    return deferred.expand(token.shape), summary
 
 
 def knows(needs: frozenset[str], drafter: Tensor, verifier: Tensor) -> bool:

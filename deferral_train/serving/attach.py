@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import time
 from typing import Any
 
 import torch
@@ -61,7 +60,6 @@ def attach(worker: Any, vllm_config: Any, config: ServingConfig, rule: Rule, mis
     _wrap_runner(runner, seam)
     if hasattr(runner.drafter, "_sample_draft_tokens"):
         runner.drafter._sample_draft_tokens = _kept_draft(runner.drafter, seam)
-    _time_head(rule, counters)
     _close_with(worker, seam)
     announce(config, rule, mismatch)
     return seam
@@ -135,29 +133,6 @@ def _seeded_drafts(tokens: Tensor, law: Tensor, sampling_metadata: Any) -> None:
         if row < len(tokens) and float(sampling_metadata.temperature[row]) >= GREEDY_BELOW:
             number = torch.rand(1, dtype=torch.float64, device=stream.device, generator=stream)
             tokens[row] = draw(law[row : row + 1], number.to(law.device))[0]
-
-
-def _time_head(rule: Rule, counters: Counters) -> None:
-    """Count the time that the rule's head takes, whichever of its answers the rule asks for."""
-    head = getattr(rule, "head", None)
-    inside = [False]
-
-    def timed(answer: Any) -> Any:
-        def ask(*args: Any, **kwargs: Any) -> Any:
-            if inside[0]:  # one answer asks another
-                return answer(*args, **kwargs)
-            inside[0], began = True, time.perf_counter()
-            try:
-                return answer(*args, **kwargs)
-            finally:
-                inside[0] = False
-                counters.add("head_seconds", time.perf_counter() - began)
-
-        return ask
-
-    for name in ("gap", "defer", "truth", "verifier_value"):
-        if callable(getattr(head, name, None)):
-            setattr(head, name, timed(getattr(head, name)))
 
 
 def _close_with(worker: Any, seam: Seam) -> None:

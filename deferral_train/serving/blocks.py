@@ -1,23 +1,25 @@
 """The decision of one engine step: rows with different rules, limits and temperatures, verified together.
 
-Torch only: knows nothing about vLLM. R rows, T drafted positions, V vocabulary, D hidden width.
+Knows nothing about vLLM. Greedy rows on a CPU go through greedy.py, all others through `rules.verify_block`.
+R rows, T drafted positions, V vocabulary, D hidden width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
 from deferral_train.rules import Origin, Rule, Summary, make_rule, verify_block
 from deferral_train.rules.sampling import draw
+from deferral_train.serving.greedy import UNLIMITED, ElsewhereError, verify_greedy
 
 LOSSLESS = make_rule("lossless")
 GREEDY_BELOW = 1e-5  # temperatures below are greedy, as in the engine
-UNLIMITED = 1e30  # a limit nobody reaches: what it costs is counted, nothing is refused
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Rows:
 
 @dataclass
 class Outcome:
-    """What happened to each row.
+    """What happened to each row, on the host.
 
     Attributes:
         accepted: [R] int64, drafted tokens that stand.
@@ -85,15 +87,26 @@ class Outcome:
     faults: list[int] = field(default_factory=list)
 
     @classmethod
-    def empty(cls, rows: int, drafts: int, device: torch.device) -> Outcome:
+    def empty(cls, rows: int, drafts: int) -> Outcome:
         """Places to be filled group by group."""
         return cls(
-            torch.zeros(rows, dtype=torch.int64, device=device),
-            torch.full((rows,), -1, dtype=torch.int64, device=device),
-            torch.zeros(rows, drafts + 1, dtype=torch.int8, device=device),
-            torch.zeros(rows, drafts, dtype=torch.bool, device=device),
-            torch.zeros(rows, dtype=torch.float64, device=device),
+            torch.zeros(rows, dtype=torch.int64),
+            torch.full((rows,), -1, dtype=torch.int64),
+            torch.zeros(rows, drafts + 1, dtype=torch.int8),
+            torch.zeros(rows, drafts, dtype=torch.bool),
+            torch.zeros(rows, dtype=torch.float64),
         )
+
+    def put(self, members: list[int], found: Mapping[str, np.ndarray | Tensor]) -> None:
+        """Fill in some rows, in their order."""
+        whole = len(members) == len(self.accepted)
+        for name, values in found.items():
+            place = getattr(self, name).numpy()
+            values = values.cpu().numpy() if isinstance(values, Tensor) else values
+            if whole:
+                place[...] = values
+            else:
+                place[members] = values
 
 
 @dataclass(frozen=True)
@@ -114,15 +127,15 @@ def verify(rows: Rows, plans: Sequence[Plan], numbers: Tensor | None) -> Outcome
         numbers: [R, T+1] in [0, 1), each row's own random numbers; None where every row is greedy.
     """
     count, drafts = rows.drafted.shape
-    outcome = Outcome.empty(count, drafts, rows.drafted.device)
+    outcome = Outcome.empty(count, drafts)
     groups: dict[_Kind, list[int]] = {}
     for row, plan in enumerate(plans):
         rule, law = plan.rule, bool(rows.has_law[row]) if rows.drafter is not None else False
         if not law and not rule.is_lossless and needs_law(rule):
             outcome.unlawful.append(row)
             rule = LOSSLESS
-        limit = None if rule.is_lossless else plan.limit
-        kind = _Kind(rule, limit, rows.temperatures[row] < GREEDY_BELOW, law)
+        limit, greedy = None if rule.is_lossless else plan.limit, rows.temperatures[row] < GREEDY_BELOW
+        kind = _Kind(rule, limit, greedy, law and not (greedy and rule.is_lossless))
         groups.setdefault(kind, []).append(row)
     for kind, members in groups.items():
         _verify_members(rows, plans, numbers, outcome, kind, members)
@@ -189,48 +202,70 @@ def _verify_group(
     kind: _Kind,
     members: list[int],
 ) -> None:
-    rule, limit, greedy = kind.rule, kind.limit, kind.greedy
     whole = len(members) == rows.drafted.shape[0]
-    at = torch.tensor(members, device=rows.drafted.device)
+    at = None if whole else torch.tensor(members, device=rows.drafted.device)
 
-    def pick(tensor: Tensor | None) -> Tensor | None:
-        return tensor if tensor is None or whole else tensor.index_select(0, at)
+    def pick(tensor: Tensor) -> Tensor:
+        return tensor if at is None else tensor.index_select(0, at)
 
-    verifier, sampling = pick(rows.verifier), None if greedy else pick(rows.sampling)
-    drafter = pick(rows.drafter) if kind.law else None
-    assert verifier is not None
-    temperature, drafter_sampling = 0.0, None
-    if not greedy:
-        temperatures = [rows.temperatures[row] for row in members]
-        temperature = temperatures[0]
-        if sampling is not None or len(set(temperatures)) > 1:
-            scale = torch.tensor(temperatures, dtype=torch.float32, device=verifier.device).view(-1, 1, 1)
-            sampling = verifier.float() / scale if sampling is None else sampling
-            # In the drafter's own type, as the engine scaled it when it drew the tokens.
-            drafter_sampling = None if drafter is None else drafter / scale.to(drafter.dtype)
-            temperature = 1.0
-    context = {name: column if whole else column.index_select(0, at) for name, column in rows.context.items()}
-    spent = None
-    if not rule.is_lossless:
-        spent = torch.tensor([plans[row].spent for row in members], dtype=torch.float64, device=at.device)
+    drafted, lengths, verifier = pick(rows.drafted), pick(rows.lengths), pick(rows.verifier)
+    drafter = pick(rows.drafter) if kind.law and rows.drafter is not None else None
+    context = {} if kind.rule.is_lossless else {name: pick(column) for name, column in rows.context.items()}
+    spent = [plans[row].spent for row in members]
+    if kind.greedy:
+        try:
+            found = verify_greedy(kind.rule, drafted, drafter, verifier, lengths, context, kind.limit, spent)
+        except ElsewhereError:
+            pass
+        else:
+            outcome.put(members, found)
+            return
+    temperature, scaled, sampling = 0.0, None, None
+    if not kind.greedy:
+        given = None if rows.sampling is None else pick(rows.sampling)
+        temperature, scaled, sampling = _scaled(
+            [rows.temperatures[row] for row in members], drafter, verifier, given
+        )
+    account = torch.tensor(spent, dtype=torch.float64, device=verifier.device)
     verdict = verify_block(
-        rule,
-        rows.drafted if whole else rows.drafted[at],
+        kind.rule,
+        drafted,
         drafter,
         verifier,
         temperature=temperature,
-        drafter_sampling_logits=drafter_sampling,
+        drafter_sampling_logits=scaled,
         verifier_sampling_logits=sampling,
-        lengths=rows.lengths if whole else rows.lengths[at],
+        lengths=lengths,
         bonus="none",
-        numbers=None if greedy or numbers is None else numbers[at],
-        context=Summary(context) if context and not rule.is_lossless else None,
-        max_request_loss=None if spent is None else (UNLIMITED if limit is None else limit),
-        spent=spent,
+        numbers=None if kind.greedy or numbers is None else pick(numbers),
+        context=Summary(context) if context else None,
+        max_request_loss=None if kind.rule.is_lossless else (UNLIMITED if kind.limit is None else kind.limit),
+        spent=account,
     )
-    outcome.accepted[at] = verdict.accepted
-    outcome.correction[at] = verdict.next_token
-    outcome.origin[at] = verdict.origin
-    outcome.deferred[at] = verdict.deferred
-    if spent is not None and verdict.spent is not None:
-        outcome.loss[at] = verdict.spent - spent
+    outcome.put(
+        members,
+        {
+            "accepted": verdict.accepted,
+            "correction": verdict.next_token,
+            "origin": verdict.origin,
+            "deferred": verdict.deferred,
+        },
+    )
+    if verdict.spent is not None:
+        outcome.put(members, {"loss": verdict.spent - account})
+
+
+def _scaled(
+    temperatures: list[float], drafter: Tensor | None, verifier: Tensor, given: Tensor | None
+) -> tuple[float, Tensor | None, Tensor | None]:
+    """The temperature of sampled rows, and both models' sampling logits where that alone does not say them.
+
+    Args:
+        given: the verifier's logits after temperature and truncation, where they are not verifier / temperature.
+    """
+    if given is None and len(set(temperatures)) == 1:
+        return temperatures[0], None, None
+    scale = torch.tensor(temperatures, dtype=torch.float32, device=verifier.device).view(-1, 1, 1)
+    sampling = verifier.float() / scale if given is None else given
+    # In the drafter's own type, as the engine scaled it when it drew the tokens.
+    return 1.0, None if drafter is None else drafter / scale.to(drafter.dtype), sampling

@@ -63,13 +63,19 @@ class Counters:
         self.values: Any
         if folder and Path(folder).is_dir():
             path = Path(folder) / f"{label}-{os.getpid()}.f64"
-            self.values = np.memmap(path, dtype=np.float64, mode="w+", shape=(SIZE,))
+            # A plain view: every operation on a memmap object makes another one.
+            self.values = np.asarray(np.memmap(path, dtype=np.float64, mode="w+", shape=(SIZE,)))
         else:
             self.values = np.zeros(SIZE, dtype=np.float64)
 
     def add(self, name: str, amount: float = 1.0) -> None:
         """Count."""
         self.values[self.index[name]] += amount
+
+    def add_block(self, prefix: str, amounts: np.ndarray) -> None:
+        """Count all of `BLOCK_COUNTERS` of one step, in their order, under names that begin with ``prefix``."""
+        start = self.index[prefix + "blocks"]
+        self.values[start : start + len(BLOCK_COUNTERS)] += amounts
 
     def add_places(self, name: str, counts: np.ndarray) -> None:
         """Count by place in the block: ``counts`` [T]."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.v1.outputs import SamplerOutput
@@ -52,7 +53,8 @@ class DeferralSampler(RejectionSampler):
         )
         raw = logits[metadata.target_logits_indices].to(torch.float32)
         # The processors write in place; log probabilities and traces want the logits as they were.
-        processed = self.apply_logits_processors(raw.clone(), sampling_metadata, metadata)
+        kept = sampling_metadata.max_num_logprobs is not None or self.seam.logger is not None
+        processed = self.apply_logits_processors(raw.clone() if kept else raw, sampling_metadata, metadata)
         sampling = self._truncated(processed, metadata, sampling_metadata)
         outcome = self.seam.decide(step, raw, processed, sampling, metadata.target_logits_indices)
         tokens = self._tokens(step, outcome, bonus.sampled_token_ids, metadata)
@@ -91,15 +93,15 @@ class DeferralSampler(RejectionSampler):
     def _tokens(step: Any, outcome: Any, bonus: Tensor, metadata: Any) -> Tensor:
         """Sampled ids [B, max_spec_len + 1] int32."""
         width = metadata.max_spec_len + 1
-        shape = (len(metadata.num_draft_tokens), width)
-        tokens = torch.full(shape, PLACEHOLDER_TOKEN_ID, dtype=torch.int32, device=bonus.device)
-        tokens[:, :1] = bonus  # rows without drafts: the engine's own token
-        at = torch.tensor(step.members, device=bonus.device)
-        last = torch.where(outcome.correction < 0, bonus[at, 0].long(), outcome.correction)
-        column = torch.arange(width, device=bonus.device)
-        drafted = torch.nn.functional.pad(step.drafted, (0, width - step.drafted.shape[1]))
-        accepted = outcome.accepted.unsqueeze(1)
-        rows = torch.where(column < accepted, drafted, torch.full_like(drafted, PLACEHOLDER_TOKEN_ID))
-        rows = torch.where(column == accepted, last.unsqueeze(1), rows)
-        tokens[at] = rows.to(torch.int32)
-        return tokens
+        tokens = np.full((len(metadata.num_draft_tokens), width), PLACEHOLDER_TOKEN_ID, dtype=np.int32)
+        tokens[:, 0] = own = bonus[:, 0].cpu().numpy()  # rows without drafts: the engine's own token
+        accepted, correction = outcome.accepted.numpy(), outcome.correction.numpy()
+        last = np.where(correction < 0, own[step.members], correction)
+        drafts = step.drafted.shape[1]
+        rows = np.full((len(step.members), width), PLACEHOLDER_TOKEN_ID, dtype=np.int32)
+        np.copyto(
+            rows[:, :drafts], step.drafted, where=np.arange(drafts) < accepted[:, None], casting="same_kind"
+        )
+        rows[np.arange(len(rows)), accepted] = last
+        tokens[step.members] = rows
+        return torch.from_numpy(tokens).to(bonus.device)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +16,14 @@ import torch
 from torch import Tensor
 
 from deferral_train.rules import Rule
+from deferral_train.rules.summary import PREVIOUS_TOKENS
 from deferral_train.serving.blocks import GREEDY_BELOW, Outcome, Plan, Rows, verify
 from deferral_train.serving.config import ServingConfig
 from deferral_train.serving.counters import Counters
 from deferral_train.serving.proposals import Proposals
 from deferral_train.serving.requests import Request, Requests
 from deferral_train.serving.tally import tally
+from deferral_train.serving.timed import watch_head
 
 log = logging.getLogger("vllm.deferral_train")  # below vllm's logger, so that the engine formats it
 
@@ -31,7 +34,8 @@ class Step:
 
     Attributes:
         members: rows of the batch that have drafts. names, requests: theirs.
-        drafted: [R, T] int64. lengths: [R]. counts: drafted positions in the engine's layout, per member.
+        drafted: [R, T] int64 and lengths: [R] int64, on the host. counts: drafted positions in the engine's layout,
+            per member.
         temperatures: per member. generators: random stream of a member with a seed, by place among the members.
         cut: members whose block ends at an id that the engine marked invalid.
     """
@@ -39,8 +43,8 @@ class Step:
     members: list[int]
     names: list[str]
     requests: list[Request]
-    drafted: Tensor
-    lengths: Tensor
+    drafted: np.ndarray
+    lengths: np.ndarray
     counts: list[int]
     temperatures: list[float]
     generators: dict[int, torch.Generator]
@@ -70,22 +74,27 @@ class Seam:
         logger: Any | None,
         seed: int,
     ) -> None:
-        self.runner, self.config, self.rule = runner, config, rule
-        self.requests = Requests(config, rule, mismatch)
-        self.counters, self.logger = counters, logger
-        self.shadow = config.mode == "shadow"
-        wants = rule.needs | (
-            {"drafter_hidden", "verifier_hidden"} if config.log and config.log.hidden else set()
-        )
-        self.hidden = {role for role in ("drafter", "verifier") if f"{role}_hidden" in wants}
-        self.proposals = Proposals("drafter" in self.hidden)
+        self.runner, self.counters, self.logger = runner, counters, logger
+        self.adopt(config, rule, mismatch)
         device = runner.device
         self.generator = torch.Generator(device=device).manual_seed(seed)
         self.shadow_generator = torch.Generator(device=device).manual_seed(seed + 1)
         self.sampler: Any = None
-        self.scheduled, self.consulted, self.opted_out = 0, 0, 0
+        self.wanted, self.consulted = 0, 0  # blocks of requests with a rule, and those that it decided
         self._sample_hidden: Tensor | None = None
         self._closed = False
+
+    def adopt(self, config: ServingConfig, rule: Rule, mismatch: Sequence[str] = ()) -> None:
+        """The settings in force from the next step on; what was known of requests is forgotten."""
+        self.config, self.rule, self.shadow = config, rule, config.mode == "shadow"
+        self.requests = Requests(config, rule, mismatch)
+        wants = rule.needs | (
+            {"drafter_hidden", "verifier_hidden"} if config.log and config.log.hidden else set()
+        )
+        self.hidden = {role for role in ("drafter", "verifier") if f"{role}_hidden" in wants}
+        self.previous = [name for name in PREVIOUS_TOKENS if name in rule.needs]
+        self.proposals = Proposals("drafter" in self.hidden)
+        watch_head(rule, self.counters)
 
     # What the runner's wrapped methods call
 
@@ -95,7 +104,8 @@ class Seam:
             raise RuntimeError(
                 "deferral: the engine's rejection sampler was replaced after start; no rule is in force"
             )
-        self.scheduled += bool(state.scheduler_output.scheduled_spec_decode_tokens)
+        drafted = state.scheduler_output.scheduled_spec_decode_tokens
+        self.wanted += sum(not self.request(name).plan.rule.is_lossless for name in drafted)
         self._sample_hidden = state.sample_hidden_states if "verifier" in self.hidden else None
         if len(self.requests) > len(self.runner.requests):
             gone = self.requests.keep_only(self.runner.requests.__contains__)
@@ -130,37 +140,32 @@ class Seam:
         members = [row for row, count in enumerate(counts) if count > 0]
         names = [self.runner.input_batch.req_ids[row] for row in members]
         requests = [self.request(name) for name in names]
-        self.opted_out += sum(request.refused is not None for request in requests)
         if all(request.idle for request in requests) and (
             sampling_metadata.all_greedy or self.runner.device.type != "cpu"
         ):
             self.counters.add("engine_steps")
             return None
         counts = [counts[row] for row in members]
-        drafted = spread(metadata.draft_token_ids.long(), counts)
-        lengths = torch.tensor(counts, device=drafted.device)
-        cut: list[int] = []
-        invalid = (drafted < 0) & (
-            torch.arange(drafted.shape[1], device=drafted.device) < lengths.unsqueeze(1)
-        )
-        if bool(invalid.any()):
-            cut = invalid.any(dim=1).nonzero()[:, 0].tolist()
-            first = torch.where(invalid, 1, 0).argmax(dim=1)
-            lengths = torch.where(invalid.any(dim=1), first, lengths)
-        inside = torch.arange(drafted.shape[1], device=drafted.device) < lengths.unsqueeze(1)
+        drafted = spread_host(metadata.draft_token_ids.cpu().numpy().astype(np.int64), counts)
+        lengths, place = np.array(counts), np.arange(drafted.shape[1])
+        invalid = (drafted < 0) & (place < lengths[:, None])
+        cut = invalid.any(axis=1)
+        if cut.any():
+            lengths = np.where(cut, invalid.argmax(axis=1), lengths)
+        drafted[place >= lengths[:, None]] = 0
         temperatures = [self.runner.requests[name].sampling_params.temperature for name in names]
         generators = sampling_metadata.generators
         return Step(
             members,
             names,
             requests,
-            torch.where(inside, drafted, 0),
+            drafted,
             lengths,
             counts,
             temperatures,
             {place: generators[row] for place, row in enumerate(members) if row in generators},
             self._positions(metadata, names, counts),
-            cut,
+            np.flatnonzero(cut).tolist(),
         )
 
     def _positions(self, metadata: Any, names: list[str], counts: list[int]) -> Tensor | None:
@@ -187,15 +192,14 @@ class Seam:
         plans = [request.plan for request in step.requests]
         served = [Plan()] * len(plans) if self.shadow else plans
         outcome = verify(rows, served, self._numbers(step, rows, self.generator, own=True))
-        self.consulted += sum(not plan.rule.is_lossless for plan in plans)
         self.counters.add("steps")
-        tally(self.counters, rows, outcome, "")
+        tally(self.counters, step.lengths, outcome, "")
         self.counters.add("verdict_seconds", time.perf_counter() - began)
         if self.shadow:
             began = time.perf_counter()
             numbers = self._numbers(step, rows, self.shadow_generator, own=False)
             imagined = verify(rows, plans, numbers)
-            tally(self.counters, rows, imagined, "shadow_")
+            tally(self.counters, step.lengths, imagined, "shadow_")
             self._charge(step, imagined)
             self.counters.add("shadow_seconds", time.perf_counter() - began)
         else:
@@ -205,6 +209,8 @@ class Seam:
         return outcome
 
     def _charge(self, step: Step, outcome: Outcome) -> None:
+        wanted = sum(not request.plan.rule.is_lossless for request in step.requests)
+        self.consulted += wanted - len(outcome.unlawful)
         for name, rows in (("drafter_law", outcome.unlawful), ("fault", outcome.faults)):
             if rows:
                 self.counters.add(f"refused_{name}", len(rows))
@@ -224,24 +230,35 @@ class Seam:
             known and (probabilistic or temperature < GREEDY_BELOW)
             for known, temperature in zip(have, step.temperatures)
         ]
-        context = {}
-        if step.positions is not None and "position" in self.rule.needs:
-            context["position"] = step.positions
-        if states is not None:
-            context["drafter_hidden"] = states
-        if self._sample_hidden is not None:
-            context["verifier_hidden"] = spread(self._sample_hidden[indices], step.counts)
+        device = self.runner.device
         return Rows(
-            step.drafted,
-            step.lengths,
+            torch.from_numpy(step.drafted).to(device),
+            torch.from_numpy(step.lengths).to(device),
             spread(processed, step.counts),
             step.temperatures,
             laws,
             lawful,
             None if sampling is None else spread(sampling, step.counts),
-            context,
+            self._context(step, states, indices),
             step.cut,
         )
+
+    def _context(self, step: Step, states: Tensor | None, indices: Tensor) -> dict[str, Tensor]:
+        """Summary fields [R, T, ..] that logits do not give, as far as the rule or the log asks for them."""
+        context, device = {}, self.runner.device
+        if step.positions is not None and "position" in self.rule.needs:
+            context["position"] = step.positions
+        if self.previous:
+            said = [self.runner.requests[name].output_token_ids for name in step.names]
+            found = previous_tokens(said, step.drafted, len(PREVIOUS_TOKENS))
+            for back, name in enumerate(PREVIOUS_TOKENS):
+                if name in self.previous:
+                    context[name] = torch.from_numpy(found[back]).to(device)
+        if states is not None:
+            context["drafter_hidden"] = states
+        if self._sample_hidden is not None:
+            context["verifier_hidden"] = spread(self._sample_hidden[indices], step.counts)
+        return context
 
     def _numbers(self, step: Step, rows: Rows, generator: torch.Generator, own: bool) -> Tensor | None:
         """Random numbers [R, T+1]; a row with a seed has its own stream, whoever its neighbours are."""
@@ -271,17 +288,25 @@ class Seam:
         """Finish the traces; a rule that was never consulted is an error.
 
         Raises:
-            RuntimeError: drafted blocks were verified and the rule was not asked once.
+            RuntimeError: see `check_consulted`.
         """
         if self._closed:
             return
         self._closed = True
         if self.logger is not None:
             self.logger.close()
-        if self.scheduled and not self.consulted and not self.opted_out and not self.rule.is_lossless:
+        self.check_consulted()
+
+    def check_consulted(self) -> None:
+        """Whether the rule decided where it was to.
+
+        Raises:
+            RuntimeError: blocks of requests with the rule were drafted, and it was not asked about one of them.
+        """
+        if self.wanted and not self.consulted:
             message = (
-                f"deferral: rule {self.config.spec} was configured and never consulted in {self.scheduled} steps with "
-                "drafted tokens"
+                f"deferral: rule {self.config.spec} was configured and never consulted over {self.wanted} drafted "
+                "blocks of requests that it was for"
             )
             log.error(message)
             raise RuntimeError(message)
@@ -289,9 +314,33 @@ class Seam:
 
 def spread(flat: Tensor, counts: list[int]) -> Tensor:
     """Drafted positions [N, ..] of the engine's flat layout as [R, T, ..]; a view where all rows are as long."""
-    longest = max(counts)
-    if min(counts) == longest:
-        return flat.view(len(counts), longest, *flat.shape[1:])
-    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    steps = np.minimum(np.arange(longest)[None, :], np.array(counts)[:, None] - 1)
-    return flat[torch.from_numpy(starts[:, None] + steps).to(flat.device)]
+    if min(counts) == max(counts):
+        return flat.view(len(counts), counts[0], *flat.shape[1:])
+    return flat[torch.from_numpy(_places(counts)).to(flat.device)]
+
+
+def spread_host(flat: np.ndarray, counts: list[int]) -> np.ndarray:
+    """As `spread`, on the host; always a copy."""
+    return flat[_places(counts)]
+
+
+def _places(counts: list[int]) -> np.ndarray:
+    """Where the positions [R, T] lie in the flat layout; beyond a row's end its last one again."""
+    sizes = np.array(counts)
+    steps = np.minimum(np.arange(sizes.max()), sizes[:, None] - 1)
+    return (sizes.cumsum() - sizes)[:, None] + steps
+
+
+def previous_tokens(said: Sequence[Sequence[int]], drafted: np.ndarray, back: int) -> np.ndarray:
+    """The tokens generated 1 .. ``back`` places before each drafted one, [back, R, T]; -1 where there is none.
+
+    Args:
+        said: what each request has generated so far. drafted: [R, T].
+    """
+    before = np.full((len(said), back), -1, dtype=np.int64)
+    for row, tokens in enumerate(said):
+        last = list(tokens[-back:])
+        before[row, back - len(last) :] = last
+    whole = np.concatenate([before, drafted], axis=1)
+    width = drafted.shape[1]
+    return np.stack([whole[:, back - places : back - places + width] for places in range(1, back + 1)])

@@ -69,7 +69,9 @@ def test_the_quick_summary_is_the_summary(small: int, monkeypatch: pytest.Monkey
     for name in fields:
         torch.testing.assert_close(found[name], expected[name], atol=1e-13, rtol=1e-12)
     before = {name: value.clone() for name, value in found.items()}
-    quick.summarize_greedy(fields, verifier[:, :4], drafter, token)
+    turned = quick.summarize_greedy(fields, verifier[:, :4], drafter, token)
+    assert turned["kl"][1].isinf().all()  # the first law gives what the second forbids
+    torch.testing.assert_close(turned["reverse_kl"], expected["kl"], atol=1e-13, rtol=1e-12)
     assert all(torch.equal(found[name], before[name]) for name in fields)  # nothing points into kept memory
     drafter[0, 1, 2] = torch.nan
     with pytest.raises(InputError, match="drafter_logits has NaN"):

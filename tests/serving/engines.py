@@ -10,7 +10,6 @@ import torch
 
 from deferral_train.serving.config import ServingConfig
 from deferral_train.serving.counters import SCALARS
-from deferral_train.serving.requests import Requests
 
 VOCABULARY, DRAFTS, LENGTH = 40, 4, 160
 
@@ -101,8 +100,7 @@ def use(llm: Any, **settings: Any) -> Any:
     """Put other settings into a running engine (a start costs seconds) and set its counters to zero."""
     seam = seam_of(llm)
     config = ServingConfig.parse(settings)
-    seam.config, seam.rule, seam.shadow = config, config.make_rule(), config.mode == "shadow"
-    seam.requests = Requests(config, seam.rule)
+    seam.adopt(config, config.make_rule())
     seam.counters.values[:] = 0
     return seam
 

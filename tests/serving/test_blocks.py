@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deferral_train.rules import Origin, make_rule, verify_block
+from deferral_train.heads import GapHead
+from deferral_train.rules import RULES, LawRule, Origin, make_rule, verify_block
+from deferral_train.serving import blocks
 from deferral_train.serving.blocks import Plan, Rows, verify
 from deferral_train.serving.counters import Counters
+from deferral_train.serving.greedy import ElsewhereError
 from deferral_train.serving.tally import tally
 
 R, T, V = 12, 3, 9
@@ -65,6 +68,38 @@ def test_mixed_rows_are_verified_as_each_would_be_alone():
     assert not outcome.unlawful
     assert not outcome.faults
     assert outcome.loss.sum() > 0
+
+
+HEAD = GapHead(("drafter_max", "kl", "draft_position", "position"), hidden=(4,))
+GREEDY = {name: make_rule(name) for name in RULES if name not in ("judge", "learned", "verifier_only")}
+GREEDY |= {"learned": make_rule("learned", head=HEAD, alpha=0.05)}
+GREEDY |= {f"{name}, strict": rule.with_dial(rule.dial.low) for name, rule in GREEDY.items() if rule.dial}
+
+
+@pytest.mark.parametrize("limit", [None, 0.0, 0.15, 0.6])
+def test_greedy_rows_get_from_numpy_what_verify_block_gives_them(limit, monkeypatch):
+    block = rows([0.0] * R)
+    block.verifier[::5, :, 2] = -torch.inf  # forbidden by a processor
+    block.verifier[3, 1] = block.verifier[3, 1].round()  # ties
+    block.context = {"position": torch.arange(R * T).view(R, T)}
+    own, taken = blocks.verify_greedy, []
+    for name, rule in GREEDY.items():
+        plans = [Plan(rule, limit, 0.02 * (row % 3)) for row in range(R)]
+        taken.clear()
+        monkeypatch.setattr(blocks, "verify_greedy", lambda *a: (taken.append(own(*a)), taken[-1])[1])
+        short = verify(block, plans, None)
+        known = not isinstance(rule, LawRule) and rule.name != "fuzzy"  # which reads a divergence of its own
+        assert bool(taken) == (known or rule.is_lossless), name
+        monkeypatch.setattr(blocks, "verify_greedy", elsewhere)
+        whole = verify(block, plans, None)
+        for field in ("accepted", "correction", "origin", "deferred"):
+            assert torch.equal(getattr(short, field), getattr(whole, field)), (name, field)
+        torch.testing.assert_close(short.loss, whole.loss, atol=1e-5, rtol=0)
+    assert 0 < int(short.accepted.sum()) < int(block.lengths.sum())
+
+
+def elsewhere(*arguments):
+    raise ElsewhereError
 
 
 def test_without_a_drafter_law_a_rule_that_reads_it_is_served_lossless_and_named():
@@ -129,7 +164,7 @@ def test_a_block_that_a_grammar_cut_draws_its_next_token_here(temperature):
 def test_counters_add_up_on_every_row():
     counters, block = Counters(), rows([1.0] * R)
     outcome = verify(block, [Plan(make_rule("opt", alpha=0.1))] * R, numbers())
-    tally(counters, block, outcome, "")
+    tally(counters, block.lengths.numpy(), outcome, "")
     names = ("kept", "accepted", "rejected", "discarded")
     assert counters.get("drafted") == int(block.lengths.sum()) == sum(counters.get(name) for name in names)
     assert (

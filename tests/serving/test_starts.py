@@ -229,6 +229,10 @@ def test_a_sampler_that_was_replaced_and_a_rule_that_was_never_asked_are_errors(
         seam.note(None)
     runner.rejection_sampler = seam.sampler
     seam.sampler.forward = super(type(seam.sampler), seam.sampler).forward
-    generate(engine, prompts(2))
-    with pytest.raises(RuntimeError, match=r"opt:alpha=0\.2 was configured and never consulted in"):
+    generate(engine, prompts(2), {"deferral_lossless": True})
+    seam.check_consulted()  # nobody wanted the rule
+    generate(engine, prompts(2), [{"deferral_lossless": True}, None])
+    with pytest.raises(
+        RuntimeError, match=r"opt:alpha=0\.2 was configured and never consulted over \d+ drafted"
+    ):
         stop(engine)
