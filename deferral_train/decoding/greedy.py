@@ -7,22 +7,17 @@ gives, which the tests check for every rule; anything else goes there.
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from deferral_train.decoding.outcome import Outcome, outcome_greedy, to_host
 from deferral_train.decoding.proposing import Draft
 from deferral_train.errors import InputError
-from deferral_train.rules.base import LawRule, Rule
-from deferral_train.rules.greedy_block import decide_block, on_host
+from deferral_train.rules import quick
+from deferral_train.rules.base import LawRule, PositionRule, Rule
 from deferral_train.rules.laws import Laws, lowest_argmax
 from deferral_train.rules.scoring import decide
-from deferral_train.rules.summary import Summary
-
-NOT_FINITE = "the verifier's logits are NaN or infinite; check its weights and number format"
+from deferral_train.rules.summary import CONTEXT_FIELDS, Summary
 
 
 def is_plain(rule: Rule, bonus: str, max_request_loss: float | None, sampling: Tensor | None) -> bool:
@@ -42,68 +37,38 @@ def judge_greedy(rule: Rule, draft: Draft, verifier_logits: Tensor, context: Sum
     Raises:
         InputError: logits that are not finite.
     """
-    if draft.on_host is not None and isinstance(draft.proposed, list) and on_host(verifier_logits):
-        return _judge_on_host(rule, draft, draft.on_host, draft.proposed, verifier_logits.numpy(), context)
+    depth = draft.depth
     best = lowest_argmax(verifier_logits)
     top = verifier_logits.amax(dim=-1)  # NaN where there is one
     columns = [best, torch.isfinite(top)]
-    decides = not rule.is_lossless and draft.depth > 0
+    decides = not rule.is_lossless and depth > 0
     if decides:
         columns += decisions(rule, draft, verifier_logits, context)
-    found = to_host(*columns, draft.tokens, draft.lengths[:, None])
+    if draft.on_host is None or not isinstance(draft.proposed, list):
+        columns += [draft.tokens, draft.lengths[:, None]]
+    found = to_host(*columns)
     if not all(all(row) for row in found[1]):
-        raise InputError(NOT_FINITE)
+        raise InputError("the verifier's logits are NaN or infinite; check its weights and number format")
     deferrals, kept = (found[2], found[3]) if decides else (None, None)
+    if draft.on_host is not None and isinstance(draft.proposed, list):
+        return outcome_greedy(found[0], draft.on_host, draft.proposed, kept, deferrals)
     return outcome_greedy(found[0], found[-2], [row[0] for row in found[-1]], kept, deferrals)
 
 
-def _judge_on_host(
-    rule: Rule,
-    draft: Draft,
-    tokens: list[list[int]],
-    proposed: list[int],
-    verifier: Any,
-    context: Summary | None,
-) -> Outcome:
-    """The same from arrays and lists alone; a block's few numbers cost less there than as small tensors."""
-    best = verifier.argmax(axis=-1)
-    favourites = best.tolist()
-    for logits, tops in zip(verifier, favourites):
-        if not math.isfinite(sum([logits[place, top].item() for place, top in enumerate(tops)])):
-            raise InputError(NOT_FINITE)
-    kept = deferred = None
-    if not rule.is_lossless and draft.depth > 0:
-        deferred, kept = decisions_on_host(rule, draft, tokens, verifier, best, context)
-    return outcome_greedy(favourites, tokens, proposed, kept, deferred)
-
-
-def decisions_on_host(
-    rule: Rule, draft: Draft, tokens: list[list[int]], verifier: Any, best: Any, context: Summary | None
-) -> tuple[list[list[bool]], list[list[bool]]]:
-    """All that a rule costs on a CPU: which drafted tokens are deferred, and which stand by its leave, [B][T]."""
-    found = decide_block(rule, draft.decisions, verifier, best, draft.tokens, context)
-    if found is None:
-        columns = decisions(rule, draft, torch.from_numpy(verifier), context)
-        return columns[0].tolist(), columns[1].tolist()
-    deferred = found.tolist()
-    kept = [
-        [
-            not flag and rows[place, token] > -math.inf
-            for place, (flag, token) in enumerate(zip(flags, drafted))
-        ]
-        for rows, flags, drafted in zip(verifier, deferred, tokens)
-    ]
-    return deferred, kept
-
-
 def decisions(rule: Rule, draft: Draft, verifier_logits: Tensor, context: Summary | None) -> list[Tensor]:
-    """The same from whole laws, as tensors [B, T]."""
+    """All that a rule costs here: which drafted tokens are deferred, and which stand by its leave; bool [B, T]."""
     depth = draft.depth
     drafter, verifier = draft.logits[:, :depth], verifier_logits[:, :depth]
     if context is not None:
         context = Summary({name: context[name][:, :depth] for name in context.names})
-    laws = Laws.of(drafter, verifier, 0.0)
-    deferred = decide(rule, laws, rule.read(laws, draft.tokens, context), draft.tokens)
-    assert deferred is not None  # law rules are not plain
+    if isinstance(rule, PositionRule) and quick.knows(rule.needs - CONTEXT_FIELDS, drafter, verifier):
+        summary = quick.summarize_greedy(rule.needs - CONTEXT_FIELDS, drafter, verifier, draft.tokens)
+        deferred = rule.defer(summary if context is None else summary.with_fields(context))
+        deferred = deferred.expand(draft.tokens.shape)
+    else:
+        laws = Laws.of(drafter, verifier, 0.0)
+        found = decide(rule, laws, rule.read(laws, draft.tokens, context), draft.tokens)
+        assert found is not None  # law rules are not plain
+        deferred = found
     allowed = verifier.gather(2, draft.tokens[..., None])[..., 0] > -torch.inf
     return [deferred, ~deferred & allowed]
