@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from deferral_train.decoding.compiled import check_compile
 from deferral_train.decoding.facts import facts_of
 from deferral_train.decoding.stopping import check_stop
 from deferral_train.drafting.given import GivenDraft
@@ -44,6 +45,7 @@ class Request:
     token_streamer: Any
     token_log: Any
     vocab_size: int | None
+    compile: str
     model_kwargs: dict[str, Any]
 
 
@@ -60,6 +62,7 @@ def check_request(request: Request) -> None:
     _check_configuration(request)
     _check_lengths(request)
     _check_cache(request.model_kwargs)
+    check_compile(request.compile, [*request.drafters, request.model])
 
 
 def _check_settings(request: Request) -> None:
@@ -70,6 +73,14 @@ def _check_settings(request: Request) -> None:
         raise InputError(f"num_draft_tokens is {count!r}; draft at least 1 token")
     if request.bonus not in BONUSES:
         raise InputError(f"bonus is {request.bonus!r}; use one of {', '.join(BONUSES)}")
+    if "verifier_hidden_at_token" in request.rule.needs and (
+        request.bonus == "exact" or request.execution != "speculative"
+    ):
+        raise InputError(
+            f"rule {request.rule.name} reads verifier_hidden_at_token, which only a drafted token has once the "
+            f"verifier has read it, and bonus is {request.bonus!r}, execution {request.execution!r}; use bonus "
+            "'verifier' and execution 'speculative'"
+        )
     limit = request.max_request_loss
     if limit is not None and not limit >= 0:
         raise InputError(f"max_request_loss is {limit}; give a bound >= 0")

@@ -17,12 +17,11 @@ from deferral_train.decoding.criteria import EndOfRow
 from deferral_train.decoding.executions import execute
 from deferral_train.decoding.facts import facts_of
 from deferral_train.decoding.given_drafting import GivenProposer
-from deferral_train.decoding.hidden import HiddenTap, tap_hidden
 from deferral_train.decoding.laws import SamplingLaws
 from deferral_train.decoding.loop import Cascade
 from deferral_train.decoding.proposing import ModelProposer, Proposer
+from deferral_train.decoding.static_stepper import Room, Work, stepper_for
 from deferral_train.decoding.stats import GenerationStats, Ledger
-from deferral_train.decoding.stepper import Stepper
 from deferral_train.decoding.stopping import StopDrafting
 from deferral_train.decoding.tokens import TokenRows
 from deferral_train.drafting.counts import ReviewCounts
@@ -70,6 +69,7 @@ def cascade_generate(
     token_log: Any = None,
     vocab_size: int | None = None,
     rows_at_once: int | None = None,
+    compile: str = "auto",
     **model_kwargs: Any,
 ) -> Tensor | CascadeOutput:
     """Decode with a drafter and a verifier under a deferral rule; use as::
@@ -104,6 +104,9 @@ def cascade_generate(
             :mod:`deferral_train.decoding.token_log`.
         vocab_size: ids that both models know, where one or both pad their vocabulary beyond it.
         rows_at_once: most rows that run at a time, default all; others take the places of those that end.
+        compile: passes of fixed shape, see :mod:`deferral_train.decoding.compiled`. ``auto``: CUDA graphs on CUDA
+            where the model allows it, else ``off``; ``static``: CUDA graphs, or on a CPU the shapes alone;
+            ``inductor``, ``aot_eager``, ``eager``: through that backend of ``torch.compile``; ``off``.
 
     Returns:
         sequences [R, L], or :class:`CascadeOutput` where the configuration asks for a dictionary.
@@ -121,7 +124,7 @@ def cascade_generate(
         drafters, num_draft_tokens, depth = [], given.longest, given.longest
     request = checks.Request(
         model, drafters, plan, input_ids, generation_config, rule, num_draft_tokens, execution, bonus,
-        max_request_loss, stop, token_streamer, token_log, vocab_size,
+        max_request_loss, stop, token_streamer, token_log, vocab_size, compile,
         model_kwargs,
     )  # fmt: skip
     checks.check_request(request)
@@ -139,15 +142,17 @@ def cascade_generate(
     ledger = Ledger(len(input_ids), num_draft_tokens)
     with contextlib.ExitStack() as stack:
         models = [*drafters, model]
-        taps = _taps(stack, models, rule, stop)
+        hidden = _hidden_read(models, rule, stop)
         encoders = _encoders(models, model_kwargs, inputs_tensor, drafter_inputs, len(input_ids))
         margin = depth + 2 if execution == "speculative" else None
         size = vocab_size or facts_of(model).vocab_size
         capacity = min(tokens.ids.shape[1], tokens.prompt_length + 256)
-        steppers = [
-            Stepper(one, tokens, capacity, margin, size, encoder, tap)
-            for one, encoder, tap in zip(models, encoders, taps)
-        ]
+        room, recurring = Room(capacity, margin, size), _recurring(request, depth)
+        steppers, ways = [], []
+        for one, encoder, read, passes in zip(models, encoders, hidden, recurring):
+            stepper, way = stepper_for(stack, Work(one, encoder, read, passes), tokens, room, compile)
+            steppers.append(stepper)
+            ways.append(way)
         proposer: Proposer
         if given is not None:
             proposer = GivenProposer(given, tokens, size)
@@ -169,6 +174,9 @@ def cascade_generate(
     if token_streamer is not None:
         token_streamer.end()
     stats = ledger.finish(cascade.verifier.passes, sum(one.passes for one in proposer.steppers))
+    stats.ways.update(
+        zip([*(f"drafter {n}" if n else "drafter" for n in range(len(drafters))), "verifier"], ways)
+    )
     sequences = tokens.sequences()
     if not generation_config.return_dict_in_generate:
         return sequences
@@ -189,13 +197,23 @@ def _prompt_mask(model: Any, model_kwargs: dict[str, Any]) -> Tensor | None:
     return model_kwargs.get(name)
 
 
-def _taps(
-    stack: contextlib.ExitStack, models: Sequence[Any], rule: Rule, stop: StopDrafting | None
-) -> list[HiddenTap | None]:
-    """A tap per model, drafters first and the verifier last; None where nobody reads its hidden states."""
+def _hidden_read(models: Sequence[Any], rule: Rule, stop: StopDrafting | None) -> list[bool]:
+    """Whether anybody reads a model's hidden states, drafters first and the verifier last."""
     asked = rule.needs | (stop.needs if stop is not None else frozenset())
-    fields = ["drafter_hidden"] * (len(models) - 1) + ["verifier_hidden"]
-    return [stack.enter_context(tap_hidden(one, field in asked)) for one, field in zip(models, fields)]
+    read = [bool(asked & {"drafter_hidden"})] * (len(models) - 1)
+    read.append(bool(asked & {"verifier_hidden", "verifier_hidden_at_token"}))
+    return read
+
+
+def _recurring(request: checks.Request, depth: int) -> list[tuple[tuple[int, int], ...]]:
+    """Per model the passes that recur, as (columns, logits); none where their widths change from pass to pass."""
+    if request.plan is not None or not request.drafters:
+        return [()] * (len(request.drafters) + 1)
+    alone = request.rule.name == "drafter_only" and request.max_request_loss is None
+    verifies = request.execution == "speculative" and not alone
+    block = depth + 1 if request.rule.drafts else 1
+    # Behind a block that was emitted whole, the drafter has not seen its last token.
+    return [((1, 1), (2, 1)), ((block, block),) if verifies else ()]
 
 
 def _prompts(

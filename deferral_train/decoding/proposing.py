@@ -18,7 +18,7 @@ from deferral_train.decoding.criteria import EndOfRow
 from deferral_train.decoding.laws import SamplingLaws
 from deferral_train.decoding.stepper import Stepper
 from deferral_train.decoding.stopping import DraftStep, StopDrafting
-from deferral_train.decoding.tokens import TokenRows
+from deferral_train.decoding.tokens import TokenRows, on_device
 
 
 @dataclass
@@ -57,7 +57,9 @@ class Draft:
     @cached_property
     def lengths(self) -> Tensor:
         """``proposed`` as a tensor [B]."""
-        return torch.as_tensor(self.proposed, device=self.tokens.device)
+        if isinstance(self.proposed, Tensor):
+            return self.proposed
+        return on_device(self.proposed, self.tokens.device)
 
     @cached_property
     def logits(self) -> Tensor:
@@ -207,7 +209,7 @@ class ModelProposer:
         if not self.watches:
             ends = self.ends.is_eos(tokens)
             first = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, drawn) if drawn else 0
-            proposed = torch.tensor(limits, device=tokens.device).clamp_(max=first)
+            proposed = on_device(limits, tokens.device).clamp(max=first)
         return Draft(
             tokens,
             proposed,

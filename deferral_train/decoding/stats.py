@@ -42,6 +42,7 @@ class GenerationStats:
         origin: [R, N] int8, an :class:`~deferral_train.rules.verify.Origin` per emitted token, NONE after.
         spent: [R] float64, estimated loss spent under ``max_request_loss``, else None.
         verifier_passes, drafter_passes: forward passes of the whole batch.
+        ways: how each model's passes ran, in words: ``dynamic``, ``dynamic: REASON``, ``static, CUDA graphs`` ..
     """
 
     counts: dict[str, Tensor]
@@ -50,6 +51,7 @@ class GenerationStats:
     spent: Tensor | None
     verifier_passes: int
     drafter_passes: int
+    ways: dict[str, str] = field(default_factory=dict)
 
     def __getattr__(self, name: str) -> Tensor:
         if name in COUNTS:
@@ -99,6 +101,7 @@ class GenerationStats:
             spent=torch.cat(spent) if spent else None,
             verifier_passes=sum(part.verifier_passes for part in parts),
             drafter_passes=sum(part.drafter_passes for part in parts),
+            ways={name: way for part in parts for name, way in part.ways.items()},
         )
 
 

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from deferral_train.decoding.caches import RowCache
 from deferral_train.decoding.facts import facts_of
 from deferral_train.decoding.hidden import HiddenTap
-from deferral_train.decoding.tokens import TokenRows
+from deferral_train.decoding.tokens import TokenRows, on_device
 
 
 class Stepper:
@@ -128,7 +128,7 @@ class Stepper:
     def _mask_and_positions(self, inputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
         if not any(self.cache.pads):
             return None, None  # the model's own default, and the fastest path
-        pads = torch.tensor(self.cache.pads, device=inputs.device)[:, None]
+        pads = on_device(self.cache.pads, inputs.device)[:, None]
         columns = torch.arange(self.cache.width + inputs.shape[1], device=inputs.device)[None]
         positions = (columns[:, self.cache.width :] - pads).clamp_(min=0)
         return (columns >= pads).long(), positions

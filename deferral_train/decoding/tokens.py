@@ -51,6 +51,7 @@ class TokenRows:
         self.ids[:, : self.prompt_length] = input_ids
         # On a CPU small reads and writes go through NumPy, at a fraction of a tensor operation's price.
         self._host = self.ids.numpy() if self.ids.device.type == "cpu" else None
+        self._sent: tuple[list[int], Tensor] | None = None
         self.pad_token_id = pad_token_id
         self.max_length = max_length
         self.pads = left_padding(mask, count)
@@ -117,8 +118,7 @@ class TokenRows:
 
     def put(self, offsets: Tensor, values: Tensor) -> None:
         """One token per running row, ``offsets`` [B] columns behind its end."""
-        ends = torch.tensor(self.lengths, device=self.device)
-        self.ids[self.index, ends + offsets] = values
+        self.ids[self.index, self._ends_on_device + offsets] = values
 
     def put_last(self, blocks: Sequence[Sequence[int]]) -> None:
         """Of each row's ``blocks[b]``, whose other tokens are written already, the last one."""
@@ -136,9 +136,15 @@ class TokenRows:
             where = torch.tensor([rows, columns, values], device=self.device)
             self.ids[where[0], where[1]] = where[2]
 
+    @property
+    def _ends_on_device(self) -> Tensor:
+        """``lengths`` [B] as a tensor, sent to the device once for every change."""
+        if self._sent is None or self._sent[0] is not self.lengths:
+            self._sent = self.lengths, on_device(self.lengths, self.device)
+        return self._sent[1]
+
     def _columns(self, first: int, last: int) -> Tensor:
-        ends = torch.tensor(self.lengths, device=self.device)[:, None]
-        return ends + torch.arange(first, last, device=self.device)[None]
+        return self._ends_on_device[:, None] + torch.arange(first, last, device=self.device)[None]
 
     def extend(self, counts: Sequence[int]) -> None:
         """Rows have grown by ``counts`` tokens, already written."""
@@ -193,6 +199,12 @@ class TokenRows:
     def emitted(self, row: int) -> Tensor:
         """Tokens that row ``row`` of the call has emitted so far."""
         return self.ids[row, self.prompt_length : self.final_lengths[row]]
+
+
+def on_device(values: Sequence[int] | Tensor, device: torch.device) -> Tensor:
+    """Host integers as an int64 tensor on ``device``. On CUDA the host does not wait for what the device is doing."""
+    host = torch.as_tensor(values, dtype=torch.long)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def left_padding(mask: Tensor | None, count: int) -> list[int]:
