@@ -16,6 +16,7 @@ from deferral_train import provenance
 from deferral_train.collecting.config import HIDDEN, CollectConfig
 from deferral_train.errors import InputError, MissingExtraError
 from deferral_train.pairs.encode import EncodedPrompt, encode_prompts
+from deferral_train.pairs.fingerprint import model_facts
 from deferral_train.pairs.load import ModelPair
 from deferral_train.pairs.prompts import Prompt, read_prompts
 from deferral_train.traces import Chunk, Manifest
@@ -117,9 +118,10 @@ def make_plan(
         truth="teacher" if teacher else None,
         seed=config.seed,
         chunking={"chunk_prompts": config.chunk_prompts, "batch_tokens": batch_tokens},
-        prompts={"sha256": _hash(kept, config.on_policy), "given": len(prompts), **notices},
+        prompts={"sha256": prompts_hash(kept, config.on_policy), "given": len(prompts), **notices},
         settings=config.deciding(),
-        provenance=provenance.collect({"seed": config.seed}),
+        provenance=provenance.collect({"seed": config.seed})
+        | {"models": {role: model_facts(getattr(pair, role)) for role in ("drafter", "verifier")}},
     )
     most = config.new_tokens or 0
     rows = [sum(most if config.on_policy else len(kept[n].reference_ids) for n in c.prompts) for c in chunks]
@@ -243,7 +245,8 @@ def fingerprint(model: Any) -> dict[str, str]:
     return {"config": provenance.hash_of(kind), "weights": digest.hexdigest()[:16]}
 
 
-def _hash(prompts: Sequence[EncodedPrompt], on_policy: bool) -> str:
+def prompts_hash(prompts: Sequence[EncodedPrompt], on_policy: bool) -> str:
+    """Hash of ids and encoded texts, references only where they are the prefixes."""
     digest = hashlib.sha256()
     for prompt in prompts:
         reference = [] if on_policy else prompt.reference_ids

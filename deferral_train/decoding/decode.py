@@ -18,6 +18,7 @@ from deferral_train.decoding.summary import summarize_rule
 from deferral_train.decoding.token_log import TokenLog
 from deferral_train.errors import InputError
 from deferral_train.pairs.encode import EncodedPrompt
+from deferral_train.pairs.fingerprint import model_facts
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.rules.base import Rule
 from deferral_train.rules.registry import make_rule
@@ -98,7 +99,10 @@ def decode(
         ) from error
     for contestant in contestants:
         check_consulted(contestant.counters, contestant.drafted)
-    summary = _summary(folder, named, mismatches, config) | {"conditions": pair.facts(config.settings)}
+    summary = _summary(folder, named, mismatches, config) | {
+        "conditions": pair.facts(config.settings),
+        "models": {role: model_facts(getattr(pair.models, role)) for role in ("drafter", "verifier")},
+    }
     provenance.write_json(folder.folder / "summary.json", summary)
     return summary
 

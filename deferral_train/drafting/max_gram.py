@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deferral_train.drafting.bigrams import BigramTable
-from deferral_train.drafting.suffixes import SuffixIndex
+from deferral_train.drafting.suffixes import Match, SuffixIndex
 from deferral_train.errors import InputError
 
 MATCHES = ("earliest", "latest")
@@ -66,10 +66,14 @@ class MaxGramText:
         self.index.shrink(end + same)
         self.index.extend(tokens[same:])
 
+    def match(self) -> Match:
+        """Where the longest suffix that has occurred before is copied from."""
+        return self.index.latest() if self.settings.match == "latest" else self.index.earliest()
+
     def propose(self, count: int) -> list[int]:
         """Up to ``count`` tokens that may come next."""
         settings, text = self.settings, self.index.text
-        match = self.index.latest() if settings.match == "latest" else self.index.earliest()
+        match = self.match()
         proposal: list[int] = []
         if match.length >= settings.least:
             begin = match.end + 1

@@ -57,13 +57,29 @@ class Layout:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Expected work per prompt, each [P, S]: verifier ``calls``, drafted positions ``judged``, ``rejected``
-    ones and, where asked for, ``deferred`` ones among the judged."""
+    """Expected work of P prompts under S settings: verifier ``calls`` [P, S] and, each [P, S, g] by place in the
+    block, drafted positions that are ``judged``, ``rejected`` ones and, where asked for, ``deferred`` ones among
+    the judged."""
 
     calls: np.ndarray
-    judged: np.ndarray
-    rejected: np.ndarray
-    deferred: np.ndarray | None = None
+    judged_at: np.ndarray
+    rejected_at: np.ndarray
+    deferred_at: np.ndarray | None = None
+
+    @cached_property
+    def judged(self) -> np.ndarray:
+        """[P, S]."""
+        return self.judged_at.sum(-1)
+
+    @cached_property
+    def rejected(self) -> np.ndarray:
+        """[P, S]."""
+        return self.rejected_at.sum(-1)
+
+    @cached_property
+    def deferred(self) -> np.ndarray | None:
+        """[P, S]."""
+        return None if self.deferred_at is None else self.deferred_at.sum(-1)
 
 
 def expected_calls(acceptance: np.ndarray, layout: Layout, num_draft_tokens: int = 5) -> np.ndarray:
@@ -94,21 +110,22 @@ def block_chain(
             that the last position within the limit is never drafted.
     """
     shape = (len(layout.lengths), acceptance.shape[1])
-    calls, judged, rejected, deferred = (np.zeros(shape, dtype=np.float64) for _ in range(4))
+    calls = np.zeros(shape, dtype=np.float64)
+    judged, rejected, deferred = (np.zeros((*shape, num_draft_tokens)) for _ in range(3))
     last = (
         np.full(len(layout.lengths), -1)
         if cut is None
         else np.where(cut, layout.starts + layout.lengths - 1, -1)
     )
     last = last[layout.longest_first]
-    for rows, place, chance in _walk(acceptance, layout, num_draft_tokens):
+    for rows, place, _ in _walk(acceptance, layout, num_draft_tokens):
         running = slice(len(rows))
         calls[running] += place[0]
-        drafted = np.where((rows == last[running])[:, None], 0, chance)
+        drafted = np.where((rows == last[running])[:, None, None], 0, np.moveaxis(place[:-1], 0, -1))
         judged[running] += drafted
-        rejected[running] += drafted * (1 - acceptance[rows])
+        rejected[running] += drafted * (1 - acceptance[rows])[..., None]
         if deferral is not None:
-            deferred[running] += drafted * deferral[rows]
+            deferred[running] += drafted * deferral[rows][..., None]
     back = np.argsort(layout.longest_first)
     return Blocks(calls[back], judged[back], rejected[back], None if deferral is None else deferred[back])
 

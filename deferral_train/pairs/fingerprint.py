@@ -42,6 +42,14 @@ def checkpoint_fingerprint(folder: str | Path) -> dict[str, Any]:
     }
 
 
+def model_facts(model: Any) -> dict[str, Any]:
+    """What a loaded model is, for tables: ``{"model_type", "parameters"}``."""
+    return {
+        "model_type": model.config.model_type,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Hash of everything that turns text to ids and back: vocabulary, special tokens, template, pipeline."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -22,6 +22,7 @@ from deferral_train.heads.export import export_head
 from deferral_train.heads.rules import learned_rule, rule_from_spec
 from deferral_train.pipeline import online, operate
 from deferral_train.pipeline import probe as ceilings
+from deferral_train.pipeline.breakdowns import break_down
 from deferral_train.pipeline.closing import close
 from deferral_train.pipeline.config import PARTS, RunConfig
 from deferral_train.pipeline.console import RunConsole
@@ -126,6 +127,8 @@ class Run:
             "evaluation/scores.json",
             "evaluation/scores.csv",
             "evaluation/prefixes.json",
+            "evaluation/breakdowns.json",
+            "evaluation/breakdowns.csv",
             "evaluation/figures",
         )
         table: list[tuple[str, str, Any, tuple[str, ...], tuple[str, ...], Callable[[Results], Any]]] = [
@@ -275,6 +278,13 @@ class Run:
         table.figures(out / "figures")
         shares = ("area", self.config.point.rejection_share)
         chosen = rule_from_spec(self.chosen(results)["spec"], typed=self.config.rules)
+        break_down(
+            self.open("test"),
+            part_path(self.folder, "test"),
+            results["pair"]["verifier"],
+            {self.chosen(results)["name"]: chosen},
+            self.config,
+        ).write(out)
         return {
             "matched": [row for row in table.matched() if row["share"] in shares],
             "bound": operate.token_risk_bound(self.open("test"), chosen, self.config.point.confidence),

@@ -17,6 +17,7 @@ from deferral_train.evaluation.frontier import VERIFIER, Point, table2
 from deferral_train.report.events import read_training
 
 TOLERANCE = 1e-4  # of sums of float32 columns
+RATES = ("acceptance", "deferral rate", "reached", "failure rate", "share of positions")  # of breakdowns
 EMITTED = ("kept", "accepted", "unverified", "resampled", "bonus")
 PROPOSED = ("kept", "accepted", "unverified", "rejected", "discarded")
 
@@ -27,9 +28,10 @@ class Run:
 
     Attributes:
         folder: the run's folder.
-        verdict, scores, skew, frontier, summary, provenance: ``verdict.json``, ``evaluation/scores.json``,
-            ``evaluation/skew.json``, ``evaluation/frontier.json``, ``decode/summary.json``, ``run.json`` (or what
-            the `decode` command left, where there was no whole run).
+        verdict, scores, skew, frontier, breakdowns, summary, provenance: ``verdict.json``,
+            ``evaluation/scores.json``, ``evaluation/skew.json``, ``evaluation/frontier.json``,
+            ``evaluation/breakdowns.json``, ``decode/summary.json``, ``run.json`` (or what the `decode` command left,
+            where there was no whole run).
         prefixes: ``evaluation/prefixes.json``, logged prefixes for the alpha slider.
         outputs, batches: rows of ``decode/outputs.jsonl`` and ``decode/batches.jsonl``.
         training: scalar curves of the fit, tag to [(step, value)].
@@ -40,6 +42,7 @@ class Run:
     scores: dict[str, Any] | None = None
     skew: dict[str, Any] | None = None
     frontier: dict[str, Any] | None = None
+    breakdowns: dict[str, Any] | None = None
     prefixes: dict[str, Any] | None = None
     summary: dict[str, Any] | None = None
     provenance: dict[str, Any] | None = None
@@ -65,6 +68,7 @@ def load_run(folder: str | Path) -> Run:
         scores=_json(root / "evaluation" / "scores.json"),
         skew=_json(root / "evaluation" / "skew.json"),
         frontier=_json(root / "evaluation" / "frontier.json"),
+        breakdowns=_json(root / "evaluation" / "breakdowns.json"),
         prefixes=_json(root / "evaluation" / "prefixes.json"),
         summary=_json(root / "decode" / "summary.json"),
         provenance=_json(root / "run.json") or _json(root / "decode" / "decode.provenance.json"),
@@ -72,7 +76,7 @@ def load_run(folder: str | Path) -> Run:
         batches=list(_lines(root / "decode" / "batches.jsonl")),
         training=read_training(root / ((verdict or {}).get("training") or "fit")),
     )
-    if not any((run.verdict, run.scores, run.frontier, run.summary, run.training)):
+    if not any((run.verdict, run.scores, run.frontier, run.breakdowns, run.summary, run.training)):
         raise InputError(
             f"run folder {root} holds nothing to report: none of verdict.json, evaluation/scores.json, "
             "decode/summary.json, fit/; run `deferral-train evaluate` or `decode` into it first"
@@ -87,6 +91,8 @@ def check(run: Run) -> None:
         check_scores(run.scores, run.folder / "evaluation" / "scores.json")
     if run.frontier is not None:
         check_frontier(run.frontier, run.folder / "evaluation" / "frontier.json")
+    if run.breakdowns is not None:
+        check_breakdowns(run.breakdowns, run.folder / "evaluation" / "breakdowns.json")
     check_outputs(run.outputs, run.folder / "decode" / "outputs.jsonl")
     if run.summary is not None and run.outputs:
         check_summary(run.summary, run.outputs, run.folder / "decode" / "summary.json")
@@ -136,6 +142,18 @@ def check_frontier(frontier: Mapping[str, Any], path: Path) -> None:
             for name in ("deferral_rate", "rejection_rate", "calls_per_token"):
                 _require(0 <= getattr(point, name) <= 1, f"{where}, {point.label}", f"0 <= {name} <= 1")
         _require(table2(points) == entry["table2"], where, "Table 2 follows from the points")
+
+
+def check_breakdowns(breakdowns: Mapping[str, Any], path: Path) -> None:
+    """Every number lies within its limits, every rate and share in [0, 1]; quantities per token or call do not."""
+    for table in breakdowns["tables"]:
+        for row in table["rows"]:
+            where = f"{path}: {table['name']}, {row['group']}"
+            for name, number in row["numbers"].items():
+                if number["low"] is not None:
+                    _require(number["low"] <= number["high"], where, f"low <= high of {name}")
+                if name in RATES:
+                    _require(-TOLERANCE <= number["value"] <= 1 + TOLERANCE, where, f"0 <= {name} <= 1")
 
 
 def check_outputs(outputs: Iterable[Mapping[str, Any]], path: Path) -> None:

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from deferral_train import provenance
 from deferral_train.report.board import write_board
+from deferral_train.report.breakdowns import breakdowns
 from deferral_train.report.frontier import frontier
 from deferral_train.report.load import Run, load_run
 from deferral_train.report.sections import answer, calibration, curves, length, online, skew, training
@@ -61,6 +62,7 @@ def render(run: Run) -> str:
         curves=curves(run),
         online=online(run),
         frontier=frontier(run),
+        breakdowns=breakdowns(run),
         training=training(run),
         calibration=calibration(run),
         skew=skew(run),

@@ -87,6 +87,7 @@ def test_every_station_left_its_output(finished):
         "head/model.safetensors",
         "head/config.json",
         "evaluation/scores.json",
+        "evaluation/breakdowns.json",
         "decode/summary.json",
         "verdict.json",
         "report.html",

@@ -70,7 +70,7 @@ def test_sections_without_input_say_so(run_folder: Path, page: str, tmp_path: Pa
     (tmp_path / "evaluation").mkdir()
     shutil.copy(run_folder / "evaluation" / "scores.json", tmp_path / "evaluation")
     bare = write_report(tmp_path).read_text(encoding="utf-8")
-    assert bare.count("Not measured in this run") == 7
+    assert bare.count("Not measured in this run") == 8
     assert "no verdict" in bare
 
 
