@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +27,16 @@ def run(
     temperature: float | None = None,
     out: str | None = None,
     seed: int = 0,
+    stop: str | None = None,
+    drafter_seconds: float | None = None,
+    verifier_seconds: float | None = None,
+    num_draft_tokens: int = 10,
 ) -> int:
     """Choose a setting from calibration prompts and store it in the exported head.
 
     From `decode` outputs: a limit on the mean loss per prompt against lossless, certified by
-    Learn-then-Test, or a limit on verifier calls. From traces alone only a limit on the local token risk.
+    Learn-then-Test, or a limit on verifier calls. From traces alone only a limit on the local token risk, or with
+    ``stop`` where to stop drafting, which changes no text: the threshold of most expected tokens per second.
 
     Args:
         outputs: folder of a `decode` run on calibration prompts: lossless, and a rule at several settings.
@@ -48,11 +53,28 @@ def run(
         temperature: of the local token risk: 0, 1, or the one that the traces were made for (default).
         out: folder for choice.json.
         seed: of the bootstrap for verifier calls.
+        stop: cumulative; its threshold is fitted on traces, best with the verifier's prefixes.
+        drafter_seconds: measured seconds of one drafter step, for stop.
+        verifier_seconds: measured seconds of one verifying pass, for stop.
+        num_draft_tokens: most tokens of a draft, for stop.
     """
     from deferral_train import provenance
     from deferral_train.evaluation.choose import choose_from_outputs, choose_from_traces
     from deferral_train.evaluation.quality import check_metric
 
+    if stop is not None:
+        wishes = {
+            "outputs": outputs, "metric": metric, "max_loss": max_loss, "max_verifier_calls": max_verifier_calls,
+            "max_token_risk": max_token_risk, "rule": rule, "head": head,
+        }  # fmt: skip
+        given = [name for name, value in wishes.items() if value is not None]
+        if given:
+            raise InputError(
+                f"stop is fitted by speed on traces and reads no {given[0]}; leave {given[0]} out"
+            )
+        return _fit_stop(
+            stop, traces or [], drafter_seconds, verifier_seconds, num_draft_tokens, temperature, out
+        )
     if metric is not None:
         check_metric(metric)
     if (outputs is None) == (traces is None):
@@ -102,6 +124,69 @@ def run(
     if out is not None:
         provenance.write_json(Path(out) / "choice.json", certificate | {"label": choice.setting.label})
     print(describe(choice))
+    return 0
+
+
+def _fit_stop(
+    stop: str,
+    traces: Sequence[str],
+    drafter_seconds: float | None,
+    verifier_seconds: float | None,
+    num_draft_tokens: int,
+    temperature: float | None,
+    out: str | None,
+) -> int:
+    """Fit, print the spec to paste, and its expected speed beside the best constant draft length's."""
+    from deferral_train import provenance
+    from deferral_train.drafting.stop_fit import fit_cumulative
+    from deferral_train.evaluation.positions import check_same
+    from deferral_train.traces import open_traces
+
+    if stop != "cumulative":
+        raise InputError(f"stop={stop!r} is not fitted on traces; use cumulative")
+    if not traces:
+        raise InputError(
+            "stop is fitted on traces; give traces of this pair, collected with prefixes verifier"
+        )
+    if drafter_seconds is None or verifier_seconds is None or min(drafter_seconds, verifier_seconds) <= 0:
+        raise InputError(
+            f"drafter_seconds={drafter_seconds}, verifier_seconds={verifier_seconds}: give both, above 0: one pass of "
+            "each model; train-pair writes them to pair.json"
+        )
+    opened = [open_traces(folder) for folder in traces]
+    check_same(opened)
+    fit = fit_cumulative(opened, drafter_seconds / verifier_seconds, num_draft_tokens, temperature)
+    spec = f"cumulative:threshold={fit.threshold:.6g}"
+    manifest = opened[0].manifest
+    record = {
+        "stop": spec,
+        "num_draft_tokens": num_draft_tokens,
+        "expected_tokens_per_second": fit.speed / verifier_seconds,
+        "mean_drafted": fit.drafted,
+        "best_constant": {
+            "length": fit.best_length,
+            "tokens_per_second": fit.best_constant / verifier_seconds,
+        },
+        "drafter_seconds": drafter_seconds,
+        "verifier_seconds": verifier_seconds,
+        "temperature": manifest.temperature if temperature is None else temperature,
+        "prefixes": manifest.prefixes,
+        "prompts": sum(len(part.prompt_ids) for part in opened),
+        "positions": sum(map(len, opened)),
+    }
+    if out is not None:
+        provenance.write_json(Path(out) / "stop.json", record)
+    print(
+        f"{spec}: expected {fit.speed / verifier_seconds:.4g} tokens per second, {fit.drafted:.2f} of at most "
+        f"{num_draft_tokens} tokens drafted a block\n"
+        f"best constant length {fit.best_length}: {fit.best_constant / verifier_seconds:.4g} tokens per second "
+        f"({fit.speed / fit.best_constant - 1:+.1%} with the stop); both on these {record['prompts']} prompts, "
+        f"prefixes {manifest.prefixes}, passes of the models alone"
+    )
+    if fit.speed > fit.best_constant:
+        print(f"decode with --num-draft-tokens {num_draft_tokens} --stop {spec}")
+    else:
+        print(f"stopping gains nothing here: decode with --num-draft-tokens {fit.best_length} and no --stop")
     return 0
 
 

@@ -7,6 +7,7 @@ threshold; on one chain that is the probability of the block, prod max q, the te
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,16 +28,19 @@ class StopFit:
         speed: expected tokens per unit of verifier time with it.
         constant: the same without stopping, at the same longest draft.
         drafted: mean tokens drafted with it.
+        best_length: constant number of drafted tokens, up to the longest, that is fastest. best_constant: its speed.
     """
 
     threshold: float
     speed: float
     constant: float
     drafted: float
+    best_length: int
+    best_constant: float
 
 
 def fit_cumulative(
-    traces: Traces, cost: float, longest: int = 10, temperature: float | None = None
+    traces: Traces | Sequence[Traces], cost: float, longest: int = 10, temperature: float | None = None
 ) -> StopFit:
     """Fit on the rows of traces, as if a block began at each of them.
 
@@ -44,7 +48,7 @@ def fit_cumulative(
     the drafter's own: right up to the first rejection, an approximation beyond, where only cost is at stake.
 
     Args:
-        traces: best with the verifier's prefixes, which is what decoding walks along.
+        traces: one or several of a pair; best with the verifier's prefixes, which is what decoding walks along.
         cost: time of a drafter pass over a verifier pass.
         longest: most tokens of a draft.
         temperature: of the sampling laws, default that of the traces.
@@ -52,9 +56,15 @@ def fit_cumulative(
     Raises:
         InputError: a cost or a length that cannot be meant.
     """
-    summary = traces.summary(["drafter_max", "tv"], temperature)
-    prompts = torch.from_numpy(traces.prompt_of_row.copy())
-    return fit_chains(summary.drafter_max, 1 - summary.tv, prompts, cost, longest)
+    parts = [traces] if isinstance(traces, Traces) else list(traces)
+    summaries = [part.summary(["drafter_max", "tv"], temperature) for part in parts]
+    # Numbers of their own: the first prompt of a folder must not go on where the last of another ended.
+    prompts = [
+        torch.from_numpy(part.prompt_of_row.copy()).long() * len(parts) + number
+        for number, part in enumerate(parts)
+    ]
+    confidence, tv = (torch.cat([one[name] for one in summaries]) for name in ("drafter_max", "tv"))
+    return fit_chains(confidence, 1 - tv, torch.cat(prompts), cost, longest)
 
 
 def fit_chains(confidence: Tensor, acceptance: Tensor, prompt: Tensor, cost: float, longest: int) -> StopFit:
@@ -73,7 +83,12 @@ def fit_chains(confidence: Tensor, acceptance: Tensor, prompt: Tensor, cost: flo
     candidates = (0.0, *values[places].tolist(), 1.0)
     found = [_speed(threshold, certain, reach, inside, cost) for threshold in candidates]
     best = max(found)
-    return StopFit(best[2], best[0], found[0][0], best[1])
+    constants = [
+        _speed(0.0, certain[:, :length], reach[:, :length], inside[:, :length], cost)[0]
+        for length in range(1, longest + 1)
+    ]
+    fastest = max(range(longest), key=lambda place: constants[place])
+    return StopFit(best[2], best[0], found[0][0], best[1], fastest + 1, constants[fastest])
 
 
 def _chains(column: Tensor, prompt: Tensor, longest: int) -> Tensor:
