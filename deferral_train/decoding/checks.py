@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from deferral_train.decoding.compiled import check_compile
 from deferral_train.decoding.facts import facts_of
+from deferral_train.decoding.static_support import check_compile
 from deferral_train.decoding.stopping import check_stop
 from deferral_train.drafting.given import GivenDraft
 from deferral_train.drafting.plan import DraftCascade, Plan

@@ -21,8 +21,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import (
     DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
     EncoderDecoderCache,
 )
 from transformers.modeling_outputs import BaseModelOutput
@@ -31,15 +29,9 @@ from deferral_train.decoding.facts import facts_of
 from deferral_train.decoding.hidden import HiddenTap
 from deferral_train.decoding.static_cache import CrossCache, SlotCache, encoder_decoder
 from deferral_train.decoding.static_masks import additive, cross_mask, positions_of, self_masks
-from deferral_train.errors import InputError
+from deferral_train.decoding.static_support import NotStaticError, first_attention, windows_of
 
-BACKENDS = ("static", "inductor", "aot_eager", "eager")
-COMPILE = ("auto", "off", *BACKENDS)
 KEPT = 4  # built shapes kept per model
-
-
-class NotStaticError(Exception):
-    """Why a model's passes cannot have static shapes; one line."""
 
 
 @dataclass(frozen=True)
@@ -77,59 +69,6 @@ def _power(least: int, start: int) -> int:
     return size
 
 
-def check_compile(compile: str, models: Sequence[Any]) -> None:
-    """Refuse an unknown backend, and a model that one was asked for and that cannot be run so.
-
-    Raises:
-        InputError: naming the value and the remedy.
-    """
-    if compile not in COMPILE:
-        raise InputError(f"compile is {compile!r}; use one of {', '.join(COMPILE)}")
-    if compile in ("auto", "off"):
-        return
-    for model in models:
-        reason = reason_against(model)
-        if reason is not None:
-            raise InputError(
-                f"compile={compile!r}: {type(model).__name__} {reason}; use compile='auto' or 'off'"
-            )
-
-
-def reason_against(model: Any) -> str | None:
-    """Why this model's passes cannot have static shapes, as far as one can tell without running it."""
-    facts = facts_of(model)
-    kinds = {
-        kind.__name__
-        for kind, _ in facts.cache_layers
-        if kind not in (DynamicLayer, DynamicSlidingWindowLayer)
-    }
-    if kinds:
-        return f"has cache layers of another kind ({', '.join(sorted(kinds))})"
-    attention = getattr(model.config.get_text_config(decoder=True), "_attn_implementation", None)
-    if attention not in ("sdpa", "eager"):
-        return f"uses {attention} attention, which takes no mask per row (load it with sdpa)"
-    if len(set(getattr(model, "hf_device_map", None) or {"": 0})) > 1:
-        return "is spread over several devices"
-    if not facts.is_encoder_decoder and not facts.takes_positions:
-        return "takes no positions per row"
-    if facts.is_encoder_decoder and not hasattr(_first_attention(model), "compute_bias"):
-        return "is an encoder-decoder model of another kind than T5"
-    windows = {window for _, window in facts.cache_layers}
-    if len(windows) > 1 and not hasattr(model.config.get_text_config(decoder=True), "layer_types"):
-        return "mixes attention windows without naming them"
-    if torch.is_autocast_enabled(model.device.type):
-        return "runs under autocast"
-    return None
-
-
-def _first_attention(model: Any) -> Any:
-    """T5's first self-attention layer, which holds the relative position bias of all of them; else None."""
-    try:
-        return model.get_decoder().block[0].layer[0].SelfAttention
-    except (AttributeError, IndexError, TypeError):
-        return None
-
-
 @dataclass
 class Buffers:
     """Input of the passes of one width.
@@ -163,6 +102,9 @@ class StaticModel:
         device = model.device
         self.shape, self.tap = shape, HiddenTap()
         self.identity = identity_of(model)
+        # Plain values: what a compiled pass reads is guarded, and a registry of models would be too.
+        facts = facts_of(model)
+        self.takes_keep, self.context, self.windows = facts.takes_keep, facts.context, windows_of(model)
         first = _one_pass(model)
         own = first.self_attention_cache if isinstance(first, EncoderDecoderCache) else first
         self.cache = SlotCache(shape.slots, shape.columns, own, device)
@@ -232,7 +174,9 @@ class StaticModel:
         except Exception as error:
             # Whatever a backend, a driver or a model's own code raises means the same here.
             lines = str(error).strip().splitlines() or [""]
-            raise NotStaticError(f"{type(error).__name__}: {lines[0][:200]}") from error
+            raise NotStaticError(
+                f"fails in static shapes: {type(error).__name__}: {lines[0][:200]}"
+            ) from error
 
 
 def static_pass(model: Any, static: StaticModel, ids: Tensor, keep: int) -> tuple[Tensor, Tensor | None]:
@@ -240,10 +184,10 @@ def static_pass(model: Any, static: StaticModel, ids: Tensor, keep: int) -> tupl
 
     Nothing here depends on a value that lies on the device.
     """
-    columns, facts = static.cache.places.columns, facts_of(model)
-    attention = _first_attention(model) if facts.is_encoder_decoder else None
-    masks = self_masks(model, facts.cache_layers, columns, static.pads, static.shape.columns, attention)
-    arguments: dict[str, Any] = {"logits_to_keep": keep} if facts.takes_keep else {}
+    columns = static.cache.places.columns
+    attention = first_attention(model) if static.cross is not None else None
+    masks = self_masks(columns, static.pads, static.shape.columns, model.dtype, static.windows, attention)
+    arguments: dict[str, Any] = {"logits_to_keep": keep} if static.takes_keep else {}
     if static.cross is not None:
         # Cross-attention reads its own cache: of the states only the number of rows is looked at.
         states = torch.zeros((), dtype=model.dtype, device=ids.device).expand(
@@ -256,7 +200,7 @@ def static_pass(model: Any, static: StaticModel, ids: Tensor, keep: int) -> tupl
             "attention_mask": static.seen_states,
         }
     else:
-        positions = positions_of(columns, static.pads, facts.context)
+        positions = positions_of(columns, static.pads, static.context)
         arguments |= {"input_ids": ids, "attention_mask": masks, "position_ids": positions}
     logits = model(**arguments, past_key_values=static.past, use_cache=True, return_dict=True).logits
     return logits[:, -keep:], static.tap.states if static.shape.hidden else None
@@ -342,8 +286,11 @@ _SHELVES: WeakKeyDictionary[Any, _Shelf] = WeakKeyDictionary()
 
 
 @contextlib.contextmanager
-def lent(model: Any, shape: Shape) -> Iterator[StaticModel]:
+def lent(model: Any, shape: Shape, prove: Callable[[StaticModel], None]) -> Iterator[StaticModel]:
     """The passes of a model in this shape, built at the first call and lent to one call at a time.
+
+    Args:
+        prove: compares what has been built with the model itself.
 
     Raises:
         NotStaticError: it has been tried and does not work; remembered with the model.
@@ -359,6 +306,8 @@ def lent(model: Any, shape: Shape) -> Iterator[StaticModel]:
             raise NotStaticError(shelf.failed[shape])
         try:
             static = StaticModel(model, shape)
+            with static.hooked(model):
+                prove(static)
         except NotStaticError as error:
             shelf.failed[shape] = str(error)
             raise

@@ -6,7 +6,7 @@ number format, which both ``sdpa`` and ``eager`` attention take.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,37 +14,34 @@ from torch import Tensor
 
 
 def self_masks(
-    model: Any,
-    layers: Sequence[tuple[type, int | None]],
     columns: Tensor,
     pads: Tensor,
     size: int,
+    dtype: torch.dtype,
+    windows: Mapping[str, int | None],
     relative: Any,
 ) -> Tensor | dict[str, Tensor]:
     """What each new column may see of its row: a mask [S, 1 or heads, W, C], or one per type of layer.
 
     Args:
-        layers: type and window of each layer's cache.
         columns: [S, W] of the new tokens.
         pads: [S] padding columns on the left.
         size: C.
+        dtype: of the masks.
+        windows: see :func:`~deferral_train.decoding.static_support.windows_of`.
         relative: T5's first attention layer, whose bias depends on distances, or None.
     """
     every = torch.arange(size, device=columns.device)
     newest = columns[:, :, None]
     # A padding column sees itself, so that no softmax is empty; no token sees it.
     seen = (every <= newest) & ((every >= pads[:, None, None]) | (every == newest))
-    windows = {window for _, window in layers}
-    if relative is not None:
-        return additive(seen, model.dtype)[:, None] + _bias_beyond(relative, columns, size).to(model.dtype)
-    if len(windows) == 1:
-        return additive(_within(seen, every, newest, windows.pop()), model.dtype)[:, None]
-    types = model.config.get_text_config(decoder=True).layer_types
-    window_of = {kind: window for kind, (_, window) in zip(types, layers)}
-    return {
-        kind: additive(_within(seen, every, newest, window), model.dtype)[:, None]
-        for kind, window in window_of.items()
+    masks = {
+        kind: additive(_within(seen, every, newest, window), dtype)[:, None]
+        for kind, window in windows.items()
     }
+    if relative is not None:
+        return masks[""] + _bias_beyond(relative, columns, size).to(dtype)
+    return masks.get("", masks)
 
 
 def _within(seen: Tensor, every: Tensor, newest: Tensor, window: int | None) -> Tensor:

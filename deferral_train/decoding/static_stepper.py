@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deferral_train.decoding.compiled import NotStaticError, Shape, StaticModel, lent, reason_against
+from deferral_train.decoding.compiled import Shape, StaticModel, lent
 from deferral_train.decoding.hidden import HiddenTap, tap_hidden
+from deferral_train.decoding.static_support import NotStaticError, reason_against
 from deferral_train.decoding.stepper import Stepper
 from deferral_train.decoding.tokens import TokenRows, on_device
 from deferral_train.errors import InputError
@@ -185,7 +186,45 @@ def _static(
         raise NotStaticError(reason)
     states = 0 if work.encoder is None else work.encoder[0].shape[1]
     shape = Shape.around(tokens.at_once, tokens.ids.shape[1], states, backend, work.hidden, work.passes)
-    return StaticStepper(work, tokens, room, stack.enter_context(lent(work.model, shape)))
+    static = stack.enter_context(lent(work.model, shape, lambda built: prove(work, room, built)))
+    return StaticStepper(work, tokens, room, static)
+
+
+def prove(work: Work, room: Room, static: StaticModel) -> None:
+    """Compare the built passes with the model's own on two rows of unlike padding and length.
+
+    What a model makes of masks and positions is its own affair: one that builds them from something else (biases from
+    a mask [B, L], for example) shows here.
+
+    Raises:
+        NotStaticError: the logits differ by more than rounding.
+    """
+    model, rows = work.model, min(2, static.shape.slots)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(room.vocab_size, (rows, 7), generator=generator).to(model.device)
+    encoder = work.encoder
+    if encoder is not None:
+        states = torch.randn(rows, 3, encoder[0].shape[2], generator=generator).to(encoder[0])
+        encoder = states, (torch.tensor([[1, 1, 1], [1, 1, 0]])[:rows]).to(model.device)
+    padding = (
+        None if encoder is not None else torch.tensor([[1] * 5, [0, 0, 1, 1, 1]])[:rows].to(model.device)
+    )
+    found = []
+    for kind in (Stepper, StaticStepper):
+        tokens = TokenRows(ids[:, :5], padding, max_length=8, num_draft_tokens=1, pad_token_id=0)
+        stepper = (
+            Stepper(model, tokens, 8, room.margin, room.vocab_size, encoder)
+            if kind is Stepper
+            else StaticStepper(replace(work, encoder=encoder), tokens, room, static)
+        )
+        stepper.feed()
+        tokens.write(0, ids[:, 5:])
+        tokens.extend([2, 1][:rows])
+        stepper.settle()
+        found.append(stepper.feed())
+    off = float((found[0] - found[1]).square().mean().sqrt() / found[0].std())
+    if not off <= (1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1):
+        raise NotStaticError(f"gives other logits in static shapes (off by {off:.2g} of their deviation)")
 
 
 def stepper_for(
@@ -194,7 +233,7 @@ def stepper_for(
     """A stepper for one model of a call, lent or hooked until ``stack`` closes, and how its passes run, in words.
 
     Args:
-        compile: see :data:`~deferral_train.decoding.compiled.COMPILE`; ``auto`` takes static shapes on CUDA, and
+        compile: see :data:`~deferral_train.decoding.static_support.COMPILE`; ``auto`` takes static shapes on CUDA, and
             ordinary passes where they do not work.
 
     Raises:
