@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -32,6 +32,7 @@ from deferral_train.decoding.static_masks import additive, cross_mask, positions
 from deferral_train.decoding.static_support import NotStaticError, first_attention, windows_of
 
 KEPT = 4  # built shapes kept per model
+SLACK = 4  # a built shape may be so many times larger, in any direction, than a call needs
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,12 @@ class Shape:
         """The least shape of the grid of powers of two that holds these sizes."""
         wide = _power(states, 32) if states else 0
         return Shape(_power(rows, 1), _power(columns, 128), wide, backend, hidden, tuple(passes))
+
+    def serves(self, asked: Shape) -> bool:
+        """Whether these passes do for what ``asked`` was made for: as large, but not wastefully larger."""
+        sizes = ((one.slots, one.columns, one.states) for one in (self, asked))
+        alike = replace(self, slots=0, columns=0, states=0) == replace(asked, slots=0, columns=0, states=0)
+        return alike and all(need <= size <= SLACK * need for size, need in zip(*sizes))
 
 
 def _power(least: int, start: int) -> int:
@@ -298,7 +305,8 @@ def lent(model: Any, shape: Shape, prove: Callable[[StaticModel], None]) -> Iter
     shelf = _SHELVES.setdefault(model, _Shelf())
     identity = identity_of(model)
     shelf.built = [one for one in shelf.built if one.identity == identity]
-    static = next((one for one in shelf.built if one.shape == shape), None)
+    fitting = [one for one in shelf.built if one.shape.serves(shape)]
+    static = min(fitting, key=lambda one: one.shape.slots * one.shape.columns, default=None)
     if static is not None:
         shelf.built.remove(static)
     else:

@@ -201,10 +201,16 @@ def _run(
 def _warm_up(
     pair: Pair, batch: Sequence[EncodedPrompt], contestants: Sequence[_Contestant], config: DecodeConfig
 ) -> None:
-    """A short call per rule, so that the first timed batch does not pay for first-time work."""
-    short = replace(config.settings, max_new_tokens=min(8, config.settings.max_new_tokens))
+    """A short call per rule, so that the first timed batch does not pay for first-time work.
+
+    Passes of fixed shape are built for the batch as it is: then the call is as large as the first batch.
+    """
+    settings = config.settings
+    compile = settings.compile
+    if compile == "off" or (compile == "auto" and pair.models.device.type != "cuda"):
+        batch, settings = batch[:1], replace(settings, max_new_tokens=min(8, settings.max_new_tokens))
     for contestant in contestants:
-        pair.decode_batch(batch[:1], contestant.rule, short, contestant.stop, 0)
+        pair.decode_batch(batch, contestant.rule, settings, contestant.stop, 0)
 
 
 def _row(
@@ -232,6 +238,7 @@ def _batch(result: BatchResult) -> dict[str, Any]:
         "seconds": result.seconds,
         "verifier_passes": result.stats.verifier_passes,
         "drafter_passes": result.stats.drafter_passes,
+        "ways": result.stats.ways,
         "positions": {name: values.tolist() for name, values in result.stats.positions.items()},
     }
 

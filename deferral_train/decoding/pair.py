@@ -16,6 +16,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 from deferral_train.decoding.compatibility import check_consulted, check_head, heads_of, with_counting
 from deferral_train.decoding.facts import facts_of
 from deferral_train.decoding.generate import cascade_generate
+from deferral_train.decoding.static_support import check_name
 from deferral_train.decoding.stats import GenerationStats
 from deferral_train.decoding.stopping import StopDrafting
 from deferral_train.drafting.plan import DraftCascade, Plan
@@ -41,6 +42,7 @@ class Settings:
         drafting: plan of a cascade of drafters, the pair's own at its top (none for Max-Gram alone); then
             ``num_draft_tokens`` is not read.
         queue: prompts handed over together, in batches: a prompt takes the place of one that has ended.
+        compile: passes of fixed shape: auto (CUDA graphs on CUDA), off, static, inductor, aot_eager or eager.
     """
 
     num_draft_tokens: int = 5
@@ -59,12 +61,14 @@ class Settings:
     accept_mismatch: bool = False
     queue: int = 4
     drafting: Plan | None = None
+    compile: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("num_draft_tokens", "max_new_tokens", "batch_size", "queue"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} is {value!r}; give an integer of at least 1")
+        check_name(self.compile)
         if not 0.0 <= self.temperature < float("inf"):
             raise InputError(f"temperature is {self.temperature}; give a number >= 0 (0 is greedy)")
         if self.top_k < 0 or not 0.0 < self.top_p <= 1.0:
@@ -252,6 +256,7 @@ class Pair:
             token_streamer=token_streamer,
             vocab_size=models.vocab_size,
             rows_at_once=options.batch_size,
+            compile=options.compile,
         )
         seconds = time.perf_counter() - began
         prompt_length = 1 if models.is_encoder_decoder else inputs["input_ids"].shape[1]

@@ -19,14 +19,23 @@ class NotStaticError(Exception):
     """Why a model's passes cannot have static shapes; one line."""
 
 
+def check_name(compile: str) -> None:
+    """Refuse what is none of :data:`COMPILE`.
+
+    Raises:
+        InputError: naming the value and those that are known.
+    """
+    if compile not in COMPILE:
+        raise InputError(f"compile is {compile!r}; use one of {', '.join(COMPILE)}")
+
+
 def check_compile(compile: str, models: Sequence[Any]) -> None:
     """Refuse an unknown backend, and a model that one was asked for and that cannot be run so.
 
     Raises:
         InputError: naming the value and the remedy.
     """
-    if compile not in COMPILE:
-        raise InputError(f"compile is {compile!r}; use one of {', '.join(COMPILE)}")
+    check_name(compile)
     if compile in ("auto", "off"):
         return
     for model in models:
