@@ -47,6 +47,7 @@ def run(
     accept_mismatch: bool = False,
     device: str = "auto",
     dtype: str = "auto",
+    compile: str = "auto",
 ) -> int:
     """Decode prompts with a drafter and a verifier under any rules, side by side.
 
@@ -91,6 +92,8 @@ def run(
         accept_mismatch: serve a head made for other weights, dtype or temperature; recorded in the summary.
         device: auto, cpu, cuda, cuda:N or mps.
         dtype: auto, float32, float16 or bfloat16.
+        compile: passes of fixed shape: auto (CUDA graphs on CUDA where the models allow it), off, static, or a backend
+            of torch.compile: inductor, aot_eager, eager.
     """
     from deferral_train.decoding.decode import DecodeConfig, decode
     from deferral_train.decoding.pair import Settings, load_pair
@@ -103,7 +106,7 @@ def run(
     settings = Settings(
         num_draft_tokens, max_new_tokens, batch_size, temperature, top_k, top_p, seed, execution, bonus,
         max_request_loss, stop_from_spec(stop), tuple(stop_strings), chat, accept_mismatch,
-        drafting=spec.plan if spec is not None else None,
+        drafting=spec.plan if spec is not None else None, compile=compile,
     )  # fmt: skip
     config = DecodeConfig(settings, repetitions, log_tokens)
     named = {spec: rule_from_spec(spec, typed=rules) for spec in rules}
