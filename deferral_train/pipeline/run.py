@@ -34,6 +34,7 @@ from deferral_train.pipeline.verdict import make_verdict
 from deferral_train.pipeline.wish import FOLDER
 from deferral_train.provenance import plain
 from deferral_train.rules.base import Rule
+from deferral_train.serving.paste import engine_line
 from deferral_train.traces import Traces, open_traces
 
 TRACES = tuple(f"traces/{part}" for part in PARTS)
@@ -300,10 +301,20 @@ class Run:
             self.config.point.max_quality_loss,
             self.config.seed,
             self.config.point.confidence,
+            self._engine_line(results),
         )
         verdict["training"] = f"fit/{results['fit']['best']}"
         provenance.write_json(self.folder / "verdict.json", verdict)
         return verdict
+
+    def _engine_line(self, results: Results) -> tuple[str | None, str | None]:
+        from transformers import AutoConfig
+
+        pair = results["pair"]
+        config = AutoConfig.from_pretrained(pair["verifier"])
+        return engine_line(
+            self.chosen(results), pair["drafter"], pair["verifier"], bool(config.is_encoder_decoder)
+        )
 
     def report(self, _: Results) -> Any:
         from deferral_train.report import write_report

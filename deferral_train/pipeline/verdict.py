@@ -25,6 +25,7 @@ def make_verdict(
     max_quality_loss: float,
     seed: int,
     confidence: float = 0.95,
+    engine: tuple[str | None, str | None] = (None, None),
 ) -> dict[str, Any]:
     """Judge the chosen rule from what decoding measured.
 
@@ -36,6 +37,7 @@ def make_verdict(
         skew: how many predictions from traces agreed with the counts, ``agree`` of ``of``.
         max_quality_loss: points of chrF below lossless beyond which a speed-up is no help.
         confidence: of the bound on the loss per prompt.
+        engine: line and reason, see `serving.paste.engine_line`.
 
     Returns:
         what ``verdict.json`` holds; ``status`` is "ok" where the chosen rule is faster than the verifier alone and
@@ -70,7 +72,8 @@ def make_verdict(
         "cost_ratio": cost_ratio,
         "trust": _trust(len(_first(rows, label)), bound, skew, speedup, certified, chosen.get("certificate")),
         "snippet": snippet(chosen),
-        "engine_line": None,
+        "engine_line": engine[0],
+        "engine_reason": engine[1],
     }
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from deferral_train.errors import InputError
 from deferral_train.evaluation.frontier import VERIFIER, Point, table2
 from deferral_train.report.events import read_training
+from deferral_train.report.shadow import Sums, find_shadow
 
 TOLERANCE = 1e-4  # of sums of float32 columns
 RATES = ("acceptance", "deferral rate", "reached", "failure rate", "share of positions")  # of breakdowns
@@ -33,6 +34,7 @@ class Run:
             ``evaluation/breakdowns.json``, ``decode/summary.json``, ``run.json`` (or what the `decode` command left,
             where there was no whole run).
         prefixes: ``evaluation/prefixes.json``, logged prefixes for the alpha slider.
+        shadow: what a serving engine's shadow mode counted, by rule.
         outputs, batches: rows of ``decode/outputs.jsonl`` and ``decode/batches.jsonl``.
         training: scalar curves of the fit, tag to [(step, value)].
     """
@@ -43,6 +45,7 @@ class Run:
     skew: dict[str, Any] | None = None
     frontier: dict[str, Any] | None = None
     breakdowns: dict[str, Any] | None = None
+    shadow: dict[str, Sums] = field(default_factory=dict)
     prefixes: dict[str, Any] | None = None
     summary: dict[str, Any] | None = None
     provenance: dict[str, Any] | None = None
@@ -51,8 +54,11 @@ class Run:
     training: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
 
-def load_run(folder: str | Path) -> Run:
+def load_run(folder: str | Path, shadow: str | Path | None = None) -> Run:
     """Read a run folder.
+
+    Args:
+        shadow: file or folder of a serving engine's shadow mode, beside what the folder holds itself.
 
     Raises:
         InputError: no such folder, nothing to report in it, a file that is no JSON, or numbers that break an
@@ -69,6 +75,7 @@ def load_run(folder: str | Path) -> Run:
         skew=_json(root / "evaluation" / "skew.json"),
         frontier=_json(root / "evaluation" / "frontier.json"),
         breakdowns=_json(root / "evaluation" / "breakdowns.json"),
+        shadow=find_shadow(root, shadow),
         prefixes=_json(root / "evaluation" / "prefixes.json"),
         summary=_json(root / "decode" / "summary.json"),
         provenance=_json(root / "run.json") or _json(root / "decode" / "decode.provenance.json"),
@@ -76,10 +83,12 @@ def load_run(folder: str | Path) -> Run:
         batches=list(_lines(root / "decode" / "batches.jsonl")),
         training=read_training(root / ((verdict or {}).get("training") or "fit")),
     )
-    if not any((run.verdict, run.scores, run.frontier, run.breakdowns, run.summary, run.training)):
+    if not any(
+        (run.verdict, run.scores, run.frontier, run.breakdowns, run.shadow, run.summary, run.training)
+    ):
         raise InputError(
             f"run folder {root} holds nothing to report: none of verdict.json, evaluation/scores.json, "
-            "decode/summary.json, fit/; run `deferral-train evaluate` or `decode` into it first"
+            "decode/summary.json, fit/, shadow.json; run `deferral-train evaluate` or `decode` into it first"
         )
     check(run)
     return run

@@ -14,17 +14,21 @@ from deferral_train.report.breakdowns import breakdowns
 from deferral_train.report.frontier import frontier
 from deferral_train.report.load import Run, load_run
 from deferral_train.report.sections import answer, calibration, curves, length, online, skew, training
+from deferral_train.report.shadow import shadow as shadow_section
 from deferral_train.report.tokens import Texts, slider_data, token_data
 
 HERE = Path(__file__).parent
 
 
-def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
+def write_report(
+    run_dir: str | Path, out: str | Path | None = None, shadow: str | Path | None = None
+) -> Path:
     """Check a run folder and write its page, and its curves for TensorBoard in ``tensorboard/`` of the run folder.
 
     Args:
         run_dir: folder of a run, see :class:`deferral_train.report.load.Run` for what is read.
         out: where to write; default ``report.html`` inside the run folder.
+        shadow: file or folder of a serving engine's shadow mode, beside what the folder holds itself.
 
     Returns:
         path of the page.
@@ -32,7 +36,7 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     Raises:
         InputError: as :func:`deferral_train.report.load.load_run`.
     """
-    run = load_run(run_dir)
+    run = load_run(run_dir, shadow)
     path = Path(out) if out is not None else run.folder / "report.html"
     write_board(run)
     provenance.write_text(path, render(run))
@@ -63,6 +67,7 @@ def render(run: Run) -> str:
         online=online(run),
         frontier=frontier(run),
         breakdowns=breakdowns(run),
+        shadow=shadow_section(run.shadow),
         training=training(run),
         calibration=calibration(run),
         skew=skew(run),

@@ -71,6 +71,7 @@ def answer(run: Run) -> dict[str, Any]:
         "risk": verdict.get("risk"),
         "snippet": verdict.get("snippet"),
         "engine_line": verdict.get("engine_line"),
+        "engine_reason": verdict.get("engine_reason"),
     }
 
 

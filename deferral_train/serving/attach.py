@@ -54,7 +54,8 @@ def attach(worker: Any, vllm_config: Any, config: ServingConfig, rule: Rule, mis
             }
             widths = {role: model.get_hidden_size() for role, model in models.items()}
         logger = TraceLog(config, describe_pair(vllm_config), counters, label, widths)
-    seam = Seam(runner, config, rule, mismatch, counters, logger, vllm_config.model_config.seed or 0)
+    seed = vllm_config.model_config.seed or 0
+    seam = Seam(runner, config, rule, mismatch, counters, logger, seed, label if first else None)
     seam.sampler = DeferralSampler(runner.sampler, vllm_config.speculative_config, runner.device, seam)
     runner.rejection_sampler = seam.sampler
     _wrap_runner(runner, seam)

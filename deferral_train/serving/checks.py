@@ -10,7 +10,7 @@ from typing import Any
 
 from deferral_train.errors import InputError
 from deferral_train.rules import Rule
-from deferral_train.rules.summary import FIELDS
+from deferral_train.rules.summary import FIELDS, PREVIOUS_TOKENS
 from deferral_train.serving.blocks import needs_law
 from deferral_train.serving.config import KEY, ServingConfig
 
@@ -68,7 +68,8 @@ def check_engine(vllm_config: Any, config: ServingConfig) -> Rule:
         raise InputError("deferral: pipeline parallelism is not supported; use tensor parallelism")
     _check_method(speculative)
     rule = config.make_rule()
-    _check_rule(rule, speculative)
+    check_served(rule, speculative)
+    _check_previous_tokens(rule, vllm_config)
     if config.max_request_loss is not None and rule.is_lossless:
         raise InputError("deferral.max_request_loss: the rule is lossless; leave it out")
     if config.log is not None:
@@ -92,9 +93,19 @@ def _check_method(speculative: Any) -> None:
             raise InputError(f"deferral: speculative_config.{name} gives no drafter law; leave it off")
 
 
-def _check_rule(rule: Rule, speculative: Any) -> None:
+def check_served(rule: Rule, speculative: Any) -> None:
+    """Refuse a rule that cannot be executed in an engine with these ``speculative_config`` settings.
+
+    Raises:
+        InputError: naming the rule and the remedy.
+    """
     if not rule.drafts:
         raise InputError(f"deferral: rule {rule.name} never drafts; leave out speculative_config instead")
+    if "verifier_hidden_at_token" in rule.needs:
+        raise InputError(
+            f"deferral: rule {rule.name} reads verifier_hidden_at_token, which the engine does not hand over; "
+            "use a head without it"
+        )
     if rule.stage == "draft" and getattr(rule, "head", None) is not None:
         raise InputError(
             f"deferral: rule {rule.name} has a draft-stage head, which decides before the verifier has run; "
@@ -117,6 +128,15 @@ def _check_rule(rule: Rule, speculative: Any) -> None:
             f"deferral: rule {rule.name} reads the drafter's law, and draft_sample_method is "
             f"{speculative.draft_sample_method!r}, whose proposals have none under sampling; "
             'set "draft_sample_method": "probabilistic" in speculative_config'
+        )
+
+
+def _check_previous_tokens(rule: Rule, vllm_config: Any) -> None:
+    scheduler = getattr(vllm_config, "scheduler_config", None)
+    if rule.needs & set(PREVIOUS_TOKENS) and getattr(scheduler, "async_scheduling", False):
+        raise InputError(
+            f"deferral: rule {rule.name} reads previous tokens, which the worker does not know in time under "
+            "asynchronous scheduling; start with --no-async-scheduling"
         )
 
 

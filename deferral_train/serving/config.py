@@ -76,6 +76,7 @@ class ServingConfig:
             for less, not for more.
         dial_range: [lowest, highest] value of the rule's dial that a request may ask for; default the rule's range.
         log: trace logging.
+        shadow_file: JSON file that shadow mode keeps up to date with what switching on would bring; `report` shows it.
     """
 
     rule: str | None = None
@@ -85,6 +86,7 @@ class ServingConfig:
     max_request_loss: float | None = None
     dial_range: tuple[float, float] | None = None
     log: LogConfig | None = None
+    shadow_file: str | None = None
 
     def __post_init__(self) -> None:
         if self.rule is not None and self.head is not None:
@@ -95,6 +97,8 @@ class ServingConfig:
             raise InputError('deferral.alpha belongs to a head; write "rule": "NAME:alpha=..." for a rule')
         if self.mode not in MODES:
             raise InputError(f"deferral.mode is {self.mode!r}; use one of {', '.join(MODES)}")
+        if self.shadow_file is not None and self.mode != "shadow":
+            raise InputError(f'deferral.shadow_file belongs to "mode": "shadow"; mode is {self.mode!r}')
         _check_limit("deferral.max_request_loss", self.max_request_loss)
         if self.dial_range is not None and not self.dial_range[0] <= self.dial_range[1]:
             raise InputError(f"deferral.dial_range is {list(self.dial_range)}; write [lowest, highest]")
@@ -122,7 +126,7 @@ class ServingConfig:
         for key in ("alpha", "max_request_loss"):
             if given.get(key) is not None:
                 given[key] = _real(f"deferral.{key}", given[key])
-        for key in ("rule", "head", "mode"):
+        for key in ("rule", "head", "mode", "shadow_file"):
             if given.get(key) is not None and not isinstance(given[key], str):
                 raise InputError(f"deferral.{key} is {given[key]!r}; write a text")
         return cls(**given)
@@ -131,7 +135,7 @@ class ServingConfig:
     def spec(self) -> str:
         """The rule as text: what traces and log lines call it."""
         if self.head is not None:
-            return f"learned:head={self.head}" + ("" if self.alpha is None else f",alpha={self.alpha:g}")
+            return f"learned:head={self.head}" + ("" if self.alpha is None else f",alpha={self.alpha!r}")
         return self.rule or "lossless"
 
     def make_rule(self) -> Rule:

@@ -34,7 +34,7 @@ BLOCK_COUNTERS = {
 OTHER_COUNTERS = {
     "steps": "engine steps with drafted tokens that this plug-in decided",
     "engine_steps": "engine steps left to the engine's own sampler, no row needing the plug-in",
-    "verdict_seconds": "time spent in verdicts, head included",
+    "verdict_seconds": "time spent on verdicts in the engine's thread, head and counting included",
     "head_seconds": "time spent in the head",
     "shadow_seconds": "time spent on what the rule would have done",
     "requests": "requests seen",

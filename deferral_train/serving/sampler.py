@@ -5,6 +5,7 @@ Imported only inside a running engine. R rows with drafts, T drafted positions, 
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -42,9 +43,11 @@ class DeferralSampler(RejectionSampler):
                 sampling_metadata=sampling_metadata,
                 predict_bonus_token=True,
             )
+        began = time.perf_counter()
         step = self.seam.begin_step(metadata, sampling_metadata)
         if step is None:
             return super().forward(metadata, draft_probs, logits, sampling_metadata)
+        self.seam.counters.add("verdict_seconds", time.perf_counter() - began)
         bonus = self.sampler(
             logits=logits[metadata.bonus_logits_indices],
             sampling_metadata=replace(sampling_metadata, max_num_logprobs=-1),
@@ -57,7 +60,9 @@ class DeferralSampler(RejectionSampler):
         processed = self.apply_logits_processors(raw.clone() if kept else raw, sampling_metadata, metadata)
         sampling = self._truncated(processed, metadata, sampling_metadata)
         outcome = self.seam.decide(step, raw, processed, sampling, metadata.target_logits_indices)
+        began = time.perf_counter()
         tokens = self._tokens(step, outcome, bonus.sampled_token_ids, metadata)
+        self.seam.counters.add("verdict_seconds", time.perf_counter() - began)
         logprobs = None
         if sampling_metadata.max_num_logprobs is not None:
             target = raw

@@ -22,6 +22,7 @@ from deferral_train.serving.config import ServingConfig
 from deferral_train.serving.counters import Counters
 from deferral_train.serving.proposals import Proposals
 from deferral_train.serving.requests import Request, Requests
+from deferral_train.serving.shadow import Shadow
 from deferral_train.serving.tally import tally
 from deferral_train.serving.timed import watch_head
 
@@ -62,6 +63,7 @@ class Seam:
         counters: where to count.
         logger: trace logger, None where nothing is logged here.
         seed: of the random stream for requests without a seed of their own; the same on every rank.
+        label: of this engine, where this rank is the one that writes.
     """
 
     def __init__(
@@ -73,8 +75,9 @@ class Seam:
         counters: Counters,
         logger: Any | None,
         seed: int,
+        label: str | None = None,
     ) -> None:
-        self.runner, self.counters, self.logger = runner, counters, logger
+        self.runner, self.counters, self.logger, self.label = runner, counters, logger, label
         self.adopt(config, rule, mismatch)
         device = runner.device
         self.generator = torch.Generator(device=device).manual_seed(seed)
@@ -92,6 +95,8 @@ class Seam:
             {"drafter_hidden", "verifier_hidden"} if config.log and config.log.hidden else set()
         )
         self.hidden = {role for role in ("drafter", "verifier") if f"{role}_hidden" in wants}
+        path = None if self.label is None else config.shadow_file
+        self.imagined = Shadow(path, config.spec, rule, self.label or "0")
         self.previous = [name for name in PREVIOUS_TOKENS if name in rule.needs]
         self.proposals = Proposals("drafter" in self.hidden)
         watch_head(rule, self.counters)
@@ -109,6 +114,7 @@ class Seam:
         self._sample_hidden = state.sample_hidden_states if "verifier" in self.hidden else None
         if len(self.requests) > len(self.runner.requests):
             gone = self.requests.keep_only(self.runner.requests.__contains__)
+            self.imagined.finished(gone)
             if self.logger is not None:
                 self.logger.finished(gone)
 
@@ -194,16 +200,17 @@ class Seam:
         outcome = verify(rows, served, self._numbers(step, rows, self.generator, own=True))
         self.counters.add("steps")
         tally(self.counters, step.lengths, outcome, "")
+        if not self.shadow:
+            self._charge(step, outcome)
         self.counters.add("verdict_seconds", time.perf_counter() - began)
         if self.shadow:
             began = time.perf_counter()
             numbers = self._numbers(step, rows, self.shadow_generator, own=False)
             imagined = verify(rows, plans, numbers)
             tally(self.counters, step.lengths, imagined, "shadow_")
+            self.imagined.add(step.names, plans, outcome, imagined)
             self._charge(step, imagined)
             self.counters.add("shadow_seconds", time.perf_counter() - began)
-        else:
-            self._charge(step, outcome)
         if self.logger is not None:
             self._log(step, rows, outcome, raw)
         return outcome
@@ -293,6 +300,7 @@ class Seam:
         if self._closed:
             return
         self._closed = True
+        self.imagined.close()
         if self.logger is not None:
             self.logger.close()
         self.check_consulted()

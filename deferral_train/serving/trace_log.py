@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,9 +22,9 @@ from torch import Tensor
 
 from deferral_train import provenance
 from deferral_train.errors import InputError
-from deferral_train.rules import summarize
 from deferral_train.serving.config import ServingConfig
 from deferral_train.serving.counters import Counters
+from deferral_train.serving.trace_columns import BlockRows, columns_of
 from deferral_train.traces import Chunk, Manifest, TraceWriter
 from deferral_train.traces.folder import Folder, open_folder
 from deferral_train.traces.manifest import write_header
@@ -34,26 +34,10 @@ if TYPE_CHECKING:
     from deferral_train.serving.seam import Step
 
 log = logging.getLogger("vllm.deferral_train")
+TOGETHER = 16  # blocks turned into columns at a time: one by one it costs several times as much
+TOGETHER_ELEMENTS = 2**21  # of their logits
 PROMPTS = "prompts.jsonl"  # only where the user asked for request text
 CLOSING_SECONDS = 30.0
-
-
-@dataclass
-class BlockRows:
-    """What is kept of one block: the drafted positions that emitted a token.
-
-    Attributes:
-        drafter, verifier: logits [N, V]. token, position, draft_position, origin: [N].
-        hidden: states [N, D] by role.
-    """
-
-    drafter: Tensor
-    verifier: Tensor
-    token: Tensor
-    position: Tensor
-    draft_position: Tensor
-    origin: Tensor
-    hidden: dict[str, Tensor]
 
 
 class TraceLog:
@@ -107,6 +91,7 @@ class TraceLog:
         self._blocks_waiting = 0
         self._lock = threading.Lock()
         self._dropped: set[str] = set()
+        self._taken: list[tuple[str, BlockRows]] = []
         self._open: dict[str, list[dict[str, np.ndarray]]] = {}
         self._ready: list[tuple[str, list[dict[str, np.ndarray]]]] = []
         self._ready_rows = 0
@@ -192,24 +177,27 @@ class TraceLog:
         with torch.inference_mode():
             while True:
                 name, block = self._waiting.get()
-                if block is not None:
-                    with self._lock:
-                        self._blocks_waiting -= 1
                 try:
                     if not self._handle(name, block):
                         return
                 except Exception:
-                    self.counters.add("log_faults")
-                    log.exception("deferral: trace logging failed; requests are not affected")
+                    self._fault()
                     if not name:
                         return
+
+    def _fault(self) -> None:
+        self.counters.add("log_faults")
+        log.exception("deferral: trace logging failed; requests are not affected")
 
     def _handle(self, name: str, block: BlockRows | None) -> bool:
         """One message; False after the last."""
         if block is not None:
-            if name not in self._dropped and self.stopped is None:
-                self._open.setdefault(name, []).append(self._columns(block))
+            self._taken.append((name, block))
+            elements = sum(taken.verifier.numel() for _, taken in self._taken)
+            if len(self._taken) >= min(TOGETHER, self.settings.queue) or elements >= TOGETHER_ELEMENTS:
+                self._compute()
             return True
+        self._compute()
         for done in [name] if name else list(self._open):
             parts = self._open.pop(done, None)
             if done in self._dropped:
@@ -223,25 +211,39 @@ class TraceLog:
             TraceWriter(self.folder, self.manifest).stop("the engine was shut down")
         return bool(name)
 
-    def _columns(self, block: BlockRows) -> dict[str, np.ndarray]:
-        drafter, verifier = (
-            logits[:, : self.vocabulary].float() for logits in (block.drafter, block.verifier)
+    def _compute(self) -> None:
+        """Columns of the blocks that were taken; a block that fails is lost alone."""
+        taken, self._taken = self._taken, []
+        with self._lock:
+            self._blocks_waiting -= len(taken)
+        wanted = [
+            (name, block) for name, block in taken if name not in self._dropped and self.stopped is None
+        ]
+        if not wanted:
+            return
+        try:
+            found = self._columns([block for _, block in wanted])
+        except Exception:
+            if len(wanted) == 1:
+                self._fault()
+                return
+            found = [self._alone(block) for _, block in wanted]
+        for (name, _), columns in zip(wanted, found):
+            if columns is not None:
+                self._open.setdefault(name, []).append(columns)
+
+    def _alone(self, block: BlockRows) -> dict[str, np.ndarray] | None:
+        try:
+            return self._columns([block])[0]
+        except Exception:
+            self._fault()
+            return None
+
+    def _columns(self, blocks: Sequence[BlockRows]) -> Sequence[dict[str, np.ndarray] | None]:
+        manifest = self.manifest
+        return columns_of(
+            blocks, self.vocabulary, manifest.temperature, manifest.top_k, tuple(manifest.hidden)
         )
-        summary = summarize(drafter, verifier, temperature=self.settings.temperature, token=block.token)
-        columns = {name: summary[name].numpy() for name in summary.names}
-        count = len(block.token)
-        columns |= {
-            "position": block.position.numpy(),
-            "gold": np.full(count, -1),
-            "draft_position": block.draft_position.numpy(),
-            "origin": block.origin.numpy(),
-        }
-        if self.manifest.top_k:
-            columns |= _candidates(drafter, verifier, self.manifest.top_k)
-        most = torch.finfo(torch.float16).max
-        for role in self.manifest.hidden:
-            columns[f"{role}_hidden"] = block.hidden[role].float().clamp(-most, most).half().numpy()
-        return columns
 
     def _write(self) -> None:
         """One shard of the requests that are ready."""
@@ -285,16 +287,3 @@ class TraceLog:
         self.counters.add("log_rows", record.rows)
         self.counters.add("log_bytes", record.bytes)
         self.counters.add("log_requests", len(ready))
-
-
-def _candidates(drafter: Tensor, verifier: Tensor, top_k: int) -> dict[str, np.ndarray]:
-    """Each model's K likeliest tokens, likeliest first, what both models give them, and what is left."""
-    logprobs = {"drafter": drafter.log_softmax(-1), "verifier": verifier.log_softmax(-1)}
-    columns: dict[str, np.ndarray] = {}
-    for role, own in logprobs.items():
-        top = own.topk(top_k, dim=-1)
-        columns[f"{role}_top_ids"] = top.indices.int().numpy()
-        columns[f"{role}_tail"] = (1 - top.values.exp().sum(-1)).clamp(0, 1).numpy()
-        for other, theirs in logprobs.items():
-            columns[f"{role}_top_{other}_logprobs"] = theirs.gather(-1, top.indices).half().numpy()
-    return columns

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -101,6 +103,17 @@ def test_every_station_left_its_output(finished):
     assert set(decoded) == {"verifier_only", "lossless", "opt", "token_v3", "learned", best}
 
 
+def test_the_verdict_ends_in_a_line_for_the_serving_engine(finished):
+    from deferral_train.serving.config import ServingConfig
+
+    verdict = json.loads((finished / "verdict.json").read_text())
+    assert verdict["engine_reason"] is None
+    words = shlex.split(verdict["engine_line"])
+    config = ServingConfig.parse(json.loads(words[words.index("--additional-config") + 1])["deferral"])
+    assert config.make_rule().dial_value == verdict["chosen"]["value"]
+    assert html.escape("--speculative-config", quote=True) in (finished / "report.html").read_text()
+
+
 def test_frontier_holds_every_rule_at_every_temperature(finished):
     entries = json.loads((finished / "evaluation" / "frontier.json").read_text())["entries"]
     assert [entry["temperature"] for entry in entries] == [0.0, 1.0]
@@ -136,6 +149,41 @@ def test_verdict_bounds_the_loss_per_prompt_with_the_certificate(finished):
     assert choose_from_outputs(rows, max_loss=limit + 1e-6, **wish).setting.label == point["label"]
     with pytest.raises(InputError):
         choose_from_outputs(rows, max_loss=limit - 1e-3, **wish)
+
+
+def test_verdict_proposes_how_to_draft(finished, config_path):
+    from deferral_train.drafting.spec import drafting_from_spec
+
+    found = json.loads((finished / "verdict.json").read_text())["drafting"]
+    assert (found["num_draft_tokens"] is None) != (found["drafting"] is None)
+    if found["drafting"] is not None:
+        drafting_from_spec(found["drafting"])
+    assert found["prompts"] == {"chosen_on": 5, "judged_on": 5}
+    assert found["used"]["num_draft_tokens"] == 3
+    assert found["beats_verifier"] is (found["speed"]["value"] > 1)  # too few prompts for an interval
+    assert {row["family"] for row in found["families"]} >= {"drafter alone"}
+    assert max(row["speed"] for row in found["families"]) > 0
+    assert found["flags"].lstrip("-") in (finished / "report.html").read_text()
+
+
+def test_replayed_texts_give_the_calls_that_were_counted(finished, config_path):
+    """On the chosen rule's own texts, at temperature 0, prompt for prompt."""
+    from deferral_train.drafting import Plan
+    from deferral_train.drafting.replay import replay
+    from deferral_train.evaluation.drafting import paths_of
+    from deferral_train.heads.rules import rule_from_spec
+    from deferral_train.pipeline.online import ON_POLICY
+    from deferral_train.traces import open_traces
+
+    chosen = json.loads((finished / "verdict.json").read_text())["chosen"]
+    rule = rule_from_spec(chosen["spec"], typed=read_config(config_path).rules)
+    traces = open_traces(finished / ON_POLICY)
+    rows = [json.loads(line) for line in (finished / "decode" / "outputs.jsonl").read_text().splitlines()]
+    counts = {row["id"]: row["counts"] for row in rows if row["rule"] == chosen["label"]}
+    for name in traces.prompt_ids:
+        (path,) = paths_of(traces, rule, {name: [0]}, separate=False)
+        work = replay(Plan([[3, 0], [0, 0]], max_gram=None), path)
+        assert (work.calls, work.tokens) == (counts[name]["verifier_calls"], counts[name]["emitted"])
 
 
 def test_lossless_writes_what_the_verifier_alone_writes(finished):

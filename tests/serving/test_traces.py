@@ -89,7 +89,7 @@ def test_a_full_queue_drops_traces_and_never_waits(tmp_path):
     log, counters = logged(tmp_path / "t", queue=2)
     gate = threading.Event()
     original = log._columns
-    log._columns = lambda block: (gate.wait(20), original(block))[1]
+    log._columns = lambda blocks: (gate.wait(20), original(blocks))[1]
     step, rows, outcome = step_of([f"r{n}" for n in range(8)])
     log.take(step, rows, outcome, rows.verifier, range(8))  # returns although nothing is being written
     gate.set()
