@@ -45,10 +45,12 @@ from deferral_train.pairs.encode import EncodedPrompt
 from deferral_train.pairs.load import make_pair
 from deferral_train.pairs.prompts import Prompt, read_prompts
 from deferral_train.rules import Rule, make_rule
+from deferral_train.rules.quick import GreedyBlocks
 
 SHARED = Path(os.environ.get("DEFERRAL_TRAIN_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 CLOCK: Callable[[], float] = time.perf_counter
+ON_CUDA = torch.cuda.is_available()  # asked once: the question takes microseconds
 HEAD_FEATURES = ("drafter_max", "verifier_max", "verifier_at_drafter_argmax", "drafter_entropy", "tv")
 
 
@@ -69,7 +71,7 @@ class Stopwatch:
             began = CLOCK()
             try:
                 result = function(*arguments, **named)
-                if torch.cuda.is_available():
+                if ON_CUDA:
                     torch.cuda.synchronize()
                 return result
             finally:
@@ -128,7 +130,12 @@ def model_methods(pair: Pair) -> list[tuple[Any, str]]:
 def cascade(pair: Pair, prompts: list[EncodedPrompt], rule: Rule, settings: Settings) -> Run:
     """Our loop."""
     models, decisions = Stopwatch(), Stopwatch()
-    methods = [(greedy, "decisions"), *((type(rule), name) for name in ("read", "defer", "keep"))]
+    methods = [
+        (GreedyBlocks, "__init__"),
+        (greedy, "decisions_on_host"),
+        (greedy, "decisions"),
+        *((type(rule), name) for name in ("read", "defer", "keep", "keep_probs", "step_law")),
+    ]
     methods = [(owner, name) for owner, name in methods if hasattr(owner, name)]
     with models.on(*model_methods(pair)), decisions.on(*methods):
         began = CLOCK()

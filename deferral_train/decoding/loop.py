@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from deferral_train.decoding.stats import Ledger
 from deferral_train.decoding.stepper import Stepper
 from deferral_train.decoding.tokens import TokenRows
 from deferral_train.rules.base import Rule
+from deferral_train.rules.quick import GreedyBlocks
 from deferral_train.rules.summary import CONTEXT_FIELDS, PREVIOUS_TOKENS, Summary
 from deferral_train.rules.verify import verify_block
 
@@ -45,11 +47,14 @@ class Cascade:
     token_log: Any = None
     context_fields: frozenset[str] = field(init=False)
     active: list[Stepper] = field(init=False)  # models whose caches follow the running rows
+    ready: GreedyBlocks | None = field(init=False, default=None)  # the rule, where it decides greedy blocks
 
     def __post_init__(self) -> None:
         self.active = [*self.proposer.steppers, self.verifier]
         asked = self.rule.needs | (self.rule.gap_needs if self.max_request_loss is not None else frozenset())
         self.context_fields = asked & CONTEXT_FIELDS
+        if self.laws.temperature == 0.0 and not self.rule.is_lossless:
+            self.ready = GreedyBlocks(self.rule)
         if self.max_request_loss is not None:
             self.spent = torch.zeros(len(self.tokens.rows), dtype=torch.float64, device=self.tokens.device)
             self.ledger.spent = dict.fromkeys(range(len(self.tokens.ids)), 0.0)
@@ -69,9 +74,11 @@ def speculative(cascade: Cascade) -> None:
     """Draft a block, verify it in one pass, emit what the rule's target law lets through; until all rows
     end.
     """
-    while cascade.running:
-        draft = propose(cascade)
-        emit(cascade, judge(cascade, draft), draft)
+    # Numbers out of range are seen to where they arise; entered per block this would cost as much as a rule does.
+    with np.errstate(over="ignore", invalid="ignore"):
+        while cascade.running:
+            draft = propose(cascade)
+            emit(cascade, judge(cascade, draft), draft)
 
 
 def propose(cascade: Cascade) -> Draft:
@@ -101,7 +108,7 @@ def _outcome(cascade: Cascade, draft: Draft, decision: Tensor, sampling: Tensor 
     # Greedy decisions see decision laws alone: not enough where a token is not its law's favourite.
     own = rule.is_lossless or draft.sampling is None
     if cascade.laws.temperature == 0.0 and own and is_plain(rule, bonus, limit, sampling):
-        return judge_greedy(rule, draft, decision, context)
+        return judge_greedy(rule, draft, decision, context, cascade.ready)
     verdict = verify_block(
         rule,
         draft.tokens,
@@ -135,6 +142,8 @@ def context_of(cascade: Cascade, draft: Draft) -> Summary | None:
         given["drafter_hidden"] = draft.hidden
     if "verifier_hidden" in cascade.context_fields:
         given["verifier_hidden"] = cascade.verifier.hidden(draft.tokens.shape[1] + 1)[:, :columns]
+    if "verifier_hidden_at_token" in cascade.context_fields:
+        given["verifier_hidden_at_token"] = cascade.verifier.hidden(draft.tokens.shape[1] + 1)[:, 1:]
     return Summary({name: value for name in cascade.context_fields if (value := given[name]) is not None})
 
 

@@ -6,7 +6,8 @@ is the reference; the tests compare the two.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from deferral_train.heads.features import DERIVED
+from deferral_train.rules.numbers import Numbers
 from deferral_train.rules.summary import HIDDEN_FIELDS, Summary
 
 if TYPE_CHECKING:
@@ -26,7 +28,6 @@ except ImportError:  # a head runs where torch alone is installed
     np = None  # type: ignore[assignment]
 
 MOST_ROWS = 1024  # beyond, torch's threads and kernels win
-LARGE = 80.0  # exp of it is finite in float32; SiLU is 0 to rounding beyond
 Array = Any
 
 TRANSFORMS: dict[str, Callable[[Array], Array]] = {
@@ -64,14 +65,23 @@ class _Plain:
     def __init__(self, head: DeferralHead) -> None:
         self.names = head.inputs.names
         self.gate = head.inputs.start["argmaxes_differ"] if head.gated else None
-        self.groups = [(TRANSFORMS[t], head.inputs.get_buffer(b).numpy()) for t, b in head.inputs.groups]
+        self.groups = [(TRANSFORMS[t], _places(head.inputs.get_buffer(b))) for t, b in head.inputs.groups]
         linear = [layer for layer in head.body.children() if isinstance(layer, nn.Linear)]
         weights = [layer.weight.detach().double() for layer in linear]
         biases = [layer.bias.detach().double() for layer in linear]
         mean, scale = head.mean.double(), head.scale.double()
         weights[0] = weights[0] * scale
         biases[0] = biases[0] - weights[0] @ mean
+        for place in range(len(weights) - 1):  # x SiLU'd is h (1 + tanh h) with h = x / 2
+            weights[place], biases[place] = weights[place] / 2, biases[place] / 2
         self.layers = [(w.T.float().contiguous().numpy(), b.float().numpy()) for w, b in zip(weights, biases)]
+
+
+def _places(columns: Tensor) -> Array:
+    """Columns of a transform, as a slice where they lie together."""
+    first, last = int(columns[0]), int(columns[-1])
+    together = columns.tolist() == list(range(first, last + 1))
+    return slice(first, last + 1) if together else columns.numpy()
 
 
 @dataclass
@@ -91,27 +101,75 @@ def plain(head: DeferralHead) -> _Plain | None:
     """The head laid out, once per state of its weights; None for one that is not plain."""
     known = _KNOWN.get(head)
     # A head moved or cast gets new buffers; weights written in place count a version up.
-    if known is None or known.mean is not head.mean or [t._version for t in known.tensors] != known.versions:
+    mean = head._buffers["mean"]
+    if known is None or known.mean is not mean or [t._version for t in known.tensors] != known.versions:
         tensors = [*head.parameters(), *head.buffers()]
         layout = _Plain(head) if is_plain(head) else None
         known = _KNOWN[head] = _Known(head.mean, tensors, [t._version for t in tensors], layout)
     return known.layout
 
 
+def known(head: DeferralHead) -> _Plain:
+    """The layout that :func:`plain` has just found."""
+    layout = _KNOWN[head].layout
+    assert layout is not None
+    return layout
+
+
 def verify_stage_gap(head: _Plain, summary: Summary) -> Tensor:
     """The estimated gap ``[..]`` of a plain head whose body gives it alone."""
-    columns = [
-        (DERIVED[name].compute(summary) if name in DERIVED else summary[name]).numpy() for name in head.names
-    ]
-    shape = columns[0].shape
-    raw = np.stack([column.reshape(-1) for column in columns], axis=-1).astype(np.float32, copy=False)
+    columns = {
+        name: (DERIVED[name].compute(summary) if name in DERIVED else summary[name]).numpy()
+        for name in head.names
+    }
+    shape = columns[head.names[0]].shape
+    raw = _raw(head, {name: column.reshape(-1) for name, column in columns.items()})
+    gap = _body(head, raw)
+    if head.gate is not None:
+        gap = gap * raw[:, head.gate]
+    return torch.from_numpy(_settled(gap).reshape(shape))
+
+
+def gap_of_numbers(head: _Plain, numbers: Numbers) -> Array:
+    """The same ``[N]`` from numbers of which only those are read that matter: a gated gap is 0 by definition where
+    the argmaxes agree.
+    """
+    if head.gate is None:
+        return _settled(_body(head, _raw(head, numbers)))
+    gap = np.zeros(numbers.shape, np.float32)
+    differing = numbers.differing()
+    if differing:
+        some = numbers if len(differing) == len(gap) else numbers.only(differing)
+        gap[differing] = _settled(_body(head, _raw(head, some)))
+    return gap
+
+
+def _raw(head: _Plain, columns: Mapping[str, Array]) -> Array:
+    """Raw columns [N, C]."""
+    raw = None
+    for place, name in enumerate(head.names):
+        column = columns[name] if name in columns else DERIVED[name].compute(columns)  # type: ignore[arg-type]
+        if raw is None:
+            raw = np.empty((len(column), len(head.names)), np.float32)
+        raw[:, place] = column
+    return raw
+
+
+def _body(head: _Plain, raw: Array) -> Array:
     parts = [transform(raw[:, index]) for transform, index in head.groups]
     x = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
     for place, (weight, bias) in enumerate(head.layers):
         if place:
-            x /= 1 + np.exp(np.minimum(-x, LARGE))
-        x = x @ weight + bias
-    gap = x[:, 0] if head.gate is None else x[:, 0] * raw[:, head.gate]
-    if not np.isfinite(gap).all():
-        gap = np.nan_to_num(gap, nan=np.inf, posinf=np.inf, neginf=-np.inf)
-    return torch.from_numpy(gap.reshape(shape))
+            squashed = np.tanh(x)
+            squashed += 1
+            x *= squashed
+        x = x @ weight
+        x += bias
+    return x[:, 0]
+
+
+def _settled(gap: Array) -> Array:
+    """What is no number defers."""
+    if math.isfinite(sum(gap.tolist())):
+        return gap
+    return np.nan_to_num(gap, nan=np.inf, posinf=np.inf, neginf=-np.inf)

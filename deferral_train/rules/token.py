@@ -35,7 +35,7 @@ class TokenV1(TokenRule):
 
     def keep_probs(self, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
         """The same, from probabilities."""
-        return summary["verifier_max"].unsqueeze(-1) - q <= self.alpha
+        return summary["verifier_max"][..., None] - q <= self.alpha
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class TokenV2(TokenRule):
 
     def keep_probs(self, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
         """The same, from probabilities."""
-        return summary["verifier_max"].unsqueeze(-1) - p <= self.alpha
+        return summary["verifier_max"][..., None] - p <= self.alpha
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class TokenV3(TokenRule):
 
     def keep_probs(self, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
         """The same, from probabilities."""
-        return p >= (1 - self.alpha) * summary["verifier_max"].unsqueeze(-1)
+        return p >= (1 - self.alpha) * summary["verifier_max"][..., None]
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,10 @@ from deferral_train.decoding.greedy import is_plain, judge_greedy
 from deferral_train.decoding.outcome import outcome_of
 from deferral_train.decoding.proposing import Draft
 from deferral_train.errors import InputError
-from deferral_train.rules import RULES, make_rule, quick, verify_block
-from deferral_train.rules.summary import summarize
+from deferral_train.heads.base import DeferralHead
+from deferral_train.heads.gap import GapHead
+from deferral_train.rules import RULES, make_rule, numbers, verify_block
+from deferral_train.rules.summary import Summary, summarize
 
 SERVED = [
     name
@@ -25,6 +27,7 @@ def test_most_rules_are_served() -> None:
     assert not is_plain(make_rule("opt"), "verifier", 1.0, None)
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in")  # the loop enters np.errstate once for all blocks
 @pytest.mark.parametrize("name", SERVED)
 def test_same_verdict_as_verify_block(name: str) -> None:
     generator = torch.Generator().manual_seed(11)
@@ -54,25 +57,81 @@ def test_not_a_number_is_refused() -> None:
         judge_greedy(make_rule("lossless"), draft, logits, None)
 
 
-@pytest.mark.parametrize("small", [0, quick.SMALL])
-def test_the_quick_summary_is_the_summary(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quick, "SMALL", small)  # 0: memory is kept from block to block
+def numbers_of(drafter: torch.Tensor, verifier: torch.Tensor, token: torch.Tensor) -> numbers.Numbers:
+    sides = [
+        numbers.Side(
+            [part.numpy() for part in logits.split([1, token.shape[1] - 1], dim=1)], token.shape[1], name
+        )
+        for logits, name in ((drafter, "drafter_logits"), (verifier, "verifier_logits"))
+    ]
+    return numbers.Numbers(*sides, token.numpy().reshape(-1))
+
+
+@pytest.mark.parametrize("small", [0, numbers.SMALL])
+@pytest.mark.parametrize("high", [0.0, 400.0])  # of which exp is no number in float32
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.filterwarnings("ignore:.*encountered in")
+def test_numbers_are_the_summary(
+    small: int, high: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(numbers, "SMALL", small)  # 0: memory is kept from block to block
     generator = torch.Generator().manual_seed(3)
-    verifier = 5 * torch.randn(3, 5, 40, generator=generator, dtype=torch.float64) + 30
-    drafter = verifier[:, :4] + torch.randn(3, 4, 40, generator=generator, dtype=torch.float64)
+    verifier = 5 * torch.randn(3, 4, 40, generator=generator, dtype=dtype) + 10
+    drafter = verifier + torch.randn(3, 4, 40, generator=generator, dtype=dtype)
     verifier[1, :, 7] = -torch.inf
+    verifier[0, 0], drafter[0, 1], drafter[1, 2] = verifier[0, 0] + high, drafter[0, 1] + high, -high
+    drafter[2, 3] = verifier[2, 3]
+    verifier[0, 3, 5] = verifier[0, 3].max()  # a tie
     token = drafter.argmax(dim=-1)
-    fields = frozenset(quick._FORMULAS)
-    assert quick.knows(fields, drafter, verifier)
-    found = quick.summarize_greedy(fields, drafter, verifier[:, :4], token)
-    expected = summarize(drafter, verifier[:, :4], temperature=0.0, token=token, fields=fields)
+    fields = frozenset(numbers.FORMULAS)
+    close = {"atol": 1e-4, "rtol": 2e-4} if dtype == torch.float32 else {"atol": 1e-12, "rtol": 1e-11}
+    read = numbers_of(drafter, verifier, token)
+    found = read.summary(fields, (3, 4))
+    expected = summarize(drafter, verifier, temperature=0.0, token=token, fields=fields)
     for name in fields:
-        torch.testing.assert_close(found[name], expected[name], atol=1e-13, rtol=1e-12)
+        torch.testing.assert_close(found[name], expected[name], **close)
+    some = read.only([0, 5, 7, 11]).summary(fields, (4,))
+    for name in fields:
+        torch.testing.assert_close(some[name], expected[name].reshape(-1)[[0, 5, 7, 11]], **close)
+    # Equal logits give equal numbers, so that ties tie.
+    for name in ("max", "entropy"):
+        assert found[f"drafter_{name}"][2, 3] == found[f"verifier_{name}"][2, 3]
     before = {name: value.clone() for name, value in found.items()}
-    turned = quick.summarize_greedy(fields, verifier[:, :4], drafter, token)
+    turned = numbers_of(verifier, drafter, token).summary(fields, (3, 4))
     assert turned["kl"][1].isinf().all()  # the first law gives what the second forbids
-    torch.testing.assert_close(turned["reverse_kl"], expected["kl"], atol=1e-13, rtol=1e-12)
+    torch.testing.assert_close(turned["reverse_kl"], expected["kl"], **close)
     assert all(torch.equal(found[name], before[name]) for name in fields)  # nothing points into kept memory
-    drafter[0, 1, 2] = torch.nan
-    with pytest.raises(InputError, match="drafter_logits has NaN"):
-        quick.summarize_greedy(fields, drafter, verifier[:, :4], token)
+    for wrong in (torch.nan, torch.inf):
+        drafter[0, 1, 2] = wrong
+        with pytest.raises(InputError, match="drafter_logits has NaN"):
+            numbers_of(drafter, verifier, token)["drafter_max"]
+
+
+def test_a_head_reads_numbers_as_it_reads_a_summary() -> None:
+    generator = torch.Generator().manual_seed(4)
+    verifier = 2 * torch.randn(3, 5, 40, generator=generator)
+    drafter = verifier[:, :4] + torch.randn(3, 4, 40, generator=generator)
+    token = drafter.argmax(dim=-1)
+    features = (
+        "drafter_max:logit",
+        "verifier_entropy",
+        "token_is_argmax",
+        "verifier_at_drafter_argmax",
+        "draft_position",
+    )
+    place = torch.arange(4).expand(3, 4)
+    for loss in ("zero_one", "log"):
+        head = GapHead(features, loss=loss).eval()
+        torch.nn.init.normal_(head.body[-1].weight)
+        rule = make_rule("learned", head=head, alpha=0.05)
+        context = Summary({"draft_position": place})
+        fields = rule.needs - {"draft_position"}
+        summary = summarize(drafter, verifier[:, :4], temperature=0.0, token=token, fields=fields)
+        summary = summary.with_fields(dict(context))
+        with torch.no_grad():  # so that it defers here and there
+            head.body[-1].bias.sub_(DeferralHead.gap(head, summary)[summary["tv"] > 0].median())
+        expected = DeferralHead.gap(head, summary) > 0.05 * summary["tv"]
+        draft = Draft(token, [4] * 3, drafter.split(1, dim=1), on_host=token.tolist())
+        found = judge_greedy(rule, draft, verifier, context)
+        assert 0 < int(expected.sum()) < 12
+        assert torch.equal(torch.tensor(found.deferred), expected)
