@@ -10,9 +10,10 @@ from typing import Any
 from tqdm import tqdm
 
 from deferral_train.collecting.batches import BatchCollector
-from deferral_train.collecting.config import CollectConfig
+from deferral_train.collecting.config import ON_POLICY_TOKENS, CollectConfig
 from deferral_train.collecting.engine import run_engine
 from deferral_train.collecting.launch import launch, processes
+from deferral_train.collecting.mining import Mined, Quality
 from deferral_train.collecting.plan import Plan, make_plan, read_any_prompts, size_text
 from deferral_train.collecting.prefixes import make_source
 from deferral_train.collecting.progress import check_room
@@ -32,6 +33,7 @@ def collect(
     *,
     models: ModelPair | None = None,
     prompts: Sequence[Prompt] | None = None,
+    quality: Quality | None = None,
 ) -> Manifest:
     """Run both models over prompts and log their token distributions as traces; resumes what is unfinished.
 
@@ -41,6 +43,8 @@ def collect(
         progress: announce, show a bar, and say what was left out.
         models: a pair already in memory, in place of ``config.drafter`` and ``config.verifier``.
         prompts: prompts already read, in place of ``config.prompts``.
+        quality: scores of finished texts against references, for ``labels="autojudge"``; what
+            ``config.label_metric`` names is looked up by the command.
 
     Returns:
         The manifest of the finished folder.
@@ -54,6 +58,8 @@ def collect(
     if config.rule is not None:
         # A mistyped rule is refused before any model is loaded.
         rule_from_spec(config.rule, typed=[config.rule])
+    if config.labels == "autojudge" and quality is None:
+        raise InputError("labels='autojudge': pass quality=, which scores finished texts against references")
     pair, teacher = _models(config, models)
     given = list(prompts) if prompts is not None else read_any_prompts(config)
     plan = make_plan(config, pair, given[: config.limit], teacher, pair.device.type)
@@ -63,7 +69,10 @@ def collect(
     if progress:
         _say_left_out(plan)
     third = teacher.verifier if teacher else None
-    collector = BatchCollector(pair, third, make_source(config), plan.manifest, plan.prompts)
+    source = make_source(config)
+    if config.labels == "autojudge" and quality is not None:
+        source = Mined(config.new_tokens or ON_POLICY_TOKENS, quality, config.label_tolerance)
+    collector = BatchCollector(pair, third, source, plan.manifest, plan.prompts)
     run_engine(
         pair, third, collector, plan, out,
         devices=devices, num_nodes=num_nodes, max_bytes=config.max_bytes, progress=progress,

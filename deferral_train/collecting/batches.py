@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deferral_train.collecting.judging import judge_columns
 from deferral_train.collecting.measure import Measure
 from deferral_train.collecting.prefixes import Continuations, PrefixSource
 from deferral_train.collecting.scoring import Scores, make_inputs, score
@@ -47,12 +48,14 @@ class Scored:
         continuations: what was scored.
         scores: logits and hidden states by role.
         rows: [N], places of the scored positions among the logit rows.
+        labels: columns of judge labels, empty for none.
     """
 
     numbers: Sequence[int]
     continuations: Continuations
     scores: dict[str, Scores]
     rows: Tensor
+    labels: dict[str, Tensor]
 
 
 class BatchCollector:
@@ -88,7 +91,9 @@ class BatchCollector:
         prompts = [self.prompts[number] for number in numbers]
         continuations = self.source(self.pair, prompts, (chunk.seed + batch) % 2**32)
         scores, rows = self._score(prompts, continuations)
-        return Scored(numbers, continuations, scores, rows)
+        labels = self._labels(prompts, continuations, scores, rows)
+        scores = {role: Scores(one.logits, one.hidden) for role, one in scores.items()}  # the cache may go
+        return Scored(numbers, continuations, scores, rows, labels)
 
     def rows(self, scored: Scored) -> Rows:
         """The rest: from logits to columns. Touches no model, so that another thread may do it."""
@@ -99,7 +104,12 @@ class BatchCollector:
         finite = columns.pop("finite")
         suspects = {} if bool(finite.all()) else self._suspects(scores, rows)
         columns |= self._context(scored.numbers, scored.continuations, token)
-        columns |= {f"{role}_hidden": s.hidden for role, s in scores.items() if s.hidden is not None}
+        columns |= {
+            f"{role}_hidden": s.hidden
+            for role, s in scores.items()
+            if s.hidden is not None and role in self.manifest.hidden
+        }
+        columns |= scored.labels
         if self.teacher is not None:
             columns |= self._truth(scores, rows)
         return Rows(columns, finite, suspects)
@@ -116,8 +126,35 @@ class BatchCollector:
         scores = {}
         for role, model in models.items():
             inputs = make_inputs(model, ids, continuations.tokens, device)
-            scores[role] = score(model, inputs, role in self.manifest.hidden)
+            judges = role == "verifier" and bool(self.manifest.labels)
+            scores[role] = score(model, inputs, judges or role in self.manifest.hidden, keep_past=judges)
         return scores, inputs.rows
+
+    def _labels(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        continuations: Continuations,
+        scores: dict[str, Scores],
+        rows: Tensor,
+    ) -> dict[str, Tensor]:
+        """Columns of judge labels, which need the verifier once more."""
+        if not self.manifest.labels:
+            return {}
+        laws = {
+            role: scores[role].logits[:, : self.pair.vocab_size].index_select(0, rows)
+            for role in ("drafter", "verifier")
+        }
+        return judge_columns(
+            self.pair.verifier,
+            laws["drafter"],
+            laws["verifier"],
+            scores["verifier"],
+            continuations.tokens,
+            [prompt.input_ids for prompt in prompts],
+            continuations.labels,
+            int(self.manifest.labels.get("window", 0)),
+            int(self.manifest.chunking["batch_tokens"]),
+        )
 
     def _suspects(self, scores: dict[str, Scores], rows: Tensor) -> dict[str, Tensor]:
         known = self.pair.vocab_size

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from deferral_train.errors import InputError
-from deferral_train.traces.manifest import PREFIX_SOURCES
+from deferral_train.traces.manifest import JUDGE_LABELS, PREFIX_SOURCES
 
 HIDDEN = {"none": (), "drafter": ("drafter",), "verifier": ("verifier",), "both": ("drafter", "verifier")}
 ON_POLICY_TOKENS = 128
@@ -26,6 +26,10 @@ class CollectConfig:
         log_top_k: K, candidates of each model with both log-probabilities; 0 logs none.
         hidden: whose last hidden states are logged, in 16 bit: none, drafter, verifier, both.
         teacher: a third checkpoint whose law fills the truth group.
+        labels: judge labels of the drafter's favourite tokens, ``selfjudge`` or ``autojudge``; None for none.
+        label_window: tokens after a substitution that SelfJudge rescores.
+        label_metric: what AutoJudge compares finished texts by.
+        label_tolerance: loss of it, against the verifier's own text, that a swap may cost.
         chunk_prompts: prompts per shard, the unit of work and of resuming.
         batch_tokens: most padded tokens in a batch; None picks by device and vocabulary.
         max_new_tokens: most tokens of a prefix; None: 128 on-policy, no limit on references.
@@ -49,6 +53,10 @@ class CollectConfig:
     log_top_k: int = 64
     hidden: str = "none"
     teacher: str | None = None
+    labels: str | None = None
+    label_window: int = 20
+    label_metric: str = "chrf"
+    label_tolerance: float = 0.0
     chunk_prompts: int = 256
     batch_tokens: int | None = None
     max_new_tokens: int | None = None
@@ -80,10 +88,32 @@ class CollectConfig:
             raise InputError(f"hidden={self.hidden!r}: use {', '.join(HIDDEN)}")
         if not 0 <= self.temperature < float("inf"):
             raise InputError(f"temperature={self.temperature}: use a finite number >= 0 (0 is greedy)")
+        self._check_labels()
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{name}={value}: must be at least {least}")
+
+    def _check_labels(self) -> None:
+        if self.labels is None:
+            return
+        if self.labels not in JUDGE_LABELS:
+            raise InputError(f"labels={self.labels!r}: use {' or '.join(JUDGE_LABELS)}")
+        if self.prefixes != "verifier" or self.temperature != 0:
+            raise InputError(
+                f"labels={self.labels!r}: they judge the verifier's greedy text, not prefixes "
+                f"{self.prefixes!r} at temperature {self.temperature:g}; use prefixes verifier, temperature 0"
+            )
+        if not 0 <= self.label_tolerance < float("inf"):
+            raise InputError(f"label_tolerance={self.label_tolerance}: use a finite number >= 0")
+
+    @property
+    def label_settings(self) -> dict[str, Any]:
+        """How labels are made, as the manifest records it; empty for none."""
+        if self.labels is None:
+            return {}
+        own = ("window",) if self.labels == "selfjudge" else ("metric", "tolerance")
+        return {"kind": self.labels} | {name: getattr(self, f"label_{name}") for name in own}
 
     @property
     def on_policy(self) -> bool:
@@ -121,4 +151,5 @@ _AT_LEAST = {
     "devices": 1,
     "num_nodes": 1,
     "num_draft_tokens": 1,
+    "label_window": 1,
 }

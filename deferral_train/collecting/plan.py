@@ -107,6 +107,7 @@ def make_plan(
         Chunk(number, _chunk_seed(config.seed, number), _batches(config, kept, numbers, batch_tokens))
         for number, numbers in enumerate(_ranges(len(kept), config.chunk_prompts))
     )
+    texts_decide = not config.on_policy or config.labels == "autojudge"  # references, too
     manifest = Manifest(
         pair=_describe(pair, teacher),
         prefixes=config.prefix_name,
@@ -116,9 +117,10 @@ def make_plan(
         top_k=min(config.log_top_k, pair.vocab_size),
         hidden={role: hidden_width(getattr(pair, role)) for role in HIDDEN[config.hidden]},
         truth="teacher" if teacher else None,
+        labels=config.label_settings | ({"hidden": hidden_width(pair.verifier)} if config.labels else {}),
         seed=config.seed,
         chunking={"chunk_prompts": config.chunk_prompts, "batch_tokens": batch_tokens},
-        prompts={"sha256": prompts_hash(kept, config.on_policy), "given": len(prompts), **notices},
+        prompts={"sha256": prompts_hash(kept, not texts_decide), "given": len(prompts), **notices},
         settings=config.deciding(),
         provenance=provenance.collect({"seed": config.seed})
         | {"models": {role: model_facts(getattr(pair, role)) for role in ("drafter", "verifier")}},

@@ -30,12 +30,14 @@ class Continuations:
         gold: whether the tokens are gold.
         origin: how each token came about (an ``Origin``), for cascades.
         draft_position: 0-based place in its drafted block, for cascades.
+        labels: verdict on each token where it was judged: 1 acceptable, -1 important, 0 not judged.
     """
 
     tokens: list[list[int]]
     gold: bool
     origin: list[list[int]] | None = None
     draft_position: list[list[int]] | None = None
+    labels: list[list[int]] | None = None
 
 
 class PrefixSource(Protocol):
@@ -43,7 +45,7 @@ class PrefixSource(Protocol):
 
 
 def make_source(config: CollectConfig) -> PrefixSource:
-    """The source that a configuration asks for."""
+    """The source that a configuration asks for, but for ``labels="autojudge"``, which mines its own texts."""
     if config.prefixes == "reference":
         return from_references
     assert config.new_tokens is not None
@@ -109,6 +111,57 @@ class FromCascade:
         return Continuations(tokens, False, origin, [draft_positions(row) for row in origin])
 
 
+def greedy_continuations(
+    pair: ModelPair, prompts: Sequence[EncodedPrompt], begun: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[list[int]]:
+    """The verifier's greedy text after each prompt and the tokens ``begun`` behind it, these included.
+
+    Speculative with the pair's drafter under lossless verification, which changes nothing but the time.
+    """
+    from deferral_train.decoding import cascade_generate
+
+    texts = [list(tokens) for tokens in begun]
+    open_ = [
+        number
+        for number, tokens in enumerate(texts)
+        if len(tokens) < max_new_tokens and tokens[-1] not in pair.eos_ids
+    ]
+    if not open_:
+        return texts
+    model = pair.verifier
+    behind = [texts[number] for number in open_]
+    if pair.is_encoder_decoder:
+        inputs = _prompt_inputs(pair, [prompts[number] for number in open_], model.device)
+        ids, mask = _left_padded([[decoder_start(model), *tokens] for tokens in behind], 0)
+        inputs |= {"decoder_input_ids": ids.to(model.device), "decoder_attention_mask": mask.to(model.device)}
+    else:
+        rows = [[*prompts[number].input_ids, *tokens] for number, tokens in zip(open_, behind)]
+        ids, mask = _left_padded(rows, pair.tokenizer.pad_token_id or 0)
+        inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    longest = max_new_tokens - min(map(len, behind))
+    settings = _settings(pair, model, 0.0, longest)
+    with _only(model, settings):
+        ids = model.generate(
+            **inputs,
+            generation_config=settings,
+            custom_generate=cascade_generate,
+            drafter=pair.drafter,
+            rule="lossless",
+            vocab_size=pair.vocab_size,
+        )
+    for number, tokens in zip(open_, _new_tokens(pair, ids, mask.shape[1])):
+        texts[number] = [*texts[number], *tokens][:max_new_tokens]
+    return texts
+
+
+def _left_padded(rows: Sequence[list[int]], fill: int) -> tuple[Tensor, Tensor]:
+    longest = max(map(len, rows))
+    gaps = [longest - len(row) for row in rows]
+    ids = [[fill] * gap + row for row, gap in zip(rows, gaps)]
+    mask = [[0] * gap + [1] * len(row) for row, gap in zip(rows, gaps)]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
 def draft_positions(origin: Sequence[int]) -> list[int]:
     """Each token's 0-based place in its block; a block ends with the verifier's own token."""
     places, place = [], 0
@@ -123,19 +176,15 @@ def _prompt_inputs(
 ) -> dict[str, Tensor]:
     """Left-padded for decoder-only models, right-padded for encoders."""
     rows = [prompt.input_ids for prompt in prompts]
-    longest = max(map(len, rows))
     fill = pair.tokenizer.pad_token_id or 0
-    gaps = [longest - len(row) for row in rows]
     if pair.is_encoder_decoder:
-        ids = [row + [fill] * gap for row, gap in zip(rows, gaps)]
-        mask = [[1] * len(row) + [0] * gap for row, gap in zip(rows, gaps)]
+        longest = max(map(len, rows))
+        gaps = [longest - len(row) for row in rows]
+        ids = torch.tensor([row + [fill] * gap for row, gap in zip(rows, gaps)])
+        mask = torch.tensor([[1] * len(row) + [0] * gap for row, gap in zip(rows, gaps)])
     else:
-        ids = [[fill] * gap + row for row, gap in zip(rows, gaps)]
-        mask = [[0] * gap + [1] * len(row) for row, gap in zip(rows, gaps)]
-    return {
-        "input_ids": torch.tensor(ids, device=device),
-        "attention_mask": torch.tensor(mask, device=device),
-    }
+        ids, mask = _left_padded(rows, fill)
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
 def _prompt_width(pair: ModelPair, inputs: dict[str, Tensor]) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from deferral_train.decoding.hidden import tap_hidden
 from deferral_train.pairs.batches import pad
@@ -34,11 +35,26 @@ class Inputs:
 
 
 @dataclass(frozen=True)
+class Past:
+    """What later passes over the same texts may start from.
+
+    Attributes:
+        cache: keys and values of every column, in full layers.
+        encoder, encoder_mask: encoder states [B, S, D] and mask [B, S]; None in decoder-only models.
+    """
+
+    cache: Any
+    encoder: Tensor | None
+    encoder_mask: Tensor | None
+
+
+@dataclass(frozen=True)
 class Scores:
-    """What a model made of a batch: ``logits`` [M, V], ``hidden`` [N, D] float16 or None."""
+    """What a model made of a batch: ``logits`` [M, V], ``hidden`` [N, D] float16 or None, ``past`` where kept."""
 
     logits: Tensor
     hidden: Tensor | None
+    past: Past | None = None
 
 
 def make_inputs(
@@ -104,21 +120,34 @@ def decoder_start(model: Any) -> int:
     return 0
 
 
-def score(model: Any, inputs: Inputs, want_hidden: bool = False) -> Scores:
-    """Run the model; logits of the kept columns, hidden states of the scored positions.
+def score(model: Any, inputs: Inputs, want_hidden: bool = False, keep_past: bool = False) -> Scores:
+    """Run the model; logits of the kept columns, hidden states of the scored positions, the cache where asked for.
 
     The hidden state is the decoder's output after its final norm, read by a hook: no other layer is kept.
     """
     accepted = inspect.signature(model.forward).parameters
     extra = {"logits_to_keep": inputs.keep} if "logits_to_keep" in accepted else {}
     given = {name: value for name, value in inputs.model_inputs.items() if name in accepted}
+    extra |= {"past_key_values": _empty_cache(model)} if keep_past else {}
     with tap_hidden(model, want_hidden) as tap:
-        logits = model(**given, **extra, use_cache=False).logits[:, -inputs.keep :]
+        output = model(**given, **extra, use_cache=keep_past)
+        logits = output.logits[:, -inputs.keep :]
         hidden = None
         if tap is not None and tap.states is not None:
             states = tap.states[:, -inputs.keep :]
             hidden = half(states.reshape(-1, states.shape[-1]).index_select(0, inputs.rows))
-    return Scores(logits.reshape(-1, logits.shape[-1]), hidden)
+    past = None
+    if keep_past:
+        states = getattr(output, "encoder_last_hidden_state", None)
+        past = Past(extra["past_key_values"], states, None if states is None else given["attention_mask"])
+    return Scores(logits.reshape(-1, logits.shape[-1]), hidden, past)
+
+
+def _empty_cache(model: Any) -> Any:
+    """Full layers for every model: a sliding-window layer forgets columns that a substitution begins from."""
+    if model.config.is_encoder_decoder:
+        return EncoderDecoderCache(DynamicCache(), DynamicCache())
+    return DynamicCache()
 
 
 def half(states: Tensor) -> Tensor:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deferral_train.collecting.mining import Quality
+
 
 def run(
     out: str,
@@ -15,6 +20,10 @@ def run(
     log_top_k: int = 64,
     hidden: str = "none",
     teacher: str | None = None,
+    labels: str | None = None,
+    label_window: int = 20,
+    label_metric: str = "chrf",
+    label_tolerance: float = 0.0,
     chunk_prompts: int = 256,
     batch_tokens: int | None = None,
     max_new_tokens: int | None = None,
@@ -51,6 +60,11 @@ def run(
         log_top_k: candidates logged of each model, with both log-probabilities; 0 logs the summary alone.
         hidden: whose last hidden states to log in 16 bit: none, drafter, verifier or both.
         teacher: third checkpoint whose law is logged as truth.
+        labels: judge labels of drafted tokens (docs/judges.md): selfjudge (rescored suffix) or autojudge (finished
+            texts compared); with prefixes verifier and temperature 0.
+        label_window: tokens after a substitution that selfjudge rescores.
+        label_metric: what autojudge compares finished texts by: chrf, gsm8k, exact_match, rougeL, ...
+        label_tolerance: loss of it, against the verifier's own text, that a token may cost (chrf from 0 to 1).
         chunk_prompts: prompts per shard, the unit of work and of resuming.
         batch_tokens: most padded tokens per batch; default by device and vocabulary.
         max_new_tokens: most tokens per prefix; default 128 on-policy, unlimited on references.
@@ -88,5 +102,13 @@ def run(
         return 0
     if engine != "transformers":
         raise InputError(f"engine={engine!r}: use transformers or vllm")
-    collect(config, out, progress)
+    collect(config, out, progress, quality=_quality(config.label_metric) if labels == "autojudge" else None)
     return 0
+
+
+def _quality(metric: str) -> Quality:
+    """Score of each text against its reference."""
+    from deferral_train.evaluation.quality import check_metric, per_prompt
+
+    check_metric(metric)
+    return lambda texts, references: per_prompt(metric, texts, references).tolist()

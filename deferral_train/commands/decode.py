@@ -10,7 +10,7 @@ from deferral_train.errors import InputError
 if TYPE_CHECKING:
     from deferral_train.decoding.stopping import StopDrafting
 
-STOPS = ("confidence", "cumulative", "entropy", "head", "speed")
+STOPS = ("confidence", "cumulative", "entropy", "head", "acceptance", "speed")
 
 
 def run(
@@ -81,7 +81,8 @@ def run(
         bonus: law of the token after a whole block: verifier or exact.
         max_request_loss: bound on the summed estimated loss of kept tokens per prompt; then lossless.
         stop: adaptive draft length: confidence:threshold=0.4, cumulative:threshold=0.2,
-            entropy:threshold=0.4,weight=0.2, head:head=FOLDER,alpha=0.1,threshold=0.5, speed:cost=0.1.
+            entropy:threshold=0.4,weight=0.2, head:head=FOLDER,alpha=0.1,threshold=0.5,
+            acceptance:head=FOLDER,threshold=0.7, speed:cost=0.1.
         drafting: cascade of drafters in place of the drafter alone: vertical:tokens=4,copies=10,
             horizontal:tokens=4,copies=6, max_gram:tokens=10, or a .yaml file with k, lenience, smaller drafters.
         stop_strings: end a text once it holds one of these.
@@ -141,6 +142,7 @@ def stop_from_spec(spec: str | None) -> StopDrafting | None:
         "cumulative": stopping.CumulativeStop,
         "entropy": stopping.EntropyStop,
         "head": stopping.HeadStop,
+        "acceptance": stopping.AcceptanceStop,
         "speed": stopping.ExpectedSpeedStop,
     }
     if name not in classes:

@@ -95,7 +95,7 @@ class Consulted:
 def with_counting(rule: Rule, stop: StopDrafting | None) -> tuple[Rule, StopDrafting | None, list[Consulted]]:
     """The same rules with counters before their heads."""
     counters: list[Consulted] = []
-    if getattr(rule, "head", None) is not None:
+    if getattr(rule, "head", None) is not None and not rule.is_lossless:  # lossless ends ask nobody
         counters.append(Consulted(rule.head))  # type: ignore[attr-defined]
         rule = replace(rule, head=counters[-1])  # type: ignore[call-arg]
     if stop is not None and getattr(stop, "head", None) is not None:

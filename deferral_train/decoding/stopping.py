@@ -173,6 +173,8 @@ class HeadStop(StopDrafting):
         _probability("stop threshold", self.threshold)
         if self.head.stage != "draft":
             raise InputError(f"stop head has stage {self.head.stage!r}: stopping a draft needs stage 'draft'")
+        if getattr(self.head, "head_type", None) == "judge":
+            raise InputError("stop head: a judge head knows no gap; use acceptance:head=FOLDER,threshold=0.7")
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -189,6 +191,50 @@ class HeadStop(StopDrafting):
 
     def stops(self, step: DraftStep) -> Tensor:
         return self.rejection(step) > self.threshold
+
+
+@dataclass
+class AcceptanceStop(StopDrafting):
+    """Stop once the chance of a rejection in the block, 1 - prod p^_i, is above ``threshold``.
+
+    p^_i is a judge head's probability that the verifier accepts the i-th drafted token. Source: SpecDec++ (Huang et
+    al. 2024, arXiv 2405.19715), whose h it is; `drafting.stop_fit.fit_acceptance` fits it on traces.
+
+    Args:
+        threshold: default: stored in the head, else 0.7.
+
+    Raises:
+        InputError: a head without acceptance predictions, or of the verify stage.
+    """
+
+    head: Any
+    threshold: float | None = None
+    _passes: Tensor | None = field(default=None, init=False, repr=False)
+    _limit: float = field(default=0.7, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not callable(getattr(self.head, "score", None)):
+            kind = getattr(self.head, "head_type", type(self.head).__name__)
+            raise InputError(
+                f"stop head: a {kind} head predicts no acceptance; fit a judge head of stage 'draft'"
+            )
+        if self.head.stage != "draft":
+            raise InputError(f"stop head has stage {self.head.stage!r}: stopping a draft needs stage 'draft'")
+        stored = (getattr(self.head, "metadata", None) or {}).get("threshold", self._limit)
+        self.threshold = self._limit = stored if self.threshold is None else self.threshold
+        _probability("stop threshold", self._limit)
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """Summary fields that the head reads."""
+        return frozenset(self.head.features)
+
+    def stops(self, step: DraftStep) -> Tensor:
+        with torch.inference_mode():
+            chance = self.head.score(step.summary(self.needs)).double()
+        first = step.place == 0 or self._passes is None
+        self._passes = chance if first else self._passes * chance
+        return 1 - self._passes > self._limit
 
 
 @dataclass

@@ -1,4 +1,5 @@
-"""The threshold of the cumulative stop, fitted on traces: where would drafting have been fastest?
+"""The threshold of the cumulative and of the acceptance stop, fitted on traces: where would drafting have been
+fastest?
 
 Inspired by Dynamic Depth Decoding (arXiv 2409.00142), which stops a beam once its summed probability falls below a
 threshold; on one chain that is the probability of the block, prod max q, the test of
@@ -8,7 +9,8 @@ threshold; on one chain that is the probability of the block, prod max q, the te
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ class StopFit:
     """A fitted threshold.
 
     Attributes:
-        threshold: for ``CumulativeStop``; 0 never stops.
+        threshold: for ``CumulativeStop``, 0 never stops; for ``AcceptanceStop``, 1 never stops.
         speed: expected tokens per unit of verifier time with it.
         constant: the same without stopping, at the same longest draft.
         drafted: mean tokens drafted with it.
@@ -65,6 +67,28 @@ def fit_cumulative(
     ]
     confidence, tv = (torch.cat([one[name] for one in summaries]) for name in ("drafter_max", "tv"))
     return fit_chains(confidence, 1 - tv, torch.cat(prompts), cost, longest)
+
+
+def fit_acceptance(
+    head: Any, traces: Traces, cost: float, longest: int = 10, temperature: float | None = None
+) -> StopFit:
+    """The threshold h of :class:`~deferral_train.decoding.stopping.AcceptanceStop` for a judge head of the draft stage.
+
+    A block goes on while prod p^ >= 1 - h. Arguments and errors as for :func:`fit_cumulative`; traces on which the
+    head was not fitted.
+
+    Raises:
+        InputError: also a head that predicts no acceptance.
+    """
+    if getattr(head, "stage", None) != "draft" or not callable(getattr(head, "score", None)):
+        raise InputError(
+            "head predicts no acceptance at the draft stage; fit a judge head with stage 'draft'"
+        )
+    tv = traces.summary(["tv"], temperature).tv
+    predicted = head.score(traces.summary(head.features))
+    prompts = torch.from_numpy(traces.prompt_of_row.copy())
+    found = fit_chains(predicted, 1 - tv, prompts, cost, longest)
+    return replace(found, threshold=1 - found.threshold)
 
 
 def fit_chains(confidence: Tensor, acceptance: Tensor, prompt: Tensor, cost: float, longest: int) -> StopFit:

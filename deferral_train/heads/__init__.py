@@ -4,6 +4,7 @@ from deferral_train.heads.artifact import push_to_hub, set_operating_point
 from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.cost_sensitive import CostSensitiveHead
 from deferral_train.heads.gap import GapHead
+from deferral_train.heads.judge import JudgeHead
 from deferral_train.heads.plug_in import PlugInHead
 from deferral_train.heads.registry import HEADS
 from deferral_train.heads.truth import TokenHead, TruthMixtureHead
@@ -13,6 +14,7 @@ __all__ = [
     "CostSensitiveHead",
     "DeferralHead",
     "GapHead",
+    "JudgeHead",
     "PlugInHead",
     "TokenHead",
     "TruthMixtureHead",

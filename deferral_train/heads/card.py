@@ -52,17 +52,26 @@ def _front_matter(config: Mapping[str, Any]) -> str:
 
 
 def _usage(config: Mapping[str, Any]) -> str:
-    alpha = config.get("alpha")
+    dial = "threshold" if config["deferral_head_type"] == "judge" else "alpha"
+    value = config.get(dial)
     point = (
-        f"The chosen operating point is alpha = {alpha}."
-        if alpha is not None
-        else "No alpha was chosen; give one."
+        f"The chosen operating point is {dial} = {value}."
+        if value is not None
+        else f"No {dial} was chosen; give one."
     )
     return (
-        "Decides, at each drafted token, whether to defer to the verifier. **Lossy**: output may differ "
-        f"from the verifier's own. {point}\n\n"
+        f"{_purpose(config)} {point}\n\n"
         "```python\nfrom deferral_train import DeferralHead\n\n"
         'head = DeferralHead.from_pretrained("path/to/this/folder")\n```'
+    )
+
+
+def _purpose(config: Mapping[str, Any]) -> str:
+    if config["deferral_head_type"] == "judge" and config.get("stage") == "draft":
+        return "Predicts, at each drafted token, whether the verifier will accept it: says when to stop drafting."
+    return (
+        "Decides, at each drafted token, whether to defer to the verifier. **Lossy**: output may differ "
+        "from the verifier's own."
     )
 
 
@@ -76,6 +85,7 @@ def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
         "recalibration",
         "schema_hash",
         "alpha",
+        "threshold",
         "lossy",
     )
     facts = {key: config.get(key) for key in keys}

@@ -16,7 +16,7 @@ from deferral_train.heads.registry import HEADS
 FORMAT_VERSION = 1
 MAX_BYTES = 4 << 20
 MAX_FEATURES = 4096
-METADATA = ("alpha", "certificate", "pair", "training", "cost", "evaluation")
+METADATA = ("alpha", "threshold", "certificate", "pair", "training", "cost", "evaluation")
 ARGUMENTS = (
     "stage",
     "loss",
@@ -169,6 +169,11 @@ def _check_metadata(metadata: Mapping[str, Any]) -> None:
         raise InputError(
             f"head config field 'alpha' must be a number up to {MAX_ALPHA:g} in size, got {str(alpha)[:80]!r}"
         )
-    for key in METADATA[1:]:
+    threshold = metadata.get("threshold", 0)
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+        raise InputError(
+            f"head config field 'threshold' must be a number from 0 to 1, got {str(threshold)[:80]!r}"
+        )
+    for key in METADATA[2:]:
         _typed(metadata, key, dict, {})
     _typed(metadata.get("evaluation", {}), "metrics", dict, {})

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from deferral_train.errors import InputError
 from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.cost_sensitive import CostSensitiveHead
+from deferral_train.heads.judge import JudgeHead
 from deferral_train.heads.truth import TokenHead, TruthHead, TruthMixtureHead
 
 Batch = Mapping[str, Tensor]
@@ -34,6 +35,7 @@ CANDIDATES = (
     "tail_verifier",
 )
 ALPHA_RANGE = (0.0, 1.0)
+REJECTED_WEIGHT = 6.0  # of the rejected class at the draft stage, as SpecDec++ publishes it
 
 
 def squared(head: DeferralHead, batch: Batch, generator: torch.Generator) -> Tensor:
@@ -128,6 +130,27 @@ def candidates(head: DeferralHead, batch: Batch, generator: torch.Generator) -> 
     return loss
 
 
+def judge(head: DeferralHead, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Mean of :func:`judge_losses`."""
+    each, weight = judge_losses(_expect(head, JudgeHead, "judge"), batch)
+    return (weight * each).sum() / weight.sum().clamp_min(1)
+
+
+def judge_losses(head: JudgeHead, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Binary log loss of the score against the soft label 1 - z, and each row's weight, ``[N]`` both.
+
+    z is the chance that the token is not acceptable. At the verify stage rows count where the drafter's favourite is
+    not the verifier's; at the draft stage all do, and the part of a label that is rejected is weighted by
+    :data:`REJECTED_WEIGHT` (SpecDec++, arXiv 2405.19715).
+    """
+    x, label = batch["x"], 1 - batch["z"]
+    odds = head.odds(x).float()
+    harm = REJECTED_WEIGHT if head.stage == "draft" else 1.0
+    each = -label * F.logsigmoid(odds) - harm * (1 - label) * F.logsigmoid(-odds)
+    told = torch.ones_like(label) if head.stage == "draft" else head.inputs.column(x, "argmaxes_differ")
+    return each, told
+
+
 def _expect(head: DeferralHead, kind: type[H], objective: str) -> H:
     if not isinstance(head, kind):
         raise InputError(f"objective {objective!r} trains a {kind.head_type} head, not {head.head_type!r}")
@@ -141,8 +164,14 @@ OBJECTIVES: dict[str, Objective] = {
     "cost_sensitive": cost_sensitive,
     "likelihood": likelihood,
     "candidates": candidates,
+    "judge": judge,
 }
-_DEFAULTS = {"cost_sensitive": "cost_sensitive", "truth_mixture": "likelihood", "token": "candidates"}
+_DEFAULTS = {
+    "cost_sensitive": "cost_sensitive",
+    "truth_mixture": "likelihood",
+    "token": "candidates",
+    "judge": "judge",
+}
 
 
 def objective_for(head: DeferralHead, name: str = "auto") -> str:
@@ -154,8 +183,9 @@ def objective_for(head: DeferralHead, name: str = "auto") -> str:
     fits = {
         "likelihood": isinstance(head, TruthMixtureHead),
         "candidates": isinstance(head, TokenHead),
-        "cost_sensitive": not isinstance(head, TokenHead),
-    }.get(name, not isinstance(head, CostSensitiveHead))
+        "cost_sensitive": not isinstance(head, TokenHead | JudgeHead),
+        "judge": isinstance(head, JudgeHead),
+    }.get(name, not isinstance(head, CostSensitiveHead | JudgeHead))
     if not fits:
         raise InputError(f"objective {name!r} does not fit a {head.head_type} head; use objective='auto'")
     return name

@@ -11,14 +11,16 @@ from torch import Tensor
 
 from deferral_train.errors import InputError
 from deferral_train.heads.base import DeferralHead
+from deferral_train.heads.judge import JudgeHead
 from deferral_train.heads.truth import TruthHead
 from deferral_train.rules import make_rule
 from deferral_train.rules.base import Dial, Rule, TokenRule
-from deferral_train.rules.learned import LearnedRule
+from deferral_train.rules.learned import Judge, LearnedRule
 from deferral_train.rules.summary import Summary
 
 # P^(v_p) comes by two ways, from the summary and from log p, log q; rounding must not break the tie for v_p.
 TIE = 1e-6
+HEAD_PARAMETERS = {"learned": ("head", "alpha", "tokenwise", "priced"), "judge": ("head", "threshold")}
 ROUNDS = 4  # eight raise the objective by 2e-6 of 0.2 on the Multi30k pair
 
 
@@ -93,6 +95,11 @@ def learned_rule(
 
     A token head gives a token rule unless ``tokenwise`` is False; a truth mixture gives one if it is True.
     """
+    if isinstance(head, JudgeHead):
+        raise InputError(
+            "a judge head answers rule judge (judge:head=FOLDER,threshold=0.5) or, at stage 'draft', "
+            "--stop acceptance:head=FOLDER"
+        )
     if alpha is None:
         alpha = head.metadata.get("alpha")
     if alpha is None:
@@ -108,12 +115,28 @@ def learned_rule(
     return LearnedTokenRule(head=head, alpha=float(alpha), priced=priced)
 
 
+def judge_rule(head: DeferralHead, threshold: float | None = None) -> Rule:
+    """The accept-or-exact rule of a judge head, at ``threshold`` or at the one stored in the head.
+
+    Raises:
+        InputError: another head, one of the draft stage, or no threshold.
+    """
+    if not isinstance(head, JudgeHead):
+        raise InputError(
+            f"rule judge: a {head.head_type} head has no score; use learned:head=FOLDER,alpha=0.1"
+        )
+    threshold = head.metadata.get("threshold") if threshold is None else threshold
+    if threshold is None:
+        raise InputError("this head has no chosen threshold; give one, e.g. judge:head=FOLDER,threshold=0.5")
+    return Judge(head=head, threshold=threshold)
+
+
 def rule_from_spec(spec: str, typed: Collection[str] = ()) -> Rule:
     """A rule from text: ``opt``, ``opt:alpha=0.2``, ``my_pkg.mine:MyRule:alpha=1``,
     ``learned:head=FOLDER,alpha=0.1``.
 
     ``learned`` takes ``head`` (folder or hub id), ``alpha`` (default: stored in the head), ``tokenwise``
-    and ``priced``.
+    and ``priced``; ``judge`` takes ``head`` and ``threshold`` (default: stored in the head).
 
     Args:
         spec: the rule. It may have been read from a file.
@@ -121,16 +144,20 @@ def rule_from_spec(spec: str, typed: Collection[str] = ()) -> Rule:
             where one of these names it and refused otherwise, so that no file can name code to import.
     """
     name, parameters = parse_spec(spec)
-    if name != "learned":
+    if name not in HEAD_PARAMETERS:
         allowed = ":" in name and name in {parse_spec(text)[0] for text in typed}
         return make_rule(name, allow_import=allowed, **parameters)
-    unknown = sorted(set(parameters) - {"head", "alpha", "tokenwise", "priced"})
+    unknown = sorted(set(parameters) - set(HEAD_PARAMETERS[name]))
     if unknown or "head" not in parameters:
         problem = f"unknown parameter {unknown[0]!r}" if unknown else "no head"
-        raise InputError(
-            f"rule {spec!r}: {problem}; write learned:head=FOLDER,alpha=0.1[,tokenwise=true,priced=true]"
-        )
+        known = {
+            "learned": "learned:head=FOLDER,alpha=0.1[,tokenwise=true,priced=true]",
+            "judge": "judge:head=FOLDER,threshold=0.5",
+        }
+        raise InputError(f"rule {spec!r}: {problem}; write {known[name]}")
     head = DeferralHead.from_pretrained(str(parameters["head"]))
+    if name == "judge":
+        return judge_rule(head, parameters.get("threshold"))
     chosen = {key: parameters[key] for key in ("tokenwise", "priced") if key in parameters}
     return learned_rule(head, parameters.get("alpha"), **chosen)
 

@@ -82,13 +82,16 @@ class LearnedRule(PositionRule):
 
 @dataclass(frozen=True, eq=False)
 class Judge(LawRule):
-    """Judge decoding (arXiv 2501.19309): accept a drafted token if the head approves it OR the exact check
-    does.
+    """Judge decoding (arXiv 2501.19309, SelfJudge 2510.02329): accept a drafted token if the head approves it
+    OR the exact check does.
 
-    The head is an object with `features` (usually ``verifier_hidden``, which must belong to the drafted
+    The head is an object with `features` (usually ``verifier_hidden_at_token``, the state of the drafted
     token) and `score(summary)` in 0..1 [..]; a token is approved iff its score > threshold. The residual is
     lossless decoding's, so that pi = q J + min(q, p)(1 - J) + R norm(max(0, p - q)), J the approval of each
-    token.
+    token and R = sum_v (1 - J(v)) max(0, q(v) - p(v)).
+
+    Raises:
+        InputError: no head with a score, or one of the draft stage.
     """
 
     name: ClassVar[str] = "judge"
@@ -102,6 +105,11 @@ class Judge(LawRule):
     def __post_init__(self) -> None:
         super().__post_init__()
         features = frozenset(_checked_features("judge", self.head, "score"))
+        if getattr(self.head, "stage", "verify") == "draft":
+            raise InputError(
+                "rule judge: head has stage 'draft' and predicts acceptance; use it to stop drafts "
+                "(--stop acceptance:head=FOLDER), or fit one with stage 'verify'"
+            )
         object.__setattr__(self, "needs", features)
         object.__setattr__(self, "reads_drafter_confidence", bool(features & DRAFTER_CONFIDENCE_FIELDS))
 
@@ -110,6 +118,11 @@ class Judge(LawRule):
         return self.head.score(summary) > self.threshold
 
     def _law(self, laws: Laws, summary: Summary) -> Tensor:
+        if "verifier_hidden_at_token" in self.needs:
+            raise InputError(
+                "its head reads verifier_hidden_at_token, known of the drafted token alone, so that the law of "
+                "all tokens is not; measure it with decode"
+            )
         approved = self._approval_of_all(laws, summary) & laws.support
         accepted = torch.where(approved, laws.q, torch.minimum(laws.q, laws.p))
         rejected = (laws.q - accepted).sum(dim=-1, keepdim=True)

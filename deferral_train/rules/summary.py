@@ -65,6 +65,12 @@ FIELDS: dict[str, Field] = {
         # context, given by the caller
         Field("drafter_hidden", "the drafter's last hidden state [.., D]", "float", "drafter"),
         Field("verifier_hidden", "the verifier's last hidden state [.., D]", "float", "verifier"),
+        Field(
+            "verifier_hidden_at_token",
+            "the verifier's last hidden state once it has read x, at x's own position [.., D]",
+            "float",
+            "verifier",
+        ),
         Field("draft_position", "0-based place in the drafted block", "int", "context"),
         Field("position", "tokens generated before this one", "int", "context"),
         Field(
@@ -90,7 +96,7 @@ FIELDS: dict[str, Field] = {
 
 PREVIOUS_TOKENS = ("previous_token_1", "previous_token_2", "previous_token_3")  # nearest first
 
-HIDDEN_FIELDS = frozenset({"drafter_hidden", "verifier_hidden"})
+HIDDEN_FIELDS = frozenset({"drafter_hidden", "verifier_hidden", "verifier_hidden_at_token"})
 TOKEN_FIELDS = frozenset({"token", "drafter_logprob", "verifier_logprob"})
 CONTEXT_FIELDS = HIDDEN_FIELDS | {"draft_position", "position", *PREVIOUS_TOKENS}
 COMPUTED_FIELDS = frozenset(FIELDS) - CONTEXT_FIELDS

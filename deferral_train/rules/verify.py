@@ -202,7 +202,7 @@ def _exact_bonus_law(
     drafter = block.drafter_logits
     if drafter is None or drafter.shape[1] <= block.drafted.shape[1]:
         raise InputError("bonus 'exact' needs drafter logits with T+1 rows: one more drafter step")
-    if "verifier_hidden" in rule.needs and isinstance(rule, Judge):
+    if rule.needs & {"verifier_hidden", "verifier_hidden_at_token"} and isinstance(rule, Judge):
         raise InputError("bonus 'exact' has no drafted token to judge; use bonus='verifier'")
     laws = block.rows(batch, step)
     extra = frozenset() if limit is None else rule.gap_needs

@@ -106,6 +106,11 @@ def check_served(rule: Rule, speculative: Any) -> None:
             f"deferral: rule {rule.name} reads verifier_hidden_at_token, which the engine does not hand over; "
             "use a head without it"
         )
+    if "verifier_hidden_at_token" in rule.needs:
+        raise InputError(
+            f"deferral: rule {rule.name} reads verifier_hidden_at_token, which the engine does not hand over; "
+            "use a head without it"
+        )
     if rule.stage == "draft" and getattr(rule, "head", None) is not None:
         raise InputError(
             f"deferral: rule {rule.name} has a draft-stage head, which decides before the verifier has run; "

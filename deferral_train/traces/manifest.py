@@ -18,6 +18,7 @@ from deferral_train.traces.schema import READABLE_VERSIONS, RELEASES, SCHEMA_VER
 
 HEADER = "manifest.json"
 PREFIX_SOURCES = ("reference", "drafter", "verifier")  # or "cascade:<rule>"
+JUDGE_LABELS = ("selfjudge", "autojudge")
 WIDEST = 1 << 20  # most candidates or hidden numbers of a row
 # Say how an output came to be or where a checkpoint lies, not what it is: free to differ between runs.
 FREE = frozenset({"provenance", "name", "revision"})
@@ -58,6 +59,8 @@ class Manifest:
         top_k: K, logged candidates of each model.
         hidden: width by role of the logged hidden states.
         truth: None, ``teacher`` or ``exact``.
+        labels: of judged tokens: ``kind`` (one of `JUDGE_LABELS`), ``hidden`` (width of the state logged with them)
+            and how they were made; empty for none.
         seed: base seed; each chunk's own is derived from it.
         chunking: prompts per chunk and padded tokens per batch.
         prompt_ids: ids of the prompts that are logged; a row's ``prompt`` is an index into them.
@@ -75,6 +78,7 @@ class Manifest:
     top_k: int = 0
     hidden: Mapping[str, int] = field(default_factory=dict)
     truth: str | None = None
+    labels: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     chunking: Mapping[str, Any] = field(default_factory=dict)
     prompts: Mapping[str, Any] = field(default_factory=dict)
@@ -90,13 +94,14 @@ class Manifest:
     def layout(self) -> Layout:
         """The optional columns of the shards."""
         cascade = self.prefixes.startswith("cascade:")
-        return Layout(self.top_k, dict(self.hidden), self.truth is not None, cascade)
+        judged = int(self.labels.get("hidden", 0))
+        return Layout(self.top_k, dict(self.hidden), self.truth is not None, cascade, judged)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, in reading order, the long lists last."""
         value = asdict(self)
         value["chunks"] = [[chunk.seed, chunk.batches] for chunk in self.chunks]
-        order = ["schema_version", "prefixes", "temperature", "top_k", "hidden", "truth", "seed"]
+        order = ["schema_version", "prefixes", "temperature", "top_k", "hidden", "truth", "labels", "seed"]
         order += ["chunking", "settings", "pair", "provenance", "prompts", "prompt_ids", "chunks"]
         return {name: value[name] for name in order}
 
@@ -132,7 +137,7 @@ def is_count(value: Any, most: int = 2**62) -> bool:
 
 def _check_header(value: Mapping[str, Any]) -> None:
     """Types and sizes of a header that may come from elsewhere; nothing is allocated by what it claims."""
-    for name in ("pair", "hidden", "chunking", "prompts", "settings", "provenance"):
+    for name in ("pair", "hidden", "labels", "chunking", "prompts", "settings", "provenance"):
         require(isinstance(value.get(name, {}), dict), f"{name} is no object")
     require(isinstance(value["prefixes"], str), "prefixes is no text")
     require(isinstance(value.get("truth"), str | None), "truth is no text")
@@ -142,6 +147,10 @@ def _check_header(value: Mapping[str, Any]) -> None:
     require(is_count(value.get("top_k", 0), WIDEST), f"top_k is no count up to {WIDEST}")
     for role, size in value.get("hidden", {}).items():
         require(is_count(size, WIDEST) and size > 0, f"hidden.{role} is no width up to {WIDEST}")
+    labels = value.get("labels", {})
+    require(not labels or labels.get("kind") in JUDGE_LABELS, f"labels.kind is none of {JUDGE_LABELS}")
+    size = labels.get("hidden", 0)
+    require(is_count(size, WIDEST) and (size > 0 or not labels), f"labels.hidden is no width up to {WIDEST}")
     ids = value["prompt_ids"]
     require(isinstance(ids, list) and all(isinstance(i, str) for i in ids), "prompt_ids is no list of texts")
     require(len(set(ids)) == len(ids), "prompt_ids repeat")

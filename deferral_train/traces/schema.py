@@ -60,6 +60,8 @@ TOP_LOGPROBS = (
     "verifier_top_verifier_logprobs",
 )
 HIDDEN_COLUMNS = ("drafter_hidden", "verifier_hidden")
+JUDGED_COLUMN = "judge_score"
+JUDGED_HIDDEN = "verifier_hidden_at_token"
 
 _INTEGERS = frozenset({*INDEX_COLUMNS, "token", "drafter_argmax", "verifier_argmax"})
 _SMALL = {"draft_position": pa.int16(), "origin": pa.int8()}
@@ -74,12 +76,14 @@ class Layout:
         hidden: width D by role ("drafter", "verifier") for the hidden states that are logged.
         truth: whether the truth group is there.
         cascade: whether prefixes come from a cascade, so that draft position and origin are known.
+        judged: width D of the verifier's state at the judged token, where judge labels are logged; 0 for none.
     """
 
     top_k: int = 0
     hidden: Mapping[str, int] | None = None
     truth: bool = False
     cascade: bool = False
+    judged: int = 0
 
     def __post_init__(self) -> None:
         if self.top_k < 0:
@@ -101,6 +105,9 @@ class Layout:
             columns |= {name: pa.list_(pa.float16(), self.top_k) for name in TOP_LOGPROBS}
         for role, width in sorted((self.hidden or {}).items()):
             columns[f"{role}_hidden"] = pa.list_(pa.float16(), width)
+        if self.judged:
+            columns[JUDGED_COLUMN] = pa.float32()
+            columns[JUDGED_HIDDEN] = pa.list_(pa.float16(), self.judged)
         return columns
 
     @property

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from deferral_train.errors import InputError
 from deferral_train.rules import risks
+from deferral_train.traces.judged import acceptable, is_judge
 from deferral_train.traces.reader import Traces
 
 TRUTHS = ("reference", "verifier", "teacher", "exact")
@@ -40,6 +41,38 @@ def gap(traces: Traces, truth: str = "reference", loss: str = "zero_one") -> Ten
     if truth == "verifier":
         return risks.expected_gap(traces.summary(_EXPECTED_FIELDS), loss)
     return _from_truth_group(traces, truth, loss)
+
+
+def label(
+    traces: Traces, truth: str = "reference", loss: str = "zero_one", temperature: float | None = None
+) -> Tensor:
+    """What a head learns, float32 [N]: :func:`gap`, or the label of a judge head.
+
+    Args:
+        truth: as for `gap`; or ``judge:tau=X``, 1 where the drafter's favourite was judged not acceptable, else 0
+            (:mod:`~deferral_train.traces.judged`); or ``acceptance``, :func:`rejection`.
+        temperature: of the sampling laws, for ``acceptance``; None is the manifest's.
+    """
+    if is_judge(truth):
+        return (~acceptable(traces, truth)).float()
+    return rejection(traces, temperature) if truth == "acceptance" else gap(traces, truth, loss)
+
+
+def rejection(traces: Traces, temperature: float | None = None) -> Tensor:
+    """Chance [N] that the exact check rejects a drafted token: 1 - min(1, p(x)/q(x)), SpecDec++'s soft label.
+
+    Of the logged token where the drafter wrote the text, sampled at temperature 1 (the laws that are logged); else
+    its mean over drafted tokens, E_{x~q} max(0, 1 - p(x)/q(x)) = D_TV(p, q), which at temperature 0 is the label
+    itself: 1 where the favourites differ.
+
+    Args:
+        temperature: of the sampling laws; None is the manifest's.
+    """
+    used = traces.manifest.temperature if temperature is None else temperature
+    if traces.manifest.prefixes != "drafter" or not used == traces.manifest.temperature == 1:
+        return traces.summary(["tv"], temperature).tv
+    logs = traces.summary(["drafter_logprob", "verifier_logprob"])
+    return (1 - (logs.verifier_logprob - logs.drafter_logprob).exp()).clamp(0, 1)
 
 
 def _from_gold(traces: Traces, loss: str) -> Tensor:

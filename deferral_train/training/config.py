@@ -10,6 +10,7 @@ from deferral_train.errors import InputError
 from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.registry import HEADS
 from deferral_train.traces import Traces
+from deferral_train.traces.schema import JUDGED_HIDDEN
 from deferral_train.training.datamodule import ALPHAS
 from deferral_train.training.sklearn_heads import KINDS as SKLEARN
 from deferral_train.training.sklearn_heads import SklearnHead
@@ -95,9 +96,13 @@ def make_head(config: FitConfig, traces: Traces) -> DeferralHead:
     if config.head == "plug_in":
         return HEADS["plug_in"](recalibration=config.recalibration)  # type: ignore[call-arg]
     default = VERIFY_FEATURES if config.stage == "verify" else DRAFT_FEATURES
+    if config.head == "judge" and config.stage == "verify":
+        default = (JUDGED_HIDDEN,)
     features = tuple(config.features) or default
     widths = {
-        name: d for name, d in hidden_widths(traces).items() if any(f.startswith(name) for f in features)
+        name: d
+        for name, d in hidden_widths(traces).items()
+        if any(f.partition(":")[0] == name for f in features)
     }
     shared: dict[str, Any] = {"stage": config.stage, "loss": config.loss, "widths": widths}
     if config.head in SKLEARN:

@@ -12,6 +12,7 @@ from torch import Tensor
 from deferral_train.errors import InputError
 from deferral_train.heads.base import DeferralHead
 from deferral_train.traces import Traces, open_traces, split_prompts
+from deferral_train.traces.judged import resolve_truth
 from deferral_train.training import baselines
 from deferral_train.training.loader import TableLoader
 from deferral_train.training.metrics import check_alphas
@@ -31,7 +32,8 @@ class TraceDataModule(pl.LightningDataModule):
         val: trace folder to validate on; without it ``val_fraction`` of the prompts of ``train``.
         test: trace folder to test on; without it the validation traces.
         val_fraction: share of the prompts set aside where ``val`` is not given.
-        truth: what labels the gap: reference, verifier, teacher or exact.
+        truth: what labels the gap: reference, verifier, teacher or exact; for a judge head judge:tau=X, judge:rate=R
+            (tau is then a quantile of the fit traces' scores) or, at the draft stage, acceptance.
         temperature: of the sampling laws; None is the traces' own.
         alphas: ascending grid on which regret is tracked.
         batch_size: rows per step and process.
@@ -118,6 +120,7 @@ class TraceDataModule(pl.LightningDataModule):
     def prepare(self, head: DeferralHead) -> None:
         """Load the columns that ``head`` needs; checks everything before training starts."""
         fit = self.traces["train"]
+        self.truth = resolve_truth(self.truth, fit)
         if self.further and head.inputs.memory is not None:
             raise InputError(
                 "memory features count one trace folder; leave them out or give one --data.train"

@@ -186,6 +186,24 @@ class Calibration(Metric):
         return means[:, 0], means[:, 1], self.count[full]
 
 
+class WeightedMean(Metric):
+    """Mean of values under weights; NaN without any weight."""
+
+    full_state_update = False
+    higher_is_better = False
+    sums: Tensor
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.add_state("sums", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor, weights: Tensor) -> None:
+        self.sums += torch.stack([(values * weights).double().sum(), weights.double().sum()])
+
+    def compute(self) -> Tensor:
+        return self.sums[0] / self.sums[1]
+
+
 class BinnedAUROC(Metric):
     """Area under the ROC curve of a score in [low, high] from histograms; ties within a bin count one half.
 

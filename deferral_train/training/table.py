@@ -15,11 +15,14 @@ from torch import Tensor
 from deferral_train.errors import InputError
 from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.features import HIDDEN_FIELDS, fields_of
+from deferral_train.heads.judge import JudgeHead
 from deferral_train.heads.objectives import needs_candidates
 from deferral_train.heads.truth import LOG_FLOOR
 from deferral_train.rules.base import PositionRule
 from deferral_train.rules.summary import TOKEN_FIELDS, Summary
 from deferral_train.traces import Traces, read_candidates, truth
+from deferral_train.traces.judged import is_judge, judged_rows, judged_summary
+from deferral_train.traces.schema import JUDGED_HIDDEN
 from deferral_train.training.preparation import gold_tokens
 
 CANDIDATE_BLOCK = 65_536  # rows whose candidates are read at once
@@ -33,7 +36,7 @@ def fit_table(
     Args:
         traces: at least one row; a head's memory must have been fitted on them.
         head: says which columns, which loss, which stage.
-        label: truth that labels the gap: reference, verifier, teacher or exact.
+        label: truth that labels the gap: reference, verifier, teacher, exact, acceptance or judge:tau=X.
         temperature: of the sampling laws that tv compares; None is the manifest's.
 
     Raises:
@@ -44,14 +47,15 @@ def fit_table(
     check_features(traces, head)
     own = None if head.inputs.memory is None else gold_tokens(traces, "a memory feature")
     table = _shared(traces, head, label, temperature, own)
-    z = table["z"]
-    if bool((z == z[0]).all()):
+    z = table["z"][judged_rows(traces)] if is_judge(label) else table["z"]
+    if len(z) == 0 or bool((z == z[0]).all()):
+        first = float(z[0]) if len(z) else 0.0
         raise InputError(
-            f"labels are of one class: every gap is {float(z[0]):g} under truth={label!r}; "
+            f"labels are of one class: every gap is {first:g} under truth={label!r}; "
             "collect more prompts or use another truth"
         )
     if head.stage == "draft":
-        table["reject"] = _rejection(traces, table["tv"])
+        table["reject"] = truth.rejection(traces, temperature)
     if needs_candidates(head):
         table |= _gold_columns(traces, head)
     return table
@@ -75,7 +79,7 @@ def score_table(
     if needs_candidates(head) and label == "reference":
         table |= _gold_columns(traces, head)
     if head.stage == "draft":
-        table["reject"] = _rejection(traces, table["tv"])
+        table["reject"] = truth.rejection(traces, temperature)
     if baselines:
         table |= decisions(traces, baselines, temperature)
     return table
@@ -113,11 +117,32 @@ def check_features(traces: Traces, head: DeferralHead) -> None:
 def _shared(
     traces: Traces, head: DeferralHead, label: str, temperature: float | None, own: Tensor | None = None
 ) -> dict[str, Tensor]:
+    check_label(head, label)
     wanted = list(dict.fromkeys([*head.features, "tv"]))
-    summary = traces.summary(wanted, temperature)
+    summary = (judged_summary if is_judge(label) else Traces.summary)(traces, wanted, temperature)
     x = head.columns(summary, own)
     _refuse_nan(head, summary)
-    return {"x": x, "z": truth.gap(traces, label, head.loss).float(), "tv": summary["tv"].float()}
+    z = truth.label(traces, label, head.loss, temperature).float()
+    return {"x": x, "z": z, "tv": summary["tv"].float()}
+
+
+def check_label(head: DeferralHead, label: str) -> None:
+    """Refuse labels that the head's stage cannot mean.
+
+    Raises:
+        InputError: a judge head on labels of the gap, or on those of the other stage.
+    """
+    if isinstance(head, JudgeHead):
+        wanted = "judge" if head.stage == "verify" else "acceptance"
+        if label != wanted and not (wanted == "judge" and is_judge(label)):
+            raise InputError(
+                f"truth={label!r}: a judge head of stage {head.stage!r} learns from truth {wanted}"
+                + (":tau=X or judge:rate=R" if wanted == "judge" else "")
+            )
+    elif is_judge(label) or label == "acceptance":
+        raise InputError(
+            f"truth={label!r} labels a judge head, not a {head.head_type} head; use another truth"
+        )
 
 
 def _refuse_nan(head: DeferralHead, summary: Summary) -> None:
@@ -129,17 +154,6 @@ def _refuse_nan(head: DeferralHead, summary: Summary) -> None:
                 raise InputError(
                     f"feature {field} is not finite in {bad} of {len(value)} rows; collect again"
                 )
-
-
-def _rejection(traces: Traces, tv: Tensor) -> Tensor:
-    """Label of the rejection probability: of the drafted token where it was logged, else its mean, tv.
-
-    E_{x~q} max(0, 1 - p(x)/q(x)) = D_TV(p, q), so tv is unbiased for a head that does not see the token.
-    """
-    if traces.manifest.prefixes == "reference":
-        return tv
-    logs = traces.summary(["drafter_logprob", "verifier_logprob"])
-    return (1 - (logs["verifier_logprob"] - logs["drafter_logprob"]).exp()).clamp(0, 1)
 
 
 def _gold_columns(traces: Traces, head: DeferralHead) -> dict[str, Tensor]:
@@ -184,7 +198,8 @@ def _candidates(traces: Traces, gold: Tensor, tops: Summary) -> dict[str, Tensor
 
 def hidden_widths(traces: Traces) -> dict[str, int]:
     """Widths of the logged hidden states by summary name, as heads take them."""
-    return {
+    judged = traces.manifest.layout.judged
+    return ({JUDGED_HIDDEN: judged} if judged else {}) | {
         f"{role}_hidden": int(d)
         for role, d in traces.manifest.hidden.items()
         if f"{role}_hidden" in HIDDEN_FIELDS

@@ -5,7 +5,7 @@ Headline ``regret``: where the traces know the exact truth, the head's exact reg
 grid, 0 at best. On real text absolute regret is not identifiable from one gold token per prefix; there it
 is the estimated L_spec of the head minus that of OPT (equation 10) at the same alphas, averaged over the
 grid: its expectation is regret minus OPT's regret, so it orders heads as regret does, and it is negative
-where the head beats OPT.
+where the head beats OPT. A judge head knows no price: its headline is the log loss of its labels.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torchmetrics import Metric
 
 from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.cost_sensitive import CostSensitiveHead
+from deferral_train.heads.judge import JudgeHead
+from deferral_train.heads.objectives import judge_losses
 from deferral_train.training import metrics as m
 
 BASELINES = ("opt", "plug_in")
@@ -30,6 +32,8 @@ def predict(head: DeferralHead, batch: Mapping[str, Tensor], alphas: Tensor) -> 
         scores = [head.score(x, torch.full_like(x[:, 0], float(alpha))) for alpha in alphas]
         return {"defer": torch.stack(scores, dim=-1) > 0}
     out = {name: value.float() for name, value in head(x).items()}
+    if isinstance(head, JudgeHead):
+        out["judge_loss"], out["judge_weight"] = judge_losses(head, batch)
     tv = out["tv"] if head.stage == "draft" else batch["tv"]
     return {**out, "defer": m.defer_at(out["gap"], tv, alphas)}
 
@@ -66,6 +70,8 @@ class Tracker(nn.Module):
             found["auroc"] = m.BinnedAUROC(*label_range)
         if head.stage == "draft" and not isinstance(head, CostSensitiveHead):
             found |= {"tv": m.Calibration(0.0, 1.0), "reject": m.Calibration(0.0, 1.0)}
+        if isinstance(head, JudgeHead):
+            found["judge_loss"] = m.WeightedMean()
         self.metrics = found
         self.modules_of_metrics = nn.ModuleDict(found)  # so that they follow the device
         self.alphas = [float(a) for a in alphas]
@@ -87,6 +93,8 @@ class Tracker(nn.Module):
             self._add("gap", out["gap"], z)
             told = z != 0
             self._add("auroc", out["gap"][told], z[told] > 0)
+        if "judge_loss" in out:
+            self._add("judge_loss", out["judge_loss"], out["judge_weight"])
         if "reject" in out:
             self._add("tv", out["tv"], tv)
             self._add("reject", out["reject"], batch["reject"])
@@ -97,6 +105,8 @@ class Tracker(nn.Module):
     @property
     def headline(self) -> str:
         """Name of the metric that ``regret`` repeats."""
+        if "judge_loss" in self.metrics:
+            return "judge_loss"
         return "exact_regret" if self.exact else "excess_over_opt"
 
     def compute(self) -> dict[str, float]:
@@ -124,6 +134,8 @@ class Tracker(nn.Module):
         if isinstance(metric, m.Calibration):
             ece, brier = m.calibration(metric.sums, metric.count, metric.square)
             return {f"{name}_ece": float(ece), f"{name}_brier": float(brier)}
+        if isinstance(metric, m.WeightedMean):
+            return {name: float(metric.sums[0] / metric.sums[1].clamp_min(1))}
         assert isinstance(metric, m.BinnedAUROC)
         value = m.auroc(metric.counts)
         return {name: float(value)} if bool(torch.isfinite(value)) else {}

@@ -1,0 +1,84 @@
+"""Judge labels of a batch: which tokens of the verifier's text may be the drafter's, as trace columns.
+
+N scored positions, in the order of the texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deferral_train.collecting.scoring import Scores
+from deferral_train.collecting.substitute import Substitution, rescore
+from deferral_train.rules.laws import gather_token, lowest_argmax
+from deferral_train.traces.schema import JUDGED_COLUMN, JUDGED_HIDDEN
+
+
+def judge_columns(
+    model: Any,
+    drafter: Tensor,
+    verifier: Tensor,
+    scores: Scores,
+    texts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]] | None,
+    window: int,
+    batch_tokens: int,
+) -> dict[str, Tensor]:
+    """``judge_score`` [N] and ``verifier_hidden_at_token`` [N, D] of the drafter's favourite at every position.
+
+    Args:
+        model: the verifier.
+        drafter, verifier: logits [N, V] over the tokens that both know.
+        scores: of the verifier's pass, with hidden states and past.
+        texts: tokens that follow each prompt. prompts: token ids of each.
+        labels: AutoJudge's verdicts per text (+1, -1, 0), which are then the scores; None computes SelfJudge's.
+        window: N of SelfJudge.
+
+    Returns:
+        Where the favourite is the text's own token the score is 0, and the state that of the next position (zeros at
+        the last, which is never read).
+    """
+    assert scores.past is not None
+    assert scores.hidden is not None
+    token = torch.tensor([one for text in texts for one in text], device=verifier.device)
+    favourite = lowest_argmax(drafter)
+    normaliser = verifier.float().logsumexp(-1)
+    own = gather_token(verifier, token).float() - normaliser
+    theirs = gather_token(verifier, favourite).float() - normaliser
+    judged = favourite != token if labels is None else favourite != lowest_argmax(verifier)
+    score = torch.zeros_like(own, dtype=torch.float64)
+    hidden = _next_states(scores.hidden, [len(text) for text in texts])
+    places = [(row, place) for row, text in enumerate(texts) for place in range(len(text))]
+    chosen = judged.nonzero()[:, 0].tolist()
+    if chosen:
+        encoder_decoder = model.config.is_encoder_decoder
+        substitutions = [
+            Substitution(
+                row, place, (1 if encoder_decoder else len(prompts[row])) + place, int(favourite[number])
+            )
+            for number in chosen
+            for row, place in (places[number],)
+        ]
+        of_text = list(own.split([len(text) for text in texts]))
+        used = window if labels is None else 0
+        suffix, states = rescore(
+            model, scores.past, texts, of_text, substitutions, used, verifier.shape[-1], batch_tokens
+        )
+        hidden[judged] = states
+        if labels is None:
+            score[judged] = (theirs - own)[judged].double() + suffix
+    if labels is not None:
+        score = torch.tensor([one for row in labels for one in row], device=own.device)
+    return {JUDGED_COLUMN: score.float(), JUDGED_HIDDEN: hidden}
+
+
+def _next_states(states: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Each position's successor's state [N, D]; zeros at the end of a text."""
+    shifted = torch.zeros_like(states)
+    shifted[:-1] = states[1:]
+    shifted[torch.tensor(lengths, device=states.device).cumsum(0) - 1] = 0
+    return shifted

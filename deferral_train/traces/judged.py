@@ -1,0 +1,102 @@
+"""Labels of judged tokens: may the drafter's favourite stand although the verifier's text has another?
+
+The judged token of a row is the drafter's favourite v_q; rows where it is the text's own token need no judgement.
+Scores (``judge_score``) are made by `collect --labels`; the label is 1[score > tau]. N rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from deferral_train.errors import InputError
+from deferral_train.rules.summary import TOKEN_FIELDS, Summary
+from deferral_train.traces.reader import Traces
+from deferral_train.traces.schema import JUDGED_COLUMN
+
+HINT = "judge:rate=0.3 (share of judged tokens that are acceptable) or judge:tau=-2 (nats)"
+
+
+def is_judge(truth: str) -> bool:
+    """Whether labels are those of judged tokens: ``judge``, ``judge:tau=X`` or ``judge:rate=R``."""
+    return truth == "judge" or truth.startswith("judge:")
+
+
+def resolve_truth(truth: str, traces: Traces) -> str:
+    """A truth as the fit traces fix it: ``judge:rate=R`` becomes ``judge:tau=X``; others stay.
+
+    tau is the (1 - R) quantile of the scores of judged tokens, so that a share R of them is acceptable.
+
+    Raises:
+        InputError: no labels in the traces, a rate or tau that cannot be meant, no judged token.
+    """
+    if not is_judge(truth):
+        return truth
+    name, value = _setting(truth, traces)
+    if name == "tau":
+        return f"judge:tau={value!r}"
+    scores = traces.column(JUDGED_COLUMN)[judged_rows(traces).numpy()]
+    if not len(scores):
+        raise InputError(f"truth={truth!r}: the models agree on every token of these traces; collect more")
+    tau = float(torch.from_numpy(scores.copy()).double().quantile(1 - value))
+    return f"judge:tau={tau!r}"
+
+
+def judged_rows(traces: Traces) -> Tensor:
+    """Rows whose drafter favours another token than the verifier, bool [N]."""
+    tops = traces.summary(["drafter_argmax", "verifier_argmax"])
+    return tops.drafter_argmax != tops.verifier_argmax
+
+
+def acceptable(traces: Traces, truth: str) -> Tensor:
+    """1[score > tau] of every row, bool [N]; True where nothing is judged.
+
+    Raises:
+        InputError: a truth without a tau, or traces without labels.
+    """
+    name, tau = _setting(truth, traces)
+    if name != "tau":
+        raise InputError(
+            f"truth={truth!r}: a rate is of the fit traces; resolve it there, or give judge:tau=X"
+        )
+    scores = torch.from_numpy(traces.column(JUDGED_COLUMN).copy())
+    return (scores > tau) | ~judged_rows(traces)
+
+
+def judged_summary(traces: Traces, fields: Iterable[str], temperature: float | None = None) -> Summary:
+    """As :meth:`Traces.summary`, with the fields about one token speaking of the judged token v_q."""
+    names = list(fields)
+    read = [name for name in names if name not in TOKEN_FIELDS]
+    known = traces.summary(
+        [*read, "drafter_argmax", "drafter_max", "verifier_at_drafter_argmax"], temperature
+    )
+    columns = {
+        "token": known.drafter_argmax,
+        "drafter_logprob": known.drafter_max.log(),
+        "verifier_logprob": known.verifier_at_drafter_argmax.clamp_min(1e-38).log(),
+    }
+    return Summary({name: columns[name] if name in TOKEN_FIELDS else known[name] for name in names})
+
+
+def _setting(truth: str, traces: Traces) -> tuple[str, float]:
+    """(``"tau"`` or ``"rate"``, value); AutoJudge's scores are +1 and -1, so that their tau is 0."""
+    kind = traces.manifest.labels.get("kind")
+    if kind is None:
+        raise InputError(
+            f"truth={truth!r}: these traces hold no judge labels; collect with --labels selfjudge or autojudge"
+        )
+    if truth == "judge" and kind == "autojudge":
+        return "tau", 0.0
+    name, equals, text = truth.removeprefix("judge").removeprefix(":").partition("=")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if name not in ("tau", "rate") or not equals or not math.isfinite(value):
+        raise InputError(f"truth={truth!r}: {kind} scores need a finite threshold; write {HINT}")
+    if name == "rate" and not 0 < value < 1:
+        raise InputError(f"truth={truth!r}: rate must lie between 0 and 1; write {HINT}")
+    return name, value
