@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,8 +57,8 @@ def outcome_greedy(
     best: list[list[int]],
     tokens: list[list[int]],
     proposed: list[int],
-    kept: list[list[int]] | None,
-    deferred: list[list[int]] | None,
+    kept: Sequence[Sequence[int]] | None,
+    deferred: Sequence[Sequence[int]] | None,
 ) -> Outcome:
     """The outcome at temperature 0, where nothing is drawn: plain integers cost less than small tensors.
 
