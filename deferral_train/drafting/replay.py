@@ -13,7 +13,9 @@ import random
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from deferral_train.drafting.max_gram import MaxGram
 from deferral_train.drafting.plan import Plan
 from deferral_train.errors import InputError
 
@@ -41,6 +43,17 @@ class Path:
     stands: Sequence[Sequence[bool]]
     limit: int
     separate: bool = False
+    _copied: dict[Any, list[list[int]]] = field(default_factory=dict, repr=False, compare=False)
+
+    def copies(self, max_gram: MaxGram, most: int) -> list[list[int]]:
+        """What Max-Gram proposes at each place, up to ``most`` tokens; a shorter proposal begins a longer one."""
+        if (max_gram, most) not in self._copied:
+            found = self._copied[max_gram, most] = []
+            reader = max_gram.read(self.prompt, self.separate)
+            for at, token in enumerate(self.tokens):
+                found.append(reader.propose(most))
+                reader.follow(at, [token])
+        return self._copied[max_gram, most]
 
 
 @dataclass(frozen=True)
@@ -115,7 +128,8 @@ class _Replay:
         self.widths: list[Counter[int]] = [Counter() for _ in range(self.bottom + 1)]
         # Places of the text that each drafter's cache holds, the one before the first token included.
         self.cached = [0] * self.bottom
-        self.copies = _copies(plan, path)
+        most = sum(row[-1] for row in plan.k)
+        self.copies = [] if plan.max_gram is None else path.copies(plan.max_gram, most)
 
     def run(self) -> Work:
         done, calls, total = 0, 0, len(self.path.tokens)
@@ -125,8 +139,9 @@ class _Replay:
             accepted = self.review(draft, done)
             self.widths[0][len(draft.tokens) + 1] += 1
             calls += 1
+            drafted = slice(done, done + self.plan.depth)
+            self.line[drafted] = self.path.tokens[drafted]
             done = min(done + accepted + 1, total)
-            self.line = list(self.path.tokens)
             self.cached = [min(known, done) for known in self.cached]  # the rest was rejected
         return Work(total, calls, tuple(self.passes), self.proposals, tuple(self.widths))
 
@@ -193,15 +208,3 @@ class _Replay:
             if token == _END or token in self.eos or at + 1 >= len(self.line):
                 draft.ended = True
                 return
-
-
-def _copies(plan: Plan, path: Path) -> list[list[int]]:
-    """What Max-Gram proposes at each place of the text; a shorter proposal is the beginning of a longer one."""
-    if plan.max_gram is None:
-        return []
-    most, found = sum(row[-1] for row in plan.k), []
-    reader = plan.max_gram.read(path.prompt, path.separate)
-    for at, token in enumerate(path.tokens):
-        found.append(reader.propose(most))
-        reader.follow(at, [token])
-    return found

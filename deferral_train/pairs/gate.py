@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +15,10 @@ from deferral_train.errors import InputError
 from deferral_train.pairs.batches import IGNORED, pad
 from deferral_train.pairs.load import ModelPair
 from deferral_train.pairs.optimise import next_token_logits
+from deferral_train.pairs.passes import pass_seconds
 from deferral_train.pairs.prompts import Prompt
 
 BATCH = 8  # sequences scored at once
-PREFIX = 48  # cached tokens that a timed pass attends to
-REPETITIONS = 60  # timed passes of each model a try
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class GateResult:
         mean_tv: mean total variation between the two laws there; 1 - mean_tv is what rejection sampling
             accepts.
         agreement: share of tokens at which both have the same most probable token.
-        drafter_seconds, verifier_seconds: median time of one cached pass over one token.
+        drafter_seconds, verifier_seconds: median time of one cached pass over one token (``passes.pass_seconds``).
     """
 
     drafter_nats: float
@@ -100,7 +97,7 @@ def check_pair(
     quality = _score(pair, texts, context, max_tokens)
     drafter = verifier = math.inf
     for _ in range(tries):
-        times = pass_seconds(pair, texts)
+        times = pass_seconds(pair, texts)[1]
         drafter, verifier = min(drafter, times[0]), min(verifier, times[1])
         if verifier >= min_cost_ratio * drafter:
             break
@@ -168,52 +165,3 @@ def _windows(pair: ModelPair, texts: Sequence[Prompt], context: int) -> list[tup
 
 def _ids(pair: ModelPair, text: str) -> list[int]:
     return list(pair.tokenizer(text, verbose=False)["input_ids"])
-
-
-def pass_seconds(pair: ModelPair, texts: Sequence[Prompt]) -> tuple[float, float]:
-    """Median seconds of (drafter's, verifier's) cached pass over one token, measured in turns."""
-    prefix = next((row[0] for row in _prefixes(pair, texts)), [0])
-    passes = [_one_token_pass(pair, model, prefix) for model in (pair.drafter, pair.verifier)]
-    times: list[list[float]] = [[], []]
-    for repetition in range(REPETITIONS + 5):
-        for run, seconds in zip(passes, times):
-            taken = run()
-            if repetition >= 5:
-                seconds.append(taken)
-    return statistics.median(times[0]), statistics.median(times[1])
-
-
-def _prefixes(pair: ModelPair, texts: Sequence[Prompt]) -> Iterator[tuple[list[int]]]:
-    for text in texts:
-        ids = _ids(pair, text.prompt)[:PREFIX]
-        if ids:
-            yield (ids,)
-
-
-def _one_token_pass(pair: ModelPair, model: Any, prefix: list[int]) -> Callable[[], float]:
-    """A function that runs one cached pass over one token and returns its seconds; the cache grows by one."""
-    ids = torch.tensor([prefix], device=pair.device)
-    token = ids[:, -1:]
-    inputs: dict[str, Any] = {"input_ids": token}
-    with torch.inference_mode():
-        if pair.is_encoder_decoder:
-            encoded = model.get_encoder()(input_ids=ids)
-            inputs = {"encoder_outputs": encoded, "decoder_input_ids": token}
-            start = model(encoder_outputs=encoded, decoder_input_ids=ids[:, :8], use_cache=True)
-        else:
-            start = model(input_ids=ids, use_cache=True)
-
-    @torch.inference_mode()
-    def run() -> float:
-        _wait(pair.device)
-        begun = time.perf_counter()
-        model(**inputs, past_key_values=start.past_key_values, use_cache=True)
-        _wait(pair.device)
-        return time.perf_counter() - begun
-
-    return run
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

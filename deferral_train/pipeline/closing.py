@@ -52,5 +52,7 @@ def close(console: RunConsole, records: Mapping[str, StageRecord], folder: Path)
             f"{wish['name']} stands where point.max_loss={limit:g} is certified, not at that rejection rate"
         )
     console.line(verdict["headline"])
+    if verdict["drafting"] is not None:
+        console.line(verdict["drafting"]["text"])
     console.path("report", folder / "report.html")
     console.path("TensorBoard", folder)

@@ -20,7 +20,7 @@ from deferral_train.errors import InputError
 from deferral_train.heads import DeferralHead
 from deferral_train.heads.export import export_head
 from deferral_train.heads.rules import learned_rule, rule_from_spec
-from deferral_train.pipeline import online, operate
+from deferral_train.pipeline import drafting, online, operate
 from deferral_train.pipeline import probe as ceilings
 from deferral_train.pipeline.breakdowns import break_down
 from deferral_train.pipeline.closing import close
@@ -185,10 +185,18 @@ class Run:
                 partial(online.compare_skew, self),
             ),
             (
+                "drafting",
+                "how to draft on this machine",
+                [c.decode, c.bootstrap, c.seed],
+                ("skew",),
+                (drafting.FILE,),
+                partial(drafting.propose_drafting, self),
+            ),
+            (
                 "verdict",
                 "what is gained and lost",
                 c.point,
-                ("evaluate", "skew", "frontier"),
+                ("evaluate", "skew", "frontier", "drafting"),
                 ("verdict.json",),
                 self.verdict,
             ),
@@ -303,6 +311,7 @@ class Run:
             self.config.point.confidence,
             self._engine_line(results),
         )
+        verdict["drafting"] = results["drafting"]
         verdict["training"] = f"fit/{results['fit']['best']}"
         provenance.write_json(self.folder / "verdict.json", verdict)
         return verdict

@@ -65,7 +65,15 @@ def answer(run: Run) -> dict[str, Any]:
         "headline": verdict.get("headline")
         or "This run has no verdict: it was evaluated, but no setting was chosen.",
         "cards": [
-            card for card in (_gain(verdict), _calls(verdict), _loss(verdict), _chosen(verdict)) if card
+            card
+            for card in (
+                _gain(verdict),
+                _calls(verdict),
+                _loss(verdict),
+                _chosen(verdict),
+                _drafting(verdict),
+            )
+            if card
         ],
         "trust": list(verdict.get("trust") or []),
         "risk": verdict.get("risk"),
@@ -119,6 +127,20 @@ def _chosen(verdict: Mapping[str, Any]) -> dict[str, str] | None:
     dial = "" if value is None else f"{parameter} = {nice(value)}"
     name = chosen.get("name") or chosen.get("rule") or chosen.get("spec", "")
     return {"name": "Chosen point", "value": str(name), "more": dial}
+
+
+def _drafting(verdict: Mapping[str, Any]) -> dict[str, str] | None:
+    proposed = verdict.get("drafting")
+    if not proposed or not proposed.get("speed"):
+        return None
+    speed, used = proposed["speed"], proposed.get("used")
+    limits = "" if speed.get("low") is None else f" [{nice(speed['low'])}, {nice(speed['high'])}]"
+    more = (
+        f"{nice(speed['value'])}×{limits} the verifier alone at batch 1, by replaying texts and timing passes"
+    )
+    if used:
+        more += f"; {nice(used['speed']['value'])}× with {used['num_draft_tokens']} draft tokens, as decoded"
+    return {"name": "Drafting predicted fastest", "value": str(proposed.get("flags")), "more": more}
 
 
 def curves(run: Run) -> dict[str, Any] | None:

@@ -1,0 +1,187 @@
+"""Proposes how to draft: plans replayed on logged texts, priced with seconds measured on this machine.
+
+The number of draft tokens, K and the drafters are chosen on one half of the prompts; what is said of the choice is
+of the other half. Ours; for temperature 0 and lenience 1 the replayed calls are exact (``drafting/replay.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from deferral_train.drafting.plan import Plan
+from deferral_train.drafting.replay import UNKNOWN, Path, replay
+from deferral_train.drafting.spec import drafting_from_spec
+from deferral_train.errors import InputError
+from deferral_train.evaluation.bootstrap import MIN_PROMPTS, Interval, PromptBootstrap
+from deferral_train.evaluation.laws import deferral_and_rejection
+from deferral_train.evaluation.loop_costs import LoopCosts
+from deferral_train.evaluation.positions import read_positions
+from deferral_train.rules.base import Rule
+from deferral_train.traces import Traces
+
+TOKENS, COPIES = (1, 2, 3, 4, 5, 6, 8, 10), 8
+ENDLESS = 1 << 30
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to draft: ``num_draft_tokens`` of one drafter, or a spec of ``--drafting``."""
+
+    family: str
+    flags: str
+    plan: Plan
+    num_draft_tokens: int | None = None
+    drafting: str | None = None
+
+
+def ways(rule: Rule) -> Iterator[Way]:
+    """All that are tried for a rule; where it reads the drafter's confidence, no copies that no drafter reviewed."""
+    yield from map(_alone, TOKENS)
+    specs = {"drafter below which Max-Gram copies": [f"vertical:tokens={n},copies={COPIES}" for n in TOKENS]}
+    if rule.is_lossless or not (rule.reads_drafter_confidence or "drafter_hidden" in rule.needs):
+        specs["drafter, then copies"] = [f"horizontal:tokens={n},copies={COPIES}" for n in TOKENS]
+        specs["copies below and behind the drafter"] = [f"both:tokens={n},copies={COPIES}" for n in TOKENS]
+        specs["Max-Gram alone"] = [f"max_gram:tokens={n}" for n in (4, 10)]
+    for family, members in specs.items():
+        for spec in members:
+            yield Way(family, f"--drafting {spec}", drafting_from_spec(spec).plan, drafting=spec)
+
+
+def paths_of(
+    traces: Traces,
+    rule: Rule,
+    prompts: Mapping[str, Sequence[int]],
+    separate: bool,
+    *,
+    temperature: float | None = None,
+    seed: int = 0,
+) -> list[Path]:
+    """Logged texts as paths of one drafter.
+
+    Args:
+        traces: best of the rule's own prefixes (``cascade:<rule>``).
+        prompts: ids of each prompt that is wanted.
+        separate: encoder-decoder.
+        seed: of acceptances, which are drawn where the temperature is not 0.
+
+    Raises:
+        InputError: no prompt in common.
+    """
+    limit = traces.manifest.settings.get("max_new_tokens") or ENDLESS
+    table = read_positions(
+        traces, rule.needs, truth="verifier", temperature=temperature, with_candidates=True
+    )
+    draw, found = np.random.default_rng(seed), []
+    for block in table.blocks():
+        rejection = deferral_and_rejection(rule, block)[1][:, 0]
+        stands = rejection <= draw.random(len(rejection))
+        tokens, guesses = (block.summary[name].numpy() for name in ("token", "drafter_argmax"))
+        if table.temperature > 0:
+            guesses = np.where(stands, tokens, UNKNOWN)
+        names = table.prompt_ids[block.prompts]
+        for name, start, length in zip(names, block.layout.starts, block.layout.lengths):
+            rows = slice(int(start), int(start + length))
+            if name in prompts:
+                found.append(
+                    Path(
+                        prompts[name],
+                        tokens[rows].tolist(),
+                        [guesses[rows].tolist()],
+                        [stands[rows].tolist()],
+                        limit,
+                        separate,
+                    )
+                )
+    if not found:
+        raise InputError("drafting: the traces and the prompts have no id in common; give what was collected")
+    return found
+
+
+def propose(
+    paths: Sequence[Path],
+    rule: Rule,
+    costs: LoopCosts,
+    eos: Sequence[int],
+    *,
+    used: int | None = None,
+    ending: Sequence[float] = (),
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The way to draft that is expected to be fastest, batch 1, and whether it beats the verifier alone.
+
+    Args:
+        paths: of at least two prompts; the even ones choose, the odd ones judge.
+        used: draft tokens in use, to compare with.
+        ending: see :func:`deferral_train.drafting.replay.replay`.
+        bootstrap: redraws of prompts for intervals.
+
+    Returns:
+        ``num_draft_tokens`` or ``drafting`` (the other is None), ``flags`` for the command line, ``speed`` predicted
+        against the verifier alone, ``used`` (the same for the draft tokens in use), ``beats_verifier`` (the interval
+        lies above 1), ``families`` (the best of each family on the choosing half), and ``prompts``.
+
+    Raises:
+        InputError: fewer than two paths.
+    """
+    if len(paths) < 2:
+        raise InputError(f"drafting: {len(paths)} prompt(s); give at least two, to choose on and to judge on")
+    choosing, judging = paths[::2], paths[1::2]
+    price = _Price(costs, eos, ending)
+    rated = [(price.speed(way, choosing), way) for way in ways(rule)]
+    families: dict[str, tuple[float, Way]] = {}
+    for speed, way in rated:
+        if way.family not in families or speed > families[way.family][0]:
+            families[way.family] = (speed, way)
+    best = max(families.values(), key=lambda pair: pair[0])[1]
+    redraws = PromptBootstrap(len(judging), bootstrap if len(judging) >= MIN_PROMPTS else 0, seed)
+    speed = price.interval(best, judging, redraws)
+    found: dict[str, Any] = {
+        "num_draft_tokens": best.num_draft_tokens,
+        "drafting": best.drafting,
+        "flags": best.flags,
+        "speed": speed.as_dict(),
+        "beats_verifier": bool((speed.value if speed.low is None else speed.low) > 1),
+        "used": None,
+        "families": [
+            {"family": way.family, "flags": way.flags, "speed": rate} for rate, way in families.values()
+        ],
+        "prompts": {"chosen_on": len(choosing), "judged_on": len(judging)},
+    }
+    if used is not None:
+        interval = price.interval(_alone(used), judging, redraws)
+        found["used"] = {"num_draft_tokens": used, "speed": interval.as_dict()}
+    return found
+
+
+def _alone(tokens: int) -> Way:
+    plan = Plan([[tokens, 0], [0, 0]], max_gram=None)
+    return Way("drafter alone", f"--num-draft-tokens {tokens}", plan, num_draft_tokens=tokens)
+
+
+@dataclass(frozen=True)
+class _Price:
+    """Replays ways to draft and says what they cost."""
+
+    costs: LoopCosts
+    eos: Sequence[int]
+    ending: Sequence[float]
+
+    def seconds(self, way: Way, paths: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
+        """Of each prompt, by the verifier alone and by the cascade."""
+        cascade = way.num_draft_tokens is None
+        work = [replay(way.plan, path, self.eos, self.ending) for path in paths]
+        own = np.array([self.costs.of(one, cascade) for one in work])
+        return np.array([self.costs.alone(one.tokens) for one in work]), own
+
+    def speed(self, way: Way, paths: Sequence[Path]) -> float:
+        """Against the verifier alone."""
+        alone, own = self.seconds(way, paths)
+        return float(alone.sum() / own.sum())
+
+    def interval(self, way: Way, paths: Sequence[Path], redraws: PromptBootstrap) -> Interval:
+        return redraws.ratio(*self.seconds(way, paths))

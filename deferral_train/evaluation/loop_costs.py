@@ -1,0 +1,134 @@
+"""Seconds of the decoding loop on this machine, batch 1: what replayed work is priced with.
+
+A verifier pass costs what :mod:`deferral_train.pairs.passes` measures for its width. What the loop adds to it in a
+round, what a drafter's step and a prompt cost is fitted to a few short decodings, by non-negative least squares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+
+from deferral_train.decoding import Pair
+from deferral_train.drafting.replay import Work
+from deferral_train.drafting.spec import drafting_from_spec
+from deferral_train.pairs.passes import now, pass_seconds
+from deferral_train.pairs.prompts import Prompt
+from deferral_train.rules.base import Rule
+
+WIDTHS, REPETITIONS = (1, 2, 4, 8, 16), 15
+PROMPTS, TOKENS, TURNS = 3, 24, 2  # of the short decodings
+SECONDS = 20.0  # aimed at for all of them together; dear models decode fewer tokens
+Named = dict[str, dict[str, Any]]  # settings of ``Pair.generate`` by name
+ALONE: Named = {"alone": {}, "alone, one token": {"max_new_tokens": 1}}
+PLAIN: Named = {
+    "1 draft token": {"num_draft_tokens": 1},
+    "8 draft tokens": {"num_draft_tokens": 8},
+    "one token": {"max_new_tokens": 1},
+}
+CASCADES: Named = {
+    "vertical, 1": {"drafting": "vertical:tokens=1,copies=8"},
+    "vertical, 4": {"drafting": "vertical:tokens=4,copies=8"},
+    "vertical, one token": {"drafting": "vertical:tokens=4,copies=8", "max_new_tokens": 1},
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Seconds that the loop spends on a prompt, and on a round besides the verifier's pass, and on a drafter's pass
+    with all that belongs to it.
+    """
+
+    prompt: float
+    round: float
+    step: float
+
+
+@dataclass(frozen=True)
+class LoopCosts:
+    """Seconds, batch 1.
+
+    Attributes:
+        verifier: seconds of a verifier pass by the tokens that go through it; between them linear.
+        plain, cascade: of the loop with one drafter, and with a cascade of drafters.
+        prompt, token: of the verifier alone, for each prompt and each token.
+    """
+
+    verifier: Mapping[int, float]
+    plain: Parts
+    cascade: Parts
+    prompt: float
+    token: float
+
+    def alone(self, tokens: int) -> float:
+        """Seconds of the verifier alone for a text."""
+        return self.prompt + tokens * self.token
+
+    def of(self, work: Work, cascade: bool) -> float:
+        """Seconds of a text under a plan."""
+        parts = self.cascade if cascade else self.plain
+        widths = list(work.widths[0])
+        rounds = float(np.dot(self.passes(widths), [work.widths[0][width] for width in widths]))
+        return parts.prompt + rounds + work.calls * parts.round + sum(work.passes) * parts.step
+
+    def passes(self, widths: Sequence[float]) -> np.ndarray:
+        """Seconds of verifier passes of these widths."""
+        known = sorted(self.verifier)
+        slope = (self.verifier[known[-1]] - self.verifier[known[0]]) / (known[-1] - known[0])
+        beyond = np.maximum(np.asarray(widths) - known[-1], 0) * max(slope, 0.0)
+        return np.interp(widths, known, [self.verifier[width] for width in known]) + beyond
+
+
+def measure(pair: Pair, prompts: Sequence[Prompt], rule: Rule, temperature: float = 0.0) -> LoopCosts:
+    """Time passes and a few short decodings of some prompts.
+
+    Args:
+        prompts: the first :data:`PROMPTS` are decoded. rule: decides, as it will.
+    """
+    table = {w: seconds[1] for w, seconds in pass_seconds(pair.models, prompts, WIDTHS, REPETITIONS).items()}
+    settings = {**ALONE, **PLAIN, **CASCADES}
+    room = SECONDS / (len(settings) * TURNS * PROMPTS * 3 * table[1])
+    shared = {"max_new_tokens": int(min(TOKENS, max(4, room))), "batch_size": 1, "temperature": temperature}
+    rows = {name: np.zeros(4) for name in settings}
+    seconds = {name: [np.inf] * PROMPTS for name in settings}
+    for turn in range(TURNS + 1):  # the first turn only warms up
+        for name, own in settings.items():
+            for number, prompt in enumerate(prompts[:PROMPTS]):
+                spent, row = _decode(pair, prompt, "verifier_only" if name in ALONE else rule, shared | own)
+                if turn:
+                    seconds[name][number] = min(seconds[name][number], spent)
+                    rows[name] += row / TURNS
+    taken = {name: sum(column[: len(prompts)]) for name, column in seconds.items()}
+    whole, first = (rows[name] for name in ALONE)
+    token = (taken["alone"] - taken["alone, one token"]) / max(whole[1] - first[1], 1.0)
+    token = max(float(token), table[1])
+    prompt = max(0.0, float(taken["alone, one token"] / first[0]) - token)
+    blank = LoopCosts(table, Parts(0, 0, 0), Parts(0, 0, 0), prompt, token)
+    plain, cascade = (_fit(blank, [(rows[n], taken[n]) for n in names]) for names in (PLAIN, CASCADES))
+    return LoopCosts(table, plain, cascade, prompt, token)
+
+
+def _fit(costs: LoopCosts, measured: Sequence[tuple[np.ndarray, float]]) -> Parts:
+    """Parts that explain measured seconds; rows of prompts, verifier calls, drafter calls, drafted tokens."""
+    left = [
+        max(0.0, seconds - calls * float(costs.passes([drafted / calls + 1])[0]))
+        for (_, calls, _, drafted), seconds in measured
+    ]
+    found, _ = nnls(np.array([row[:3] for row, _ in measured]), np.array(left))
+    return Parts(*map(float, found))
+
+
+def _decode(pair: Pair, prompt: Prompt, rule: Rule | str, own: Mapping[str, Any]) -> tuple[float, np.ndarray]:
+    """Seconds, and (1, verifier calls, drafter calls, drafted tokens)."""
+    options = dict(own)
+    if "drafting" in options:
+        options["drafting"] = drafting_from_spec(options["drafting"]).plan
+    begun = now(pair.models.device)
+    stats = pair.generate([prompt], rule=rule, **options).stats
+    spent = now(pair.models.device) - begun
+    counts = [stats.verifier_calls, stats.drafter_calls, stats.drafted]
+    return spent, np.array([1.0, *(float(column.sum()) for column in counts)])

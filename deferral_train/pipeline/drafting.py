@@ -1,0 +1,99 @@
+"""The stage that proposes how to draft: K, the number of draft tokens and who drafts, with the speed expected of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from deferral_train import provenance
+from deferral_train.decoding import Pair
+from deferral_train.decoding.outputs import OUTPUTS, read_lines
+from deferral_train.decoding.pair import Settings
+from deferral_train.drafting.plan import Plan
+from deferral_train.drafting.replay import Path, fit_ending
+from deferral_train.evaluation.drafting import paths_of, propose
+from deferral_train.evaluation.loop_costs import measure
+from deferral_train.heads.rules import rule_from_spec
+from deferral_train.pipeline.online import ON_POLICY
+from deferral_train.pipeline.pair import open_pair
+from deferral_train.pipeline.text import read_part
+from deferral_train.traces import open_traces
+
+if TYPE_CHECKING:
+    from deferral_train.pipeline.run import Run
+
+FILE = "drafting.json"
+PROMPTS = 80  # replayed: half of them choose, half judge
+
+
+def propose_drafting(run: Run, results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Replay the chosen rule's own texts under every plan, priced with this machine's timings.
+
+    Returns:
+        see :func:`deferral_train.evaluation.drafting.propose`, with ``rule``, ``conditions`` and ``text``, a sentence;
+        None with fewer than two prompts.
+    """
+    chosen, section = run.chosen(results), run.config.decode
+    rule = rule_from_spec(chosen["spec"], typed=run.config.rules)
+    pair = Pair(open_pair(run.config.pair, results["pair"]))
+    prompts = read_part(run.folder, "test", min(section.limit, PROMPTS))
+    found = None
+    if len(prompts) > 1:
+        encoded = pair.encode(prompts, Settings(max_new_tokens=section.max_new_tokens))
+        traces = open_traces(run.folder / ON_POLICY)
+        ids = {one.id: one.input_ids for one in encoded if one.id in set(traces.prompt_ids)}
+        separate = pair.models.is_encoder_decoder
+        paths = paths_of(traces, rule, ids, separate, temperature=section.temperature, seed=run.config.seed)
+        found = propose(
+            paths,
+            rule,
+            measure(pair, prompts, rule, section.temperature),
+            pair.models.eos_ids,
+            used=section.num_draft_tokens,
+            ending=[_ending(run, chosen["label"], list(ids), paths, pair.models.eos_ids)],
+            bootstrap=run.config.bootstrap,
+            seed=run.config.seed,
+        )
+        found["rule"] = chosen["name"]
+        found["conditions"] = {
+            "device": str(pair.models.device),
+            "threads": torch.get_num_threads(),
+            "batch_size": 1,
+            "temperature": section.temperature,
+            "lenience": 1.0,
+        }
+        found["text"] = sentence(found)
+    provenance.write_json(run.folder / FILE, found)
+    return found
+
+
+def _ending(run: Run, label: str, ids: list[str], paths: list[Path], eos: Any) -> float:
+    """How readily the drafter ends a text behind a wrong token, from the drafter passes that decoding counted."""
+    counted = {
+        row["id"]: row["counts"]["drafter_calls"]
+        for row in read_lines(run.folder / "decode" / OUTPUTS)
+        if row["rule"] == label and row["repetition"] == 0
+    }
+    if any(name not in counted for name in ids):
+        return 0.0
+    plan = Plan([[run.config.decode.num_draft_tokens, 0], [0, 0]], max_gram=None)
+    return fit_ending(plan, paths, eos, sum(counted[name] for name in ids))
+
+
+def sentence(found: Mapping[str, Any]) -> str:
+    """The proposal in words."""
+    used = found["used"]
+    against = f"{used['speed']['value']:.2f}x with the {used['num_draft_tokens']} draft tokens decoded here"
+    beats = "" if found["beats_verifier"] else "; no way to draft is predicted to beat the verifier alone"
+    return (
+        f"Drafting for {found['rule']}: {found['flags']} is predicted fastest, {_speed(found['speed'])} the verifier's "
+        f"speed against {against}{beats} (batch 1, this machine, {found['prompts']['judged_on']} prompts that did not "
+        "choose it)"
+    )
+
+
+def _speed(interval: Mapping[str, Any]) -> str:
+    limits = "" if interval["low"] is None else f" [{interval['low']:.2f}, {interval['high']:.2f}]"
+    return f"{interval['value']:.2f}x{limits}"

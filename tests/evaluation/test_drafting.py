@@ -1,0 +1,70 @@
+"""The proposal of how to draft: chosen by replaying, priced with seconds, judged on prompts that did not choose."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from deferral_train.drafting.replay import UNKNOWN, Path
+from deferral_train.drafting.spec import drafting_from_spec
+from deferral_train.errors import InputError
+from deferral_train.evaluation.drafting import propose, ways
+from deferral_train.evaluation.loop_costs import LoopCosts, Parts
+from deferral_train.rules import make_rule
+
+
+def costs(step: float, width: float = 0.0) -> LoopCosts:
+    """A verifier pass takes a second and ``width`` more for each further token, a drafter's ``step``."""
+    free = Parts(0.0, 0.0, step)
+    return LoopCosts({1: 1.0, 16: 1.0 + 15 * width}, free, free, prompt=0.0, token=1.0)
+
+
+def texts(count: int, right: float, copies: bool, length: int = 40) -> list[Path]:
+    """Texts whose drafter is right that often; ``copies``: the prompt is the text."""
+    draw, found = random.Random(4), []
+    for _ in range(count):
+        tokens = [draw.randrange(10, 30_000) for _ in range(length)]
+        stands = [draw.random() < right for _ in tokens]
+        guesses = [token if ok else UNKNOWN for token, ok in zip(tokens, stands)]
+        found.append(Path([5, *tokens] if copies else [5], tokens, [guesses], [stands], length + 20, separate=True))
+    return found
+
+
+def test_the_best_number_of_draft_tokens_is_that_of_the_formula() -> None:
+    """Independent acceptances and no copies: the maximum of EWIF, and its value."""
+    from deferral_train.drafting.speed import ewif_plain
+
+    found = propose(texts(60, 0.8, copies=False, length=200), make_rule("lossless"), costs(0.1), (), used=2)
+    tried = (1, 2, 3, 4, 5, 6, 8, 10)
+    best = max(tried, key=lambda k: ewif_plain(0.8, k, 0.1))
+    assert ewif_plain(0.8, found["num_draft_tokens"], 0.1) > 0.99 * ewif_plain(0.8, best, 0.1)
+    # 6,000 judging tokens, 2,100 rounds: 5% is more than four standard deviations.
+    assert found["speed"]["value"] == pytest.approx(ewif_plain(0.8, best, 0.1), rel=0.05)
+    assert found["used"]["speed"]["value"] == pytest.approx(ewif_plain(0.8, 2, 0.1), rel=0.05)
+    assert found["beats_verifier"]
+    assert found["speed"]["low"] < found["speed"]["value"] < found["speed"]["high"]
+
+
+def test_copies_are_used_where_texts_copy() -> None:
+    found = propose(texts(24, 0.9, copies=True), make_rule("lossless"), costs(0.5, width=0.01), ())
+    assert found["drafting"] is not None
+    assert found["flags"] == f"--drafting {found['drafting']}"
+    assert drafting_from_spec(found["drafting"]).plan.one_hot_tail
+    assert found["speed"]["value"] > 2
+
+
+def test_a_drafter_that_is_never_right_is_said_not_to_pay() -> None:
+    found = propose(texts(24, 0.0, copies=False), make_rule("opt", alpha=0.1), costs(0.3), (), used=5)
+    assert not found["beats_verifier"]
+    assert found["num_draft_tokens"] == 1
+    assert found["speed"]["value"] == pytest.approx(
+        1 / 1.3, rel=0.02
+    )  # nothing is drafted before the limit only
+
+
+def test_rules_that_read_the_drafters_confidence_get_no_bare_copies() -> None:
+    assert all(not way.plan.one_hot_tail for way in ways(make_rule("opt", alpha=0.1)))
+    assert any(way.plan.one_hot_tail for way in ways(make_rule("token_v3", alpha=0.1)))
+    with pytest.raises(InputError, match="at least two"):
+        propose(texts(1, 1.0, copies=False), make_rule("lossless"), costs(0.1), ())
