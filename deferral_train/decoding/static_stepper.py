@@ -227,6 +227,11 @@ def prove(work: Work, room: Room, static: StaticModel) -> None:
         raise NotStaticError(f"gives other logits in static shapes (off by {off:.2g} of their deviation)")
 
 
+def suits(device: torch.device) -> bool:
+    """Whether static shapes pay by themselves: where launching kernels costs more than a small pass computes."""
+    return device.type == "cuda"
+
+
 def stepper_for(
     stack: contextlib.ExitStack, work: Work, tokens: TokenRows, room: Room, compile: str
 ) -> tuple[Stepper, str]:
@@ -239,7 +244,7 @@ def stepper_for(
     Raises:
         InputError: static shapes were asked for by name and do not work.
     """
-    wanted = "static" if compile == "auto" and tokens.device.type == "cuda" else compile
+    wanted = "static" if compile == "auto" and suits(tokens.device) else compile
     if wanted in ("auto", "off"):
         return _ordinary(stack, work, tokens, room), "dynamic"
     if not work.passes:
