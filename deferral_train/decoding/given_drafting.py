@@ -26,10 +26,14 @@ class GivenProposer:
         self.steppers: Sequence[Stepper] = []
 
     def propose(self, limits: Sequence[int], exact: bool) -> CascadeDraft:
-        """The texts of rows that have emitted nothing yet; they are one-hots."""
+        """The texts of rows that have emitted nothing yet; they are one-hots.
+
+        Up to the last place that a row may emit, which limits leave to the verifier: nothing is saved there, but the
+        rule leans towards the text at every place.
+        """
         tokens = self.tokens
         texts = [
-            list(self.given.texts[row][:limit]) if length == tokens.prompt_length else []
+            list(self.given.texts[row][: limit + 1]) if length == tokens.prompt_length else []
             for row, length, limit in zip(tokens.rows, tokens.lengths, limits)
         ]
         counts = [len(text) for text in texts]
