@@ -11,15 +11,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
+from deferral_train.decoding import Pair
+from deferral_train.decoding.pair import Settings
 from deferral_train.drafting.plan import Plan
-from deferral_train.drafting.replay import UNKNOWN, Path, replay
+from deferral_train.drafting.replay import UNKNOWN, Path, fit_ending, replay
 from deferral_train.drafting.spec import drafting_from_spec
 from deferral_train.errors import InputError
 from deferral_train.evaluation.bootstrap import MIN_PROMPTS, Interval, PromptBootstrap
 from deferral_train.evaluation.laws import deferral_and_rejection
-from deferral_train.evaluation.loop_costs import LoopCosts
+from deferral_train.evaluation.loop_costs import LoopCosts, measure
 from deferral_train.evaluation.positions import read_positions
+from deferral_train.pairs.prompts import Prompt
 from deferral_train.rules.base import Rule
 from deferral_train.traces import Traces
 
@@ -49,6 +53,58 @@ def ways(rule: Rule) -> Iterator[Way]:
     for family, members in specs.items():
         for spec in members:
             yield Way(family, f"--drafting {spec}", drafting_from_spec(spec).plan, drafting=spec)
+
+
+def propose_for(
+    pair: Pair,
+    prompts: Sequence[Prompt],
+    rule: Rule,
+    traces: Traces,
+    *,
+    num_draft_tokens: int = 5,
+    temperature: float = 0.0,
+    counted: Mapping[str, int] | None = None,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """:func:`propose` for a pair on this machine: its texts from traces, its costs timed now.
+
+    Args:
+        prompts: of the traces, or some of them. traces: best of the rule's own prefixes (``cascade:<rule>``).
+        num_draft_tokens: in use, to compare with.
+        counted: drafter passes by prompt id with these draft tokens, where they were decoded; they say how readily
+            the drafter ends a text behind a wrong token.
+
+    Raises:
+        InputError: a prompt that does not fit, no prompt in common, or a single one.
+    """
+    here = set(traces.prompt_ids)
+    room = traces.manifest.settings.get("max_new_tokens") or 0
+    encoded = pair.encode(prompts, Settings(max_new_tokens=room))
+    ids = {one.id: one.input_ids for one in encoded if one.id in here}
+    separate, eos = pair.models.is_encoder_decoder, pair.models.eos_ids
+    paths = paths_of(traces, rule, ids, separate, temperature=temperature, seed=seed)
+    ending = 0.0
+    if counted is not None and all(name in counted for name in ids):
+        ending = fit_ending(_alone(num_draft_tokens).plan, paths, eos, sum(counted[name] for name in ids))
+    found = propose(
+        paths,
+        rule,
+        measure(pair, prompts, rule, temperature),
+        eos,
+        used=num_draft_tokens,
+        ending=[ending],
+        bootstrap=bootstrap,
+        seed=seed,
+    )
+    conditions = {
+        "device": str(pair.models.device),
+        "threads": torch.get_num_threads(),
+        "batch_size": 1,
+        "temperature": temperature,
+        "lenience": 1.0,
+    }
+    return found | {"conditions": conditions}
 
 
 def paths_of(

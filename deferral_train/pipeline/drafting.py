@@ -5,16 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from deferral_train import provenance
 from deferral_train.decoding import Pair
 from deferral_train.decoding.outputs import OUTPUTS, read_lines
-from deferral_train.decoding.pair import Settings
-from deferral_train.drafting.plan import Plan
-from deferral_train.drafting.replay import Path, fit_ending
-from deferral_train.evaluation.drafting import paths_of, propose
-from deferral_train.evaluation.loop_costs import measure
+from deferral_train.evaluation.drafting import propose_for
 from deferral_train.heads.rules import rule_from_spec
 from deferral_train.pipeline.online import ON_POLICY
 from deferral_train.pipeline.pair import open_pair
@@ -32,7 +26,7 @@ def propose_drafting(run: Run, results: Mapping[str, Any]) -> dict[str, Any] | N
     """Replay the chosen rule's own texts under every plan, priced with this machine's timings.
 
     Returns:
-        see :func:`deferral_train.evaluation.drafting.propose`, with ``rule``, ``conditions`` and ``text``, a sentence;
+        see :func:`deferral_train.evaluation.drafting.propose_for`, with ``rule`` and ``text``, a sentence;
         None with fewer than two prompts.
     """
     chosen, section = run.chosen(results), run.config.decode
@@ -41,45 +35,25 @@ def propose_drafting(run: Run, results: Mapping[str, Any]) -> dict[str, Any] | N
     prompts = read_part(run.folder, "test", min(section.limit, PROMPTS))
     found = None
     if len(prompts) > 1:
-        encoded = pair.encode(prompts, Settings(max_new_tokens=section.max_new_tokens))
-        traces = open_traces(run.folder / ON_POLICY)
-        ids = {one.id: one.input_ids for one in encoded if one.id in set(traces.prompt_ids)}
-        separate = pair.models.is_encoder_decoder
-        paths = paths_of(traces, rule, ids, separate, temperature=section.temperature, seed=run.config.seed)
-        found = propose(
-            paths,
+        found = propose_for(
+            pair,
+            prompts,
             rule,
-            measure(pair, prompts, rule, section.temperature),
-            pair.models.eos_ids,
-            used=section.num_draft_tokens,
-            ending=[_ending(run, chosen["label"], list(ids), paths, pair.models.eos_ids)],
+            open_traces(run.folder / ON_POLICY),
+            num_draft_tokens=section.num_draft_tokens,
+            temperature=section.temperature,
+            counted={
+                row["id"]: row["counts"]["drafter_calls"]
+                for row in read_lines(run.folder / "decode" / OUTPUTS)
+                if row["rule"] == chosen["label"] and row["repetition"] == 0
+            },
             bootstrap=run.config.bootstrap,
             seed=run.config.seed,
         )
         found["rule"] = chosen["name"]
-        found["conditions"] = {
-            "device": str(pair.models.device),
-            "threads": torch.get_num_threads(),
-            "batch_size": 1,
-            "temperature": section.temperature,
-            "lenience": 1.0,
-        }
         found["text"] = sentence(found)
     provenance.write_json(run.folder / FILE, found)
     return found
-
-
-def _ending(run: Run, label: str, ids: list[str], paths: list[Path], eos: Any) -> float:
-    """How readily the drafter ends a text behind a wrong token, from the drafter passes that decoding counted."""
-    counted = {
-        row["id"]: row["counts"]["drafter_calls"]
-        for row in read_lines(run.folder / "decode" / OUTPUTS)
-        if row["rule"] == label and row["repetition"] == 0
-    }
-    if any(name not in counted for name in ids):
-        return 0.0
-    plan = Plan([[run.config.decode.num_draft_tokens, 0], [0, 0]], max_gram=None)
-    return fit_ending(plan, paths, eos, sum(counted[name] for name in ids))
 
 
 def sentence(found: Mapping[str, Any]) -> str:
