@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
+import numpy as np
 import pytest
 
-from deferral_train.drafting.replay import UNKNOWN, Path
+from deferral_train.drafting.replay import UNKNOWN, Path, Work
 from deferral_train.drafting.spec import drafting_from_spec
 from deferral_train.errors import InputError
 from deferral_train.evaluation.drafting import propose, ways
-from deferral_train.evaluation.loop_costs import LoopCosts, Parts
+from deferral_train.evaluation.loop_costs import LoopCosts, Parts, _fit
 from deferral_train.rules import make_rule
 
 
@@ -27,7 +29,9 @@ def texts(count: int, right: float, copies: bool, length: int = 40) -> list[Path
         tokens = [draw.randrange(10, 30_000) for _ in range(length)]
         stands = [draw.random() < right for _ in tokens]
         guesses = [token if ok else UNKNOWN for token, ok in zip(tokens, stands)]
-        found.append(Path([5, *tokens] if copies else [5], tokens, [guesses], [stands], length + 20, separate=True))
+        found.append(
+            Path([5, *tokens] if copies else [5], tokens, [guesses], [stands], length + 20, separate=True)
+        )
     return found
 
 
@@ -68,3 +72,21 @@ def test_rules_that_read_the_drafters_confidence_get_no_bare_copies() -> None:
     assert any(way.plan.one_hot_tail for way in ways(make_rule("token_v3", alpha=0.1)))
     with pytest.raises(InputError, match="at least two"):
         propose(texts(1, 1.0, copies=False), make_rule("lossless"), costs(0.1), ())
+
+
+def test_what_the_loop_adds_to_its_passes_is_found_again() -> None:
+    """Prompts, verifier calls, drafter calls, drafted tokens of three short decodings, and their seconds."""
+    table = {1: 0.010, 2: 0.012, 4: 0.013, 16: 0.025}
+    blank = LoopCosts(table, Parts(0, 0, 0), Parts(0, 0, 0), 0.0, 0.0)
+    assert blank.passes([1, 3, 10, 20]) == pytest.approx([0.010, 0.0125, 0.019, 0.029])
+    known, measured = Parts(0.004, 0.002, 0.003), []
+    for row in ([3, 40, 40, 40], [3, 20, 160, 160], [3, 3, 0, 0]):
+        passes = row[1] * float(blank.passes([row[3] / row[1] + 1])[0])
+        seconds = passes + row[0] * known.prompt + row[1] * known.round + row[2] * known.step
+        measured.append((np.array(row, dtype=float), seconds))
+    found = _fit(blank, measured)
+    assert (found.prompt, found.round, found.step) == pytest.approx((0.004, 0.002, 0.003))
+    # The time of a text: its prompt, its rounds by their width, its drafter steps.
+    whole = LoopCosts(table, found, found, 0.0, 0.0)
+    work = Work(9, 3, (4,), 0, (Counter({1: 1, 4: 2}), Counter({1: 4})))
+    assert whole.of(work, cascade=False) == pytest.approx(0.004 + 0.010 + 2 * 0.013 + 3 * 0.002 + 4 * 0.003)
