@@ -69,7 +69,7 @@ def check_engine(vllm_config: Any, config: ServingConfig) -> Rule:
     _check_method(speculative)
     rule = config.make_rule()
     check_served(rule, speculative)
-    _check_previous_tokens(rule, vllm_config)
+    check_scheduling(rule, vllm_config)
     if config.max_request_loss is not None and rule.is_lossless:
         raise InputError("deferral.max_request_loss: the rule is lossless; leave it out")
     if config.log is not None:
@@ -106,11 +106,6 @@ def check_served(rule: Rule, speculative: Any) -> None:
             f"deferral: rule {rule.name} reads verifier_hidden_at_token, which the engine does not hand over; "
             "use a head without it"
         )
-    if "verifier_hidden_at_token" in rule.needs:
-        raise InputError(
-            f"deferral: rule {rule.name} reads verifier_hidden_at_token, which the engine does not hand over; "
-            "use a head without it"
-        )
     if rule.stage == "draft" and getattr(rule, "head", None) is not None:
         raise InputError(
             f"deferral: rule {rule.name} has a draft-stage head, which decides before the verifier has run; "
@@ -136,7 +131,12 @@ def check_served(rule: Rule, speculative: Any) -> None:
         )
 
 
-def _check_previous_tokens(rule: Rule, vllm_config: Any) -> None:
+def check_scheduling(rule: Rule, vllm_config: Any) -> None:
+    """Refuse a rule that reads what the worker does not know in time.
+
+    Raises:
+        InputError: naming the rule and the flag.
+    """
     scheduler = getattr(vllm_config, "scheduler_config", None)
     if rule.needs & set(PREVIOUS_TOKENS) and getattr(scheduler, "async_scheduling", False):
         raise InputError(
@@ -155,9 +155,10 @@ def _check_log(config: ServingConfig, speculative: Any) -> None:
             "deferral.log: traces need the drafter's law; use a draft model with "
             '"draft_sample_method": "probabilistic"'
         )
-    if open_folder(config.log.folder).size(HEADER) is not None:
+    if open_folder(config.log.folder).size(HEADER) is not None and not config.log.resume:
         raise InputError(
-            f"deferral.log.folder is {config.log.folder}, which holds traces already; name a new one"
+            f"deferral.log.folder is {config.log.folder}, which holds traces already; name a new one, or say "
+            '"resume": true'
         )
 
 

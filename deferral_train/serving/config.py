@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from deferral_train.errors import InputError
@@ -34,6 +34,9 @@ class LogConfig:
         text: also keep the prompts' token ids, in ``prompts.jsonl``. Off: nothing of a request's text but the ids of
             generated tokens is written.
         wait: hold up the engine while the queue is full rather than drop: for corpora, never for users.
+        names: requests may say what traces call them (``deferral_name``): for corpora.
+        resume: continue a folder that was written with the same settings.
+        settings: anything else that decides the rows, kept in the header; a folder is continued under the same alone.
     """
 
     folder: str
@@ -46,6 +49,9 @@ class LogConfig:
     temperature: float = 1.0
     text: bool = False
     wait: bool = False
+    names: bool = False
+    resume: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.folder, str) or not self.folder:
@@ -59,6 +65,8 @@ class LogConfig:
                 )
         if not isinstance(self.top_k, int) or self.top_k < 0:
             raise InputError(f"deferral.log.top_k is {self.top_k!r}; use 0 (no candidates) or more")
+        if not isinstance(self.settings, Mapping):
+            raise InputError(f"deferral.log.settings is {self.settings!r}; write an object")
         if not 0 <= self.temperature < math.inf:
             raise InputError(f"deferral.log.temperature is {self.temperature}; use a finite number >= 0")
 
@@ -157,11 +165,13 @@ class RequestOptions:
         lossless: serve this request lossless.
         dial: value of the rule's dial for this request.
         max_request_loss: limit on this request's estimated loss.
+        name: what traces call this request, where the server lets requests name themselves.
     """
 
     lossless: bool = False
     dial: float | None = None
     max_request_loss: float | None = None
+    name: str | None = None
 
     @classmethod
     def parse(cls, extra_args: Mapping[str, Any] | None) -> RequestOptions:
@@ -183,7 +193,10 @@ class RequestOptions:
             bool(lossless),
             None if dial is None else _real(PREFIX + "dial", dial),
             None if limit is None else _real(PREFIX + "max_request_loss", limit),
+            given.get(PREFIX + "name"),
         )
+        if options.name is not None and not isinstance(options.name, str):
+            raise InputError(f"{PREFIX}name is {options.name!r}; write a text")
         _check_limit(PREFIX + "max_request_loss", options.max_request_loss)
         return options
 
@@ -198,6 +211,8 @@ class RequestOptions:
             if not low <= self.dial <= high:
                 raise InputError(f"{PREFIX}dial is {self.dial:g}; this server allows {low:g} to {high:g}")
             rule.with_dial(self.dial)
+        if self.name is not None and not (config.log is not None and config.log.names):
+            raise InputError(f"{PREFIX}name: this server's requests do not name their traces; leave it out")
         most = config.max_request_loss
         if most is not None and self.max_request_loss is not None and self.max_request_loss > most:
             raise InputError(
@@ -222,7 +237,9 @@ def _number(name: str, value: Any) -> Any:
     """Values of the log's table: the numeric ones must be numbers, the others pass."""
     if name.rpartition(".")[2] in ("fraction", "temperature"):
         return _real(name, value)
-    if name.rpartition(".")[2] in ("hidden", "text", "wait") and not isinstance(value, bool):
+    if name.rpartition(".")[2] in ("hidden", "text", "wait", "names", "resume") and not isinstance(
+        value, bool
+    ):
         raise InputError(f"{name} is {value!r}; use true or false")
     return value
 

@@ -1,23 +1,26 @@
 """Traces of a corpus through the engine: `deferral-train collect --engine vllm`.
 
-The same seam as live traffic with every request logged; afterwards the trace's prompts get the corpus' own ids. A row
-is a drafted position that emitted a token, so that the first token of an answer and bonus tokens have none.
+The same seam as live traffic with every request logged under its prompt's own id. A row is a drafted position that
+emitted a token, so that the first token of an answer and bonus tokens have none. A shard holds whole prompts, and a run
+that was interrupted goes on behind the last that is whole.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from deferral_train.errors import InputError, MissingExtraError
 from deferral_train.pairs.encode import encode_prompts
 from deferral_train.pairs.prompts import Prompt
+from deferral_train.serving.config import PREFIX
+from deferral_train.serving.resume import finished_part
 from deferral_train.traces.folder import open_folder
-from deferral_train.traces.manifest import HEADER, read_header, write_header
+from deferral_train.traces.manifest import read_header
 
-ROWS_PER_SHARD = 65_536
+ROWS_PER_SHARD = 16_384  # what an interruption may cost
+SETTINGS = ("max_new_tokens", "num_draft_tokens", "max_prompt_tokens", "seed", "chat", "template")
 
 
 def collect_with_engine(config: Any, out: str, prompts: Sequence[Prompt]) -> int:
@@ -25,13 +28,22 @@ def collect_with_engine(config: Any, out: str, prompts: Sequence[Prompt]) -> int
 
     Args:
         config: a ``CollectConfig`` with ``prefixes`` cascade; its device ``cpu`` runs eagerly, without compiling.
-        out: trace folder; a new one, since nothing is resumed.
+        out: trace folder; one that an interrupted run left is continued with the prompts that are not in it.
 
     Raises:
         InputError: settings that the engine cannot give, by name.
         MissingExtraError: vLLM is not installed.
     """
-    _check(config, out)
+    _check(config)
+    before = finished_part(open_folder(out))
+    settings = {name: getattr(config, name) for name in SETTINGS}
+    done: frozenset[str] = frozenset()
+    if before is not None:
+        _check_settings(out, before[0].settings, settings)
+        done = frozenset(before[0].prompt_ids)
+    prompts = [prompt for prompt in prompts if prompt.id not in done]
+    if not prompts:
+        return len(done)
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the log is closed before this returns
     try:
         from vllm import LLM, SamplingParams
@@ -40,7 +52,8 @@ def collect_with_engine(config: Any, out: str, prompts: Sequence[Prompt]) -> int
     log = {
         "folder": out, "fraction": 1.0, "wait": True, "rows_per_shard": ROWS_PER_SHARD, "top_k": config.log_top_k,
         "hidden": config.hidden == "both", "temperature": config.temperature,
-        "max_bytes": config.max_bytes or 1 << 62,
+        "max_bytes": config.max_bytes or 1 << 62, "names": True, "resume": True,
+        "settings": settings,
     }  # fmt: skip
     speculative = {
         "model": config.drafter,
@@ -60,17 +73,22 @@ def collect_with_engine(config: Any, out: str, prompts: Sequence[Prompt]) -> int
         encoded = encode_prompts(
             llm.get_tokenizer(), prompts, chat=config.chat, max_prompt_tokens=config.max_prompt_tokens
         )
-        params = SamplingParams(temperature=config.temperature, max_tokens=config.max_new_tokens or 128)
         rows: list[Any] = [{"prompt_token_ids": list(prompt.input_ids)} for prompt in encoded.kept]
-        outputs = llm.generate(rows, params)
+        params = [
+            SamplingParams(
+                temperature=config.temperature,
+                max_tokens=config.max_new_tokens or 128,
+                extra_args={PREFIX + "name": prompt.id},
+            )
+            for prompt in encoded.kept
+        ]
+        llm.generate(rows, params)
     finally:
         llm.llm_engine.engine_core.shutdown()
-    return _rename(
-        out, {_number(output.request_id): prompt.id for output, prompt in zip(outputs, encoded.kept)}
-    )
+    return len(read_header(open_folder(out)).prompt_ids)
 
 
-def _check(config: Any, out: str) -> None:
+def _check(config: Any) -> None:
     if config.prefixes != "cascade" or config.rule is None:
         raise InputError(
             f"prefixes={config.prefixes!r} with --engine vllm: the engine logs what it emits; "
@@ -80,18 +98,14 @@ def _check(config: Any, out: str) -> None:
         raise InputError("teacher with --engine vllm: the engine runs the pair alone; leave one of them out")
     if config.hidden not in ("none", "both"):
         raise InputError(f"hidden={config.hidden!r} with --engine vllm: use none or both")
-    if open_folder(out).size(HEADER) is not None:
-        raise InputError(f"{out} holds traces already, and --engine vllm resumes nothing; name a new folder")
 
 
-def _number(request: str) -> str:
-    """The engine numbers requests and puts a random part behind: `12-a1b2c3`."""
-    return request.split("-")[0]
-
-
-def _rename(out: str, names: Mapping[str, str]) -> int:
-    folder = open_folder(out)
-    manifest = read_header(folder)
-    ids = tuple(names.get(_number(request), request) for request in manifest.prompt_ids)
-    write_header(folder, replace(manifest, prompt_ids=ids))
-    return len(ids)
+def _check_settings(out: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    changed = [
+        f"{name}: {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value
+    ]
+    if changed:
+        raise InputError(
+            f"{out} was collected with other settings: {'; '.join(changed)}; use the same ones to resume, or another "
+            "--out"
+        )

@@ -25,39 +25,39 @@ class Proposals:
         self._steps: list[Tensor] = []
         self._hidden_steps: list[Tensor] = []
         self._rows: dict[str, int] = {}
-        self._laws: Tensor | None = None  # [B, k, V]
-        self._states: Tensor | None = None  # [B, k, D]
 
     def begin(self, wanted: bool) -> None:
         """Before the drafter runs; what was kept of the step before is gone."""
         self._steps, self._hidden_steps, self._rows = [], [], {}
-        self._laws, self._states, self.open = None, None, wanted
+        self.open = wanted
 
     def add(self, logits: Tensor, hidden: Tensor) -> None:
         """One drafted position of every request: logits [B, V], hidden states [B, D]."""
         self._steps.append(logits)
         if self.hidden:
-            self._hidden_steps.append(hidden)
+            self._hidden_steps.append(hidden.clone())  # the engine's own memory, used again
 
     def finish(self, names: Sequence[str]) -> None:
         """After the drafter ran, for the requests in its order of rows."""
         self.open = False
-        if not self._steps or any(len(step) < len(names) for step in self._steps):
-            return
+        if any(len(step) < len(names) for step in self._steps):
+            self._steps = []
         self._rows = {name: row for row, name in enumerate(names)}
-        self._laws = torch.stack([step[: len(names)] for step in self._steps], dim=1)
-        if self._hidden_steps:
-            self._states = torch.stack([step[: len(names)] for step in self._hidden_steps], dim=1)
-        self._steps, self._hidden_steps = [], []
 
     def take(self, names: Sequence[str], drafts: int) -> tuple[Tensor | None, Tensor | None, list[bool]]:
         """Logits [R, T, V] and hidden states [R, T, D] of some requests, and which of them have any."""
         rows = [self._rows.get(name, -1) for name in names]
         have = [row >= 0 for row in rows]
-        if self._laws is None or self._laws.shape[1] < drafts or not any(have):
+        if len(self._steps) < drafts or not any(have):
             return None, None, [False] * len(names)
-        if rows == list(range(self._laws.shape[0])):
-            return self._laws[:, :drafts], None if self._states is None else self._states[:, :drafts], have
-        at = torch.tensor([max(row, 0) for row in rows], device=self._laws.device)
-        states = None if self._states is None else self._states.index_select(0, at)[:, :drafts]
-        return self._laws.index_select(0, at)[:, :drafts], states, have
+        at = None
+        if rows != list(range(len(self._rows))):
+            at = torch.tensor([max(row, 0) for row in rows], device=self._steps[0].device)
+
+        def block(steps: list[Tensor]) -> Tensor:
+            every = steps[:drafts]
+            return torch.stack(
+                [step[: len(rows)] if at is None else step.index_select(0, at) for step in every], dim=1
+            )
+
+        return block(self._steps), block(self._hidden_steps) if self._hidden_steps else None, have

@@ -23,12 +23,13 @@ class Request:
     Attributes:
         plan: rule, limit and what is spent of it.
         refused: why the configured rule is not in force: "asked", "temperature", "pair" or "options"; None where it is.
-        logged: whether its blocks go to the traces.
+        logged: whether its blocks go to the traces. name: what it is called there, None for the engine's id.
     """
 
     plan: Plan
     refused: str | None
     logged: bool
+    name: str | None = None
 
     @property
     def idle(self) -> bool:
@@ -82,9 +83,9 @@ class Requests:
             return Request(Plan(), "options", logged)
         refused = self._refused(options, temperature)
         if refused is not None:
-            return Request(Plan(), refused, logged)
+            return Request(Plan(), refused, logged, options.name)
         limit = self.config.max_request_loss if options.max_request_loss is None else options.max_request_loss
-        return Request(Plan(self._at(options.dial), limit), None, logged)
+        return Request(Plan(self._at(options.dial), limit), None, logged, options.name)
 
     def _refused(self, options: RequestOptions, temperature: float) -> str | None:
         if options.lossless:

@@ -44,6 +44,12 @@ class DeferralSampler(RejectionSampler):
                 predict_bonus_token=True,
             )
         began = time.perf_counter()
+        if self.seam.only_logs(metadata, sampling_metadata):
+            output = super().forward(metadata, draft_probs, logits, sampling_metadata)
+            began = time.perf_counter()
+            self.seam.log_engine_step(metadata, logits, output.sampled_token_ids)
+            self.seam.counters.add("verdict_seconds", time.perf_counter() - began)
+            return output
         step = self.seam.begin_step(metadata, sampling_metadata)
         if step is None:
             return super().forward(metadata, draft_probs, logits, sampling_metadata)

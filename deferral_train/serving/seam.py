@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,8 @@ from deferral_train.rules.summary import PREVIOUS_TOKENS
 from deferral_train.serving.blocks import GREEDY_BELOW, Outcome, Plan, Rows, verify
 from deferral_train.serving.config import ServingConfig
 from deferral_train.serving.counters import Counters
+from deferral_train.serving.layout import Step, previous_tokens, spread, spread_host
+from deferral_train.serving.lossless_log import log_step
 from deferral_train.serving.proposals import Proposals
 from deferral_train.serving.requests import Request, Requests
 from deferral_train.serving.shadow import Shadow
@@ -27,30 +28,6 @@ from deferral_train.serving.tally import tally
 from deferral_train.serving.timed import watch_head
 
 log = logging.getLogger("vllm.deferral_train")  # below vllm's logger, so that the engine formats it
-
-
-@dataclass
-class Step:
-    """One engine step with drafted tokens.
-
-    Attributes:
-        members: rows of the batch that have drafts. names, requests: theirs.
-        drafted: [R, T] int64 and lengths: [R] int64, on the host. counts: drafted positions in the engine's layout,
-            per member.
-        temperatures: per member. generators: random stream of a member with a seed, by place among the members.
-        cut: members whose block ends at an id that the engine marked invalid.
-    """
-
-    members: list[int]
-    names: list[str]
-    requests: list[Request]
-    drafted: np.ndarray
-    lengths: np.ndarray
-    counts: list[int]
-    temperatures: list[float]
-    generators: dict[int, torch.Generator]
-    positions: Tensor | None
-    cut: list[int] = field(default_factory=list)
 
 
 class Seam:
@@ -84,7 +61,7 @@ class Seam:
         self.shadow_generator = torch.Generator(device=device).manual_seed(seed + 1)
         self.sampler: Any = None
         self.wanted, self.consulted = 0, 0  # blocks of requests with a rule, and those that it decided
-        self._sample_hidden: Tensor | None = None
+        self.sample_hidden: Tensor | None = None
         self._closed = False
 
     def adopt(self, config: ServingConfig, rule: Rule, mismatch: Sequence[str] = ()) -> None:
@@ -111,7 +88,7 @@ class Seam:
             )
         drafted = state.scheduler_output.scheduled_spec_decode_tokens
         self.wanted += sum(not self.request(name).plan.rule.is_lossless for name in drafted)
-        self._sample_hidden = state.sample_hidden_states if "verifier" in self.hidden else None
+        self.sample_hidden = state.sample_hidden_states if "verifier" in self.hidden else None
         if len(self.requests) > len(self.runner.requests):
             gone = self.requests.keep_only(self.runner.requests.__contains__)
             self.imagined.finished(gone)
@@ -135,10 +112,27 @@ class Seam:
             if request.refused is not None:
                 self.counters.add(f"refused_{request.refused}")
             if self.logger is not None and request.logged:
-                self.logger.started(name, self.runner.requests[name])
+                self.logger.started(name, self.runner.requests[name], request.name)
         return request
 
     # One step
+
+    def only_logs(self, metadata: Any, sampling_metadata: Any) -> bool:
+        """Whether a greedy step is to be logged, and no request in it has a rule."""
+        if self.logger is None or not sampling_metadata.all_greedy:
+            return False
+        names = self.runner.input_batch.req_ids
+        asked = [self.request(names[row]) for row, count in enumerate(metadata.num_draft_tokens) if count > 0]
+        return all(request.plan.rule.is_lossless for request in asked)
+
+    def log_engine_step(self, metadata: Any, logits: Tensor, tokens: Tensor) -> None:
+        """Blocks of logged requests, as the engine's own sampler decided them; never raises."""
+        self.counters.add("engine_steps")
+        try:
+            log_step(self, metadata, logits, tokens)
+        except Exception:
+            self.counters.add("log_faults")
+            log.exception("deferral: trace logging failed for one step; requests are not affected")
 
     def begin_step(self, metadata: Any, sampling_metadata: Any) -> Step | None:
         """The rows to decide; None where the engine's own sampler does the same."""
@@ -178,9 +172,14 @@ class Seam:
         """Tokens generated before each drafted one [R, T], where somebody asks."""
         if self.logger is None and "position" not in self.rule.needs:
             return None
-        at = metadata.logits_indices[metadata.target_logits_indices]
-        positions = spread(self.runner.positions[at].long(), counts)
+        return self.positions_of(
+            spread(metadata.logits_indices[metadata.target_logits_indices], counts), names
+        )
+
+    def positions_of(self, at: Tensor, names: Sequence[str]) -> Tensor:
+        """Tokens generated before each drafted one, whose logits come from the places ``at`` [R, T] of the step."""
         prompts = [self.runner.requests[name].num_prompt_tokens for name in names]
+        positions = self.runner.positions[at].long()
         return positions + 1 - torch.tensor(prompts, device=positions.device).unsqueeze(1)
 
     def decide(
@@ -263,8 +262,8 @@ class Seam:
                     context[name] = torch.from_numpy(found[back]).to(device)
         if states is not None:
             context["drafter_hidden"] = states
-        if self._sample_hidden is not None:
-            context["verifier_hidden"] = spread(self._sample_hidden[indices], step.counts)
+        if self.sample_hidden is not None:
+            context["verifier_hidden"] = spread(self.sample_hidden[indices], step.counts)
         return context
 
     def _numbers(self, step: Step, rows: Rows, generator: torch.Generator, own: bool) -> Tensor | None:
@@ -318,37 +317,3 @@ class Seam:
             )
             log.error(message)
             raise RuntimeError(message)
-
-
-def spread(flat: Tensor, counts: list[int]) -> Tensor:
-    """Drafted positions [N, ..] of the engine's flat layout as [R, T, ..]; a view where all rows are as long."""
-    if min(counts) == max(counts):
-        return flat.view(len(counts), counts[0], *flat.shape[1:])
-    return flat[torch.from_numpy(_places(counts)).to(flat.device)]
-
-
-def spread_host(flat: np.ndarray, counts: list[int]) -> np.ndarray:
-    """As `spread`, on the host; always a copy."""
-    return flat[_places(counts)]
-
-
-def _places(counts: list[int]) -> np.ndarray:
-    """Where the positions [R, T] lie in the flat layout; beyond a row's end its last one again."""
-    sizes = np.array(counts)
-    steps = np.minimum(np.arange(sizes.max()), sizes[:, None] - 1)
-    return (sizes.cumsum() - sizes)[:, None] + steps
-
-
-def previous_tokens(said: Sequence[Sequence[int]], drafted: np.ndarray, back: int) -> np.ndarray:
-    """The tokens generated 1 .. ``back`` places before each drafted one, [back, R, T]; -1 where there is none.
-
-    Args:
-        said: what each request has generated so far. drafted: [R, T].
-    """
-    before = np.full((len(said), back), -1, dtype=np.int64)
-    for row, tokens in enumerate(said):
-        last = list(tokens[-back:])
-        before[row, back - len(last) :] = last
-    whole = np.concatenate([before, drafted], axis=1)
-    width = drafted.shape[1]
-    return np.stack([whole[:, back - places : back - places + width] for places in range(1, back + 1)])

@@ -7,6 +7,7 @@ block, K candidates, V vocabulary, D hidden width.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import queue
@@ -24,6 +25,7 @@ from deferral_train import provenance
 from deferral_train.errors import InputError
 from deferral_train.serving.config import ServingConfig
 from deferral_train.serving.counters import Counters
+from deferral_train.serving.resume import continued
 from deferral_train.serving.trace_columns import BlockRows, columns_of
 from deferral_train.traces import Chunk, Manifest, TraceWriter
 from deferral_train.traces.folder import Folder, open_folder
@@ -31,8 +33,7 @@ from deferral_train.traces.manifest import write_header
 
 if TYPE_CHECKING:
     from deferral_train.serving.blocks import Outcome, Rows
-    from deferral_train.serving.seam import Step
-
+    from deferral_train.serving.layout import Step
 log = logging.getLogger("vllm.deferral_train")
 TOGETHER = 16  # blocks turned into columns at a time: one by one it costs several times as much
 TOGETHER_ELEMENTS = 2**21  # of their logits
@@ -75,22 +76,31 @@ class TraceLog:
             temperature=self.settings.temperature,
             top_k=min(self.settings.top_k, self.vocabulary),
             hidden=dict(widths or {}),
-            settings={"source": "vllm", "fraction": self.settings.fraction, "mode": config.mode},
+            settings={
+                "source": "vllm",
+                "fraction": self.settings.fraction,
+                "mode": config.mode,
+                **self.settings.settings,
+            },
             provenance=provenance.collect(),
         )
+        self.bytes = 0
         try:
             self.folder.make()
+            if self.settings.resume:
+                self.manifest, self.bytes = continued(self.folder, self.manifest)
             write_header(self.folder, self.manifest)
         except OSError as error:
             raise InputError(
                 f"deferral.log.folder {address}: {error.strerror or error}; name another"
             ) from None
-        self.bytes = 0
         self.stopped: str | None = None
         self._waiting: queue.Queue[tuple[str, BlockRows | None]] = queue.Queue()
         self._blocks_waiting = 0
         self._lock = threading.Lock()
         self._dropped: set[str] = set()
+        self._names: dict[str, str] = {}
+        self._used = set(self.manifest.prompt_ids)
         self._taken: list[tuple[str, BlockRows]] = []
         self._open: dict[str, list[dict[str, np.ndarray]]] = {}
         self._ready: list[tuple[str, list[dict[str, np.ndarray]]]] = []
@@ -100,8 +110,10 @@ class TraceLog:
 
     # Called by the engine's thread
 
-    def started(self, name: str, state: Any) -> None:
-        """A logged request was admitted; its prompt is kept only where the user asked for text."""
+    def started(self, name: str, state: Any, called: str | None = None) -> None:
+        """A logged request was admitted, to be ``called`` so; its prompt is kept only where the user asked for text."""
+        if called is not None:
+            self._names[name] = called
         if self.settings.text:
             ids = list(getattr(state, "prompt_token_ids", None) or [])
             self.folder.append_line(PROMPTS, json.dumps({"id": name, "prompt_token_ids": ids}))
@@ -203,7 +215,10 @@ class TraceLog:
             if done in self._dropped:
                 self._dropped.discard(done)
             elif parts:
-                self._ready.append((done, parts))
+                called = self._names.pop(done, done)
+                called = done if called in self._used else called  # ids of a header do not repeat
+                self._used.add(called)
+                self._ready.append((called, parts))
                 self._ready_rows += sum(len(part["position"]) for part in parts)
         if self._ready_rows >= self.settings.rows_per_shard or (not name and self._ready):
             self._write()
@@ -273,15 +288,15 @@ class TraceLog:
             prompt_ids=(*before.prompt_ids, *(name for name, _ in ready)),
             chunks=(*before.chunks, chunk),
         )
-        # The header first: a ledger line for a chunk that the header does not know would spoil the folder.
-        write_header(self.folder, self.manifest)
         try:
+            # The header first: a ledger line for a chunk that the header does not know would spoil the folder.
+            write_header(self.folder, self.manifest)
             record = TraceWriter(self.folder, self.manifest).write(chunk, columns)
         except BaseException:
-            self.manifest = before
-            write_header(self.folder, before)
-            self.stopped = "a shard could not be written"
-            TraceWriter(self.folder, before).stop(self.stopped)
+            self.manifest, self.stopped = before, "a shard could not be written"
+            with contextlib.suppress(OSError):  # where nothing can be written, this cannot either
+                write_header(self.folder, before)
+                TraceWriter(self.folder, before).stop(self.stopped)
             raise
         self.bytes += record.bytes
         self.counters.add("log_rows", record.rows)

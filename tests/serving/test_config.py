@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 
 from deferral_train.errors import InputError
 from deferral_train.rules import make_rule
-from deferral_train.serving.checks import check_version
-from deferral_train.serving.config import RequestOptions, ServingConfig
+from deferral_train.serving.checks import check_scheduling, check_served, check_version
+from deferral_train.serving.config import LogConfig, RequestOptions, ServingConfig
+from deferral_train.serving.layout import previous_tokens
 
 
 @pytest.mark.parametrize(
@@ -19,6 +23,8 @@ from deferral_train.serving.config import RequestOptions, ServingConfig
         ({"rule": 3}, "deferral.rule is 3; write a text"),
         ({"rule": "opt", "head": "h"}, "both a rule and a head"),
         ({"rule": "opt", "alpha": 0.1}, "deferral.alpha belongs to a head"),
+        ({"rule": "opt", "shadow_file": "s.json"}, 'shadow_file belongs to "mode": "shadow"'),
+        ({"log": {"folder": "f", "settings": 3}}, "deferral.log.settings is 3; write an object"),
         ({"rule": "opt", "mode": "dark"}, "deferral.mode is 'dark'; use one of serve, shadow"),
         ({"rule": "opt", "max_request_loss": -1}, "max_request_loss is -1; use a number >= 0"),
         ({"rule": "opt", "max_request_loss": "much"}, "max_request_loss is 'much'; use a finite number"),
@@ -88,3 +94,33 @@ def test_an_untested_engine_is_refused_by_its_version(version):
 def test_the_tested_engine_is_taken():
     check_version("0.32.0")
     check_version("0.32.1+cpu")
+
+
+def test_requests_name_their_traces_only_where_the_server_lets_them():
+    options, rule = RequestOptions.parse({"deferral_name": "corpus:7"}), make_rule("opt")
+    with pytest.raises(InputError, match="requests do not name their traces"):
+        options.admit(ServingConfig(rule="opt"), rule)
+    options.admit(ServingConfig(rule="opt", log=LogConfig("f", names=True)), rule)
+    with pytest.raises(InputError, match="deferral_name is 7; write a text"):
+        RequestOptions.parse({"deferral_name": 7})
+
+
+def test_previous_tokens_are_refused_where_the_worker_learns_them_late():
+    class Remembering:
+        features, stage = ("previous_token_1",), "verify"
+
+        def gap(self, summary):
+            return summary.previous_token_1
+
+    rule, late = make_rule("learned", head=Remembering(), alpha=0.1), SimpleNamespace(async_scheduling=True)
+    check_served(rule, SimpleNamespace(method="draft_model", draft_sample_method="probabilistic"))
+    with pytest.raises(InputError, match=r"reads previous tokens.*start with --no-async-scheduling"):
+        check_scheduling(rule, SimpleNamespace(scheduler_config=late))
+    check_scheduling(rule, SimpleNamespace(scheduler_config=SimpleNamespace(async_scheduling=False)))
+
+
+def test_previous_tokens_of_a_block():
+    found = previous_tokens([[], [7], [5, 6, 7, 8]], np.array([[1, 2, 3], [4, 5, 6], [9, 9, 9]]), 3)
+    assert found[0].tolist() == [[-1, 1, 2], [7, 4, 5], [8, 9, 9]]
+    assert found[1].tolist() == [[-1, -1, 1], [-1, 7, 4], [7, 8, 9]]
+    assert found[2].tolist() == [[-1, -1, -1], [-1, -1, 7], [6, 7, 8]]

@@ -190,6 +190,47 @@ def test_loop_and_engine_say_the_same_greedily_and_accept_alike_when_sampling(ll
         assert min(reached[place], decided[place]) > 300
 
 
+class Remembering:
+    """A head that decides by the tokens before a position, and always leaves the first to the verifier."""
+
+    features = ("previous_token_1", "previous_token_2", "previous_token_3", "position", "draft_position")
+    stage, metadata = "verify", {}
+
+    def gap(self, summary):
+        code = 5 * summary.previous_token_1 + 3 * summary.previous_token_2 + summary.previous_token_3
+        return torch.where(summary.position == 0, 1.0, (code % 3 == 0).float()) - 0.5
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_previous_tokens_are_those_of_the_loop(llm, pair, temperature):
+    rule = make_rule("learned", head=Remembering(), alpha=0.0)
+    rows = prompts(120, seed=8, shortest=6, longest=6)
+    drafter, verifier = exact_logits(pair, rows)
+    # Where the two models' first tokens differ the loop's first block is the verifier's one token, as the engine's is.
+    rows = [
+        row for row, q, p in zip(rows, drafter[:, -1], verifier[:, -1]) if int(q.argmax()) != int(p.argmax())
+    ]
+    assert len(rows) > 20
+    seam = use(llm, rule="opt:alpha=0.2")
+    seam.adopt(seam.config, rule)
+    if temperature == 0:
+        ours = loop(pair, rule, rows, 24 + DRAFTS + 1, 0.0).sequences[:, 6:30].tolist()
+        assert generate(llm, rows) == ours
+        found = counts(seam)
+        assert min(found["kept"], found["deferred"], found["rejected"]) > 50
+        return
+    seen = []
+    seam.rule.head.gap = lambda summary: (seen.append(summary), Remembering.gap(rule.head, summary))[1]
+    for row in rows[:6]:
+        seen.clear()
+        text = [-1, -1, -1, *generate(llm, [row], temperature=1.0)[0]]
+        for summary in seen:
+            at = int(summary.position.reshape(-1)[0])
+            said = [int(summary[f"previous_token_{back}"].reshape(-1)[0]) for back in (1, 2, 3)]
+            assert said == text[at : at + 3][::-1]  # before the block's first position: what was emitted
+        assert len(seen) > 4
+
+
 def test_a_seed_fixes_a_request_whoever_its_neighbours_are(llm):
     for spec in ("opt:alpha=0.2", "lossless"):
         use(llm, rule=spec)

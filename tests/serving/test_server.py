@@ -6,11 +6,13 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 
 import pytest
 from engines import DRAFTS, LENGTH, prompts, save_pair
@@ -22,16 +24,13 @@ REQUESTS, ABORTED = 200, 24
 READY_SECONDS = 240
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """Address of a server with a rule and a trace log, and the log's folder; ended at the end."""
-    folder = tmp_path_factory.mktemp("server")
+@contextmanager
+def running(folder, deferral):
+    """Address of a server and its process; ended at the end."""
     pair = save_pair(folder / "pair")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = {"folder": str(folder / "traces"), "fraction": 0.5, "queue": 100_000, "rows_per_shard": 200}
-    deferral = {"rule": "opt:alpha=0.2", "max_request_loss": 50.0, "dial_range": [-1, 2], "log": log}
     speculative = {
         "model": str(pair / "drafter"),
         "method": "draft_model",
@@ -50,13 +49,23 @@ def server(tmp_path_factory):
     address = f"http://127.0.0.1:{port}"
     try:
         wait_until_ready(address, process, folder / "server.log")
-        yield address, folder / "traces", process
+        yield address, process
     finally:
         process.terminate()
         try:
             process.wait(30)
         except subprocess.TimeoutExpired:
             process.kill()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Address of a server with a rule and a trace log, and the log's folder; ended at the end."""
+    folder = tmp_path_factory.mktemp("server")
+    log = {"folder": str(folder / "traces"), "fraction": 0.5, "queue": 100_000, "rows_per_shard": 200}
+    deferral = {"rule": "opt:alpha=0.2", "max_request_loss": 50.0, "dial_range": [-1, 2], "log": log}
+    with running(folder, deferral) as (address, process):
+        yield address, folder / "traces", process
 
 
 def wait_until_ready(address, process, log):
@@ -242,3 +251,21 @@ def test_the_log_of_live_traffic_is_whole_after_the_server_ended(server):
     assert 0.3 < share < 0.7
     assert traces.manifest.prefixes == "cascade:opt:alpha=0.2"
     assert not (folder / "prompts.jsonl").exists()
+
+
+def test_a_log_that_cannot_be_written_and_a_full_queue_touch_no_request(tmp_path):
+    log = {"folder": str(tmp_path / "traces"), "fraction": 1.0, "queue": 1, "rows_per_shard": 1}
+    with running(tmp_path, {"rule": "opt:alpha=0.2", "log": log}) as (address, process):
+        shutil.rmtree(tmp_path / "traces")
+        (tmp_path / "traces").write_text("a file where the folder was")
+        asked = prompts(40, seed=5)
+        answers = asyncio.run(everybody(address, asked, aborted=set()))
+        found = metrics(address)
+        assert process.poll() is None
+    for number, (status, body) in enumerate(answers):
+        assert status == 200, body
+        assert len(body["choices"][0]["token_ids"]) == kinds(number)["max_tokens"]
+    assert total(found, "deferral:log_dropped_total") > 0
+    assert total(found, "deferral:log_faults_total") > 0
+    assert total(found, "deferral:log_rows_total") == 0
+    assert "requests are not affected" in (tmp_path / "server.log").read_text()

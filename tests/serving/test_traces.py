@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from deferral_train.rules import make_rule, summarize
 from deferral_train.serving.blocks import Outcome, Plan, Rows, verify
 from deferral_train.serving.config import LogConfig, ServingConfig
 from deferral_train.serving.counters import Counters
-from deferral_train.serving.seam import Step
+from deferral_train.serving.layout import Step
+from deferral_train.serving.resume import finished_part
 from deferral_train.serving.trace_log import TraceLog
 from deferral_train.traces import open_traces, read_candidates
+from deferral_train.traces.folder import open_folder
 
 V, T = 11, 3
 PAIR = {"vocab_size": 10, "tokenizer": "t", "dtype": {}}
@@ -100,6 +103,51 @@ def test_a_full_queue_drops_traces_and_never_waits(tmp_path):
     assert counters.get("log_dropped") == 8 - kept
 
 
+def test_a_killed_log_is_continued_behind_its_last_whole_shard(tmp_path):
+    def feed(log, names, seed):
+        step, rows, outcome = step_of(names, seed)
+        log.take(step, rows, outcome, rows.verifier, range(len(names)))
+        for name in names:
+            log.started(name, None, f"corpus:{name}")
+        log.finished(names)
+
+    def settled(log):
+        end = time.monotonic() + 20
+        while log._waiting.qsize() and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(0.1)  # the last message may still be at work
+
+    settings = {"rows_per_shard": 1, "resume": True, "names": True, "settings": {"max_new_tokens": 9}}
+    folder = tmp_path / "t"
+    killed, _ = logged(folder, **settings)
+    for number in range(3):
+        feed(killed, [f"{number}"], number)
+    settled(killed)  # and never closed
+    whole, records = finished_part(open_folder(str(folder)))
+    assert whole.prompt_ids == ("corpus:0", "corpus:1", "corpus:2")
+    # Killed once more between header and ledger, and a shard is cut.
+    lines = (folder / "chunks.jsonl").read_text().splitlines(keepends=True)
+    (folder / "chunks.jsonl").write_text("".join(lines[:2]))
+    (folder / records[1].file).write_bytes(b"cut")
+    assert finished_part(open_folder(str(folder)))[0].prompt_ids == ("corpus:0",)
+    with pytest.raises(InputError, match=r"settings\.max_new_tokens: 9 -> 10; use the same ones to resume"):
+        logged(folder, **{**settings, "settings": {"max_new_tokens": 10}})
+    again, counters = logged(folder, **settings)
+    for number in range(1, 4):
+        feed(again, [f"{number}"], number)  # the engine counts requests from 0 again, under other names
+    again.close()
+    traces = open_traces(folder, verify=True)
+    assert traces.prompt_ids == tuple(f"corpus:{number}" for number in range(4))
+    assert counters.get("log_requests") == 3
+    reference, _ = logged(tmp_path / "whole", **settings)
+    for number in range(4):
+        feed(reference, [f"{number}"], number)
+    reference.close()
+    expected = open_traces(tmp_path / "whole", verify=True)
+    for name in ("prompt", "token", "kl", "position"):
+        np.testing.assert_array_equal(traces.column(name), expected.column(name))
+
+
 def test_a_corpus_waits_for_the_writer_and_drops_nothing(tmp_path):
     log, counters = logged(tmp_path / "t", queue=1, wait=True)
     step, rows, outcome = step_of([f"r{n}" for n in range(8)])
@@ -142,15 +190,26 @@ def test_a_corpus_goes_through_the_engine_by_the_collect_command(tmp_path, capsy
     pair = save_pair(tmp_path / "pair")
     lines = [" ".join(f"w{token - 4}" for token in row) for row in prompts(20, seed=4)]
     (tmp_path / "prompts.txt").write_text("\n".join(lines) + "\n")
+    (tmp_path / "more.txt").write_text("w5 w6 w7\n")
     words = f"collect --engine vllm --drafter {pair / 'drafter'} --verifier {pair / 'verifier'}"
     words += (
         f" --prompts {tmp_path / 'prompts.txt'} --prefixes cascade --rule opt:alpha=0.2 --num-draft-tokens 3"
     )
     words += f" --max-new-tokens 20 --log-top-k 4 --dtype float32 --device cpu --out {tmp_path / 'traces'}"
+    assert (
+        main([*words.split(), "--limit", "8"]) == 0
+    )  # as an interrupted run, whose shards hold eight prompts
+    first = open_traces(tmp_path / "traces", verify=True)
+    began, rows = first.prompt_ids, len(first)
+    assert 5 < len(began) <= 8
     assert main(words.split()) == 0
     traces = open_traces(tmp_path / "traces", verify=True)
     assert "prompts in" in capsys.readouterr().out
     assert 15 < len(traces.prompt_ids) <= 20
+    assert traces.prompt_ids[: len(began)] == began  # what was there is untouched, the others follow
+    np.testing.assert_array_equal(traces.column("token")[:rows], first.column("token"))
+    assert main([*words.split(), "--max-new-tokens", "9", "--prompts", str(tmp_path / "more.txt")]) == 2
+    assert "collected with other settings: max_new_tokens: 20 -> 9; use" in capsys.readouterr().err
     assert all(name.startswith("prompts:") for name in traces.prompt_ids)  # the corpus' own ids
     assert traces.column("draft_position").max() == 2
     assert len(traces) > 100
@@ -211,12 +270,20 @@ def test_from_traffic_to_traces_to_a_head_that_the_engine_serves(tmp_path):
     try:
         said = generate(engine, asked, temperature=1.0)
         found = counts(seam_of(engine))
+        said += generate(engine, asked[:60])  # greedily: the engine's own sampler decides, and is looked upon
+        after = counts(seam_of(engine))
     finally:
         stop(engine)
     traces = open_traces(tmp_path / "traces", verify=True)
-    assert found["log_dropped"] == found["log_faults"] == 0
-    assert len(traces) == found["accepted"] + found["rejected"]
-    check_rows(traces, pair, asked, said)
+    assert after["engine_steps"] > 0
+    assert (after["steps"], after["log_dropped"], after["log_faults"]) == (found["steps"], 0, 0)
+    names = traces.manifest.prompt_ids
+    greedy = [number for number, name in enumerate(names) if int(name.split("-")[0]) >= len(asked)]
+    assert len(greedy) > 50
+    sampled = [number for number in range(len(names)) if number not in greedy]
+    assert np.isin(traces.prompt_of_row, sampled).sum() == found["accepted"] + found["rejected"]
+    check_rows(traces, pair, asked + asked[:60], said, sampled[:12])
+    check_rows(traces, pair, asked + asked[:60], said, greedy[:12])
 
     features = ("drafter_max:logit", "verifier_max:logit", "verifier_at_drafter_argmax", "tv")
     config = FitConfig(
@@ -265,14 +332,15 @@ def per_block(found, prefix):
     return mean, ((found[prefix + "squares"] / blocks - mean**2) / blocks) ** 0.5
 
 
-def check_rows(traces, pair, asked, said):
+def check_rows(traces, pair, asked, said, numbers):
     """Every logged row against both models run over the very text that the engine gave."""
     column = {
         name: traces.column(name) for name in ("position", "token", "kl", "drafter_max", "verifier_logprob")
     }
     rows_of = traces.prompt_of_row
     checked = 0
-    for number, name in enumerate(traces.manifest.prompt_ids[:12]):
+    for number in numbers:
+        name = traces.manifest.prompt_ids[number]
         place = int(name.split("-")[0])
         prompt, text = asked[place], said[place]
         rows = np.flatnonzero(rows_of == number)

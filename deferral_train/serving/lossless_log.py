@@ -1,0 +1,80 @@
+"""Trace logging of a greedy step in which no request has a rule: the engine's own sampler decides, we look on.
+
+Nothing is done for requests that are not logged. R logged rows with drafts, T drafted positions, V vocabulary, B batch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deferral_train.rules import Origin
+from deferral_train.serving.blocks import Outcome, Rows
+from deferral_train.serving.layout import Step, places_of
+
+if TYPE_CHECKING:
+    from deferral_train.serving.seam import Seam
+
+
+def log_step(seam: Seam, metadata: Any, logits: Tensor, tokens: Tensor) -> None:
+    """Hand over the blocks of logged requests.
+
+    Args:
+        logits: the verifier's, as the engine's sampler got them. tokens: what it emitted, [B, max T + 1], -1 after the
+            last of a row.
+    """
+    names = seam.runner.input_batch.req_ids
+    members = [
+        row
+        for row, count in enumerate(metadata.num_draft_tokens)
+        if count > 0 and seam.request(names[row]).logged
+    ]
+    if not members:
+        return
+    counts = [metadata.num_draft_tokens[row] for row in members]
+    at = torch.from_numpy(places_of(metadata.num_draft_tokens)[members, : max(counts)])
+    names = [names[row] for row in members]
+    drafted = metadata.draft_token_ids.cpu()[at].long().numpy()
+    targets = metadata.target_logits_indices[at.to(logits.device)]
+    laws, states, have = seam.proposals.take(names, drafted.shape[1])
+    raw, lengths = logits[targets].float(), np.array(counts)
+    context = {} if states is None else {"drafter_hidden": states}
+    if seam.sample_hidden is not None:
+        context["verifier_hidden"] = seam.sample_hidden[targets]
+    step = Step(
+        members, names, [], drafted, lengths, counts, [0.0] * len(members), {},
+        seam.positions_of(metadata.logits_indices[targets], names),
+    )  # fmt: skip
+    rows = Rows(
+        torch.from_numpy(drafted),
+        torch.from_numpy(lengths),
+        raw,
+        step.temperatures,
+        laws,
+        have,
+        context=context,
+    )
+    assert seam.logger is not None
+    seam.logger.take(step, rows, _outcome(step, tokens[members].cpu().numpy()), raw, range(len(members)))
+
+
+def _outcome(step: Step, said: np.ndarray) -> Outcome:
+    """What the engine's tokens [R, max T + 1] say of the blocks."""
+    accepted = (said >= 0).sum(axis=1) - 1
+    rejected = accepted < step.lengths
+    outcome = Outcome.empty(*step.drafted.shape)
+    place = np.arange(step.drafted.shape[1])
+    origin = np.zeros((len(said), len(place) + 1), dtype=np.int8)
+    origin[:, :-1][place < accepted[:, None]] = int(Origin.ACCEPTED)
+    origin[np.flatnonzero(rejected), accepted[rejected]] = int(Origin.RESAMPLED)
+    found = {
+        "accepted": accepted,
+        "correction": np.where(rejected, said[np.arange(len(said)), accepted], -1),
+        "origin": origin,
+        "deferred": place < step.lengths[:, None],
+    }
+    outcome.put(list(range(len(said))), found)
+    return outcome
