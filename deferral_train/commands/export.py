@@ -11,6 +11,7 @@ def run(
     checkpoint: str,
     out: str,
     alpha: float | None = None,
+    threshold: float | None = None,
     onnx: bool = False,
     traces: str | None = None,
     push_to_hub: str | None = None,
@@ -22,6 +23,7 @@ def run(
         checkpoint: Lightning checkpoint of ``fit``, or a head folder to export anew.
         out: head folder to write.
         alpha: operating point to store; ``choose`` stores a certified one.
+        threshold: the same for a judge head: theta of rule judge, or h of the acceptance stop.
         onnx: also write model.onnx, one file with dynamic batch, compared with torch on ``traces``.
         traces: trace folder for the ONNX comparison; required with ``onnx``.
         push_to_hub: repository ``owner/name`` to upload the folder to.
@@ -39,7 +41,7 @@ def run(
         from deferral_train.training.checkpoint import read_checkpoint
 
         head, _ = read_checkpoint(checkpoint)
-    export_head(head, out, alpha)
+    export_head(head, out, alpha, threshold)
     print(f"{head.head_type} head, {head.num_parameters} parameters: {out}")
     if onnx:
         _onnx(head, out, str(traces))

@@ -4,19 +4,35 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from deferral_train.errors import InputError
 from deferral_train.heads.artifact import save_head
 from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.cost import measure_cost
+from deferral_train.heads.judge import JudgeHead
 
 
-def export_head(head: DeferralHead, folder: str | Path, alpha: float | None = None) -> Path:
+def export_head(
+    head: DeferralHead, folder: str | Path, alpha: float | None = None, threshold: float | None = None
+) -> Path:
     """Write config.json, model.safetensors and README.md with the head's measured cost.
 
     Args:
         head: what to write; its metadata gains the cost, and the operating point where one is given.
         folder: where to.
         alpha: operating point; a certificate, which was of another one, is dropped. None keeps both.
+        threshold: operating point of a judge head, 0 to 1.
+
+    Raises:
+        InputError: a threshold out of range, or for another head; alpha for a judge head.
     """
+    judges = isinstance(head, JudgeHead)
+    if (alpha if judges else threshold) is not None:
+        dial, other = ("threshold", "alpha") if judges else ("alpha", "threshold")
+        raise InputError(f"{other}: the dial of a {head.head_type} head is {dial}; give that")
+    if threshold is not None:
+        if not 0 <= threshold <= 1:
+            raise InputError(f"threshold is {threshold}; give a number from 0 to 1")
+        head.metadata = {**head.metadata, "threshold": float(threshold)}
     if alpha is not None:
         kept = {name: value for name, value in head.metadata.items() if name != "certificate"}
         head.metadata = {**kept, "alpha": float(alpha)}

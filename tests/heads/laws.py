@@ -9,6 +9,7 @@ from deferral_train.heads import (
     CostSensitiveHead,
     DeferralHead,
     GapHead,
+    JudgeHead,
     PlugInHead,
     TokenHead,
     TruthMixtureHead,
@@ -55,6 +56,10 @@ def every_head() -> dict[str, DeferralHead]:
         "truth_mixture": TruthMixtureHead(FEATURES, body="linear"),
         "token": TokenHead(FEATURES, hidden=(8,)),
         "token_prob": TokenHead(FEATURES, loss="prob", body="linear"),
+        "judge": JudgeHead(FEATURES),
+        "judge_draft": JudgeHead(
+            ("drafter_max:logit", "drafter_entropy"), stage="draft", body="mlp", hidden=(8,)
+        ),
         "plug_in": PlugInHead(recalibration="platt"),
     }
     return {name: shaken(head) for name, head in heads.items()}

@@ -55,7 +55,12 @@ def test_help_starts_with_the_usage(capsys, recwarn):
     assert [str(warning.message) for warning in recwarn if "args parameter" in str(warning.message)] == []
 
 
-@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "config",
+    # The judge needs labelled traces: docs/judges.md runs it.
+    sorted(path for path in CONFIGS.glob("*.yaml") if path.stem != "judge"),
+    ids=lambda path: path.stem,
+)
 def test_shipped_configs_run(config, folders, tmp_path):
     flags = ["--data.train", str(folders["train"]), "--out", str(tmp_path), "--trainer.max_epochs", "1"]
     assert main(["fit", "--config", str(config), *flags, "--trainer.enable_progress_bar", "false"]) == 0
