@@ -64,11 +64,9 @@ def _row(
     redraws: Redraws,
 ) -> Row:
     emitted, calls = (_per_prompt(outputs, name) for name in ("emitted", "verifier_calls"))
-    tokens = float(emitted.sum())
     numbers: dict[str, Interval | None] = {"tokens per verifier call": redraws.ratio(emitted, calls)}
-    if rule.get("drafter_passes") is not None and tokens:
-        # Passes of a batch belong to all of its rows: no interval over prompts.
-        numbers["drafter passes per token"] = Interval(rule["drafter_passes"] / tokens)
+    # All drafters of a cascade together.
+    numbers["drafter passes per token"] = redraws.ratio(_per_prompt(outputs, "drafter_calls"), emitted)
     numbers["ms per token"] = None if rule.get("ms_per_token") is None else Interval(rule["ms_per_token"])
     numbers["speed against the verifier alone"] = speed
     first = [row for row in outputs if row["repetition"] == 0 and row.get("reference") is not None]
@@ -76,7 +74,7 @@ def _row(
         scores = per_prompt(METRIC, [row["text"] for row in first], [row["reference"] for row in first])
         numbers[METRIC] = redraws.ratio(np.asarray(scores, dtype=np.float64), np.ones(len(first)))
     found = {name: number for name, number in numbers.items() if number is not None}
-    return Row(group, label, len(emitted), tokens, found)
+    return Row(group, label, len(emitted), float(emitted.sum()), found)
 
 
 def _per_prompt(outputs: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
