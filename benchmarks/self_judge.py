@@ -4,11 +4,11 @@
 
 The pair was trained on lines 1-23,000 of ``train``. Labels are made on the verifier's own greedy text of lines from
 23,001 on (heads are fitted there: 3,000 for SelfJudge, 600 for AutoJudge, whose labels cost more), from 28,001 on
-(early stopping) and of ``val`` (thresholds); reported on the first 400 of ``test_2016_flickr``. One row per rule and
-setting: mean acceptance length (tokens per verifier call), chrF, BLEU, with 95% bootstrap intervals over prompts, chrF
-also as a paired difference from lossless. R and F are SelfJudge's choices of the threshold; the sweep takes those that
-approve of a given share of the judged tokens of ``val``. ``opt`` and ``token_v3`` at the setting whose acceptance
-length on ``val`` is nearest to R's and F's.
+(early stopping) and of ``val`` (thresholds); reported on the first 200 (``--test``) of ``test_2016_flickr``. One row
+per rule and setting: mean acceptance length (tokens per verifier call), chrF, BLEU, with 95% bootstrap intervals over
+prompts, chrF also as a paired difference from lossless. R and F are SelfJudge's choices of the threshold; the sweep
+takes those that approve of a given share of the judged tokens of ``val``. ``opt`` and ``token_v3`` at the setting
+whose acceptance length on ``val`` is nearest to R's and F's.
 
 Everything reported is counted, so that other load on the machine changes nothing.
 """
@@ -46,7 +46,7 @@ PARTS = {  # file, first line (0-based)
 COUNTS = {  # prompts of each part
     "selfjudge": {"fit": 3_000, "stop": 500, "calibration": 300},
     "autojudge": {"fit": 600, "stop": 150, "calibration": 300},
-    "decoded": {"calibration": 300, "test": 400},
+    "decoded": {"calibration": 100, "test": 200},
 }
 STATE = ("verifier_hidden_at_token",)
 LAWS = (
@@ -61,15 +61,18 @@ HEADS: dict[str, tuple[str, float | None, Sequence[str], str]] = {
     "autojudge": ("autojudge", None, STATE, "linear"),
     "autojudge_laws": ("autojudge", None, LAWS, "linear"),
 }
-SWEPT = ("selfjudge", "selfjudge_laws", "autojudge")
-SHARES = (0.05, 0.1, 0.2, 0.4, 0.7)  # of judged tokens that a threshold of the sweep approves of
-PLUG_INS = {"opt": (-0.2, -0.1, 0.0, 0.05, 0.1, 0.2, 0.4), "token_v3": (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95)}
+SWEPT = ("selfjudge", "autojudge")
+SHARES = (0.1, 0.4)  # of judged tokens that a threshold of the sweep approves of
+PLUG_INS = {"opt": (0.0, 0.1, 0.2, 0.4), "token_v3": (0.6, 0.8, 0.9, 0.95)}
 DRAFT, NEW, REDRAWS = 5, 48, 2000
 
 
 def main() -> int:
     parser = study_flags(__doc__, "runs/self_judge")
     parser.add_argument("--limit", type=int, help="prompts of every part, in place of its own number")
+    parser.add_argument(
+        "--test", type=int, default=COUNTS["decoded"]["test"], help="prompts reported on, up to 1,000"
+    )
     parser.add_argument("--heads", nargs="+", choices=sorted(HEADS), default=list(HEADS))
     parser.add_argument(
         "--tolerance", type=float, default=0.0, help="chrF (0 to 1) that AutoJudge lets a swap cost"
@@ -79,6 +82,7 @@ def main() -> int:
     folder = options.shared / "models" / "multi30k-en-de"
     pair = load_pair(str(folder / "drafter"), str(folder / "verifier"), options.device)
     counts = {use: {part: options.limit or n for part, n in own.items()} for use, own in COUNTS.items()}
+    counts["decoded"]["test"] = options.limit or options.test
     prompts = {part: _prompts(options.shared, part, n) for part, n in counts["decoded"].items()}
     labels = {HEADS[name][0] for name in options.heads}
     traces = {
@@ -88,25 +92,30 @@ def main() -> int:
         }
         for kind in sorted(labels, reverse=True)
     }
+    print("labels are there", flush=True)
     decoded = {"lossless": _decode(pair, prompts["test"], make_rule("lossless"))}
-    on_val = {"lossless": _decode(pair, prompts["calibration"], make_rule("lossless"))}
+    on_val: dict[str, Any] = {}
     heads: dict[str, Any] = {}
     for name in options.heads:
-        head, record = _fitted(name, traces[HEADS[name][0]], options.work)
+        labelled = traces[HEADS[name][0]]
+        head, record = _fitted(name, labelled, options.work)
         points = {
-            variant: choose_threshold(head, traces[HEADS[name][0]]["calibration"], record["truth"], by)
+            variant: choose_threshold(head, labelled["calibration"], record["truth"], by)
             for variant, by in (("R", "recall"), ("F", "f1"))
         }
         heads[name] = record | {f"chosen_{key}": asdict(point) for key, point in points.items()}
-        for variant, point in points.items():
-            rule = make_rule("judge", head=head, threshold=point.threshold)
-            decoded[f"{name}-{variant}"] = _decode(pair, prompts["test"], rule)
-            on_val[f"{name}-{variant}"] = _decode(pair, prompts["calibration"], rule)
-        for share in SHARES if name in SWEPT else ():
-            threshold = _approving(head, traces[HEADS[name][0]]["calibration"], share)
-            rule = make_rule("judge", head=head, threshold=threshold)
-            decoded[f"{name}:share={share:g}"] = _decode(pair, prompts["test"], rule)
         print(name, heads[name], flush=True)
+        settings = {f"{name}-{variant}": point.threshold for variant, point in points.items()}
+        for label, threshold in settings.items():
+            rule = make_rule("judge", head=head, threshold=threshold)
+            on_val[label] = _decode(pair, prompts["calibration"], rule)
+        for share in SHARES if name in SWEPT else ():
+            settings[f"{name}:share={share:g}"] = _approving(head, labelled["calibration"], share)
+        for label, threshold in settings.items():
+            decoded[label] = _decode(
+                pair, prompts["test"], make_rule("judge", head=head, threshold=threshold)
+            )
+            print(text_of({label: _row(decoded[label], decoded["lossless"])}), flush=True)
     decoded |= _matched(pair, prompts, on_val)
     table = {name: _row(rows, decoded["lossless"]) for name, rows in decoded.items()}
     print(text_of(table))
@@ -203,8 +212,6 @@ def _matched(
             float(a): _decode(pair, prompts["calibration"], make_rule(name, alpha=float(a))) for a in grid
         }
         for judged, rows in on_val.items():
-            if judged == "lossless":
-                continue
             wanted = rows["tokens"].sum() / rows["calls"].sum()
             alpha = min(
                 settings,

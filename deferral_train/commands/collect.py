@@ -94,6 +94,8 @@ def run(
     settings = {name: given[name] for name in CollectConfig.__dataclass_fields__}
     config = CollectConfig(**settings)
     if engine == "vllm":
+        if labels is not None:
+            raise InputError(f"labels={labels!r}: engine 'vllm' makes none; use engine transformers")
         from deferral_train.collecting.plan import read_any_prompts
         from deferral_train.serving.offline import collect_with_engine
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from deferral_train.collecting import CollectConfig, collect
+from deferral_train.commands import collect as collect_command
 from deferral_train.errors import InputError
 from deferral_train.pairs.encode import encode_prompts
 from deferral_train.pairs.load import ModelPair
@@ -192,6 +193,20 @@ def test_thresholds_that_cannot_be_meant(t5: ModelPair, labelled: Traces, truth:
         resolve_truth(truth, labelled)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_serving_engine_makes_no_labels(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="labels='selfjudge': engine 'vllm' makes none"):
+        collect_command.run(
+            str(tmp_path),
+            "d",
+            "v",
+            "p",
+            prefixes="verifier",
+            temperature=0.0,
+            labels="selfjudge",
+            engine="vllm",
+        )
 
 
 def test_traces_without_labels_are_named(t5: ModelPair, tmp_path: Path) -> None:
