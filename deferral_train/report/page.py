@@ -9,11 +9,12 @@ from typing import Any
 from markupsafe import Markup
 
 from deferral_train import provenance
+from deferral_train.report.answer import answer
 from deferral_train.report.board import write_board
 from deferral_train.report.breakdowns import breakdowns
 from deferral_train.report.frontier import frontier
 from deferral_train.report.load import Run, load_run
-from deferral_train.report.sections import answer, calibration, curves, length, online, skew, training
+from deferral_train.report.sections import calibration, curves, length, online, skew, training
 from deferral_train.report.shadow import shadow as shadow_section
 from deferral_train.report.tokens import Texts, slider_data, token_data
 

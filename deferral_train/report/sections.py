@@ -10,6 +10,7 @@ from markupsafe import Markup
 from deferral_train.evaluation.bootstrap import Interval
 from deferral_train.evaluation.online import online_table
 from deferral_train.report.load import Run
+from deferral_train.report.numbers import interval, limits, signed
 from deferral_train.report.svg import Series, bar_chart, line_chart, nice
 
 ENDS = ("drafter_only", "lossless", "verifier_only")
@@ -41,106 +42,6 @@ def colours(names: Sequence[str]) -> dict[str, int]:
 def is_head(name: str) -> bool:
     """Whether a rule's name says that it is a learned one."""
     return name.startswith(("learned", "head"))
-
-
-def interval(number: Mapping[str, Any] | None, scale: float = 1.0, sign: bool = False) -> str:
-    """``0.52 [0.50, 0.54]``; the brackets are left out where there is no interval."""
-    if number is None or number.get("value") is None:
-        return "–"
-    text = _signed(number["value"] * scale, sign)
-    if number.get("low") is None:
-        return text
-    return f"{text} [{_signed(number['low'] * scale, sign)}, {_signed(number['high'] * scale, sign)}]"
-
-
-def _signed(value: float, sign: bool) -> str:
-    return ("+" if sign and value > 0 else "") + nice(value).replace("-", "−")
-
-
-def answer(run: Run) -> dict[str, Any]:
-    """The first screen: headline, gain, loss, chosen point, trust, what to paste."""
-    verdict = run.verdict or {}
-    return {
-        "status": verdict.get("status"),
-        "headline": verdict.get("headline")
-        or "This run has no verdict: it was evaluated, but no setting was chosen.",
-        "cards": [
-            card
-            for card in (
-                _gain(verdict),
-                _calls(verdict),
-                _loss(verdict),
-                _chosen(verdict),
-                _drafting(verdict),
-            )
-            if card
-        ],
-        "trust": list(verdict.get("trust") or []),
-        "risk": verdict.get("risk"),
-        "snippet": verdict.get("snippet"),
-        "engine_line": verdict.get("engine_line"),
-        "engine_reason": verdict.get("engine_reason"),
-    }
-
-
-def _gain(verdict: Mapping[str, Any]) -> dict[str, str] | None:
-    speed = verdict.get("speedup")
-    if not speed:
-        return None
-    more = (
-        f"95% interval {nice(speed['low'])} to {nice(speed['high'])}, "
-        if speed.get("low") is not None
-        else ""
-    )
-    against = str(speed.get("against", "the verifier alone")).replace("verifier_only", "the verifier alone")
-    return {"name": "Gain: speed", "value": f"{nice(speed['value'])}×", "more": f"{more}against {against}"}
-
-
-def _calls(verdict: Mapping[str, Any]) -> dict[str, str] | None:
-    saved = verdict.get("calls_saved")
-    if not saved:
-        return None
-    more = "" if saved.get("lossless") is None else f"lossless decoding saves {saved['lossless']:.0%}"
-    return {"name": "Gain: verifier calls saved", "value": f"{saved['value']:.0%}", "more": more}
-
-
-def _loss(verdict: Mapping[str, Any]) -> dict[str, str] | None:
-    quality = verdict.get("quality")
-    if not quality or quality.get("difference") is None:
-        return None
-    limits = ""
-    if quality.get("low") is not None:
-        limits = f"95% interval {_limits(quality['low'], quality['high'], 1.0, True)}; "
-    return {
-        "name": f"Loss: {quality['metric']}",
-        "value": _signed(quality["difference"], True),
-        "more": f"{limits}{nice(quality.get('value'))} against {nice(quality.get('lossless'))} lossless",
-    }
-
-
-def _chosen(verdict: Mapping[str, Any]) -> dict[str, str] | None:
-    chosen = verdict.get("chosen")
-    if not chosen:
-        return None
-    value = chosen.get("value", chosen.get("alpha"))
-    parameter = chosen.get("parameter") or "alpha"
-    dial = "" if value is None else f"{parameter} = {nice(value)}"
-    name = chosen.get("name") or chosen.get("rule") or chosen.get("spec", "")
-    return {"name": "Chosen point", "value": str(name), "more": dial}
-
-
-def _drafting(verdict: Mapping[str, Any]) -> dict[str, str] | None:
-    proposed = verdict.get("drafting")
-    if not proposed or not proposed.get("speed"):
-        return None
-    speed, used = proposed["speed"], proposed.get("used")
-    limits = "" if speed.get("low") is None else f" [{nice(speed['low'])}, {nice(speed['high'])}]"
-    more = (
-        f"{nice(speed['value'])}×{limits} the verifier alone at batch 1, by replaying texts and timing passes"
-    )
-    if used:
-        more += f"; {nice(used['speed']['value'])}× with {used['num_draft_tokens']} draft tokens, as decoded"
-    return {"name": "Drafting predicted fastest", "value": str(proposed.get("flags")), "more": more}
 
 
 def curves(run: Run) -> dict[str, Any] | None:
@@ -286,14 +187,10 @@ def _paired(number: Interval | None, scale: float = 1.0, sign: bool = False) -> 
     """A cell with the interval below the value."""
     if number is None:
         return {"value": "–", "range": ""}
-    limits = (
-        "" if number.low is None or number.high is None else _limits(number.low, number.high, scale, sign)
+    between = (
+        "" if number.low is None or number.high is None else limits(number.low, number.high, scale, sign)
     )
-    return {"value": _signed(number.value * scale, sign), "range": limits}
-
-
-def _limits(low: float, high: float, scale: float, sign: bool) -> str:
-    return f"{_signed(low * scale, sign)} to {_signed(high * scale, sign)}"
+    return {"value": signed(number.value * scale, sign), "range": between}
 
 
 def _online_chart(rules: Mapping[str, Any], metric: str) -> Markup:

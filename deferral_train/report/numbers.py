@@ -1,0 +1,28 @@
+"""Numbers with intervals as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from deferral_train.report.svg import nice
+
+
+def interval(number: Mapping[str, Any] | None, scale: float = 1.0, sign: bool = False) -> str:
+    """``0.52 [0.50, 0.54]``; the brackets are left out where there is no interval."""
+    if number is None or number.get("value") is None:
+        return "–"
+    text = signed(number["value"] * scale, sign)
+    if number.get("low") is None:
+        return text
+    return f"{text} [{signed(number['low'] * scale, sign)}, {signed(number['high'] * scale, sign)}]"
+
+
+def signed(value: float, sign: bool) -> str:
+    """``0.52``, with a plus sign where ``sign`` asks for one."""
+    return ("+" if sign and value > 0 else "") + nice(value).replace("-", "−")
+
+
+def limits(low: float, high: float, scale: float, sign: bool) -> str:
+    """``0.50 to 0.54``."""
+    return f"{signed(low * scale, sign)} to {signed(high * scale, sign)}"
