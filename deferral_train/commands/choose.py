@@ -218,10 +218,10 @@ def _conditions(folder: Path) -> dict[str, Any]:
 def _store(head: str, choice: Choice, certificate: Mapping[str, Any]) -> None:
     from deferral_train.heads.artifact import set_operating_point
 
-    if choice.setting.rule not in ("learned", "learned_token"):
+    if choice.setting.rule not in ("learned", "learned_token", "judge"):
         raise InputError(
             f"the chosen setting is {choice.setting.label}, no setting of the head {head}; "
-            "nothing was stored: leave head out, or choose with rule=learned"
+            "nothing was stored: leave head out, or choose with rule=learned or judge"
         )
     set_operating_point(head, choice.setting.value, certificate)
 

@@ -109,9 +109,10 @@ def check_tensors(
 def set_operating_point(
     folder: str | Path, alpha: float, certificate: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a chosen alpha and its certificate into an exported head and renew its card."""
+    """Write a chosen alpha (a judge head's threshold) and its certificate into an exported head and renew its card."""
     head = load_head(folder)
-    head.metadata = {**head.metadata, "alpha": float(alpha)}
+    dial = "threshold" if head.head_type == "judge" else "alpha"
+    head.metadata = {**head.metadata, dial: float(alpha)}
     head.metadata.pop("certificate", None)
     if certificate is not None:
         head.metadata["certificate"] = dict(certificate)

@@ -17,6 +17,7 @@ from deferral_train.commands import decode as decode_command
 from deferral_train.decoding.stopping import AcceptanceStop, HeadStop
 from deferral_train.errors import InputError
 from deferral_train.heads import DeferralHead, GapHead, JudgeHead
+from deferral_train.heads.artifact import set_operating_point
 from deferral_train.heads.rules import learned_rule, rule_from_spec
 from deferral_train.rules import Rule, make_rule
 from deferral_train.rules.emission import residual
@@ -165,6 +166,8 @@ def test_a_saved_head_decodes_by_its_name_and_is_refused_elsewhere(tmp_path: Pat
     assert isinstance(again, JudgeHead)
     assert again.config == made.config
     assert rule_from_spec(f"judge:head={tmp_path / 'head'}").dial_value == 0.4
+    set_operating_point(tmp_path / "head", 0.45)
+    assert rule_from_spec(f"judge:head={tmp_path / 'head'}").dial_value == 0.45
     rules = ["lossless", f"judge:head={tmp_path / 'head'},threshold=1.0", f"judge:head={tmp_path / 'head'}"]
     arguments: dict[str, Any] = {"max_new_tokens": 8, "batch_size": 2, "out": str(tmp_path / "out")}
     prompts = str(tmp_path / "prompts.txt")
