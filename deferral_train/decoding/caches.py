@@ -101,6 +101,12 @@ class RowLayer(DynamicLayer):
         width = max(self.get_seq_length(), other.get_seq_length())
         self.capacity, self.start, self.end, self.released = capacity, 0, live, width - live
 
+    def put(self, row: int, other: RowLayer, theirs: int, live: int) -> None:
+        """Row ``row`` becomes row ``theirs`` of ``other``, whose newest ``live`` columns are tokens."""
+        target, source = slice(self.end - live, self.end), slice(other.end - live, other.end)
+        self.keys[row, :, target] = other.keys[theirs, :, source]
+        self.values[row, :, target] = other.values[theirs, :, source]
+
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.is_initialized:
             self.keys = self.keys.index_select(0, indices)
@@ -189,7 +195,7 @@ class RowCache(Cache):
         for shift in sorted({count - least for count in counts} - {0}):
             rows = [row for row, count in enumerate(counts) if count - least == shift]
             self._move_right(rows, shift)
-        self._trim()
+        self.trim()
 
     def pad_left(self, columns: Sequence[int]) -> None:
         """The next ``columns[b]`` columns of row b, whose cache is empty, will be no tokens of it."""
@@ -202,7 +208,8 @@ class RowCache(Cache):
         for layer in self.written:
             layer.move_right(torch.tensor(rows, device=layer.device), shift)
 
-    def _trim(self) -> None:
+    def trim(self) -> None:
+        """Give up the columns that are padding in every row."""
         unused = min(self.pads)
         if unused:
             self._each_layer("trim_left", unused)
@@ -221,11 +228,23 @@ class RowCache(Cache):
         self.pads = [pad + width - one.width for one in (self, other) for pad in one.pads]
         self.width = width
 
+    def admits(self, other: RowCache, theirs: int) -> bool:
+        """Whether :meth:`put` has room for this row of ``other`` as the cache is."""
+        layers = [*self.written, *other.written]
+        return other.width - other.pads[theirs] <= self.width and not any(layer.released for layer in layers)
+
+    def put(self, row: int, other: RowCache, theirs: int) -> None:
+        """Row ``row`` becomes a row of another cache of the same model; nothing else is copied."""
+        live = other.width - other.pads[theirs]
+        for mine, new in zip(self.written, other.written):
+            mine.put(row, new, theirs, live)
+        self.pads[row] = self.width - live
+
     def keep_rows(self, rows: Sequence[int], index: Tensor) -> None:
         """Only these rows stay; ``index`` is the same selection on the device."""
         self.batch_select_indices(index)
         self.pads = [self.pads[row] for row in rows]
-        self._trim()
+        self.trim()
 
 
 def _row_layer(kind: type, window: int | None, capacity: int, margin: int | None) -> RowLayer:

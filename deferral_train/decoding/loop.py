@@ -182,8 +182,29 @@ def advance(cascade: Cascade, counts: list[int], done: list[bool], spent: Tensor
     if cascade.token_streamer is not None:
         cascade.token_streamer.put(tokens.ids[0, before : tokens.final_lengths[0]].cpu())
     if any(done):
-        _leave(cascade, [place for place, over in enumerate(done) if not over])
-        _let_in(cascade)
+        left = _exchange(cascade, [place for place, over in enumerate(done) if over])
+        if left:
+            _leave(cascade, [place for place in range(len(done)) if place not in left])
+            _let_in(cascade)
+
+
+def _exchange(cascade: Cascade, ended: list[int]) -> list[int]:
+    """Waiting rows take the places of rows that have ended, as far as that goes; which places are left."""
+    tokens = cascade.tokens
+    while ended and tokens.waiting:
+        rows = tokens.waiting[: len(ended)]
+        rows = rows[: min(stepper.exchanges(rows) for stepper in cascade.active)]
+        if not rows:
+            break
+        places, ended = ended[: len(rows)], ended[len(rows) :]
+        for stepper in cascade.active:
+            stepper.exchange(places, rows)
+        tokens.exchange(places, rows)
+        for stepper in cascade.active:
+            stepper.joined()
+        if cascade.spent is not None:
+            cascade.spent = cascade.spent.index_fill(0, tokens.index.new_tensor(places), 0.0)
+    return ended
 
 
 def _leave(cascade: Cascade, kept: list[int]) -> None:

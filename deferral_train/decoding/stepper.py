@@ -50,6 +50,8 @@ class Stepper:
         self.fed = [0] * len(tokens.rows)  # columns of each row in the cache
         self.valid = list(self.fed)  # of these, columns that hold the row's own tokens
         self.passes = 0
+        self._ready: Stepper | None = None  # rows that wait, their prompts fed
+        self._ready_rows: dict[int, int] = {}  # where each lies in there
         self._takes_positions = encoder is None and facts.takes_positions
         self._takes_keep = facts.takes_keep
         self._select_encoded()
@@ -155,18 +157,59 @@ class Stepper:
             self.fed += [0] * len(group.rows)
             self.valid += [0] * len(group.rows)
             return
+        other = self._fed(group)
+        self.cache.join(other.cache)
+        self.fed += [fed - 1 for fed in other.fed]
+        self.valid += [fed - 1 for fed in other.fed]
+        if self.encoder is not None:
+            _join_cross(self.past, other.past)
+
+    def _fed(self, group: TokenRows) -> Stepper:
+        """Rows in a stepper of their own, their prompts fed."""
         other = Stepper(
             self.model, group, self._capacity, self._margin, self.vocab_size, self._all_encoded, self.tap
         )
         other.feed()
         # The newest token of every row is fed with the next block.
         other.cache.forget([1] * len(group.rows))
-        self.cache.join(other.cache)
-        self.fed += [fed - 1 for fed in other.fed]
-        self.valid += [fed - 1 for fed in other.fed]
         self.passes += other.passes
-        if self.encoder is not None:
-            _join_cross(self.past, other.past)
+        return other
+
+    def exchanges(self, rows: Sequence[int]) -> int:
+        """How many of the first waiting rows :meth:`exchange` can let in; feeds prompts, several rows at a time."""
+        # With one row at a time the encoder's states are those of its own columns.
+        if type(self) is not Stepper or self.tokens.at_once == 1:
+            return 0
+        if self.passes == 0:
+            return len(rows)
+        if rows[0] not in self._ready_rows:
+            several = self.tokens.waiting[: max(1, self.tokens.at_once // 2)]
+            self._ready = self._fed(self.tokens.following(several))
+            self._ready_rows = {row: place for place, row in enumerate(several)}
+        assert self._ready is not None
+        count = 0
+        for row in rows:
+            if row not in self._ready_rows or not self.cache.admits(self._ready.cache, self._ready_rows[row]):
+                break
+            count += 1
+        return count
+
+    def exchange(self, places: Sequence[int], rows: Sequence[int]) -> None:
+        """Waiting rows come in where others have ended; nothing is copied but what is theirs."""
+        self.fed, self.valid, other = list(self.fed), list(self.valid), self._ready
+        for place, row in zip(places, rows):
+            if self.passes == 0:  # nothing has been fed to anyone yet
+                self.cache.pads[place] = self.tokens.pads[row]
+                continue
+            assert other is not None
+            theirs = self._ready_rows.pop(row)
+            self.cache.put(place, other.cache, theirs)
+            self.fed[place] = self.valid[place] = other.fed[theirs] - 1
+            if self.encoder is not None:
+                _put_cross(self.past, place, other.past, theirs)
+        if not self._ready_rows:
+            self._ready = None
+        self.cache.trim()
 
     def start_over(self, group: TokenRows) -> None:
         """No row runs: the new ones begin with an empty cache."""
@@ -186,3 +229,10 @@ def _join_cross(mine: EncoderDecoderCache, theirs: EncoderDecoderCache) -> None:
         if isinstance(ours, DynamicLayer) and isinstance(other, DynamicLayer) and ours.is_initialized:
             ours.keys = torch.cat([ours.keys, other.keys])  # type: ignore[list-item]
             ours.values = torch.cat([ours.values, other.values])  # type: ignore[list-item]
+
+
+def _put_cross(mine: EncoderDecoderCache, place: int, theirs: EncoderDecoderCache, row: int) -> None:
+    for ours, other in zip(mine.cross_attention_cache.layers, theirs.cross_attention_cache.layers):
+        if isinstance(ours, DynamicLayer) and isinstance(other, DynamicLayer) and ours.is_initialized:
+            ours.keys[place] = other.keys[row]  # type: ignore[index]
+            ours.values[place] = other.values[row]  # type: ignore[index]

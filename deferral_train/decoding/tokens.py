@@ -171,15 +171,26 @@ class TokenRows:
         free = self.at_once - len(self.rows)
         if not self.waiting or (self.rows and free < max(1, self.at_once // 4)):
             return None
+        return self.following(self.waiting[:free])
+
+    def following(self, rows: Sequence[int]) -> TokenRows:
+        """Waiting rows from their prompts, as rows of their own over the same buffer; they go on waiting."""
         group = copy.copy(self)
-        group.restart(self.waiting[:free])
-        self.waiting = self.waiting[free:]
+        group.restart(rows)
         return group
+
+    def exchange(self, places: Sequence[int], rows: Sequence[int]) -> None:
+        """The first waiting rows run in these places from now on."""
+        self.rows, self.lengths, self.index = list(self.rows), list(self.lengths), self.index.clone()
+        for place, row in zip(places, rows):
+            self.rows[place], self.lengths[place], self.index[place] = row, self.prompt_length, row
+        self.waiting = self.waiting[len(rows) :]
 
     def join(self, group: TokenRows) -> None:
         """The rows of ``group`` run with these from now on."""
         self.rows, self.lengths = self.rows + group.rows, self.lengths + group.lengths
         self.index = torch.cat([self.index, group.index])
+        self.waiting = self.waiting[len(group.rows) :]
 
     def restart(self, rows: Sequence[int]) -> None:
         """Run these rows of the call from their prompts, alone; what exceeds ``at_once`` waits."""

@@ -10,6 +10,7 @@ from decoding.helpers import emitted, generate, pair_of, prompts_for, row_of
 from tiny_models import KINDS
 
 from deferral_train.decoding.proposing import ModelProposer
+from deferral_train.decoding.stepper import Stepper
 from deferral_train.decoding.tokens import TokenRows
 from deferral_train.rules import make_rule
 
@@ -41,6 +42,27 @@ def test_rows_that_wait_for_a_place_give_the_same_text(kind: str, execution: str
     queued = generate(draft_model, verifier, inputs, rule, rows_at_once=3, **options)
     assert torch.equal(together.sequences, queued.sequences)
     assert torch.equal(together.stats.origin, queued.stats.origin)
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama", "mistral"])
+@pytest.mark.parametrize("execution", ["speculative", "token"])
+def test_waiting_rows_come_in_where_others_have_ended(
+    kind: str, execution: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft_model, verifier, _ = pair_of(kind, "sometimes")
+    inputs, rule = prompts_for(kind, rows=14), make_rule("chow", alpha=0.5)
+    options = {"max_new_tokens": 20, "execution": execution, "max_request_loss": 3.0}
+    together = generate(draft_model, verifier, inputs, rule, **options)
+    came: list[int] = []
+    own = Stepper.exchange
+    monkeypatch.setattr(
+        Stepper, "exchange", lambda self, places, rows: (came.extend(rows), own(self, places, rows))
+    )
+    queued = generate(draft_model, verifier, inputs, rule, rows_at_once=4, **options)
+    assert came
+    assert torch.equal(together.sequences, queued.sequences)
+    assert torch.equal(together.stats.origin, queued.stats.origin)
+    torch.testing.assert_close(together.stats.spent, queued.stats.spent, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["t5", "llama", "mistral"])
