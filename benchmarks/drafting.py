@@ -23,9 +23,8 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
-
-import torch
 
 from benchmarks.common import SHARED, begin, finish, flags
 from benchmarks.drafting_study import NEW, WITHIN, Contestants, Study
@@ -33,7 +32,8 @@ from deferral_train import make_rule
 from deferral_train.drafting import BigramTable, MaxGram
 from deferral_train.evaluation.quality import per_prompt
 from deferral_train.pairs.load import ModelPair, load_models, load_smaller
-from deferral_train.pairs.prompts import read_prompts
+from deferral_train.pairs.passes import pass_seconds
+from deferral_train.pairs.prompts import Prompt, read_prompts
 
 LIMITS = {"max_gram_us": 20.0, "acceptance_length": WITHIN}
 CONTEXT, TRAINING_LINES = 2000, 23_000
@@ -114,18 +114,10 @@ def bigrams(pair: ModelPair) -> BigramTable:
 
 
 def timing(pair: ModelPair, drafters: list[Any]) -> list[float]:
-    """Time of a pass of one token of each drafter over the verifier's, batch 1: medians of CPU time, by turns."""
-    ids = torch.tensor([[0]])
-    models = [pair.verifier, *drafters]
-    states = [m.get_encoder()(input_ids=torch.arange(5, 25)[None]) for m in models]
-    times: list[list[float]] = [[] for _ in models]
-    with torch.inference_mode():
-        for _, (model, state, column) in itertools.product(range(60), list(zip(models, states, times))):
-            began = time.process_time()
-            model(encoder_outputs=state, decoder_input_ids=ids)
-            column.append(time.process_time() - began)
-    medians = [statistics.median(column[10:]) for column in times]
-    return [median / medians[0] for median in medians[1:]]
+    """Time of a pass of one token of each drafter over the verifier's, batch 1."""
+    caption = [Prompt("caption", "A man in a blue shirt is standing on a ladder cleaning a window.")]
+    times = [pass_seconds(replace(pair, drafter=model), caption)[1] for model in drafters]
+    return [drafter / verifier for drafter, verifier in times]
 
 
 def prompts(options: argparse.Namespace) -> dict[str, list[str]]:

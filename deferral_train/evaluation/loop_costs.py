@@ -6,6 +6,7 @@ round, what a drafter's step and a prompt cost is fitted to a few short decoding
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +22,8 @@ from deferral_train.pairs.prompts import Prompt
 from deferral_train.rules.base import Rule
 
 WIDTHS, REPETITIONS = (1, 2, 4, 8, 16), 15
-PROMPTS, TOKENS, TURNS = 3, 24, 2  # of the short decodings
-SECONDS = 20.0  # aimed at for all of them together; dear models decode fewer tokens
+PROMPTS, TOKENS, TURNS = 3, 16, 2  # of the short decodings
+SECONDS = 15.0  # aimed at for all of them together; dear models decode fewer tokens
 Named = dict[str, dict[str, Any]]  # settings of ``Pair.generate`` by name
 ALONE: Named = {"alone": {}, "alone, one token": {"max_new_tokens": 1}}
 PLAIN: Named = {
@@ -95,13 +96,12 @@ def measure(pair: Pair, prompts: Sequence[Prompt], rule: Rule, temperature: floa
     shared = {"max_new_tokens": int(min(TOKENS, max(4, room))), "batch_size": 1, "temperature": temperature}
     rows = {name: np.zeros(4) for name in settings}
     seconds = {name: [np.inf] * PROMPTS for name in settings}
-    for turn in range(TURNS + 1):  # the first turn only warms up
-        for name, own in settings.items():
-            for number, prompt in enumerate(prompts[:PROMPTS]):
-                spent, row = _decode(pair, prompt, "verifier_only" if name in ALONE else rule, shared | own)
-                if turn:
-                    seconds[name][number] = min(seconds[name][number], spent)
-                    rows[name] += row / TURNS
+    _decode(pair, prompts[0], rule, shared)  # warms up
+    for _, (name, own) in itertools.product(range(TURNS), settings.items()):
+        for number, prompt in enumerate(prompts[:PROMPTS]):
+            spent, row = _decode(pair, prompt, "verifier_only" if name in ALONE else rule, shared | own)
+            seconds[name][number] = min(seconds[name][number], spent)
+            rows[name] += row / TURNS
     taken = {name: sum(column[: len(prompts)]) for name, column in seconds.items()}
     whole, first = (rows[name] for name in ALONE)
     token = (taken["alone"] - taken["alone, one token"]) / max(whole[1] - first[1], 1.0)

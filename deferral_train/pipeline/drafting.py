@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from deferral_train.pipeline.run import Run
 
 FILE = "drafting.json"
-PROMPTS = 80  # replayed: half of them choose, half judge
+PROMPTS = 60  # replayed: half of them choose, half judge
 
 
 def propose_drafting(run: Run, results: Mapping[str, Any]) -> dict[str, Any] | None:
