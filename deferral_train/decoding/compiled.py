@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,51 +29,10 @@ from deferral_train.decoding.facts import facts_of
 from deferral_train.decoding.hidden import HiddenTap
 from deferral_train.decoding.static_cache import CrossCache, SlotCache, encoder_decoder
 from deferral_train.decoding.static_masks import additive, cross_mask, positions_of, self_masks
+from deferral_train.decoding.static_shape import Shape
 from deferral_train.decoding.static_support import NotStaticError, first_attention, windows_of
 
 KEPT = 4  # built shapes kept per model
-SLACK = 4  # a built shape may be so many times larger, in any direction, than a call needs
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a set of passes is built for.
-
-    Attributes:
-        slots, columns: S and C.
-        states: E, encoder states of each slot, 0 for decoder-only models.
-        backend: ``static`` for the model's own kernels, or a backend of ``torch.compile``.
-        hidden: whether hidden states are read.
-        passes: (W, k): columns that a pass takes in and the last of them whose logits it gives.
-    """
-
-    slots: int
-    columns: int
-    states: int
-    backend: str
-    hidden: bool
-    passes: tuple[tuple[int, int], ...]
-
-    @staticmethod
-    def around(
-        rows: int, columns: int, states: int, backend: str, hidden: bool, passes: Sequence[tuple[int, int]]
-    ) -> Shape:
-        """The least shape of the grid of powers of two that holds these sizes."""
-        wide = _power(states, 32) if states else 0
-        return Shape(_power(rows, 1), _power(columns, 128), wide, backend, hidden, tuple(passes))
-
-    def serves(self, asked: Shape) -> bool:
-        """Whether these passes do for what ``asked`` was made for: as large, but not wastefully larger."""
-        sizes = ((one.slots, one.columns, one.states) for one in (self, asked))
-        alike = replace(self, slots=0, columns=0, states=0) == replace(asked, slots=0, columns=0, states=0)
-        return alike and all(need <= size <= SLACK * need for size, need in zip(*sizes))
-
-
-def _power(least: int, start: int) -> int:
-    size = start
-    while size < least:
-        size *= 2
-    return size
 
 
 @dataclass
@@ -178,6 +137,8 @@ class StaticModel:
         try:
             once(model)
             return _captured(once, model, self._graphs, pool) if pool is not None else once
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             # Whatever a backend, a driver or a model's own code raises means the same here.
             lines = str(error).strip().splitlines() or [""]
@@ -271,7 +232,10 @@ def _one_pass(model: Any) -> Any:
 def identity_of(model: Any) -> tuple[Any, ...]:
     """What a built pass relies on: where the weights lie, and how attention is computed."""
     config = model.config.get_text_config(decoder=True)
-    weights = tuple(weight.data_ptr() for weight in model.parameters())
+    try:
+        weights = tuple(weight.data_ptr() for weight in model.parameters())
+    except RuntimeError as error:
+        raise NotStaticError("has weights without an address (offloaded or quantised)") from error
     return (
         hash(weights),
         model.dtype,
@@ -319,8 +283,13 @@ def lent(model: Any, shape: Shape, prove: Callable[[StaticModel], None]) -> Iter
         except NotStaticError as error:
             shelf.failed[shape] = str(error)
             raise
+        except torch.OutOfMemoryError as error:  # may fit another time
+            raise NotStaticError(
+                f"has no memory for {shape.slots} rows of {shape.columns} columns"
+            ) from error
     try:
         with static.hooked(model):
             yield static
     finally:
-        shelf.built = [*shelf.built, static][-KEPT:]
+        others = [one for one in shelf.built if not static.shape.serves(one.shape)]
+        shelf.built = [*others, static][-KEPT:]

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deferral_train.decoding.compiled import Shape, StaticModel, lent
+from deferral_train.decoding.compiled import StaticModel, lent
 from deferral_train.decoding.hidden import HiddenTap, tap_hidden
+from deferral_train.decoding.static_shape import Shape
 from deferral_train.decoding.static_support import NotStaticError, reason_against
 from deferral_train.decoding.stepper import Stepper
 from deferral_train.decoding.tokens import TokenRows, on_device
@@ -223,7 +224,9 @@ def prove(work: Work, room: Room, static: StaticModel) -> None:
         stepper.settle()
         found.append(stepper.feed())
     off = float((found[0] - found[1]).square().mean().sqrt() / found[0].std())
-    if not off <= (1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1):
+    exact = torch.get_float32_matmul_precision() == "highest"  # else float32 products are rounded to 10 bits
+    tolerance = (1e-3 if exact else 1e-2) if model.dtype in (torch.float32, torch.float64) else 0.1
+    if not off <= tolerance:
         raise NotStaticError(f"gives other logits in static shapes (off by {off:.2g} of their deviation)")
 
 
