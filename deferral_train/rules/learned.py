@@ -45,6 +45,7 @@ class LearnedRule(PositionRule):
     needs = frozenset({"tv"})
     stage = "verify"
     reads_drafter_confidence = False
+    _own: ClassVar[Any] = None  # the head's own decision
 
     head: Any = None
     alpha: float = 0.1
@@ -58,6 +59,8 @@ class LearnedRule(PositionRule):
         late = sorted(n for n in features if stage == "draft" and FIELDS[n].sees in ("verifier", "both"))
         if late:
             raise InputError(f"rule learned: a draft-stage head cannot read {', '.join(late)}")
+        own = getattr(self.head, "defer", None)  # looked up once: a module's missing attribute is slow to miss
+        object.__setattr__(self, "_own", own if callable(own) else None)
         object.__setattr__(self, "stage", stage)
         object.__setattr__(self, "needs", features if stage == "draft" else features | {"tv"})
         object.__setattr__(self, "reads_drafter_confidence", bool(features & DRAFTER_CONFIDENCE_FIELDS))
@@ -73,9 +76,8 @@ class LearnedRule(PositionRule):
 
     def defer(self, summary: Summary) -> Tensor:
         """gap > alpha D_TV, bool [..]; the head's own decision where it defines one."""
-        own = getattr(self.head, "defer", None)
-        if callable(own):
-            return own(summary, self.alpha)
+        if self._own is not None:
+            return self._own(summary, self.alpha)
         tv = self.head.tv(summary) if self.stage == "draft" else summary["tv"]
         return self.head.gap(summary) > self.alpha * tv
 
