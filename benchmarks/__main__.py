@@ -29,7 +29,10 @@ BENCHMARKS = {
     "multi30k_heads": ("cpu",),
     "multi30k_tokens": ("cpu",),
     "dagger": ("cpu",),
+    "self_judge": ("cpu",),
 }
+# What a device gets besides: name -> further runs, as (suffix of the JSON, arguments).
+BESIDES = {("decoding", "cuda"): [("-400M", ["--random", "24", "1024"])]}  # a verifier of 0.4 G parameters
 
 
 def main() -> int:
@@ -47,11 +50,21 @@ def main() -> int:
     for name in options.only:
         if options.device not in BENCHMARKS[name]:
             continue
-        out = options.out / f"{name}-{datetime.date.today().isoformat()}-{options.device}.json"
-        print(f"== {name} ({options.device})", flush=True)
-        command = [sys.executable, "-m", f"benchmarks.{name}", "--device", options.device, "--out", str(out)]
-        if subprocess.run(command, cwd=HERE.parent).returncode:
-            failed.append(name)
+        for suffix, more in [("", []), *BESIDES.get((name, options.device), [])]:
+            today = datetime.date.today().isoformat()
+            out = options.out / f"{name}-{today}-{options.device}{suffix}.json"
+            print(f"== {name}{suffix} ({options.device})", flush=True)
+            command = [
+                sys.executable,
+                "-m",
+                f"benchmarks.{name}",
+                "--device",
+                options.device,
+                "--out",
+                str(out),
+            ]
+            if subprocess.run([*command, *more], cwd=HERE.parent).returncode:
+                failed.append(name + suffix)
     if failed:
         print(f"benchmarks: failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -17,6 +17,9 @@ less that of lossless decoding in the same repetition, over wall time per block;
 anywhere, noise, and at batch 1 the fixed cost of a call, which falls on fewer blocks where more is accepted. The goal
 is judged by the gross share.
 
+"compile WAY" rows run the models' short passes in fixed shapes, as CUDA graphs or through torch.compile; building them
+falls on the warm-up. Their "in models" is time in those passes, prompts and encoders included.
+
 Without ``--pair`` the benchmark trains no model: it reads the pair under
 ``$DEFERRAL_TRAIN_SHARED/models/multi30k-en-de``; ``--random LAYERS WIDTH`` makes a random Llama pair instead.
 """
@@ -25,12 +28,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +42,10 @@ import torch
 
 from deferral_train import provenance
 from deferral_train.decoding import greedy
+from deferral_train.decoding.compiled import StaticModel
 from deferral_train.decoding.pair import Pair, Settings, load_pair
+from deferral_train.decoding.static_support import BACKENDS
+from deferral_train.decoding.stepper import Stepper
 from deferral_train.heads.gap import GapHead
 from deferral_train.heads.rules import learned_rule
 from deferral_train.pairs.encode import EncodedPrompt
@@ -119,12 +126,13 @@ class Run:
         return self.tokens / self.seconds
 
 
-def model_methods(pair: Pair) -> list[tuple[Any, str]]:
+def model_methods(pair: Pair, compile: str = "off") -> list[tuple[Any, str]]:
     """Everything that counts as time in the two models."""
     models = [pair.models.drafter, pair.models.verifier]
-    if pair.models.is_encoder_decoder:
-        models += [model.get_encoder() for model in models]
-    return [(model, "forward") for model in models]
+    encoders = [model.get_encoder() for model in models] if pair.models.is_encoder_decoder else []
+    if compile != "off":  # a recorded or compiled pass does not go through forward
+        return [(StaticModel, "run"), (Stepper, "_forward"), *((one, "forward") for one in encoders)]
+    return [(model, "forward") for model in (*models, *encoders)]
 
 
 def cascade(pair: Pair, prompts: list[EncodedPrompt], rule: Rule, settings: Settings) -> Run:
@@ -137,7 +145,7 @@ def cascade(pair: Pair, prompts: list[EncodedPrompt], rule: Rule, settings: Sett
         *((type(rule), name) for name in ("read", "defer", "keep", "keep_probs", "step_law")),
     ]
     methods = [(owner, name) for owner, name in methods if hasattr(owner, name)]
-    with models.on(*model_methods(pair)), decisions.on(*methods):
+    with models.on(*model_methods(pair, settings.compile)), decisions.on(*methods):
         began = CLOCK()
         results = list(pair.batches(prompts, rule, settings))
         seconds = CLOCK() - began
@@ -183,11 +191,13 @@ def contestants(
         max_new_tokens=arguments.max_new_tokens,
         batch_size=1,
         queue=1,
+        compile="off",
     )
     batched = Settings(
         num_draft_tokens=arguments.draft_tokens,
         max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size,
+        compile="off",
     )
     torch.manual_seed(0)
     head = learned_rule(GapHead(HEAD_FEATURES).eval().requires_grad_(False), alpha=0.1)
@@ -202,7 +212,21 @@ def contestants(
         f"cascade, lossless, batch {size}": lambda: cascade(pair, prompts, lossless, batched),
         f"cascade, opt, batch {size}": lambda: cascade(pair, prompts, opt, batched),
         f"cascade, head, batch {size}": lambda: cascade(pair, prompts, head, batched),
+        **{
+            f"compile {way}, lossless, batch {settings.batch_size}": functools.partial(
+                cascade, pair, prompts, lossless, replace(settings, compile=way)
+            )
+            for way in _ways(arguments)
+            for settings in (single, batched)
+        },
     }
+
+
+def _ways(arguments: argparse.Namespace) -> list[str]:
+    """Values of ``compile`` to set beside ordinary passes."""
+    if arguments.compile is not None:
+        return list(arguments.compile)
+    return ["static", "inductor"] if arguments.device.startswith("cuda") else ["inductor"]
 
 
 def measure(runners: dict[str, Callable[[], Run]], repetitions: int) -> dict[str, list[Run]]:
@@ -352,6 +376,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out", default=None, help="JSON file for the results")
+    parser.add_argument(
+        "--compile",
+        nargs="*",
+        choices=BACKENDS,
+        help="passes of fixed shape to set beside ordinary ones; default inductor, on CUDA static and inductor",
+    )
     parser.add_argument(
         "--clock", choices=sorted(CLOCKS), default="wall", help="cpu: process time, for a busy machine"
     )
