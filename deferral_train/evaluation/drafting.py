@@ -179,7 +179,7 @@ def propose(
     Returns:
         ``num_draft_tokens`` or ``drafting`` (the other is None), ``flags`` for the command line, ``speed`` predicted
         against the verifier alone, ``used`` (the same for the draft tokens in use), ``beats_verifier`` (the interval
-        lies above 1), ``families`` (the best of each family on the choosing half), and ``prompts``.
+        lies above 1; None without one), ``families`` (the best of each family on the choosing half), and ``prompts``.
 
     Raises:
         InputError: fewer than two paths.
@@ -201,7 +201,7 @@ def propose(
         "drafting": best.drafting,
         "flags": best.flags,
         "speed": speed.as_dict(),
-        "beats_verifier": bool((speed.value if speed.low is None else speed.low) > 1),
+        "beats_verifier": None if speed.low is None else bool(speed.low > 1),
         "used": None,
         "families": [
             {"family": way.family, "flags": way.flags, "speed": rate} for rate, way in families.values()

@@ -60,12 +60,19 @@ def sentence(found: Mapping[str, Any]) -> str:
     """The proposal in words."""
     used = found["used"]
     against = f"{used['speed']['value']:.2f}x with the {used['num_draft_tokens']} draft tokens decoded here"
-    beats = "" if found["beats_verifier"] else "; no way to draft is predicted to beat the verifier alone"
+    judges = f"{found['prompts']['judged_on']} prompts that did not choose it"
     return (
         f"Drafting for {found['rule']}: {found['flags']} is predicted fastest, {_speed(found['speed'])} the verifier's "
-        f"speed against {against}{beats} (batch 1, this machine, {found['prompts']['judged_on']} prompts that did not "
-        "choose it)"
+        f"speed against {against}; {_worth(found)} (batch 1, this machine, {judges})"
     )
+
+
+def _worth(found: Mapping[str, Any]) -> str:
+    if found["beats_verifier"]:
+        return "that beats the verifier alone"
+    if found["speed"]["value"] <= 1:
+        return "no way to draft is predicted to beat the verifier alone"
+    return "whether that beats the verifier alone needs more prompts"
 
 
 def _speed(interval: Mapping[str, Any]) -> str:

@@ -160,7 +160,8 @@ def test_verdict_proposes_how_to_draft(finished, config_path):
         drafting_from_spec(found["drafting"])
     assert found["prompts"] == {"chosen_on": 5, "judged_on": 5}
     assert found["used"]["num_draft_tokens"] == 3
-    assert found["beats_verifier"] is (found["speed"]["value"] > 1)  # too few prompts for an interval
+    assert found["beats_verifier"] is None  # too few prompts for an interval
+    assert "needs more prompts" in found["text"] or "no way to draft" in found["text"]
     assert {row["family"] for row in found["families"]} >= {"drafter alone"}
     assert max(row["speed"] for row in found["families"]) > 0
     assert found["flags"] in (finished / "report.html").read_text()
