@@ -59,7 +59,8 @@ class LearnedRule(PositionRule):
         late = sorted(n for n in features if stage == "draft" and FIELDS[n].sees in ("verifier", "both"))
         if late:
             raise InputError(f"rule learned: a draft-stage head cannot read {', '.join(late)}")
-        own = getattr(self.head, "defer", None)  # looked up once: a module's missing attribute is slow to miss
+        # Looked up once: a module's missing attribute is slow to miss.
+        own = getattr(self.head, "defer", None)
         object.__setattr__(self, "_own", own if callable(own) else None)
         object.__setattr__(self, "stage", stage)
         object.__setattr__(self, "needs", features if stage == "draft" else features | {"tv"})
