@@ -4,11 +4,11 @@
 
 The pair was trained on lines 1-23,000 of ``train``. Labels are made on the verifier's own greedy text of lines from
 23,001 on (heads are fitted there: 3,000 for SelfJudge, 600 for AutoJudge, whose labels cost more), from 28,001 on
-(early stopping) and of ``val`` (thresholds); reported on the first 200 (``--test``) of ``test_2016_flickr``. One row
+(early stopping) and of ``val`` (thresholds); reported on the first 400 (``--test``) of ``test_2016_flickr``. One row
 per rule and setting: mean acceptance length (tokens per verifier call), chrF, BLEU, with 95% bootstrap intervals over
 prompts, chrF also as a paired difference from lossless. R and F are SelfJudge's choices of the threshold; the sweep
 takes those that approve of a given share of the judged tokens of ``val``. ``opt`` and ``token_v3`` at the setting
-whose acceptance length on ``val`` is nearest to R's and F's.
+whose acceptance length on ``val`` (100 prompts) is nearest to each judge's.
 
 Everything reported is counted, so that other load on the machine changes nothing.
 """
@@ -46,7 +46,7 @@ PARTS = {  # file, first line (0-based)
 COUNTS = {  # prompts of each part
     "selfjudge": {"fit": 3_000, "stop": 500, "calibration": 300},
     "autojudge": {"fit": 600, "stop": 150, "calibration": 300},
-    "decoded": {"calibration": 100, "test": 200},
+    "decoded": {"calibration": 100, "test": 400},
 }
 STATE = ("verifier_hidden_at_token",)
 LAWS = (
@@ -62,8 +62,8 @@ HEADS: dict[str, tuple[str, float | None, Sequence[str], str]] = {
     "autojudge_laws": ("autojudge", None, LAWS, "linear"),
 }
 SWEPT = ("selfjudge", "autojudge")
-SHARES = (0.1, 0.4)  # of judged tokens that a threshold of the sweep approves of
-PLUG_INS = {"opt": (0.0, 0.1, 0.2, 0.4), "token_v3": (0.6, 0.8, 0.9, 0.95)}
+SHARES = (0.05, 0.1, 0.2)  # of judged tokens that a threshold of the sweep approves of
+PLUG_INS = {"opt": (-0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.4), "token_v3": (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)}
 DRAFT, NEW, REDRAWS = 5, 48, 2000
 
 
@@ -106,15 +106,12 @@ def main() -> int:
         heads[name] = record | {f"chosen_{key}": asdict(point) for key, point in points.items()}
         print(name, heads[name], flush=True)
         settings = {f"{name}-{variant}": point.threshold for variant, point in points.items()}
-        for label, threshold in settings.items():
-            rule = make_rule("judge", head=head, threshold=threshold)
-            on_val[label] = _decode(pair, prompts["calibration"], rule)
         for share in SHARES if name in SWEPT else ():
             settings[f"{name}:share={share:g}"] = _approving(head, labelled["calibration"], share)
         for label, threshold in settings.items():
-            decoded[label] = _decode(
-                pair, prompts["test"], make_rule("judge", head=head, threshold=threshold)
-            )
+            rule = make_rule("judge", head=head, threshold=threshold)
+            on_val[label] = _decode(pair, prompts["calibration"], rule)
+            decoded[label] = _decode(pair, prompts["test"], rule)
             print(text_of({label: _row(decoded[label], decoded["lossless"])}), flush=True)
     decoded |= _matched(pair, prompts, on_val)
     table = {name: _row(rows, decoded["lossless"]) for name, rows in decoded.items()}
