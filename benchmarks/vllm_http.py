@@ -34,7 +34,7 @@ CANDIDATES = [
     )
     for alpha in alphas
 ]
-ALPHAS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6)  # of the head
+ALPHAS = (0.05, 0.1, 0.12, 0.14, 0.16, 0.2, 0.3)  # of the head
 MOST_LOSS = 0.02
 METRICS = (
     "request_throughput",
