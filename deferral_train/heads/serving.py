@@ -64,7 +64,9 @@ class _Plain:
 
     def __init__(self, head: DeferralHead) -> None:
         self.names = head.inputs.names
-        self.gate = head.inputs.start["argmaxes_differ"] if head.gated else None
+        self.gated = head.gated
+        read = {feature.name for feature in head.inputs.features}
+        self.columns = [(place, name) for place, name in enumerate(self.names) if name in read]
         self.groups = [(TRANSFORMS[t], _places(head.inputs.get_buffer(b))) for t, b in head.inputs.groups]
         linear = [layer for layer in head.body.children() if isinstance(layer, nn.Linear)]
         weights = [layer.weight.detach().double() for layer in linear]
@@ -123,10 +125,10 @@ def verify_stage_gap(head: _Plain, summary: Summary) -> Tensor:
         for name in head.names
     }
     shape = columns[head.names[0]].shape
-    raw = _raw(head, {name: column.reshape(-1) for name, column in columns.items()})
-    gap = _body(head, raw)
-    if head.gate is not None:
-        gap = gap * raw[:, head.gate]
+    flat = {name: column.reshape(-1) for name, column in columns.items()}
+    gap = _body(head, _raw(head, flat))
+    if head.gated:
+        gap = gap * flat["argmaxes_differ"].astype(np.float32)
     return torch.from_numpy(_settled(gap).reshape(shape))
 
 
@@ -134,7 +136,7 @@ def gap_of_numbers(head: _Plain, numbers: Numbers) -> Array:
     """The same ``[N]`` from numbers of which only those are read that matter: a gated gap is 0 by definition where
     the argmaxes agree.
     """
-    if head.gate is None:
+    if not head.gated:
         return _settled(_body(head, _raw(head, numbers)))
     gap = np.zeros(numbers.shape, np.float32)
     differing = numbers.differing()
@@ -145,9 +147,9 @@ def gap_of_numbers(head: _Plain, numbers: Numbers) -> Array:
 
 
 def _raw(head: _Plain, columns: Mapping[str, Array]) -> Array:
-    """Raw columns [N, C]."""
+    """Raw columns [N, C], of which those that the body does not read are left as they are."""
     raw = None
-    for place, name in enumerate(head.names):
+    for place, name in head.columns:
         column = columns[name] if name in columns else DERIVED[name].compute(columns)  # type: ignore[arg-type]
         if raw is None:
             raw = np.empty((len(column), len(head.names)), np.float32)
