@@ -54,6 +54,7 @@ class Stepper:
         self._ready_rows: dict[int, int] = {}  # where each lies in there
         self._takes_positions = encoder is None and facts.takes_positions
         self._takes_keep = facts.takes_keep
+        self._last_position = None if facts.context is None else facts.context - 1
         self._select_encoded()
 
     def _select_encoded(self) -> None:
@@ -132,7 +133,8 @@ class Stepper:
             return None, None  # the model's own default, and the fastest path
         pads = on_device(self.cache.pads, inputs.device)[:, None]
         columns = torch.arange(self.cache.width + inputs.shape[1], device=inputs.device)[None]
-        positions = (columns[:, self.cache.width :] - pads).clamp_(min=0)
+        # Drafts that run on behind a row's end stay inside the context: their tokens are dropped.
+        positions = (columns[:, self.cache.width :] - pads).clamp_(min=0, max=self._last_position)
         return (columns >= pads).long(), positions
 
     def hidden(self, count: int) -> Tensor:
