@@ -103,7 +103,8 @@ def cascade_generate(
         token_log: collects what both models thought of every token, see
             :mod:`deferral_train.decoding.token_log`.
         vocab_size: ids that both models know, where one or both pad their vocabulary beyond it.
-        rows_at_once: most rows that run at a time, default all; others take the places of those that end.
+        rows_at_once: most rows that run at a time, default all; others take the places of those that end (prompts of
+            half as many more are fed ahead of that).
         compile: passes of fixed shape, see :mod:`deferral_train.decoding.compiled`. ``auto``: CUDA graphs on CUDA
             where the model allows it, else ``off``; ``static``: CUDA graphs, or on a CPU the shapes alone;
             ``inductor``, ``aot_eager``, ``eager``: through that backend of ``torch.compile``; ``off``.
