@@ -17,7 +17,7 @@ from tiny_models import KINDS, tiny_config, tiny_model
 from torch._dynamo.utils import counters
 
 from deferral_train.decoding import CascadeOutput
-from deferral_train.decoding.compiled import _SHELVES, lent
+from deferral_train.decoding.compiled import _SHELVES, StaticModel, lent
 from deferral_train.decoding.pair import Settings
 from deferral_train.decoding.proposing import ModelProposer
 from deferral_train.decoding.static_shape import Shape
@@ -162,6 +162,26 @@ def test_a_draft_waits_for_nothing(kind: str, sampled: bool, monkeypatch: pytest
     found = both(kind, "static", **options)[1]
     assert torch.equal(found.sequences, expected.sequences)
     assert reads == []
+
+
+@pytest.mark.parametrize("case", ["sampled", "exact bonus", "head", "stop"])
+def test_results_are_taken_before_they_are_overwritten(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replayed graph writes its logits and hidden states where the last replay did."""
+    run = StaticModel.run
+    places: dict[Any, torch.Tensor] = {}
+
+    def in_place(self: StaticModel, model: Any, width: int, keep: int) -> torch.Tensor:
+        logits = run(self, model, width, keep)
+        fixed = places.setdefault((id(self), width), torch.empty_like(logits)).copy_(logits)
+        if self.hidden is not None:
+            self.hidden = places.setdefault((id(self), -width), torch.empty_like(self.hidden)).copy_(
+                self.hidden
+            )
+        return fixed
+
+    monkeypatch.setattr(StaticModel, "run", in_place)
+    assert alike(*both("gemma3", "static", **CASES[case]()))
+    assert places
 
 
 def test_passes_are_kept_lent_and_dropped_with_their_model() -> None:
