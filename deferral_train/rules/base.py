@@ -56,7 +56,9 @@ class Dial:
             raise InputError(f"rule {rule}: {self.parameter} is {value}; allowed: {allowed}")
 
 
-@dataclass(frozen=True)
+@dataclass(
+    frozen=True, eq=False
+)  # a rule with a head is equal to itself alone; this comparison would be inherited
 class Rule:
     """A deferral rule. Subclass `PositionRule`, `TokenRule` or `LawRule`.
 
@@ -187,7 +189,7 @@ class Rule:
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PositionRule(Rule):
     """Answers "defer?" once per position. pi = q where it keeps, p where it defers: T_delta, equation (6)."""
 
@@ -200,7 +202,7 @@ class PositionRule(Rule):
         return keep_law(laws.q, laws.p, keep & laws.support)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenRule(Rule):
     """Answers "keep this token?" for each candidate. pi is pi_Token, equation (11).
 
@@ -229,7 +231,7 @@ class TokenRule(Rule):
         return keep_law(laws.q, laws.p, keep & laws.support)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LawRule(Rule):
     """Gives its target law directly."""
 

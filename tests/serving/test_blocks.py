@@ -98,6 +98,20 @@ def test_greedy_rows_get_from_numpy_what_verify_block_gives_them(limit, monkeypa
     assert 0 < int(short.accepted.sum()) < int(block.lengths.sum())
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_at_their_own_dial_of_one_head_in_one_step(temperature):
+    rule = make_rule("learned", head=GapHead(("drafter_max", "kl"), hidden=(4,)), alpha=0.9)
+    block, draws = rows([temperature] * R), None if temperature == 0 else numbers()
+    strict, lenient = (verify(block, [Plan(rule.with_dial(alpha))] * R, draws) for alpha in (-0.9, 0.9))
+    plans = [Plan(rule), Plan(rule.with_dial(-0.9))] * (R // 2)
+    mixed = verify(block, plans, draws)
+    for row in range(R):
+        alone = strict if row % 2 else lenient
+        assert mixed.accepted[row] == alone.accepted[row]
+        assert torch.equal(mixed.deferred[row], alone.deferred[row])
+    assert not torch.equal(strict.deferred, lenient.deferred)
+
+
 def elsewhere(*arguments):
     raise ElsewhereError
 
