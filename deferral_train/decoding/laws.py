@@ -18,6 +18,7 @@ from transformers.generation import logits_process as hf
 from deferral_train.decoding.tokens import TokenRows
 from deferral_train.errors import InputError
 from deferral_train.rules.laws import lowest_argmax
+from deferral_train.rules.sampling import draw, uniforms
 
 WARPERS = (
     hf.TemperatureLogitsWarper,
@@ -92,13 +93,14 @@ class SamplingLaws:
     def draw(self, decision: Tensor, sampling: Tensor | None, generator: torch.Generator | None) -> Tensor:
         """One token per row from logits [B, V]; at temperature 0 the argmax, drawing nothing.
 
-        Sampling races exponential clocks, which needs no copy to the host.
+        Sampling takes one random number per row and inverts the cumulative sum, with no copy to the host.
         """
         if self.temperature == 0.0:
             return lowest_argmax(decision if sampling is None else sampling)
         law = torch.softmax(decision / self.temperature if sampling is None else sampling, dim=-1)
-        clocks = torch.empty_like(law).exponential_(generator=generator)
-        return lowest_argmax(law / clocks)
+        number = uniforms(len(law), 0, generator, law)[1]
+        # A law that is not finite gives no index; verification refuses its logits.
+        return draw(law, number).clamp_(max=law.shape[-1] - 1)
 
     def _through(self, processors: Sequence[Any], logits: Tensor, tokens: TokenRows, offset: int) -> Tensor:
         if not processors or not logits.shape[1]:
