@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 from deferral_train.decoding import checks
 from deferral_train.decoding.cascade_drafting import CascadeProposer
 from deferral_train.decoding.criteria import EndOfRow
+from deferral_train.decoding.encoding import encode
 from deferral_train.decoding.executions import execute
 from deferral_train.decoding.facts import facts_of
 from deferral_train.decoding.given_drafting import GivenProposer
@@ -257,10 +258,7 @@ def _encoders(
     else:
         ids = drafter_inputs["input_ids"]
         drafter_mask = _padding_or_none(drafter_inputs.get("attention_mask"))
-    encoded = [
-        one.get_encoder()(input_ids=ids, attention_mask=drafter_mask, return_dict=True).last_hidden_state
-        for one in models[:-1]
-    ]
+    encoded = [encode(one, ids, drafter_mask) for one in models[:-1]]
     repeats = rows // len(ids)
     if drafter_mask is not None:
         drafter_mask = drafter_mask.repeat_interleave(repeats, dim=0)

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from deferral_train.decoding.compatibility import check_consulted, check_head, heads_of, with_counting
+from deferral_train.decoding.encoding import encoder_outputs
 from deferral_train.decoding.facts import facts_of
 from deferral_train.decoding.generate import cascade_generate
 from deferral_train.decoding.static_support import check_name
@@ -241,6 +242,7 @@ class Pair:
         began = time.perf_counter()
         output = models.verifier.generate(
             **inputs,
+            **(encoder_outputs(models.verifier, **inputs) if models.is_encoder_decoder else {}),
             **self._generate_options(options),
             stopping_criteria=self._criteria(options),
             custom_generate=cascade_generate,
