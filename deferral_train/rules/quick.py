@@ -40,43 +40,6 @@ def on_host(logits: Tensor) -> bool:
     return np is not None and logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64)
 
 
-def decides(rule: Rule, drafter: Tensor, verifier: Tensor, extra: frozenset[str] = frozenset()) -> bool:
-    """Whether `decide` works for this rule and these logits, with ``extra`` fields."""
-    known = isinstance(rule, PositionRule | TokenRule) and _computed(rule, extra) <= FORMULAS.keys()
-    return known and on_host(drafter) and drafter.dtype == verifier.dtype
-
-
-def decide(
-    rule: Rule,
-    drafter: Tensor,
-    verifier: Tensor,
-    token: Tensor,
-    context: Mapping[str, Tensor],
-    extra: frozenset[str] = frozenset(),
-) -> tuple[Tensor, Summary]:
-    """Which drafted tokens a position or token rule defers, bool [B, T], and the summary that it read.
-
-    Args:
-        drafter, verifier: decision logits [B, T, V].
-        token: [B, T].
-        context: what `rule.needs` and ``extra`` name of the fields that logits do not give.
-        extra: further fields of the summary.
-
-    Raises:
-        InputError: logits that are not finite.
-    """
-    numbers = Numbers(
-        Side([drafter.detach().numpy()], token.shape[1], "drafter_logits"),
-        Side([verifier.detach().numpy()], token.shape[1], "verifier_logits"),
-        token.numpy().reshape(-1),
-    )
-    with np.errstate(over="ignore", invalid="ignore"):
-        summary = numbers.summary(_computed(rule, extra), tuple(token.shape))
-        given = {name: context[name] for name in (rule.needs | extra) & CONTEXT_FIELDS}
-        summary = summary.with_fields(given) if given else summary
-        return _deferred(rule, numbers, summary).expand(token.shape), summary
-
-
 def _computed(rule: Rule, extra: frozenset[str] = frozenset()) -> frozenset[str]:
     return (rule.needs | extra) - CONTEXT_FIELDS
 
@@ -94,11 +57,15 @@ def _deferred(rule: Rule, numbers: Numbers, summary: Summary) -> Tensor:
 
 
 class GreedyBlocks:
-    """A rule made ready for deciding greedy blocks, once per call: its head's weights must not change meanwhile."""
+    """A rule made ready for deciding greedy blocks, once per call: its head's weights must not change meanwhile.
 
-    def __init__(self, rule: Rule) -> None:
+    Args:
+        with_gap: whether :meth:`judged` will be asked for.
+    """
+
+    def __init__(self, rule: Rule, with_gap: bool = False) -> None:
         self.rule = rule
-        self.fields = _computed(rule)
+        self.fields = _computed(rule, rule.gap_needs if with_gap else frozenset())
         #: whether anything is known here of what the rule asks for
         self.knows = isinstance(rule, PositionRule | TokenRule) and self.fields <= FORMULAS.keys()
         kind = type(rule)
@@ -106,6 +73,8 @@ class GreedyBlocks:
         self._arithmetic = kind in ARITHMETIC or (
             kind is LearnedRule and getattr(rule.head, "reads_numbers", False)  # type: ignore[attr-defined]
         )
+        # The estimate of rules without one of their own: 0 where the argmaxes agree.
+        self._common_gap = kind.estimated_gap is Rule.estimated_gap
 
     def deferred(
         self,
@@ -129,20 +98,51 @@ class GreedyBlocks:
         Raises:
             InputError: the drafter's logits are not finite.
         """
+        numbers = self._numbers(drafter, verifier, best, token.numpy(), differing, context)
+        return None if numbers is None else self._decide(numbers, token.shape).reshape(token.shape)
+
+    def judged(
+        self,
+        drafter: Sequence[Tensor],
+        verifier: Array,
+        best: Array,
+        token: Array,
+        differing: list[int],
+        context: Mapping[str, Tensor] | None,
+    ) -> tuple[Array, Array] | None:
+        """As :meth:`deferred`, with the rule's estimated gap beside it [B, T]; ``token`` is an array, T columns of
+        ``verifier`` and ``best`` are enough.
+        """
+        numbers = self._numbers(drafter, verifier, best, token, differing, context)
+        if numbers is None:
+            return None
+        deferred, shape = self._decide(numbers, token.shape), token.shape
+        return deferred.reshape(shape), self._gap(numbers, shape).reshape(shape)
+
+    def _numbers(
+        self,
+        drafter: Sequence[Tensor],
+        verifier: Array,
+        best: Array,
+        tokens: Array,
+        differing: list[int],
+        context: Mapping[str, Tensor] | None,
+    ) -> Numbers | None:
         if not (self.knows and drafter and on_host(drafter[0])):
             return None
-        parts, tokens = [part.numpy() for part in drafter], token.numpy()
+        parts, depth = [part.detach().numpy() for part in drafter], tokens.shape[1]
         if parts[0].dtype != verifier.dtype:
             return None
-        depth = tokens.shape[1]
-        numbers = Numbers(
+        given = (
+            None if context is None else {name: _flat(context[name][:, :depth].numpy()) for name in context}
+        )
+        return Numbers(
             Side(parts, depth, "drafter_logits", tokens),
             Side([verifier], depth, "verifier_logits", best[:, :depth]),
             tokens.reshape(-1),
-            None if context is None else {n: _flat(context[n][:, :depth].numpy()) for n in context.names},
+            given,
             differing,
         )
-        return self._decide(numbers, tokens.shape).reshape(tokens.shape)
 
     def _decide(self, numbers: Numbers, shape: tuple[int, ...]) -> Array:
         rule: Any = self.rule
@@ -151,7 +151,18 @@ class GreedyBlocks:
         if self._probabilities:
             q, p = numbers.drafter.prob(numbers.token), numbers.verifier.prob(numbers.token)
             return ~rule.keep_probs(q[:, None], p[:, None], numbers)[:, 0]
-        return _deferred(rule, numbers, numbers.summary(self.fields | numbers.context.keys(), shape)).numpy()
+        return _deferred(rule, numbers, self._summary(numbers, shape)).numpy()
+
+    def _gap(self, numbers: Numbers, shape: tuple[int, ...]) -> Array:
+        if self._common_gap and not numbers.differing():
+            return np.zeros(numbers.shape)
+        rule: Any = self.rule
+        if self._common_gap or (self._arithmetic and isinstance(rule, LearnedRule)):
+            return rule.estimated_gap(numbers)
+        return rule.estimated_gap(self._summary(numbers, shape)).expand(shape).numpy()
+
+    def _summary(self, numbers: Numbers, shape: tuple[int, ...]) -> Summary:
+        return numbers.summary(self.fields | numbers.context.keys(), shape)
 
 
 def _flat(values: Array) -> Array:

@@ -8,6 +8,7 @@ is not known here goes there. R rows, T drafted positions, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.rules import Origin, Rule, TokenRule, quick
+from deferral_train.rules import Origin, Rule
+from deferral_train.rules.quick import GreedyBlocks
 from deferral_train.rules.summary import CONTEXT_FIELDS
 
 UNLIMITED = 1e30  # a limit nobody reaches: what it costs is counted, nothing is refused
@@ -48,70 +50,70 @@ def verify_greedy(
     """
     if verifier.device.type != "cpu" or verifier.dtype not in (torch.float32, torch.float64):
         raise ElsewhereError
-    tokens, counts = drafted.numpy(), lengths.numpy()
-    inside = np.arange(tokens.shape[1]) < counts[:, None]
+    tokens, counts, logits = drafted.numpy(), lengths.numpy(), verifier.numpy()
+    steps, every = np.arange(tokens.shape[1]), np.arange(len(counts))
+    inside = steps < counts[:, None]
+    best = logits.argmax(axis=-1)  # of a position with NaN: where it is
+    if not (np.isfinite(logits[every[:, None], steps, best]) | ~inside).all():
+        raise ElsewhereError
+    exact = tokens == best
     if rule.is_lossless:
-        best = _finite_argmax(verifier, inside)
-        passes = tokens == best
-        accepted = _until_first(passes, inside)
-        kept, deferred, loss = np.zeros_like(passes), inside, np.zeros(len(counts))
+        accepted = _until_first(exact, inside)
+        kept, deferred, loss = np.zeros_like(exact), inside, np.zeros(len(counts))
     else:
-        best, deferred, kept, gap = _decisions(rule, tokens, drafter, verifier, context)
-        deferred &= inside
-        accepted, kept, loss = _walk(tokens == best, kept, gap, inside, limit, np.asarray(spent, dtype=float))
+        deferred, costs = _decisions(rule, tokens, drafter, logits, best, inside, context)
+        kept = ~deferred & (exact | (logits[every[:, None], steps, tokens] > -np.inf))
+        accepted, kept, loss = _walk(exact, kept, costs, inside, limit, spent)
+        deferred = deferred & inside
     whole = accepted == counts
-    last = np.minimum(accepted, tokens.shape[1] - 1)
-    every = np.arange(len(counts))
     origin = np.zeros((len(counts), tokens.shape[1] + 1), dtype=np.int8)
-    emitted = np.arange(tokens.shape[1]) < accepted[:, None]
-    origin[:, :-1] = np.where(emitted, np.where(kept, int(Origin.KEPT), int(Origin.ACCEPTED)), 0)
+    origin[:, :-1] = np.where(kept, int(Origin.KEPT), int(Origin.ACCEPTED)) * (steps < accepted[:, None])
     origin[every, accepted] = np.where(whole, int(Origin.NONE), int(Origin.RESAMPLED))
-    correction = np.where(whole, -1, best[every, last])
     return {
         "accepted": accepted,
-        "correction": correction,
+        "correction": np.where(whole, -1, best[every, np.minimum(accepted, len(steps) - 1)]),
         "origin": origin,
         "deferred": deferred,
         "loss": loss,
     }
 
 
-def _finite_argmax(verifier: Tensor, inside: np.ndarray) -> np.ndarray:
-    """The argmax of each position [R, T]."""
-    rows = verifier.numpy()
-    best = rows.argmax(axis=-1)  # of a position with NaN: where it is
-    highest = rows.max(axis=-1)
-    if not (np.isfinite(highest) | ~inside).all():
-        raise ElsewhereError
-    return best
+@lru_cache(maxsize=64)
+def _ready(rule: Rule) -> tuple[GreedyBlocks, frozenset[str]]:
+    """A rule made ready, and the context that it reads."""
+    return GreedyBlocks(rule, with_gap=True), (rule.needs | rule.gap_needs) & CONTEXT_FIELDS
 
 
 def _decisions(
-    rule: Rule, tokens: np.ndarray, drafter: Tensor | None, verifier: Tensor, context: Mapping[str, Tensor]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The verifier's argmaxes, which tokens are deferred, which stand by the rule's leave, and the estimated loss of
-    keeping, all [R, T].
-    """
-    extra = rule.gap_needs | {"drafter_argmax", "verifier_argmax"}
-    given = (rule.needs | extra) & CONTEXT_FIELDS
-    if "draft_position" in given:
+    rule: Rule,
+    tokens: np.ndarray,
+    drafter: Tensor | None,
+    verifier: np.ndarray,
+    best: np.ndarray,
+    inside: np.ndarray,
+    context: Mapping[str, Tensor],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which tokens are deferred and the estimated loss of keeping, [R, T] each; beyond a row's length anything."""
+    ready, reads = _ready(rule)
+    if "draft_position" in reads and "draft_position" not in context:
         place = torch.arange(tokens.shape[1]).expand(tokens.shape)
         context = {"draft_position": place, **context}
-    if drafter is None or not given <= set(context):
+    if drafter is None or not reads <= context.keys() or drafter.device.type != "cpu":
         raise ElsewhereError
-    drafter = drafter.to(verifier.dtype)
-    if not quick.decides(rule, drafter, verifier, extra):
-        raise ElsewhereError
+    drafter = drafter if drafter.dtype == torch.float64 == verifier.dtype else drafter.float()
+    liked = drafter.numpy().argmax(axis=-1)
+    if ((liked != tokens) & inside).any():
+        raise ElsewhereError  # the rules say more of a token that is not the drafter's favourite
+    differing = np.flatnonzero((liked != best) & inside).tolist()
+    given = {name: context[name] for name in reads}
     try:
-        decided, summary = quick.decide(rule, drafter, verifier, torch.from_numpy(tokens), context, extra)
+        with np.errstate(over="ignore", invalid="ignore"):
+            found = ready.judged([drafter], verifier, best, liked, differing, given)
     except InputError:
-        raise ElsewhereError from None
-    if isinstance(rule, TokenRule) and not np.array_equal(summary["drafter_argmax"].numpy(), tokens):
-        raise ElsewhereError  # the law of a token rule says more of one that is not the drafter's favourite
-    deferred, at = decided.numpy(), np.arange(tokens.size) * verifier.shape[-1] + tokens.reshape(-1)
-    allowed = verifier.reshape(-1).numpy()[at].reshape(tokens.shape) > -np.inf
-    costs = np.maximum(rule.estimated_gap(summary).expand(tokens.shape).numpy().astype(float), 0.0)
-    return summary["verifier_argmax"].numpy(), deferred, ~deferred & allowed, costs
+        found = None
+    if found is None:
+        raise ElsewhereError
+    return found[0], np.maximum(found[1], 0.0)
 
 
 def _until_first(passes: np.ndarray, inside: np.ndarray) -> np.ndarray:
@@ -125,7 +127,7 @@ def _walk(
     costs: np.ndarray,
     inside: np.ndarray,
     limit: float | None,
-    spent: np.ndarray,
+    spent: Sequence[float],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Accepted tokens [R], kept tokens that the limit allows [R, T] and what those that stand cost [R]; as
     `rules.limit.walk`, where a cost that is not finite is never within a limit.
@@ -135,11 +137,12 @@ def _walk(
         accepted = _until_first(kept | exact, inside)
         stand = np.arange(kept.shape[1]) < accepted[:, None]
         return accepted, kept, np.where(stand & kept, costs, 0.0).sum(axis=1)
-    total, kept = spent.copy(), kept.copy()
+    begun = np.asarray(spent, dtype=float)
+    total, kept = begun.copy(), kept.copy()
     alive, accepted = np.ones(len(spent), dtype=bool), np.zeros(len(spent), dtype=np.int64)
     for step in range(kept.shape[1]):
         kept[:, step] &= (total < limit) & (total + costs[:, step] <= limit)
         alive &= inside[:, step] & (kept[:, step] | exact[:, step])
         total += np.where(alive & kept[:, step], costs[:, step], 0.0)
         accepted += alive
-    return accepted, kept, total - spent
+    return accepted, kept, total - begun
