@@ -143,6 +143,7 @@ def _close_with(worker: Any, seam: Seam) -> None:
         try:
             return shutdown(*args, **kwargs)
         finally:
+            atexit.unregister(seam.close)  # which would hold the models in memory until the process ends
             seam.close()
 
     worker.shutdown = shutdown_both

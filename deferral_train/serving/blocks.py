@@ -263,9 +263,10 @@ def _scaled(
     Args:
         given: the verifier's logits after temperature and truncation, where they are not verifier / temperature.
     """
-    if given is None and len(set(temperatures)) == 1:
+    rounded = drafter is not None and drafter.dtype in (torch.bfloat16, torch.float16)
+    if given is None and not rounded and len(set(temperatures)) == 1:
         return temperatures[0], None, None
     scale = torch.tensor(temperatures, dtype=torch.float32, device=verifier.device).view(-1, 1, 1)
     sampling = verifier.float() / scale if given is None else given
-    # In the drafter's own type, as the engine scaled it when it drew the tokens.
-    return 1.0, None if drafter is None else drafter / scale.to(drafter.dtype), sampling
+    # Divided and rounded as the engine did when it drew the tokens.
+    return 1.0, None if drafter is None else (drafter / scale).to(drafter.dtype), sampling

@@ -15,6 +15,10 @@ from deferral_train.rules import Rule
 from deferral_train.serving.blocks import GREEDY_BELOW, Plan
 from deferral_train.serving.config import RequestOptions, ServingConfig
 
+MOST_DIALS = (
+    64  # values of requests' own that are remembered: anybody who may ask can send any number of them
+)
+
 
 @dataclass
 class Request:
@@ -101,6 +105,8 @@ class Requests:
         if dial is None or self.rule.dial is None:
             return self.rule
         if dial not in self._dialled:
+            if len(self._dialled) >= MOST_DIALS:
+                del self._dialled[next(iter(self._dialled))]
             self._dialled[dial] = self.rule.with_dial(dial)
         return self._dialled[dial]
 

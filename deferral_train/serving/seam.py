@@ -112,8 +112,16 @@ class Seam:
             if request.refused is not None:
                 self.counters.add(f"refused_{request.refused}")
             if self.logger is not None and request.logged:
-                self.logger.started(name, self.runner.requests[name], request.name)
+                self._start_log(name, request)
         return request
+
+    def _start_log(self, name: str, request: Request) -> None:
+        """Tell the logger of a request; never raises."""
+        try:
+            self.logger.started(name, self.runner.requests[name], request.name)  # type: ignore[union-attr]
+        except Exception:
+            self.counters.add("log_faults")
+            log.exception("deferral: a prompt was not logged; its request is not affected")
 
     # One step
 
@@ -147,12 +155,9 @@ class Seam:
             return None
         counts = [counts[row] for row in members]
         drafted = spread_host(metadata.draft_token_ids.cpu().numpy().astype(np.int64), counts)
-        lengths, place = np.array(counts), np.arange(drafted.shape[1])
-        invalid = (drafted < 0) & (place < lengths[:, None])
-        cut = invalid.any(axis=1)
-        if cut.any():
-            lengths = np.where(cut, invalid.argmax(axis=1), lengths)
-        drafted[place >= lengths[:, None]] = 0
+        lengths, cut = np.array(counts), []
+        if drafted.min() < 0 or min(counts) < drafted.shape[1]:
+            cut = self._shorten(drafted, lengths)
         temperatures = [self.runner.requests[name].sampling_params.temperature for name in names]
         generators = sampling_metadata.generators
         return Step(
@@ -165,8 +170,18 @@ class Seam:
             temperatures,
             {place: generators[row] for place, row in enumerate(members) if row in generators},
             self._positions(metadata, names, counts),
-            np.flatnonzero(cut).tolist(),
+            cut,
         )
+
+    @staticmethod
+    def _shorten(drafted: np.ndarray, lengths: np.ndarray) -> list[int]:
+        """End blocks at the first id that the engine marked invalid, clear what lies beyond; which rows were cut."""
+        place = np.arange(drafted.shape[1])
+        invalid = (drafted < 0) & (place < lengths[:, None])
+        cut = np.flatnonzero(invalid.any(axis=1))
+        lengths[cut] = invalid[cut].argmax(axis=1)
+        drafted[place >= lengths[:, None]] = 0
+        return cut.tolist()
 
     def _positions(self, metadata: Any, names: list[str], counts: list[int]) -> Tensor | None:
         """Tokens generated before each drafted one [R, T], where somebody asks."""

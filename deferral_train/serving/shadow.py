@@ -17,6 +17,7 @@ import numpy as np
 from deferral_train import provenance
 from deferral_train.rules import Rule
 from deferral_train.serving.blocks import Outcome, Plan
+from deferral_train.serving.requests import MOST_DIALS
 
 log = logging.getLogger("vllm.deferral_train")
 SCHEMA_VERSION = 1
@@ -38,6 +39,7 @@ class Shadow:
         if path is not None:
             given = Path(path)
             self.path = given if label == "0" else given.with_name(f"{given.stem}-{label}{given.suffix}")
+        self._labels: set[str] = set()  # of requests' own dials
         self._open: dict[str, tuple[str, np.ndarray]] = {}
         self._sums: dict[str, tuple[int, np.ndarray, np.ndarray]] = {}
         self._written = time.monotonic()
@@ -93,7 +95,11 @@ class Shadow:
         """The configured rule by its spec, at a request's own dial by that."""
         if rule.dial is None or rule.dial_value == self.rule.dial_value:
             return self.spec
-        return f"{self.spec} at {rule.dial.parameter}={rule.dial_value!r}"
+        label = f"{self.spec} at {rule.dial.parameter}={rule.dial_value!r}"
+        if label not in self._labels and len(self._labels) >= MOST_DIALS:
+            return f"{self.spec} at other dials"
+        self._labels.add(label)
+        return label
 
     def _close(self, name: str) -> None:
         label, numbers = self._open.pop(name, ("", None))

@@ -211,11 +211,10 @@ class TraceLog:
             return True
         self._compute()
         for done in [name] if name else list(self._open):
-            parts = self._open.pop(done, None)
+            parts, called = self._open.pop(done, None), self._names.pop(done, done)
             if done in self._dropped:
                 self._dropped.discard(done)
             elif parts:
-                called = self._names.pop(done, done)
                 called = done if called in self._used else called  # ids of a header do not repeat
                 self._used.add(called)
                 self._ready.append((called, parts))

@@ -145,6 +145,18 @@ def test_truncation_reaches_sampling_and_not_decisions():
         )
 
 
+@pytest.mark.parametrize("neighbours", [0.7, 1.3])
+def test_a_law_of_half_precision_is_the_one_that_the_tokens_were_drawn_from(neighbours, monkeypatch):
+    temperatures = [0.7, neighbours] * (R // 2)
+    block, seen = rows(temperatures), {}
+    block.drafter = (8 * block.drafter).to(torch.bfloat16)
+    scaled = block.drafter.clone().div_(torch.tensor(temperatures).view(-1, 1, 1))  # as vLLM's proposer does
+    own = blocks.verify_block
+    monkeypatch.setattr(blocks, "verify_block", lambda *a, **k: (seen.update(k), own(*a, **k))[1])
+    verify(block, [Plan(make_rule("opt", alpha=0.2))] * R, numbers())
+    assert torch.equal(seen["drafter_sampling_logits"], scaled)
+
+
 def test_a_row_that_cannot_be_verified_gets_one_token_and_harms_no_other():
     block, draws = rows([1.0] * R), numbers()
     plans = [Plan(make_rule("opt", alpha=0.2))] * R

@@ -8,9 +8,11 @@ import sys
 
 import pytest
 
+from deferral_train.serving.blocks import Outcome
 from deferral_train.serving.config import ServingConfig
 from deferral_train.serving.counters import Collector, Counters, read_folder
-from deferral_train.serving.requests import Requests, chosen
+from deferral_train.serving.requests import MOST_DIALS, Requests, chosen
+from deferral_train.serving.shadow import Shadow
 
 
 class CertifiedHead:
@@ -43,6 +45,20 @@ def test_a_request_keeps_its_own_dial_limit_and_account():
     assert known.of("c", 1.0, {"deferral_dial": 0.4}).plan.rule is first.plan.rule
     assert known.keep_only({"b"}.__contains__) == ["a", "c"]
     assert known.of("a", 1.0, None).plan.spent == 0.0
+
+
+def test_any_number_of_dials_is_remembered_up_to_a_number():
+    known = requests()
+    shadow = Shadow("unused.json", "opt:alpha=0.2", known.rule)
+    outcome = Outcome.empty(1, 3)
+    for n in range(3 * MOST_DIALS):
+        request = known.of(str(n), 1.0, {"deferral_dial": n / 1000})
+        assert request.plan.rule.dial_value == n / 1000
+        shadow.add([str(n)], [request.plan], outcome, outcome)
+        shadow.finished([str(n)])
+    assert len(known._dialled) == MOST_DIALS
+    assert len(shadow._sums) == MOST_DIALS + 1  # one of them for all others together
+    assert sum(count for count, _, _ in shadow._sums.values()) == 3 * MOST_DIALS
 
 
 @pytest.mark.parametrize(

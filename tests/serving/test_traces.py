@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from deferral_train.serving.config import LogConfig, ServingConfig
 from deferral_train.serving.counters import Counters
 from deferral_train.serving.layout import Step
 from deferral_train.serving.resume import finished_part
+from deferral_train.serving.seam import Seam
 from deferral_train.serving.trace_log import TraceLog
 from deferral_train.traces import open_traces, read_candidates
 from deferral_train.traces.folder import open_folder
@@ -242,9 +244,25 @@ def test_a_fault_of_the_writer_is_counted_and_touches_nobody(tmp_path):
         log.take(step, rows, broken, rows.verifier, range(2))
 
 
-def test_a_folder_with_traces_is_not_written_over(tmp_path):
-    from types import SimpleNamespace
+def test_a_prompt_that_cannot_be_written_touches_no_request(tmp_path):
+    log, counters = logged(tmp_path / "t", text=True)
+    (tmp_path / "t" / "prompts.jsonl").mkdir()
+    runner = SimpleNamespace(
+        device=torch.device("cpu"),
+        requests={
+            "a": SimpleNamespace(
+                sampling_params=SimpleNamespace(temperature=0.0, extra_args=None), prompt_token_ids=[1, 2]
+            )
+        },
+    )
+    config = ServingConfig(rule="opt:alpha=0.2", log=log.settings)
+    seam = Seam(runner, config, config.make_rule(), [], counters, log, 0)
+    assert seam.request("a").logged
+    assert counters.get("log_faults") == 1
+    seam.close()
 
+
+def test_a_folder_with_traces_is_not_written_over(tmp_path):
     from deferral_train.serving.checks import _check_log
 
     log, _ = logged(tmp_path / "t")
