@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deferral_train.errors import InputError
 from deferral_train.rules import dense
-from deferral_train.rules.base import Rule, named
+from deferral_train.rules.base import PositionRule, Rule, named
 from deferral_train.rules.block import BONUSES, Block
 from deferral_train.rules.learned import Judge
 from deferral_train.rules.limit import Walk, walk
@@ -129,7 +129,8 @@ def verify_block(
             else:
                 scores = score_block(rule, block, limited, uniform)
             steps = walk(scores, block.lengths, uniform, max_request_loss, spent)
-            deferred, next_token = scores.deferred, _corrections(rule, block, steps, last)
+            deferred = scores.deferred
+            next_token = _corrections(rule, block, steps, deferred, last)
         next_token, spent = _bonuses(rule, block, steps, next_token, bonus, last, max_request_loss)
         return Verdict(steps.accepted, next_token, _origins(steps, block, next_token), deferred, spent)
 
@@ -148,13 +149,16 @@ def _check_request(rule: Rule, drafter_logits: Tensor | None, bonus: str, limit:
         raise InputError(f"max_request_loss is {limit}; use a finite number >= 0")
 
 
-def _corrections(rule: Rule, block: Block, steps: Walk, uniform: Tensor | None) -> Tensor:
+def _corrections(rule: Rule, block: Block, steps: Walk, deferred: Tensor, uniform: Tensor | None) -> Tensor:
     """The correction of rejected rows [B]; -1 elsewhere."""
     next_token = torch.full_like(block.lengths, -1)
+    own = steps.allowed
+    if isinstance(rule, PositionRule):
+        own = own & ~deferred  # where it defers, its law is the verifier's
     rows = (steps.accepted < block.lengths).nonzero(as_tuple=True)[0]
     for batch, step in block.chunks(rows, steps.accepted[rows]):
         number = None if uniform is None else uniform[batch]
-        next_token[batch] = _correction(rule, block, batch, step, steps.allowed[batch, step], number)
+        next_token[batch] = _correction(rule, block, batch, step, own[batch, step], number)
     return next_token
 
 
@@ -180,14 +184,18 @@ def _bonuses(
 
 
 def _correction(
-    rule: Rule, block: Block, batch: Tensor, step: Tensor, allowed: Tensor, uniform: Tensor | None
+    rule: Rule, block: Block, batch: Tensor, step: Tensor, own: Tensor, uniform: Tensor | None
 ) -> Tensor:
-    """A token from max(0, pi - q) at the rejected positions, [R]; from pi where nothing is left."""
+    """A token from max(0, pi - q) at the rejected positions, [R]; from pi where nothing is left.
+
+    Args:
+        own: where pi is the rule's law, [R]; elsewhere it is the verifier's.
+    """
     laws, token = block.rows(batch, step), block.drafted[batch, step]
     pi = laws.p
-    if not rule.is_lossless and bool(allowed.any()):
-        own = rule.step_law(laws, rule.read(laws, token, block.context_at(batch, step)), token)
-        pi = torch.where(allowed.unsqueeze(1), own, pi)
+    if not rule.is_lossless and bool(own.any()):
+        law = rule.step_law(laws, rule.read(laws, token, block.context_at(batch, step)), token)
+        pi = torch.where(own.unsqueeze(1), law, pi)
     if uniform is None:
         return pi.argmax(dim=-1)
     excess = (pi - laws.q).clamp_(min=0.0)
