@@ -209,8 +209,8 @@ class RowCache(Cache):
             layer.move_right(torch.tensor(rows, device=layer.device), shift)
 
     def trim(self) -> None:
-        """Give up the columns that are padding in every row."""
-        unused = min(self.pads)
+        """Give up the columns that are padding in every row; of a cache that nothing has been fed to, none."""
+        unused = min(*self.pads, self.width)
         if unused:
             self._each_layer("trim_left", unused)
             self.width -= unused

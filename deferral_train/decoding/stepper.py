@@ -154,7 +154,7 @@ class Stepper:
 
     def join(self, group: TokenRows) -> None:
         """New rows come in: their prompts are fed in a pass of their own, their caches put below ours."""
-        if self.passes == 0:  # nothing has been fed to anyone yet
+        if not self.cache.written:  # nothing has been fed to anyone yet
             self.cache.pads += group.row_pads
             self.fed += [0] * len(group.rows)
             self.valid += [0] * len(group.rows)
@@ -182,7 +182,7 @@ class Stepper:
         # With one row at a time the encoder's states are those of its own columns.
         if type(self) is not Stepper or self.tokens.at_once == 1:
             return 0
-        if self.passes == 0:
+        if not self.cache.written:
             return len(rows)
         if rows[0] not in self._ready_rows:
             several = self.tokens.waiting[: max(1, self.tokens.at_once // 2)]
@@ -200,7 +200,7 @@ class Stepper:
         """Waiting rows come in where others have ended; nothing is copied but what is theirs."""
         self.fed, self.valid, other = list(self.fed), list(self.valid), self._ready
         for place, row in zip(places, rows):
-            if self.passes == 0:  # nothing has been fed to anyone yet
+            if not self.cache.written:  # nothing has been fed to anyone yet
                 self.cache.pads[place] = self.tokens.pads[row]
                 continue
             assert other is not None

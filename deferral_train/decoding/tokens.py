@@ -71,9 +71,11 @@ class TokenRows:
 
     def _block(self) -> slice | None:
         """The running rows as a slice of ``ids`` where they lie together and are of one length, else None."""
-        if min(self.lengths) != max(self.lengths) or self.rows[-1] - self.rows[0] != len(self.rows) - 1:
+        first, behind = self.rows[0], self.rows[0] + len(self.rows)
+        # In any order: rows that waited take the places of others.
+        if min(self.lengths) != max(self.lengths) or self.rows != list(range(first, behind)):
             return None
-        return slice(self.rows[0], self.rows[-1] + 1)
+        return slice(first, behind)
 
     def window(self, behind: int, ahead: int) -> Tensor:
         """The last ``behind`` tokens of each running row and ``ahead`` columns more, [B, behind + ahead].
