@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -92,6 +93,30 @@ class Block:
         steps = torch.arange(self.drafted.shape[1], device=self.drafted.device)
         return steps < self.lengths.unsqueeze(1)
 
+    @cached_property
+    def whole(self) -> Laws | None:
+        """Laws [B * T, V] of all positions, row by row, kept for what is read twice.
+
+        None where they are more than a chunk, off the CPU, without a drafter law, or not all drafted.
+        """
+        rows, drafts = self.drafted.shape
+        if self.drafter_logits is None or not 0 < rows * drafts <= self.rows_per_chunk:
+            return None
+        if self.drafted.device.type != "cpu" or min(self.lengths.tolist()) < drafts:
+            return None
+        given = self.drafter_sampling_logits, self.verifier_sampling_logits
+        logits = (self.drafter_logits, self.verifier_logits)
+        flat = [None if one is None else one[:, :drafts].flatten(0, 1) for one in (*logits, *given)]
+        return Laws.of(flat[0], flat[1], self.temperature, flat[2], flat[3])  # type: ignore[arg-type]
+
+    @property
+    def whole_context(self) -> Summary:
+        """The context [B * T] of all positions; the place in the block is always known."""
+        rows, drafts = self.drafted.shape
+        given = () if self.context is None else self.context.items()
+        columns = {name: column[:, :drafts].flatten(0, 1) for name, column in given}
+        return Summary({"draft_position": torch.arange(drafts).repeat(rows), **columns})
+
     @property
     def rows_per_chunk(self) -> int:
         """Rows worked on at a time: as many as a cache holds, one at a large vocabulary."""
@@ -105,6 +130,9 @@ class Block:
 
     def rows(self, batch: Tensor, step: Tensor) -> Laws:
         """Laws [R, V] at some positions; the drafter's are one-hot where it gives no law."""
+        drafts = self.drafted.shape[1]
+        if batch.numel() == 1 and self.whole is not None and int(step) < drafts:
+            return self.whole.row(int(batch) * drafts + int(step))
         verifier = _pick(self.verifier_logits, batch, step)
         if self.drafter_logits is None:
             tokens = self.drafted[batch, step].unsqueeze(1)

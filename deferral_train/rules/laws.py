@@ -275,6 +275,20 @@ class Laws:
             pick(self.verifier_sampling_logits),
         )
 
+    def row(self, n: int) -> Laws:
+        """Position ``n`` of laws [R, V] as laws [1, V]; what is known of the sampling laws is not computed again."""
+
+        def pick(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[n : n + 1]
+
+        logits = self.drafter_logits[n : n + 1], self.verifier_logits[n : n + 1]
+        given = pick(self.drafter_sampling_logits), pick(self.verifier_sampling_logits)
+        found = Laws(*logits, self.temperature, *given)
+        for name in ("q", "p"):
+            if name in self.__dict__:
+                found.__dict__[name] = self.__dict__[name][n : n + 1]  # where cached_property looks
+        return found
+
     def _sampling_law(self, decision: Tensor, given: Tensor | None, who: str) -> Tensor:
         processed = decision if given is None else given
         what = f"{who}_logits" if given is None else f"{who}_sampling_logits"

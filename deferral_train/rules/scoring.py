@@ -99,17 +99,28 @@ def check_drawn(drafter_logit_at_token: Tensor) -> None:
 
 def score_block(rule: Rule, block: Block, with_gap: bool, uniform: Tensor | None) -> Scores:
     """Scores [B, T] of a block, chunk by chunk; positions that were not drafted read as not deferred, ratio 0."""
-    places = block.inside.nonzero(as_tuple=True)
     lazy = uniform is not None
+    if block.whole is not None:
+        found = score_laws(rule, block.whole, block.drafted.flatten(), block.whole_context, with_gap, lazy)
+        return _refined(rule, block, _shaped(found, block.drafted.shape), uniform)
+    places = block.inside.nonzero(as_tuple=True)
     parts = [
         score_laws(rule, block.rows(*rows), block.drafted[rows], block.context_at(*rows), with_gap, lazy)
         for rows in block.chunks(*places)
     ]
-    scores = spread(parts, block, places)
+    return _refined(rule, block, spread(parts, block, places), uniform)
+
+
+def _shaped(scores: Scores, shape: torch.Size) -> Scores:
+    """Scores [B * T] as [B, T]."""
+    gap = None if scores.gap is None else scores.gap.to(torch.float64).reshape(shape)
+    deferred, kept = scores.deferred.reshape(shape), scores.kept.reshape(shape)
+    return Scores(deferred, kept, scores.ratio.reshape(shape), scores.exact_ratio.reshape(shape), gap)
+
+
+def _refined(rule: Rule, block: Block, scores: Scores, uniform: Tensor | None) -> Scores:
     return (
-        refine(rule, block, scores, uniform)
-        if uniform is not None and isinstance(rule, TokenRule)
-        else scores
+        scores if uniform is None or not isinstance(rule, TokenRule) else refine(rule, block, scores, uniform)
     )
 
 

@@ -228,8 +228,8 @@ def _origins(steps: Walk, block: Block, next_token: Tensor) -> Tensor:
     rows, drafts = block.drafted.shape
     origin = torch.zeros(rows, drafts + 1, dtype=torch.int8, device=block.drafted.device)
     emitted = torch.arange(drafts, device=origin.device) < steps.accepted.unsqueeze(1)
-    origin[:, :drafts][emitted] = int(Origin.ACCEPTED)
-    origin[:, :drafts][emitted & steps.kept] = int(Origin.KEPT)
+    drafted = torch.where(steps.kept, int(Origin.KEPT), int(Origin.ACCEPTED))
+    origin[:, :drafts] = torch.where(emitted, drafted, int(Origin.NONE))
     last = torch.where(steps.accepted < block.lengths, int(Origin.RESAMPLED), int(Origin.BONUS))
     last = torch.where(next_token < 0, int(Origin.NONE), last)
     return origin.scatter(1, steps.accepted.unsqueeze(1), last.to(torch.int8).unsqueeze(1))
