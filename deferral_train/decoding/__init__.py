@@ -3,6 +3,7 @@
 from deferral_train.decoding.decode import DecodeConfig, decode
 from deferral_train.decoding.generate import CascadeOutput, cascade_generate
 from deferral_train.decoding.pair import Generation, Pair, Settings, load_pair
+from deferral_train.decoding.static_shelf import release_passes
 from deferral_train.decoding.stats import GenerationStats
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "cascade_generate",
     "decode",
     "load_pair",
+    "release_passes",
 ]

@@ -5,7 +5,7 @@ the whole call (S slots, C columns, both rounded up so that later calls find it 
 and never asks the device for a value. On CUDA it is recorded once as a CUDA graph and replayed; a backend of
 ``torch.compile`` may fuse it first.
 
-Built passes are kept with the model and lent to one call at a time.
+:mod:`deferral_train.decoding.static_shelf` keeps what is built.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -30,9 +29,7 @@ from deferral_train.decoding.hidden import HiddenTap
 from deferral_train.decoding.static_cache import CrossCache, SlotCache, encoder_decoder
 from deferral_train.decoding.static_masks import additive, cross_mask, positions_of, self_masks
 from deferral_train.decoding.static_shape import Shape
-from deferral_train.decoding.static_support import NotStaticError, first_attention, windows_of
-
-KEPT = 4  # built shapes kept per model
+from deferral_train.decoding.static_support import NotStaticError, first_attention, identity_of, windows_of
 
 
 @dataclass
@@ -227,69 +224,3 @@ def _one_pass(model: Any) -> Any:
         decoder_input_ids=ids, encoder_outputs=outputs, past_key_values=past, use_cache=True, return_dict=True
     )
     return past
-
-
-def identity_of(model: Any) -> tuple[Any, ...]:
-    """What a built pass relies on: where the weights lie, and how attention is computed."""
-    config = model.config.get_text_config(decoder=True)
-    try:
-        weights = tuple(weight.data_ptr() for weight in model.parameters())
-    except RuntimeError as error:
-        raise NotStaticError("has weights without an address (offloaded or quantised)") from error
-    return (
-        hash(weights),
-        model.dtype,
-        config._attn_implementation,
-        torch.is_inference_mode_enabled(),
-        model.training,
-    )
-
-
-@dataclass
-class _Shelf:
-    """What has been built for a model and is not lent out, and what could not be built."""
-
-    built: list[StaticModel] = field(default_factory=list)
-    failed: dict[Shape, str] = field(default_factory=dict)
-
-
-_SHELVES: WeakKeyDictionary[Any, _Shelf] = WeakKeyDictionary()
-
-
-@contextlib.contextmanager
-def lent(model: Any, shape: Shape, prove: Callable[[StaticModel], None]) -> Iterator[StaticModel]:
-    """The passes of a model in this shape, built at the first call and lent to one call at a time.
-
-    Args:
-        prove: compares what has been built with the model itself.
-
-    Raises:
-        NotStaticError: it has been tried and does not work; remembered with the model.
-    """
-    shelf = _SHELVES.setdefault(model, _Shelf())
-    identity = identity_of(model)
-    shelf.built = [one for one in shelf.built if one.identity == identity]
-    fitting = [one for one in shelf.built if one.shape.serves(shape)]
-    static = min(fitting, key=lambda one: one.shape.slots * one.shape.columns, default=None)
-    if static is not None:
-        shelf.built.remove(static)
-    else:
-        if shape in shelf.failed:
-            raise NotStaticError(shelf.failed[shape])
-        try:
-            static = StaticModel(model, shape)
-            with static.hooked(model):
-                prove(static)
-        except NotStaticError as error:
-            shelf.failed[shape] = str(error)
-            raise
-        except torch.OutOfMemoryError as error:  # may fit another time
-            raise NotStaticError(
-                f"has no memory for {shape.slots} rows of {shape.columns} columns"
-            ) from error
-    try:
-        with static.hooked(model):
-            yield static
-    finally:
-        others = [one for one in shelf.built if not static.shape.serves(one.shape)]
-        shelf.built = [*others, static][-KEPT:]

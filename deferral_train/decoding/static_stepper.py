@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deferral_train.decoding.compiled import StaticModel, lent
+from deferral_train.decoding.compiled import StaticModel
 from deferral_train.decoding.hidden import HiddenTap, tap_hidden
 from deferral_train.decoding.static_shape import Shape
+from deferral_train.decoding.static_shelf import lent
 from deferral_train.decoding.static_support import NotStaticError, reason_against
 from deferral_train.decoding.stepper import Stepper
 from deferral_train.decoding.tokens import TokenRows, on_device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from deferral_train.decoding.facts import facts_of
+from deferral_train.decoding.hidden import HiddenTap
 from deferral_train.errors import InputError
 
 BACKENDS = ("static", "inductor", "aot_eager", "eager")
@@ -89,3 +91,44 @@ def windows_of(model: Any) -> dict[str, int | None]:
     if len(set(windows)) == 1:
         return {"": windows[0]}
     return dict(zip(model.config.get_text_config(decoder=True).layer_types, windows))
+
+
+# What adapters (peft's names) switch without touching weights; a recorded pass would go on as it was.
+ADAPTERS = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
+
+
+def identity_of(model: Any) -> tuple[Any, ...]:
+    """What a built pass relies on: where weights and buffers lie, how attention is computed, adapters and hooks.
+
+    Raises:
+        NotStaticError: weights that lie nowhere.
+    """
+    config = model.config.get_text_config(decoder=True)
+    try:
+        lies = [one.data_ptr() for one in itertools.chain(model.parameters(), model.buffers())]
+    except RuntimeError as error:
+        raise NotStaticError("has weights without an address (offloaded or quantised)") from error
+    return (
+        hash(tuple(lies)),
+        model.dtype,
+        config._attn_implementation,
+        torch.is_inference_mode_enabled(),
+        model.training,
+        tuple(_switches(model)),
+    )
+
+
+def _switches(model: Any) -> list[Any]:
+    """States of adapters, and hooks that somebody has set."""
+    found: list[Any] = []
+    for module in model.modules():
+        values = vars(module)
+        found += [repr(values[name]) for name in ADAPTERS if name in values]
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            # transformers sets its own at the first call and leaves them; taps are set per call.
+            found += [
+                key
+                for key, hook in hooks.items()
+                if not (isinstance(hook, HiddenTap) or str(hook.__module__).startswith("transformers."))
+            ]
+    return found

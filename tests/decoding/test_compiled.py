@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -17,10 +18,11 @@ from tiny_models import KINDS, tiny_config, tiny_model
 from torch._dynamo.utils import counters
 
 from deferral_train.decoding import CascadeOutput
-from deferral_train.decoding.compiled import _SHELVES, StaticModel, lent
+from deferral_train.decoding.compiled import StaticModel
 from deferral_train.decoding.pair import Settings
 from deferral_train.decoding.proposing import ModelProposer
 from deferral_train.decoding.static_shape import Shape
+from deferral_train.decoding.static_shelf import _SHELVES, lent, release_passes
 from deferral_train.decoding.static_support import NotStaticError, reason_against
 from deferral_train.decoding.stopping import ConfidenceStop
 from deferral_train.decoding.tokens import TokenRows
@@ -207,6 +209,42 @@ def test_passes_are_kept_lent_and_dropped_with_their_model() -> None:
     del drafter, verifier, first, one, other
     gc.collect()
     assert len(_SHELVES) == known - 2
+
+
+def test_passes_are_built_anew_for_what_a_recording_would_not_notice() -> None:
+    model = tiny_model("llama", 1)
+    shape = Shape.around(1, 8, 0, "static", True, ((1, 1),))
+
+    def current() -> StaticModel:
+        with lent(model, shape, lambda built: None) as static:
+            return static
+
+    layer, rope = model.model.layers[0], model.model.rotary_emb
+    changes: list[Callable[[], Any]] = [
+        lambda: setattr(layer, "_active_adapter", ["first"]),
+        lambda: setattr(layer, "_active_adapter", ["second"]),
+        lambda: setattr(layer, "_disable_adapters", True),
+        lambda: layer.register_forward_hook(lambda module, arguments, output: None),
+        lambda: rope.register_buffer("inv_freq", rope.inv_freq.clone(), persistent=False),
+        lambda: release_passes(model),
+        release_passes,
+    ]
+    for change in changes:
+        before = current()
+        assert current() is before
+        change()
+        assert current() is not before
+
+
+def test_calls_in_several_threads_borrow_passes_of_their_own() -> None:
+    drafter, verifier, _ = pair_of("llama")
+    inputs = [prompts_for("llama", seed=seed) for seed in range(4)]
+    wanted = [generate(drafter, verifier, one, "opt", compile="off").sequences for one in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(
+            lambda one: generate(drafter, verifier, one, "opt", compile="static").sequences, inputs * 3
+        )
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted * 3))
 
 
 def test_shapes_are_rounded_up_and_serve_smaller_calls() -> None:
