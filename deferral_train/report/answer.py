@@ -87,10 +87,10 @@ def _drafting(verdict: Mapping[str, Any]) -> dict[str, str] | None:
     if not proposed or not proposed.get("speed"):
         return None
     speed, used = proposed["speed"], proposed.get("used")
-    limits = "" if speed.get("low") is None else f" [{nice(speed['low'])}, {nice(speed['high'])}]"
-    more = (
-        f"{nice(speed['value'])}×{limits} the verifier alone at batch 1, by replaying texts and timing passes"
+    limits = (
+        "" if speed.get("low") is None else f"95% interval {nice(speed['low'])} to {nice(speed['high'])}, "
     )
+    more = f"{proposed.get('flags')}: {limits}against the verifier alone at batch 1, by replaying texts"
     if used:
         more += f"; {nice(used['speed']['value'])}× with {used['num_draft_tokens']} draft tokens, as decoded"
-    return {"name": "Drafting predicted fastest", "value": str(proposed.get("flags")), "more": more}
+    return {"name": "Drafting predicted fastest", "value": f"{nice(speed['value'])}×", "more": more}
