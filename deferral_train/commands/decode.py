@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
 from deferral_train.errors import InputError
@@ -147,12 +148,22 @@ def stop_from_spec(spec: str | None) -> StopDrafting | None:
     }
     if name not in classes:
         raise InputError(f"stop {spec!r} is unknown; known: {', '.join(STOPS)}")
+    known = {field.name: field for field in fields(classes[name]) if field.init}
+    unknown = [key for key in parameters if key not in known]
+    absent = [
+        key
+        for key, field in known.items()
+        if field.default is MISSING and field.default_factory is MISSING and key not in parameters
+    ]
+    if unknown or absent:
+        problem = f"unknown parameter {unknown[0]!r}" if unknown else f"no {absent[0]}"
+        raise InputError(f"stop {spec!r}: {problem}; {name} takes {', '.join(known)}")
+    for key, value in parameters.items():
+        if key != "head" and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise InputError(f"stop {spec!r}: {key} is {value}; give a number")
     if "head" in parameters:
         parameters["head"] = DeferralHead.from_pretrained(str(parameters["head"]))
-    try:
-        return classes[name](**parameters)
-    except TypeError as error:
-        raise InputError(f"stop {spec!r}: {error}") from error
+    return classes[name](**parameters)
 
 
 def table(summary: dict[str, Any], metrics: Sequence[str] = ()) -> list[str]:

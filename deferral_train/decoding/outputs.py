@@ -27,7 +27,7 @@ class OutputFolder:
         identity: everything that decides what is written; kept in ``run.json``.
 
     Raises:
-        InputError: the folder holds the outputs of another run.
+        InputError: the folder holds finished batches of another run.
     """
 
     def __init__(self, folder: str | Path, identity: Mapping[str, Any]) -> None:
@@ -39,7 +39,7 @@ class OutputFolder:
 
     def _adopt(self, identity: dict[str, Any]) -> None:
         path = self.folder / RUN
-        if not path.exists():
+        if not path.exists() or not any(read_lines(self.folder / BATCHES)):  # refused in its first batch, say
             write_json(path, identity)
             return
         before = json.loads(path.read_text(encoding="utf-8"))

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
+from deferral_train.traces.judged import judged_summary
 from deferral_train.traces.reader import Traces
+from deferral_train.traces.truth import rejection
 
 CANDIDATES = 200
 
@@ -84,10 +86,13 @@ def fit_acceptance(
         raise InputError(
             "head predicts no acceptance at the draft stage; fit a judge head with stage 'draft'"
         )
-    tv = traces.summary(["tv"], temperature).tv
-    predicted = head.score(traces.summary(head.features))
+    drafted = (
+        traces.manifest.prefixes == "drafter"
+    )  # else the drafter's favourite stands for what it would draft
+    fields = Traces.summary if drafted else judged_summary
+    predicted = head.score(fields(traces, head.features))
     prompts = torch.from_numpy(traces.prompt_of_row.copy())
-    found = fit_chains(predicted, 1 - tv, prompts, cost, longest)
+    found = fit_chains(predicted, 1 - rejection(traces, temperature), prompts, cost, longest)
     return replace(found, threshold=1 - found.threshold)
 
 

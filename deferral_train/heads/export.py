@@ -20,7 +20,7 @@ def export_head(
         head: what to write; its metadata gains the cost, and the operating point where one is given.
         folder: where to.
         alpha: operating point; a certificate, which was of another one, is dropped. None keeps both.
-        threshold: operating point of a judge head, 0 to 1.
+        threshold: the same for a judge head, 0 to 1.
 
     Raises:
         InputError: a threshold out of range, or for another head; alpha for a judge head.
@@ -29,12 +29,12 @@ def export_head(
     if (alpha if judges else threshold) is not None:
         dial, other = ("threshold", "alpha") if judges else ("alpha", "threshold")
         raise InputError(f"{other}: the dial of a {head.head_type} head is {dial}; give that")
-    if threshold is not None:
-        if not 0 <= threshold <= 1:
-            raise InputError(f"threshold is {threshold}; give a number from 0 to 1")
-        head.metadata = {**head.metadata, "threshold": float(threshold)}
-    if alpha is not None:
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise InputError(f"threshold is {threshold}; give a number from 0 to 1")
+    given = {"alpha": alpha, "threshold": threshold}
+    point = {name: float(value) for name, value in given.items() if value is not None}
+    if point:
         kept = {name: value for name, value in head.metadata.items() if name != "certificate"}
-        head.metadata = {**kept, "alpha": float(alpha)}
+        head.metadata = kept | point
     head.metadata = {**head.metadata, "cost": measure_cost(head)}
     return save_head(head, folder)

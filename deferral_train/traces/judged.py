@@ -7,7 +7,8 @@ Scores (``judge_score``) are made by `collect --labels`; the label is 1[score > 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,25 @@ def resolve_truth(truth: str, traces: Traces) -> str:
         raise InputError(f"truth={truth!r}: the models agree on every token of these traces; collect more")
     tau = float(torch.from_numpy(scores.copy()).double().quantile(1 - value))
     return f"judge:tau={tau!r}"
+
+
+def check_labels(labels: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse trace folders whose scores one tau cannot part.
+
+    Args:
+        labels: of each manifest, those that are fitted on first.
+
+    Raises:
+        InputError: labels of another kind, or another window.
+    """
+    first = labels[0]
+    for own in labels[1:]:
+        for name in ("kind", "window"):
+            if own.get(name) != first.get(name):
+                raise InputError(
+                    f"labels: {name} is {own.get(name)} in one trace folder and {first.get(name)} in the first; "
+                    "collect all with the same --labels"
+                )
 
 
 def judged_rows(traces: Traces) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from deferral_train.errors import InputError
 from deferral_train.heads.base import DeferralHead
 from deferral_train.traces import Traces, open_traces, split_prompts
-from deferral_train.traces.judged import resolve_truth
+from deferral_train.traces.judged import check_labels, is_judge, resolve_truth
 from deferral_train.training import baselines
 from deferral_train.training.loader import TableLoader
 from deferral_train.training.metrics import check_alphas
@@ -121,6 +121,9 @@ class TraceDataModule(pl.LightningDataModule):
         """Load the columns that ``head`` needs; checks everything before training starts."""
         fit = self.traces["train"]
         self.truth = resolve_truth(self.truth, fit)
+        if is_judge(self.truth):
+            every = (fit, *self.further, self.traces["val"], self.traces["test"])
+            check_labels([part.manifest.labels for part in every])
         if self.further and head.inputs.memory is not None:
             raise InputError(
                 "memory features count one trace folder; leave them out or give one --data.train"

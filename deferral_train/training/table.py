@@ -44,7 +44,7 @@ def fit_table(
         used as
             a feature of itself.
     """
-    check_features(traces, head)
+    check_features(traces, head, label)
     own = None if head.inputs.memory is None else gold_tokens(traces, "a memory feature")
     table = _shared(traces, head, label, temperature, own)
     z = table["z"][judged_rows(traces)] if is_judge(label) else table["z"]
@@ -71,7 +71,7 @@ def score_table(
     """Columns to score ``head`` on: ``x z tv position``, ``exact`` where the traces know it, and the
     decisions ``[N, A]`` of each named baseline, given as one rule per alpha.
     """
-    check_features(traces, head)
+    check_features(traces, head, label)
     table = _shared(traces, head, label, temperature)
     table["position"] = torch.from_numpy(traces.column("position").copy()).long()
     if traces.manifest.truth == "exact":
@@ -97,8 +97,8 @@ def decisions(
     }
 
 
-def check_features(traces: Traces, head: DeferralHead) -> None:
-    """Refuse an empty split, features that the traces lack, and a gold token among the features."""
+def check_features(traces: Traces, head: DeferralHead, label: str = "reference") -> None:
+    """Refuse an empty split, features that the traces lack, and the fields of a token that nobody drafted."""
     if len(traces) == 0:
         raise InputError("an empty split: these traces hold no token; collect more or change the fractions")
     absent = [name for name in head.features if name not in traces.summary_fields]
@@ -107,6 +107,11 @@ def check_features(traces: Traces, head: DeferralHead) -> None:
             f"the traces lack feature(s) {', '.join(absent)}; they hold {', '.join(traces.summary_fields)}"
         )
     leaks = [name for name in head.features if name in TOKEN_FIELDS]
+    if leaks and label == "acceptance" and traces.manifest.prefixes != "drafter":
+        raise InputError(
+            f"feature(s) {', '.join(leaks)} speak of a token that the drafter did not write and leak whether it would "
+            "have been accepted; leave them out or collect with --prefixes drafter"
+        )
     if leaks and traces.manifest.prefixes == "reference":
         raise InputError(
             f"feature(s) {', '.join(leaks)} speak of the gold token in reference traces and leak the label; "

@@ -18,7 +18,7 @@ from tiny_models import save_tiny_pair
 
 from deferral_train.commands.decode import run, stop_from_spec
 from deferral_train.decoding import DecodeConfig, Pair, Settings, decode, load_pair
-from deferral_train.decoding.outputs import read_lines
+from deferral_train.decoding.outputs import OutputFolder, read_lines
 from deferral_train.decoding.stopping import ConfidenceStop
 from deferral_train.errors import InputError
 from deferral_train.heads.gap import GapHead
@@ -156,6 +156,18 @@ def test_another_run_is_not_mixed_in(pair: Pair, tmp_path: Path) -> None:
         decode(pair, PROMPTS[:3], ["lossless"], CONFIG, tmp_path)
 
 
+def test_a_run_that_was_refused_before_its_first_batch_holds_no_folder(tmp_path: Path) -> None:
+    OutputFolder(tmp_path, {"settings": "that no rule can take"})
+    folder = OutputFolder(tmp_path, {"settings": "corrected"})
+    folder.append(
+        [{"rule": "opt", "repetition": 0, "batch": 0}],
+        {"rule": "opt", "repetition": 0, "batch": 0, "rows": 1},
+    )
+    with pytest.raises(InputError, match="other settings"):
+        OutputFolder(tmp_path, {"settings": "others"})
+    assert len(OutputFolder(tmp_path, {"settings": "corrected"}).finished) == 1
+
+
 def test_heads_of_another_pair_are_refused(pair: Pair) -> None:
     head = GapHead(("drafter_max", "verifier_max")).eval().requires_grad_(False)
     rule = learned_rule(head, alpha=0.1)
@@ -220,4 +232,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert isinstance(stop_from_spec("confidence:threshold=0.3"), ConfidenceStop)
     with pytest.raises(InputError, match="unknown"):
         stop_from_spec("soon")
+    for spec, message in (
+        ("cumulative:treshold=0.1", "unknown parameter 'treshold'; cumulative takes threshold"),
+        ("cumulative:threshold=low", "threshold is low; give a number"),
+        ("acceptance:threshold=0.5", "no head; acceptance takes head, threshold"),
+        ("acceptance", "no head; acceptance takes head, threshold"),
+    ):
+        with pytest.raises(InputError, match=message):
+            stop_from_spec(spec)
     assert make_rule("opt", alpha=0.1).dial_value == 0.1

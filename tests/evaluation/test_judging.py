@@ -21,7 +21,7 @@ from deferral_train.heads.objectives import OBJECTIVES, REJECTED_WEIGHT, objecti
 from deferral_train.pairs.load import make_pair
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.traces import Traces, open_traces
-from deferral_train.traces.judged import acceptable, judged_rows, judged_summary, resolve_truth
+from deferral_train.traces.judged import acceptable, check_labels, judged_rows, judged_summary, resolve_truth
 from deferral_train.traces.truth import rejection
 from deferral_train.training.config import FitConfig
 from deferral_train.training.fit import fit
@@ -143,6 +143,10 @@ def test_an_acceptance_head_learns_the_weighted_label(folders: dict[str, str], t
             "learns from truth acceptance",
         ),
         ({"truth": "judge:tau=-2", "objective": "squared"}, "objective 'squared' does not fit a judge head"),
+        (
+            {"truth": "acceptance", "stage": "draft", "features": ("drafter_logprob",)},
+            "speak of a token that the drafter did not write",
+        ),
     ],
 )
 def test_fits_that_cannot_be_meant(
@@ -153,6 +157,15 @@ def test_fits_that_cannot_be_meant(
         fit(FitConfig(**settings), tmp_path)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_scores_of_another_kind_are_not_parted_by_the_same_tau() -> None:
+    first = {"kind": "selfjudge", "window": 20, "hidden": 32}
+    check_labels([first, dict(first)])
+    with pytest.raises(InputError, match="labels: kind is autojudge in one trace folder and selfjudge"):
+        check_labels([first, {"kind": "autojudge", "hidden": 32}])
+    with pytest.raises(InputError, match="labels: window is 5 in one trace folder and 20"):
+        check_labels([first, {**first, "window": 5}])
 
 
 def test_what_cannot_judge_is_refused(folders: dict[str, str], judged: tuple[JudgeHead, str]) -> None:

@@ -9,7 +9,8 @@ from heads.laws import FEATURES, every_head, summary_of
 from safetensors.torch import load_file, save_file
 
 from deferral_train.errors import InputError
-from deferral_train.heads import HEADS, DeferralHead, GapHead, set_operating_point
+from deferral_train.heads import HEADS, DeferralHead, GapHead, JudgeHead, set_operating_point
+from deferral_train.heads.export import export_head
 from deferral_train.heads.rules import LearnedTokenRule, learned_rule, parse_spec, rule_from_spec
 from deferral_train.rules.learned import LearnedRule
 
@@ -159,6 +160,17 @@ def test_operating_point_and_its_certificate_replace_the_former(folder):
     assert "exact" in (folder / "README.md").read_text()
     set_operating_point(folder, 0.1)
     assert "certificate" not in DeferralHead.from_pretrained(folder).metadata
+
+
+def test_another_threshold_drops_the_certificate_of_the_former(tmp_path):
+    head = JudgeHead(["drafter_max"])
+    head.metadata = {"threshold": 0.5, "certificate": {"value": 0.5}}
+    export_head(head, tmp_path / "same")
+    assert DeferralHead.from_pretrained(tmp_path / "same").metadata["certificate"] == {"value": 0.5}
+    export_head(head, tmp_path / "other", threshold=0.9)
+    found = DeferralHead.from_pretrained(tmp_path / "other").metadata
+    assert found["threshold"] == 0.9
+    assert "certificate" not in found
 
 
 def test_card_escapes_what_it_was_told(tmp_path):
