@@ -1,10 +1,12 @@
 """What a plan would have done on texts that are already there: passes counted by replaying them, token for token.
 
 At temperature 0 a drafted token counts only while everything before it is what was emitted, so that each drafter's
-next token after each prefix of the emitted text decides every accepted length: exact for any plan with lenience 1,
-with no assumption on how acceptances depend on each other. Only the work behind a draft's first wrong token is
-approximated: it goes on as if the wrong token had been the emitted one, and ends early with a chance that
-:func:`fit_ending` finds. Ours; the speed model of the sources is :mod:`deferral_train.drafting.speed`.
+next token after each prefix of the emitted text decides every accepted length: exact under ``lossless`` for any plan
+with lenience 1, with no assumption on how acceptances depend on each other. The work behind a draft's first wrong
+token is approximated: it goes on as if the wrong token had been the emitted one, and ends early with a chance that
+:func:`fit_ending` finds. Under a lossy rule the text itself depends on the plan, which says where the verifier's bonus
+tokens fall: exact for the plan that wrote the text, an estimate for others. Ours; the speed model of the sources is
+:mod:`deferral_train.drafting.speed`.
 """
 
 from __future__ import annotations

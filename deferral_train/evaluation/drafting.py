@@ -1,7 +1,8 @@
 """Proposes how to draft: plans replayed on logged texts, priced with seconds measured on this machine.
 
 The number of draft tokens, K and the drafters are chosen on one half of the prompts; what is said of the choice is
-of the other half. Ours; for temperature 0 and lenience 1 the replayed calls are exact (``drafting/replay.py``).
+of the other half. Ours; at temperature 0 and lenience 1 the replayed calls are exact under ``lossless`` and an
+estimate under lossy rules, whose text depends on the plan (``drafting/replay.py``).
 """
 
 from __future__ import annotations
