@@ -54,15 +54,19 @@ def verify_greedy(
     steps, every = np.arange(tokens.shape[1]), np.arange(len(counts))
     inside = steps < counts[:, None]
     best = logits.argmax(axis=-1)  # of a position with NaN: where it is
-    if not (np.isfinite(logits[every[:, None], steps, best]) | ~inside).all():
+    finite = np.isfinite(logits[every[:, None], steps, best])
+    if not (finite.all() or finite[inside].all()):
         raise ElsewhereError
     exact = tokens == best
     if rule.is_lossless:
         accepted = _until_first(exact, inside)
         kept, deferred, loss = np.zeros_like(exact), inside, np.zeros(len(counts))
     else:
-        deferred, costs = _decisions(rule, tokens, drafter, logits, best, inside, context)
-        kept = ~deferred & (exact | (logits[every[:, None], steps, tokens] > -np.inf))
+        differing = np.flatnonzero(~exact & inside)
+        deferred, costs = _decisions(rule, tokens, drafter, logits, best, inside, differing, context)
+        kept = ~deferred
+        if len(differing):  # the verifier's favourite is allowed
+            kept &= exact | (logits[every[:, None], steps, tokens] > -np.inf)
         accepted, kept, loss = _walk(exact, kept, costs, inside, limit, spent)
         deferred = deferred & inside
     whole = accepted == counts
@@ -91,9 +95,14 @@ def _decisions(
     verifier: np.ndarray,
     best: np.ndarray,
     inside: np.ndarray,
+    differing: np.ndarray,
     context: Mapping[str, Tensor],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which tokens are deferred and the estimated loss of keeping, [R, T] each; beyond a row's length anything."""
+    """Which tokens are deferred and the estimated loss of keeping, [R, T] each; beyond a row's length anything.
+
+    Args:
+        best: the verifier's argmaxes. differing: flat positions inside the rows' lengths that have another token.
+    """
     ready, reads = _ready(rule)
     if "draft_position" in reads and "draft_position" not in context:
         place = torch.arange(tokens.shape[1]).expand(tokens.shape)
@@ -102,13 +111,13 @@ def _decisions(
         raise ElsewhereError
     drafter = drafter if drafter.dtype == torch.float64 == verifier.dtype else drafter.float()
     liked = drafter.numpy().argmax(axis=-1)
-    if ((liked != tokens) & inside).any():
+    other = liked != tokens
+    if other.any() and (other & inside).any():
         raise ElsewhereError  # the rules say more of a token that is not the drafter's favourite
-    differing = np.flatnonzero((liked != best) & inside).tolist()
     given = {name: context[name] for name in reads}
     try:
         with np.errstate(over="ignore", invalid="ignore"):
-            found = ready.judged([drafter], verifier, best, liked, differing, given)
+            found = ready.judged([drafter], verifier, best, liked, differing.tolist(), given)
     except InputError:
         found = None
     if found is None:

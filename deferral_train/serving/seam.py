@@ -194,6 +194,9 @@ class Seam:
     def positions_of(self, at: Tensor, names: Sequence[str]) -> Tensor:
         """Tokens generated before each drafted one, whose logits come from the places ``at`` [R, T] of the step."""
         prompts = [self.runner.requests[name].num_prompt_tokens for name in names]
+        if at.device.type == "cpu":  # a handful of numbers: as tensors they cost several times as much
+            before = self.runner.positions.numpy()[at.numpy()].astype(np.int64)
+            return torch.from_numpy(before + 1 - np.array(prompts)[:, None])
         positions = self.runner.positions[at].long()
         return positions + 1 - torch.tensor(prompts, device=positions.device).unsqueeze(1)
 
