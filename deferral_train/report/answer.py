@@ -24,10 +24,10 @@ def answer(run: Run) -> dict[str, Any]:
                 _calls(verdict),
                 _loss(verdict),
                 _chosen(verdict),
-                _drafting(verdict),
             )
             if card
         ],
+        "drafting": (verdict.get("drafting") or {}).get("text"),
         "trust": list(verdict.get("trust") or []),
         "risk": verdict.get("risk"),
         "snippet": verdict.get("snippet"),
@@ -80,17 +80,3 @@ def _chosen(verdict: Mapping[str, Any]) -> dict[str, str] | None:
     dial = "" if value is None else f"{parameter} = {nice(value)}"
     name = chosen.get("name") or chosen.get("rule") or chosen.get("spec", "")
     return {"name": "Chosen point", "value": str(name), "more": dial}
-
-
-def _drafting(verdict: Mapping[str, Any]) -> dict[str, str] | None:
-    proposed = verdict.get("drafting")
-    if not proposed or not proposed.get("speed"):
-        return None
-    speed, used = proposed["speed"], proposed.get("used")
-    limits = (
-        "" if speed.get("low") is None else f"95% interval {nice(speed['low'])} to {nice(speed['high'])}, "
-    )
-    more = f"{proposed.get('flags')}: {limits}against the verifier alone at batch 1, by replaying texts"
-    if used:
-        more += f"; {nice(used['speed']['value'])}× with {used['num_draft_tokens']} draft tokens, as decoded"
-    return {"name": "Drafting predicted fastest", "value": f"{nice(speed['value'])}×", "more": more}
