@@ -191,9 +191,12 @@ def advance(cascade: Cascade, counts: list[int], done: list[bool], spent: Tensor
 def _exchange(cascade: Cascade, ended: list[int]) -> list[int]:
     """Waiting rows take the places of rows that have ended, as far as that goes; which places are left."""
     tokens = cascade.tokens
+    if not all(stepper.admits_exchange for stepper in cascade.active):
+        return ended
     while ended and tokens.waiting:
         rows = tokens.waiting[: len(ended)]
-        rows = rows[: min(stepper.exchanges(rows) for stepper in cascade.active)]
+        for stepper in cascade.active:  # asking a model feeds it prompts
+            rows = rows[: stepper.exchanges(rows)] if rows else rows
         if not rows:
             break
         places, ended = ended[: len(rows)], ended[len(rows) :]

@@ -53,6 +53,8 @@ class StaticStepper(Stepper):
         static: the built passes, lent for the call.
     """
 
+    admits_exchange = False  # slots are free as they are
+
     def __init__(self, work: Work, tokens: TokenRows, room: Room, static: StaticModel) -> None:
         # Not Stepper.__init__: there is no cache of one row after the other here, nor encoder states to select.
         self.model, self.tokens, self.static = work.model, tokens, static

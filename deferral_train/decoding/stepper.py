@@ -30,6 +30,8 @@ class Stepper:
         vocab_size: logits beyond this many columns are padding of the model's vocabulary and cut off.
     """
 
+    admits_exchange = True  # whether :meth:`exchanges` is worth asking
+
     def __init__(
         self,
         model: Any,
@@ -179,8 +181,7 @@ class Stepper:
 
     def exchanges(self, rows: Sequence[int]) -> int:
         """How many of the first waiting rows :meth:`exchange` can let in; feeds prompts, several rows at a time."""
-        # With one row at a time the encoder's states are those of its own columns.
-        if type(self) is not Stepper or self.tokens.at_once == 1:
+        if self.tokens.at_once == 1:  # the encoder's states are those of the row's own columns
             return 0
         if not self.cache.written:
             return len(rows)

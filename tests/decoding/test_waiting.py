@@ -113,6 +113,15 @@ def test_rows_that_end_before_the_verifier_has_run(kind: str, execution: str, at
         assert told(batch, row) == told(alone, 0)
 
 
+def test_no_prompt_is_fed_twice_where_rows_cannot_be_exchanged() -> None:
+    drafter, verifier, _ = pair_of("llama")
+    inputs = prompts_for("llama", rows=9)
+    options = {"rows_at_once": 4, "execution": "token", "rule": "opt", "eos_token_id": [5, 9, 17, 23, 31]}
+    static = generate(drafter, verifier, inputs, compile="static", **options)
+    assert static.stats.ways["verifier"].startswith("dynamic")
+    assert static.stats.verifier_passes == static.stats.drafter_passes  # both are asked at every token
+
+
 def test_rows_in_any_order_keep_their_tokens() -> None:
     rows = TokenRows(torch.arange(10, 15)[:, None], None, 12, 4, 0, at_once=3)
     rows.extend([2, 1, 2])
