@@ -36,7 +36,7 @@ def run(
 
     From `decode` outputs: a limit on the mean loss per prompt against lossless, certified by
     Learn-then-Test, or a limit on verifier calls. From traces alone only a limit on the local token risk, or with
-    ``stop`` where to stop drafting, which changes no text: the threshold of most expected tokens per second.
+    ``stop`` where to stop drafting, which changes no lossless text: the threshold of most expected tokens per second.
 
     Args:
         outputs: folder of a `decode` run on calibration prompts: lossless, and a rule at several settings.

@@ -138,7 +138,7 @@ def stop_from_spec(spec: str | None) -> StopDrafting | None:
     from deferral_train.heads.rules import parse_spec
 
     name, parameters = parse_spec(spec)
-    classes: dict[str, type[StopDrafting]] = {
+    classes: dict[str, Any] = {
         "confidence": stopping.ConfidenceStop,
         "cumulative": stopping.CumulativeStop,
         "entropy": stopping.EntropyStop,
@@ -163,7 +163,8 @@ def stop_from_spec(spec: str | None) -> StopDrafting | None:
             raise InputError(f"stop {spec!r}: {key} is {value}; give a number")
     if "head" in parameters:
         parameters["head"] = DeferralHead.from_pretrained(str(parameters["head"]))
-    return classes[name](**parameters)
+    stop: StopDrafting = classes[name](**parameters)
+    return stop
 
 
 def table(summary: dict[str, Any], metrics: Sequence[str] = ()) -> list[str]:

@@ -1,8 +1,8 @@
 """When to stop drafting: adaptive draft length behind one interface.
 
 A stop rule is asked after each drafted token whether the row should draft beyond it. It sees what the
-drafter sees, nothing of the verifier, so that it never changes which law a token follows, only how far a
-block reaches.
+drafter sees, nothing of the verifier, so that it never changes which law a drafted token follows, only how far
+a block reaches (and with it, under lossy rules, where the verifier's bonus tokens fall).
 """
 
 from __future__ import annotations
