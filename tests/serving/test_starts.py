@@ -25,6 +25,7 @@ from engines import (
 )
 
 from deferral_train.errors import InputError
+from deferral_train.heads import GapHead
 
 pytestmark = pytest.mark.engine
 LONG = {"seed": 8, "shortest": 40, "longest": 60}
@@ -218,6 +219,19 @@ def test_a_grammar_is_kept_to_under_a_rule(tmp_path, spec):
 def test_the_engine_refuses_to_start_in_one_line(pair, deferral, settings, line):
     with pytest.raises(InputError, match=line) as found:
         start(pair, deferral, **settings)
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "recorded", "line"),
+    [("verify", {"vocab_size": 9}, "vocab"), ("draft", {}, "has a draft-stage head")],
+)
+def test_a_head_that_is_not_for_this_engine_is_refused_at_start(pair, tmp_path, stage, recorded, line):
+    head = GapHead(("drafter_max",), stage=stage, hidden=(4,))
+    head.metadata = {"alpha": 0.1, "pair": recorded}
+    head.save_pretrained(tmp_path / "head")
+    with pytest.raises(InputError, match=line) as found:
+        start(pair, {"head": str(tmp_path / "head")})
     assert "\n" not in str(found.value)
 
 
