@@ -45,6 +45,7 @@ class Request:
     token_streamer: Any
     token_log: Any
     vocab_size: int | None
+    rows_at_once: int | None
     compile: str
     model_kwargs: dict[str, Any]
 
@@ -71,6 +72,9 @@ def _check_settings(request: Request) -> None:
     count = request.num_draft_tokens
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise InputError(f"num_draft_tokens is {count!r}; draft at least 1 token")
+    rows = request.rows_at_once
+    if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
+        raise InputError(f"rows_at_once is {rows!r}; give a number of rows, or leave it out to run all")
     if request.bonus not in BONUSES:
         raise InputError(f"bonus is {request.bonus!r}; use one of {', '.join(BONUSES)}")
     if "verifier_hidden_at_token" in request.rule.needs and (

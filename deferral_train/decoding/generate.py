@@ -126,8 +126,8 @@ def cascade_generate(
         drafters, num_draft_tokens, depth = [], given.longest, given.longest
     request = checks.Request(
         model, drafters, plan, input_ids, generation_config, rule, num_draft_tokens, execution, bonus,
-        max_request_loss, stop, token_streamer, token_log, vocab_size, compile,
-        model_kwargs,
+        max_request_loss, stop, token_streamer, token_log, vocab_size,
+        rows_at_once, compile, model_kwargs,
     )  # fmt: skip
     checks.check_request(request)
     if isinstance(drafter, DraftCascade):

@@ -56,6 +56,8 @@ def is_plain(head: DeferralHead) -> bool:
         and all(isinstance(layer, nn.Linear | nn.SiLU) for layer in head.body.children())
         and head.mean.device.type == "cpu"
         and head.mean.dtype == torch.float32
+        # Made in inference mode, weights do not tell when they change.
+        and not any(one.is_inference() for one in (*head.parameters(), *head.buffers()))
     )
 
 
@@ -105,8 +107,8 @@ def plain(head: DeferralHead) -> _Plain | None:
     # A head moved or cast gets new buffers; weights written in place count a version up.
     mean = head._buffers["mean"]
     if known is None or known.mean is not mean or [t._version for t in known.tensors] != known.versions:
-        tensors = [*head.parameters(), *head.buffers()]
         layout = _Plain(head) if is_plain(head) else None
+        tensors = [] if layout is None else [*head.parameters(), *head.buffers()]
         known = _KNOWN[head] = _Known(head.mean, tensors, [t._version for t in tensors], layout)
     return known.layout
 

@@ -164,6 +164,8 @@ def test_the_hub_folder() -> None:
     ("options", "message"),
     [
         ({"num_draft_tokens": 0}, "num_draft_tokens is 0"),
+        ({"rows_at_once": -1}, "rows_at_once is -1"),
+        ({"rows_at_once": 2.5}, "rows_at_once is 2.5"),
         ({"drafter": None}, "drafter is missing"),
         ({"execution": "eager"}, "execution is 'eager'"),
         ({"execution": "lazy", "rule": "opt"}, "stage"),

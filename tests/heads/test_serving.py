@@ -61,3 +61,15 @@ def test_every_transform_is_known_and_other_heads_take_the_reference() -> None:
     assert set(serving.TRANSFORMS) == set(TRANSFORMS)
     assert not serving.is_plain(GapHead(("drafter_max",), recalibration="platt"))
     assert not serving.is_plain(GapHead(("drafter_hidden",), widths={"drafter_hidden": 4}))
+
+
+def test_weights_made_in_inference_mode_take_the_reference() -> None:
+    """They have no version by which a change of them would be seen."""
+    with torch.inference_mode():
+        head = GapHead(("drafter_max", "verifier_max")).eval()
+        columns = {"drafter_max": torch.tensor([0.3, 0.6]), "verifier_max": torch.tensor([0.8, 0.5])}
+        argmaxes = {"drafter_argmax": torch.tensor([1, 2]), "verifier_argmax": torch.tensor([3, 2])}
+        summary = Summary(columns | argmaxes)
+        expected = DeferralHead.gap(head, summary)
+        assert torch.equal(head.gap(summary), expected)
+    assert serving.plain(head) is None
