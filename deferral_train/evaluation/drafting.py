@@ -77,8 +77,10 @@ def propose_for(
             the drafter ends a text behind a wrong token.
 
     Raises:
-        InputError: a prompt that does not fit, no prompt in common, or a single one.
+        InputError: texts that such decoding does not write; a prompt that does not fit, no prompt in common, or a
+            single one.
     """
+    _check_texts(traces, temperature)
     here = set(traces.prompt_ids)
     room = traces.manifest.settings.get("max_new_tokens") or 0
     encoded = pair.encode(prompts, Settings(max_new_tokens=room))
@@ -106,6 +108,20 @@ def propose_for(
         "lenience": 1.0,
     }
     return found | {"conditions": conditions}
+
+
+def _check_texts(traces: Traces, temperature: float) -> None:
+    manifest = traces.manifest
+    if manifest.prefixes.partition(":")[0] not in ("verifier", "cascade"):
+        raise InputError(
+            f"drafting: the traces hold texts of the {manifest.prefixes}, which decoding does not write; collect with "
+            "--prefixes cascade --rule RULE, or verifier for lossless"
+        )
+    if manifest.temperature != temperature:
+        raise InputError(
+            f"drafting: temperature is {temperature:g}, the traces' texts were written at {manifest.temperature:g}; "
+            f"collect again with --temperature {temperature:g}"
+        )
 
 
 def paths_of(

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import pathlib
 import random
 from collections import Counter
 
 import numpy as np
 import pytest
+from tiny_models import tiny_pair
 
+from deferral_train.collecting import CollectConfig, collect
+from deferral_train.decoding import Pair
 from deferral_train.drafting.replay import UNKNOWN, Path, Work
 from deferral_train.drafting.spec import drafting_from_spec
 from deferral_train.errors import InputError
-from deferral_train.evaluation.drafting import propose, ways
+from deferral_train.evaluation.drafting import propose, propose_for, ways
 from deferral_train.evaluation.loop_costs import LoopCosts, Parts, _fit
+from deferral_train.pairs.load import make_pair
+from deferral_train.pairs.prompts import Prompt
 from deferral_train.rules import make_rule
+from deferral_train.traces import open_traces
 
 
 def costs(step: float, width: float = 0.0) -> LoopCosts:
@@ -72,6 +79,24 @@ def test_rules_that_read_the_drafters_confidence_get_no_bare_copies() -> None:
     assert any(way.plan.one_hot_tail for way in ways(make_rule("token_v3", alpha=0.1)))
     with pytest.raises(InputError, match="at least two"):
         propose(texts(1, 1.0, copies=False), make_rule("lossless"), costs(0.1), ())
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "temperature", "message"),
+    [
+        ("drafter", 0.0, "texts of the drafter, which decoding does not write"),
+        ("verifier", 1.0, "temperature is 0, the traces' texts were written at 1"),
+    ],
+)
+def test_texts_that_decoding_does_not_write_are_refused(
+    tmp_path: pathlib.Path, prefixes: str, temperature: float, message: str
+) -> None:
+    models = make_pair(*tiny_pair("llama", 2))
+    prompts = [Prompt(str(n), f"w{n} w{n + 1}") for n in range(2)]
+    config = CollectConfig(prefixes=prefixes, temperature=temperature, max_new_tokens=4, device="cpu")
+    collect(config, tmp_path / "traces", progress=False, models=models, prompts=prompts)
+    with pytest.raises(InputError, match=message):
+        propose_for(Pair(models), prompts, make_rule("lossless"), open_traces(tmp_path / "traces"))
 
 
 def test_what_the_loop_adds_to_its_passes_is_found_again() -> None:
