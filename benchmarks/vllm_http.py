@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
 import statistics
 import subprocess
-import sys
 import time
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 from benchmarks.vllm_engines import CONCURRENCY, CONTEXT, DRAFTS, ask, prompts_of, start, stop, use
+from benchmarks.vllm_server import serve
 
 REQUESTS = {1: 8, 8: 32, 32: 96}
 CANDIDATES = [
@@ -59,7 +57,16 @@ def http_table(pair: Path, head: str, scratch: Path, rounds: int, tokens: int) -
     found: dict[str, dict[str, list[dict[str, float]]]] = {}
     try:
         for name, deferral in modes.items():
-            servers[name] = serve(pair, deferral, scratch / f"server-{len(servers)}.log")
+            servers[name] = serve(
+                pair,
+                scratch / f"server-{len(servers)}.log",
+                context=CONTEXT,
+                sequences=max(CONCURRENCY),
+                drafts=DRAFTS,
+                deferral=deferral,
+                options=["--no-enable-prefix-caching"],
+                environment={"VLLM_CPU_OMP_THREADS_BIND": "nobind"},  # bound, all would share the first core
+            )
         for name, (address, process) in servers.items():
             wait(address, process, name)
         for concurrency in CONCURRENCY:
@@ -114,37 +121,6 @@ def write_prompts(pair: Path, path: Path, count: int, tokens: int) -> None:
     with open(path, "w", encoding="utf-8") as file:
         for row in prompts_of(pair, count):
             file.write(json.dumps({"prompt": tokenizer.decode(row), "output_tokens": tokens}) + "\n")
-
-
-def serve(pair: Path, deferral: dict | None, output: Path) -> tuple[str, subprocess.Popen]:
-    """A server on loopback, being started; its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    speculative = {
-        "model": str(pair / "drafter"),
-        "method": "draft_model",
-        "num_speculative_tokens": DRAFTS,
-        "draft_sample_method": "probabilistic",
-    }
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(pair / "verifier"),
-        "--served-model-name", "pair", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager",
-        "--dtype", "float32", "--max-model-len", str(CONTEXT), "--max-num-seqs", str(max(CONCURRENCY)),
-        "--no-enable-prefix-caching",
-    ]  # fmt: skip
-    if deferral is not None:
-        command += ["--speculative-config", json.dumps(speculative)]
-        command += ["--additional-config", json.dumps({"deferral": deferral})]
-    # Bound to cores, all engines would share the first.
-    environment = {
-        **os.environ,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    }
-    with open(output, "wb") as file:
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-    return f"http://127.0.0.1:{port}", process
 
 
 def wait(address: str, process: subprocess.Popen, name: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoding.helpers import generate, pair_of, prompts_for, row_of
+from decoding.helpers import draft_without_looking, generate, pair_of, prompts_for, row_of
 from decoding.test_generate import Head
 from tiny_models import KINDS, tiny_config, tiny_model
 from torch._dynamo.utils import counters
@@ -25,7 +25,6 @@ from deferral_train.decoding.static_shape import Shape
 from deferral_train.decoding.static_shelf import _SHELVES, lent, release_passes
 from deferral_train.decoding.static_support import NotStaticError, reason_against
 from deferral_train.decoding.stopping import ConfidenceStop
-from deferral_train.decoding.tokens import TokenRows
 from deferral_train.errors import InputError
 from deferral_train.rules import LearnedRule, make_rule
 
@@ -134,16 +133,8 @@ def test_a_draft_waits_for_nothing(kind: str, sampled: bool, monkeypatch: pytest
     """
     options = {"do_sample": sampled, "drafter": "always"}
     expected = both(kind, "static", **options)[0]
-    rows, proposer, propose = TokenRows.__init__, ModelProposer.__init__, ModelProposer.propose
+    propose = ModelProposer.propose
     reads: list[str] = []
-
-    def without_host(self: TokenRows, *arguments: Any, **named: Any) -> None:
-        rows(self, *arguments, **named)
-        self._host = None
-
-    def unwatched(self: ModelProposer, *arguments: Any, **named: Any) -> None:
-        proposer(self, *arguments, **named)
-        self.watches = False
 
     def spied(self: ModelProposer, *arguments: Any) -> Any:
         if getattr(self.drafter, "_empty", True):  # prompts are an ordinary pass
@@ -156,8 +147,7 @@ def test_a_draft_waits_for_nothing(kind: str, sampled: bool, monkeypatch: pytest
                 )
             return propose(self, *arguments)
 
-    monkeypatch.setattr(TokenRows, "__init__", without_host)
-    monkeypatch.setattr(ModelProposer, "__init__", unwatched)
+    draft_without_looking(monkeypatch)
     monkeypatch.setattr(ModelProposer, "propose", spied)
     # NumPy's argmax is the CPU's own way; a GPU takes torch's.
     monkeypatch.setattr(

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from decoding.helpers import emitted, generate, pair_of, prompts_for, row_of
+from decoding.helpers import draft_without_looking, emitted, generate, pair_of, prompts_for, row_of
 from tiny_models import KINDS
 
-from deferral_train.decoding.proposing import ModelProposer
 from deferral_train.decoding.stepper import Stepper
-from deferral_train.decoding.tokens import TokenRows
 from deferral_train.rules import make_rule
 
 
@@ -74,18 +70,7 @@ def test_drafting_without_looking_gives_the_same_text(kind: str, monkeypatch: py
         rule: generate(draft_model, verifier, inputs, rule, max_new_tokens=20, rows_at_once=4)
         for rule in ("lossless", "opt")
     }
-    rows, proposer = TokenRows.__init__, ModelProposer.__init__
-
-    def without_host(self: TokenRows, *arguments: Any, **named: Any) -> None:
-        rows(self, *arguments, **named)
-        self._host = None
-
-    def unwatched(self: ModelProposer, *arguments: Any, **named: Any) -> None:
-        proposer(self, *arguments, **named)
-        self.watches = False
-
-    monkeypatch.setattr(TokenRows, "__init__", without_host)
-    monkeypatch.setattr(ModelProposer, "__init__", unwatched)
+    draft_without_looking(monkeypatch)
     for rule, before in expected.items():
         result = generate(draft_model, verifier, inputs, rule, max_new_tokens=20, rows_at_once=4)
         assert torch.equal(result.sequences, before.sequences)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
 import shutil
-import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from contextlib import contextmanager
@@ -17,6 +14,7 @@ from contextlib import contextmanager
 import pytest
 from engines import DRAFTS, LENGTH, prompts, save_pair
 
+from benchmarks.vllm_server import serve
 from deferral_train.traces import open_traces
 
 pytestmark = pytest.mark.engine
@@ -28,27 +26,10 @@ READY_SECONDS = 240
 def running(folder, deferral):
     """Address of a server and its process; ended at the end."""
     pair = save_pair(folder / "pair")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    speculative = {
-        "model": str(pair / "drafter"),
-        "method": "draft_model",
-        "num_speculative_tokens": DRAFTS,
-        "draft_sample_method": "probabilistic",
-    }
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(pair / "verifier"),
-        "--served-model-name", "pair", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager",
-        "--dtype", "float32", "--max-model-len", str(LENGTH), "--max-num-seqs", "48",
-        "--speculative-config", json.dumps(speculative), "--additional-config", json.dumps({"deferral": deferral}),
-    ]  # fmt: skip
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with open(folder / "server.log", "wb") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-    address = f"http://127.0.0.1:{port}"
+    log = folder / "server.log"
+    address, process = serve(pair, log, context=LENGTH, sequences=48, drafts=DRAFTS, deferral=deferral)
     try:
-        wait_until_ready(address, process, folder / "server.log")
+        wait_until_ready(address, process, log)
         yield address, process
     finally:
         process.terminate()
