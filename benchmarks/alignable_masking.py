@@ -23,12 +23,12 @@ import numpy as np
 from benchmarks.common import SHARED, begin, finish, flags
 from deferral_train.decoding.pair import Pair
 from deferral_train.evaluation.bootstrap import PromptBootstrap
-from deferral_train.pairs.batches import PairBatches
 from deferral_train.pairs.load import load_models, make_pair
-from deferral_train.pairs.models import new_model
-from deferral_train.pairs.optimise import LoopSettings, optimise
 from deferral_train.pairs.prompts import Prompt, read_prompts
-from deferral_train.pairs.train_config import ModelSize, PairConfig, PairText, Schedule
+from deferral_train.pairs.scratch.batches import PairBatches
+from deferral_train.pairs.scratch.models import new_model
+from deferral_train.pairs.scratch.optimise import LoopSettings, optimise
+from deferral_train.pairs.scratch.train_config import ModelSize, PairConfig, PairText, Schedule
 
 LINES, CONTEXT, DRAFT = 23_000, 48, 5
 TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}

@@ -27,9 +27,9 @@ DRAFTS, CONTEXT, PROMPT = 4, 128, 32
 
 def train(folder: Path, steps: int) -> Path:
     """A pair whose verifier pass is several times a drafter pass; heads of 64, which the CPU kernels know."""
-    from deferral_train.pairs.progress import TrainingBars
-    from deferral_train.pairs.train import train_pair
-    from deferral_train.pairs.train_config import ModelSize, PairConfig, Schedule
+    from deferral_train.pairs.scratch.progress import TrainingBars
+    from deferral_train.pairs.scratch.train import train_pair
+    from deferral_train.pairs.scratch.train_config import ModelSize, PairConfig, Schedule
 
     config = PairConfig(
         vocab_size=2048,
@@ -57,7 +57,7 @@ def make_large(folder: Path) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from deferral_train.pairs.corpora import stdlib_sources
-    from deferral_train.pairs.tokenizer import train_tokenizer
+    from deferral_train.pairs.scratch.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer((document.text for document in stdlib_sources()["validation"]), 8192, False)
     for name, layers, width in (("drafter", 1, 128), ("verifier", 12, 768)):

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from deferral_train.decoding.hidden import tap_hidden
-from deferral_train.pairs.batches import pad
+from deferral_train.pairs.padding import pad
 
 
 @dataclass(frozen=True)

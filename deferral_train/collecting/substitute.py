@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from deferral_train.collecting.scoring import Past, half
 from deferral_train.decoding.hidden import tap_hidden
-from deferral_train.pairs.batches import pad
+from deferral_train.pairs.padding import pad
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deferral_train.pairs.train_config import PairConfig
+from deferral_train.pairs.scratch.train_config import PairConfig
 
 
 def run(
@@ -22,8 +22,8 @@ def run(
         min_nats: refuse a verifier that is not better by this many nats a token on held-out text.
         min_cost_ratio: refuse a verifier whose pass costs less than this many drafter passes.
     """
-    from deferral_train.pairs.progress import TrainingBars
-    from deferral_train.pairs.train import train_pair
+    from deferral_train.pairs.scratch.progress import TrainingBars
+    from deferral_train.pairs.scratch.train import train_pair
 
     with TrainingBars() as bars:
         result = train_pair(pair, out, bars)

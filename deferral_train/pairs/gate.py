@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.pairs.batches import IGNORED, pad
 from deferral_train.pairs.load import ModelPair
-from deferral_train.pairs.optimise import next_token_logits
+from deferral_train.pairs.padding import IGNORED, next_token_logits, pad
 from deferral_train.pairs.passes import pass_seconds
 from deferral_train.pairs.prompts import Prompt
 

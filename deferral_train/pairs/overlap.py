@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 from deferral_train import provenance
 from deferral_train.errors import InputError
 from deferral_train.pairs.prompts import Prompt
-from deferral_train.pairs.training_text import content_hash
 
 FILE = "training_ids.json"
 LONG_LINE = 30  # characters; shorter lines repeat in unrelated texts
@@ -73,3 +73,9 @@ def check_no_overlap(training_ids: Mapping[str, Any], prompts: Sequence[Prompt])
             f"{len(seen)} of {len(prompts)} prompts were in the pair's training text, first "
             f"{', '.join(seen[:3])}; use other prompts (or give different texts different ids)"
         )
+
+
+def content_hash(prompt: str, reference: str | None = None) -> str:
+    """Hash of a text regardless of white space; a prompt and its reference count as one text."""
+    words = " ".join(f"{prompt} {reference or ''}".split())
+    return hashlib.sha256(words.encode()).hexdigest()[:16]

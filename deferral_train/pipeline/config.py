@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deferral_train.errors import InputError, config_errors
-from deferral_train.pairs.train_config import PairConfig
+from deferral_train.pairs.scratch.train_config import PairConfig
 
 PARTS = ("fit", "validation", "calibration", "test")
 

@@ -10,8 +10,8 @@ from typing import Any
 from deferral_train import provenance
 from deferral_train.pairs.gate import GateResult, check_pair
 from deferral_train.pairs.load import ModelPair, load_models
-from deferral_train.pairs.progress import TrainingBars
-from deferral_train.pairs.train import train_pair
+from deferral_train.pairs.scratch.progress import TrainingBars
+from deferral_train.pairs.scratch.train import train_pair
 from deferral_train.pipeline.config import GateConfig, PairSection
 from deferral_train.pipeline.console import RunConsole
 from deferral_train.pipeline.text import read_part, refuse_seen

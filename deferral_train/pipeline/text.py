@@ -8,9 +8,8 @@ from pathlib import Path
 
 from deferral_train.errors import InputError
 from deferral_train.pairs.corpora import code_prompts, stdlib_sources
-from deferral_train.pairs.overlap import FILE, check_no_overlap, read_training_ids
+from deferral_train.pairs.overlap import FILE, check_no_overlap, content_hash, read_training_ids
 from deferral_train.pairs.prompts import Prompt, read_prompts, write_prompts
-from deferral_train.pairs.training_text import content_hash
 from deferral_train.pipeline.config import PARTS, TextConfig
 
 FOLDER = "data"

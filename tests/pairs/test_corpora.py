@@ -11,8 +11,8 @@ from deferral_train.pairs.overlap import (
     write_training_ids,
 )
 from deferral_train.pairs.prompts import Prompt
-from deferral_train.pairs.train_config import PairText
-from deferral_train.pairs.training_text import load_training_text
+from deferral_train.pairs.scratch.train_config import PairText
+from deferral_train.pairs.scratch.training_text import load_training_text
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def test_chat_template_is_used_where_there_is_one():
 
 
 def test_a_tokenizer_that_closes_texts_does_not_end_the_prompt():
-    from deferral_train.pairs.tokenizer import train_tokenizer
+    from deferral_train.pairs.scratch.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer(["some text to learn from"] * 3, 300, close_texts=True)
     one = encode_prompts(tokenizer, [Prompt("a", "some text", "more")]).kept[0]

@@ -13,16 +13,17 @@ from safetensors.torch import load_file
 from tiny_models import tiny_model
 
 from deferral_train.errors import InputError
-from deferral_train.pairs.alignable import alignable, draft_weights
-from deferral_train.pairs.batches import IGNORED, PairBatches, WindowBatches
 from deferral_train.pairs.gate import GateResult, check_pair
 from deferral_train.pairs.load import load_models, load_tokenizer, make_pair
-from deferral_train.pairs.optimise import LoopSettings, next_token_logits, optimise
 from deferral_train.pairs.overlap import find_overlap, read_training_ids
+from deferral_train.pairs.padding import IGNORED, next_token_logits
 from deferral_train.pairs.prompts import Prompt
-from deferral_train.pairs.tokenizer import train_tokenizer
-from deferral_train.pairs.train import train_pair
-from deferral_train.pairs.train_config import ModelSize, PairConfig, PairText, Schedule
+from deferral_train.pairs.scratch.alignable import alignable, draft_weights
+from deferral_train.pairs.scratch.batches import PairBatches, WindowBatches
+from deferral_train.pairs.scratch.optimise import LoopSettings, optimise
+from deferral_train.pairs.scratch.tokenizer import train_tokenizer
+from deferral_train.pairs.scratch.train import train_pair
+from deferral_train.pairs.scratch.train_config import ModelSize, PairConfig, PairText, Schedule
 
 SMALL = {
     "drafter": ModelSize(1, 16, 2, 32),
@@ -102,7 +103,7 @@ SCRIPT = """
 import sys
 import torch
 torch.set_num_threads(1)
-from deferral_train.pairs.train import train_pair
+from deferral_train.pairs.scratch.train import train_pair
 sys.path[:0] = {tests!r}
 from test_train import llama_config
 from pathlib import Path

@@ -172,7 +172,7 @@ def test_a_grammar_is_kept_to_under_a_rule(tmp_path, spec):
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
-    from deferral_train.pairs.tokenizer import train_tokenizer
+    from deferral_train.pairs.scratch.tokenizer import train_tokenizer
 
     pair = save_pair(
         tmp_path, train_tokenizer(["the quick brown fox " * 9, "abcdefgh 0123456789"], 300, False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from deferral_train.errors import InputError
 from deferral_train.pairs.corpora import Document, part_of, stdlib_sources
 from deferral_train.pairs.prompts import Prompt, read_lines, read_prompts
-from deferral_train.pairs.train_config import PairText
+from deferral_train.pairs.scratch.train_config import PairText
 
 BLOCK = 4000  # characters of consecutive lines that make one text of a plain file
 HELD_OUT = {"heldout": 0.03, "pair": 0.97}
@@ -46,12 +45,6 @@ def load_training_text(text: PairText) -> TrainingText:
             f"text: {len(train)} texts to train on, {len(heldout)} held out; give more, or name text.heldout"
         )
     return TrainingText(train, heldout)
-
-
-def content_hash(prompt: str, reference: str | None = None) -> str:
-    """Hash of a text regardless of white space; a prompt and its reference count as one text."""
-    words = " ".join(f"{prompt} {reference or ''}".split())
-    return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
 def _as_prompts(documents: Iterable[Document]) -> list[Prompt]:

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from deferral_train import provenance
 from deferral_train.errors import InputError
-from deferral_train.pairs.alignable import alignable, draft_weights
-from deferral_train.pairs.batches import IGNORED, Batches
-from deferral_train.pairs.train_config import Schedule
+from deferral_train.pairs.padding import IGNORED, next_token_logits
+from deferral_train.pairs.scratch.alignable import alignable, draft_weights
+from deferral_train.pairs.scratch.batches import Batches
+from deferral_train.pairs.scratch.train_config import Schedule
 
 FINAL_RATE = 0.1  # of the peak, reached at the last step
 Report = Callable[[int, int, float], None]  # steps done, tokens of the last step, its loss
@@ -79,14 +80,6 @@ def optimise(
                 saved = time.monotonic()
     model.eval()
     return sum(losses) / len(losses)
-
-
-def next_token_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Logits [B, T, V] that predict ``batch["labels"]``; an encoder-decoder is fed the shifted labels."""
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
-    return model(**inputs, use_cache=False).logits
 
 
 def _step(

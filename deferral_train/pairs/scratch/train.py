@@ -16,15 +16,15 @@ from safetensors import SafetensorError
 from deferral_train import provenance
 from deferral_train.errors import InputError
 from deferral_train.pairs import overlap
-from deferral_train.pairs.batches import Batches, PairBatches, WindowBatches
 from deferral_train.pairs.gate import GateResult, check_pair
 from deferral_train.pairs.load import load_models, load_tokenizer, without_bars
-from deferral_train.pairs.models import load_trained, new_model
-from deferral_train.pairs.optimise import LoopSettings, Report, optimise
 from deferral_train.pairs.prompts import Prompt
-from deferral_train.pairs.tokenizer import train_tokenizer
-from deferral_train.pairs.train_config import PairConfig, Schedule
-from deferral_train.pairs.training_text import TrainingText, load_training_text
+from deferral_train.pairs.scratch.batches import Batches, PairBatches, WindowBatches
+from deferral_train.pairs.scratch.models import load_trained, new_model
+from deferral_train.pairs.scratch.optimise import LoopSettings, Report, optimise
+from deferral_train.pairs.scratch.tokenizer import train_tokenizer
+from deferral_train.pairs.scratch.train_config import PairConfig, Schedule
+from deferral_train.pairs.scratch.training_text import TrainingText, load_training_text
 
 RECORD = "pair.json"
 # What a progress display is asked for: a report for one model's training, given its name and number of steps.

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deferral_train.pairs.batches import IGNORED
+from deferral_train.pairs.padding import IGNORED
 
 
 def alignable(logits: Tensor, labels: Tensor, top_k: int) -> Tensor:

@@ -8,7 +8,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deferral_train.pairs.optimise import Report
+from deferral_train.pairs.scratch.optimise import Report
 
 SMOOTHING = 0.98  # of the shown loss
 EVERY = 30.0  # seconds between plain lines

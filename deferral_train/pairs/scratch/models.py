@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from deferral_train.pairs.load import without_bars
-from deferral_train.pairs.train_config import ModelSize, PairConfig
+from deferral_train.pairs.scratch.train_config import ModelSize, PairConfig
 
 # The last matrix of an attention or feed-forward branch in Llama and in T5.
 RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight", "Attention.o.weight", "DenseReluDense.wo.weight")

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
-
-IGNORED = -100  # label of a position without a target
+from deferral_train.pairs.padding import IGNORED, pad
 
 
 class Batches(Protocol):
@@ -80,12 +79,6 @@ class PairBatches:
             batches += [alike[at : at + self.size] for at in range(0, len(alike), self.size)]
         shuffled = _order(len(batches), self.seed + 1, epoch).tolist()
         return [batches[i] for i in shuffled]
-
-
-def pad(rows: Sequence[list[int]], value: int) -> Tensor:
-    """Right-pad token lists to an int64 tensor [B, longest]."""
-    longest = max(map(len, rows))
-    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
 
 
 @lru_cache(maxsize=4)
