@@ -1,7 +1,8 @@
 """The house rules that a reader feels, read off the syntax trees: sizes, names, first words, circles of imports.
 
-``house_known.json`` lists what broke a rule when the check was written, by room. The list may only shrink: a new
-offender fails, and so does an entry that is mended and still listed. ``python tests/test_house.py`` drops those.
+``house_known.json`` lists what broke a rule when the check was written, by room; a file is known by its name, whatever
+folder it has moved to. The list may only shrink: a new offender fails, and so does an entry that is mended and still
+listed. ``python tests/test_house.py`` drops those.
 """
 
 from __future__ import annotations
@@ -151,11 +152,11 @@ CHECKS = {
 
 
 def found() -> dict[str, dict[str, list[str]]]:
-    """Offenders of every check by room (a folder of the package, or a file beside them)."""
+    """Offenders of every check by room (a folder of the package, or a file beside them), known by their file's name."""
     rooms: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for check, offenders in CHECKS.items():
         for file, name in offenders():
-            rooms[file.split("/")[0]][check].append(f"{file}:{name}")
+            rooms[file.split("/")[0]][check].append(f"{file.rpartition('/')[2]}:{name}")
     return {room: {check: sorted(names) for check, names in by.items()} for room, by in sorted(rooms.items())}
 
 
@@ -188,13 +189,13 @@ def test_every_check_finds_what_is_planted(monkeypatch):
     monkeypatch.setitem(globals(), "trees", lambda: {file: ast.parse(text) for file, text in planted.items()})
     assert found() == {
         "a": {
-            "many_parameters": ["a/x.py:many"],
-            "long_functions": ["a/x.py:long"],
-            "shared_class_names": ["a/x.py:Twice"],
-            "riddling_docstrings": ["a/x.py:Shelf.puts"],
-            "replaced_words": ["a/x.py:Shelf"],
+            "many_parameters": ["x.py:many"],
+            "long_functions": ["x.py:long"],
+            "shared_class_names": ["x.py:Twice"],
+            "riddling_docstrings": ["x.py:Shelf.puts"],
+            "replaced_words": ["x.py:Shelf"],
         },
-        "b": {"shared_class_names": ["b/y.py:Twice"]},
+        "b": {"shared_class_names": ["y.py:Twice"]},
     }
 
 
@@ -234,13 +235,12 @@ def known_circles() -> list[tuple[str, ...]]:
 
 def shrink() -> None:
     """Drop mended offenders from the list of known ones; adds none."""
-    known, now = json.loads(KNOWN.read_text(encoding="utf-8")), found()
-    kept: dict[str, dict[str, list[str]]] = {}
-    for room, by in known.items():
-        for check, names in by.items():
-            still = [name for name in names if name in now.get(room, {}).get(check, ())]
-            if still:
-                kept.setdefault(room, {})[check] = still
+    known, kept = json.loads(KNOWN.read_text(encoding="utf-8")), found()
+    listed = {(check, name) for by in known.values() for check, names in by.items() for name in names}
+    for room, by in kept.items():
+        still = {check: [name for name in names if (check, name) in listed] for check, names in by.items()}
+        kept[room] = {check: names for check, names in still.items() if names}
+    kept = {room: by for room, by in kept.items() if by}
     KNOWN.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
