@@ -170,8 +170,7 @@ class ScoreTable:
         """Write :meth:`points` as one flat table; an interval becomes three columns."""
         import pandas
 
-        table = pandas.json_normalize(self.points(), sep="_")
-        table.columns = [name.removesuffix("_value") for name in table.columns]
+        table = pandas.DataFrame([dict(_columns(row)) for row in self.points()])
         provenance.write_text(path, table.to_csv(index=False, lineterminator="\n"))
         return Path(path)
 
@@ -199,3 +198,15 @@ def _cell(row: Mapping[str, Any]) -> str:
     if gap is None or gap["low"] is None:
         return f"{row['value']:.3f}"
     return f"{row['value']:.3f} ({gap['low']:+.3f}..{gap['high']:+.3f})"
+
+
+def _columns(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in row.items():
+        if isinstance(value, dict):
+            yield from (
+                (name, value["value"]),
+                (f"{name}_low", value["low"]),
+                (f"{name}_high", value["high"]),
+            )
+        else:
+            yield name, value
