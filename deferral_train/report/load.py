@@ -14,7 +14,6 @@ from typing import Any
 
 from deferral_train.errors import InputError
 from deferral_train.evaluation.frontier import VERIFIER, Point, table2
-from deferral_train.report.events import read_training
 from deferral_train.report.shadow import Sums, find_shadow
 
 TOLERANCE = 1e-4  # of sums of float32 columns
@@ -24,18 +23,22 @@ PROPOSED = ("kept", "accepted", "unverified", "rejected", "discarded")
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a run folder holds; None or empty where a part was not run.
+class RunFolder:
+    """The files of a run folder, read; None or empty where a part was not run.
 
     Attributes:
         folder: the run's folder.
-        verdict, scores, skew, frontier, breakdowns, summary, provenance: ``verdict.json``,
-            ``evaluation/scores.json``, ``evaluation/skew.json``, ``evaluation/frontier.json``,
-            ``evaluation/breakdowns.json``, ``decode/summary.json``, ``run.json`` (or what the `decode` command left,
-            where there was no whole run).
+        verdict: ``verdict.json``.
+        scores: ``evaluation/scores.json``.
+        skew: ``evaluation/skew.json``.
+        frontier: ``evaluation/frontier.json``.
+        breakdowns: ``evaluation/breakdowns.json``.
+        shadow: counts of a serving engine's shadow mode, by rule.
         prefixes: ``evaluation/prefixes.json``, logged prefixes for the alpha slider.
-        shadow: what a serving engine's shadow mode counted, by rule.
-        outputs, batches: rows of ``decode/outputs.jsonl`` and ``decode/batches.jsonl``.
+        summary: ``decode/summary.json``.
+        provenance: ``run.json``, or the record of the `decode` command where there was no whole run.
+        outputs: rows of ``decode/outputs.jsonl``.
+        batches: rows of ``decode/batches.jsonl``.
         training: scalar curves of the fit, tag to [(step, value)].
     """
 
@@ -54,7 +57,7 @@ class Run:
     training: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
 
-def load_run(folder: str | Path, shadow: str | Path | None = None) -> Run:
+def load_run(folder: str | Path, shadow: str | Path | None = None) -> RunFolder:
     """Read a run folder.
 
     Args:
@@ -68,7 +71,7 @@ def load_run(folder: str | Path, shadow: str | Path | None = None) -> Run:
     if not root.is_dir():
         raise InputError(f"run folder {root} does not exist; give the --out of `run` or `quickstart`")
     verdict = _json(root / "verdict.json")
-    run = Run(
+    run = RunFolder(
         root,
         verdict=verdict,
         scores=_json(root / "evaluation" / "scores.json"),
@@ -94,7 +97,7 @@ def load_run(folder: str | Path, shadow: str | Path | None = None) -> Run:
     return run
 
 
-def check(run: Run) -> None:
+def check(run: RunFolder) -> None:
     """Assert every identity; raises InputError naming file and identity."""
     if run.scores is not None:
         check_scores(run.scores, run.folder / "evaluation" / "scores.json")
@@ -236,3 +239,19 @@ def _lines(path: Path) -> Iterable[dict[str, Any]]:
             yield json.loads(line)
         except ValueError as error:
             raise InputError(f"{path}, line {number + 1} is no JSON ({error}); run decode again") from error
+
+
+def read_training(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Tag to [(step, value)] of the newest event folder under ``folder``; empty where there is none."""
+    events = sorted(folder.rglob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime)
+    if not events:
+        return {}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(
+        str(events[-1].parent), size_guidance={"scalars": 0, "images": 1, "histograms": 1}
+    )
+    reader.Reload()
+    return {
+        tag: [(event.step, event.value) for event in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]
+    }
