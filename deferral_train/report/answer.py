@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from deferral_train.report.load import RunFolder
 from deferral_train.report.numbers import limits, nice, signed
 
 

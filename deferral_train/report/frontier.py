@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deferral_train.evaluation.frontier import COSTS
+from deferral_train.report.load import RunFolder
 from deferral_train.report.numbers import nice
 from deferral_train.report.sections import colours
 from deferral_train.report.svg import Series, line_chart

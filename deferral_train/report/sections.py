@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from deferral_train.evaluation.bootstrap import Interval
 from deferral_train.evaluation.online import online_table
+from deferral_train.report.load import RunFolder
 from deferral_train.report.numbers import interval, limits, nice, signed
 from deferral_train.report.svg import Series, bar_chart, line_chart
 
