@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deferral_train.report.load import RunFolder
+
 FOLDER = "tensorboard"
 THOUSANDTHS = 1000
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deferral_train.report.load import RunFolder
+
 PROMPTS = 12  # shown in the token view
 CANDIDATES = 5
 ORIGINS = ("none", "kept", "accepted", "resampled", "bonus", "unverified")
