@@ -129,7 +129,7 @@ class ShardWriter(BasePredictionWriter):
             module.budget = Budget(self.plan, self.shelf, self._share(trainer))
         if self.show and trainer.is_global_zero:
             self.progress = Progress(self.plan, self.out, data.done_before, trainer.world_size)
-            self.progress.begin(module)
+            self.progress.begin(module.work, module.collector)
 
     def _share(self, trainer: pl.Trainer) -> int:
         """This process's part of what is left of the byte limit."""
