@@ -150,6 +150,7 @@ at::Scalar local_scalar(const at::Tensor& tensor) { return on_host(tensor).item(
 
 const at::Tensor& resize(const at::Tensor& self, c10::SymIntArrayRef size, std::optional<at::MemoryFormat>) {
   const auto sizes = C10_AS_INTARRAYREF_SLOW(size);
+  if (self.sizes() == sizes) return self;  // a view keeps its strides
   auto* impl = self.unsafeGetTensorImpl();
   const size_t bytes = (c10::multiply_integers(sizes) + impl->storage_offset()) * impl->dtype().itemsize();
   if (bytes > impl->storage().nbytes()) hooks().resizePrivateUse1Bytes(impl->storage(), bytes);

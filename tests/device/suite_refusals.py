@@ -73,6 +73,17 @@ def test_values_are_those_of_the_cpu_and_stay_on_their_device() -> None:
             assert torch.equal(ours.cpu(), theirs)
 
 
+def test_operators_in_place_write_through_views() -> None:
+    found = []
+    for place in ("cpu", "sim"):
+        x = HOST.clone().to(place)
+        x[:, 1:3].index_put_((torch.tensor([0, 2], device=place),), torch.full((), -1.0, device=place))
+        x[torch.tensor([1], device=place), 1:] = x[torch.tensor([2], device=place), :3]
+        x.T[3].add_(5)
+        found.append(x.cpu())
+    assert torch.equal(*found)
+
+
 def test_gradients_flow() -> None:
     grads = []
     for place in ("cpu", "sim"):
