@@ -28,6 +28,9 @@ EXTRAS = {
     "onnxscript": "onnx",
     "onnxruntime": "onnx",
     "vllm": "vllm",
+    "accelerate": "accelerate",
+    "peft": "peft",
+    "gguf": "gguf",
 }
 
 
