@@ -20,6 +20,7 @@ from deferral_train.pairs.fingerprint import model_facts
 from deferral_train.pairs.load import ModelPair
 from deferral_train.pairs.positions import Room, room_of
 from deferral_train.pairs.prompts import Prompt, read_prompts
+from deferral_train.pairs.training_text import content_hash
 from deferral_train.traces import Chunk, Manifest
 from deferral_train.traces.folder import open_folder
 
@@ -113,6 +114,7 @@ def make_plan(
         pair=_describe(pair, teacher),
         prefixes=config.prefix_name,
         prompt_ids=tuple(prompt.id for prompt in kept),
+        prompt_hashes=_text_hashes(prompts, kept),
         chunks=chunks,
         temperature=float(config.temperature),
         top_k=min(config.log_top_k, pair.vocab_size),
@@ -158,6 +160,12 @@ def _encode(
             + ("" if config.on_policy else "; without references, use prefixes drafter, verifier or cascade")
         )
     return kept, {"skipped": skipped, "cut": [[notice.id, notice.reason] for notice in encoded.cut]}
+
+
+def _text_hashes(prompts: Sequence[Prompt], kept: Sequence[EncodedPrompt]) -> tuple[str, ...]:
+    """Hash of each kept prompt's text alone: a prompt that was learned from is known by what it asks."""
+    texts = {prompt.id: prompt.prompt for prompt in prompts}
+    return tuple(content_hash(texts[prompt.id]) for prompt in kept)
 
 
 def _longest_prompt(config: CollectConfig, pair: ModelPair, room: Room) -> int | None:
