@@ -56,7 +56,9 @@ def _manifest(
         pair={**names, "vocab_size": language.config.vocab_size},
         prefixes="reference",
         prompt_ids=ids,
-        prompt_hashes=tuple(provenance.hash_of([config, name]) for name in ids),  # a drawn sequence is its place
+        prompt_hashes=tuple(
+            provenance.hash_of([config, name]) for name in ids
+        ),  # a drawn sequence is its place
         chunks=tuple(Chunk(number, seed, (prompts,)) for number, prompts in enumerate(work)),
         top_k=top_k,
         truth="exact" if truth else None,

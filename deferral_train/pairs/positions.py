@@ -7,7 +7,15 @@ from typing import Any, NamedTuple
 # Position ids of these begin behind the padding id, in a table that counts the rows before it, too.
 FROM_PADDING = frozenset(
     {
-        *("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text", "xmod"),
+        *(
+            "roberta",
+            "xlm-roberta",
+            "xlm-roberta-xl",
+            "camembert",
+            "roberta-prelayernorm",
+            "data2vec-text",
+            "xmod",
+        ),
     }
 )
 
@@ -31,7 +39,9 @@ def room_of(models: tuple[Any, ...]) -> Room:
 
 def _room(config: Any) -> Room:
     text = config.get_text_config(decoder=True)
-    decoder = _size(text, "max_decoder_position_embeddings", "max_target_positions", "max_position_embeddings")
+    decoder = _size(
+        text, "max_decoder_position_embeddings", "max_target_positions", "max_position_embeddings"
+    )
     if not config.is_encoder_decoder:
         return Room(None, decoder)
     encoder = getattr(config, "encoder", None)

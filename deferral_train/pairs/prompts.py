@@ -137,7 +137,9 @@ class _Fields:
     def _identifier(self, row: Mapping[str, Any], number: int, where: str) -> str:
         value = row.get("id") if self.id is None else _reach(row, self.id, where, "id_field")
         if value is None and self.id is not None:
-            raise InputError(f"{where}: field {self.id!r} is null; give every row an id, or leave id_field out")
+            raise InputError(
+                f"{where}: field {self.id!r} is null; give every row an id, or leave id_field out"
+            )
         identifier = f"{self.name}:{number}" if value is None else str(value)
         _refuse_surrogates(identifier, where, self.id or "id")
         return identifier
@@ -292,7 +294,9 @@ def _guard(lines: Iterable[Any], path: str | Path) -> Iterator[Any]:
         yield from lines
     except UnicodeError as error:
         where = f"{error.reason} at byte {error.start}" if isinstance(error, UnicodeDecodeError) else error
-        raise InputError(f"{path}: not UTF-8 text ({where}); convert it: iconv -f ENCODING -t UTF-8") from error
+        raise InputError(
+            f"{path}: not UTF-8 text ({where}); convert it: iconv -f ENCODING -t UTF-8"
+        ) from error
     except _DAMAGED as error:
         raise _damaged(path, error) from error
     except csv.Error as error:

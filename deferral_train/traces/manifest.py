@@ -161,7 +161,9 @@ def _check_header(value: Mapping[str, Any]) -> None:
     require(len(set(ids)) == len(ids), "prompt_ids repeat")
     hashes = value.get("prompt_hashes", [])
     texts = isinstance(hashes, list) and all(isinstance(digest, str) for digest in hashes)
-    require(texts and len(hashes) in (0, len(ids)), "prompt_hashes is no list of one text for each of prompt_ids")
+    require(
+        texts and len(hashes) in (0, len(ids)), "prompt_hashes is no list of one text for each of prompt_ids"
+    )
 
 
 def _check_chunks(chunks: tuple[Chunk, ...], prompts: int) -> None:

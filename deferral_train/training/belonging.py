@@ -12,12 +12,16 @@ from deferral_train.traces import Traces
 from deferral_train.traces.manifest import FREE
 
 PAIR = ("tokenizer", "vocab_size", "is_encoder_decoder", "drafter", "verifier")
-NUMBERED = re.compile(r".*:\d+", re.DOTALL)  # an id that reading a file without ids made of its name and the row
+NUMBERED = re.compile(
+    r".*:\d+", re.DOTALL
+)  # an id that reading a file without ids made of its name and the row
 
 log = logging.getLogger(__name__)
 
 
-def refuse_strangers(first: Traces, others: Sequence[tuple[str, Traces]], truth: str, temperature: float | None) -> None:
+def refuse_strangers(
+    first: Traces, others: Sequence[tuple[str, Traces]], truth: str, temperature: float | None
+) -> None:
     """Refuse traces that cannot be fitted on, or judged, together with ``first``.
 
     Args:
@@ -95,4 +99,6 @@ def refuse_shared_prompts(fitted: Sequence[Traces], judged: Mapping[str, Traces]
                 "split by prompt: a head must not be judged on what it was fitted on"
             )
     if blind or len(hashes) < len(ids):
-        log.warning("fit: some traces hold no hashes of their prompts' texts: overlap was looked for by id alone")
+        log.warning(
+            "fit: some traces hold no hashes of their prompts' texts: overlap was looked for by id alone"
+        )

@@ -16,7 +16,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from deferral_train import provenance
 from deferral_train.errors import InputError
-from deferral_train.heads.registry import HEADS
+from deferral_train.heads.own import check_own_class, class_name, find_modules_here
 from deferral_train.training.datamodule import TraceDataModule
 from deferral_train.training.fit import best_checkpoint, early_stopping
 from deferral_train.training.flags import check_trainer_flags, lightning_errors
@@ -54,6 +54,7 @@ class FitCLI(LightningCLI):
         """Log, checkpoints and early stopping live under ``--out``, besides loggers and callbacks of the config."""
         given = self._get(self.config_init, "trainer")
         check_trainer_flags(given)
+        check_own_class(self.model.head)
         if self.config["patience"] < 0:
             raise InputError(f"patience={self.config['patience']}: give 0 or more epochs")
         out, ckpt_path = Path(self.config["out"]), self.config["ckpt_path"]
@@ -76,6 +77,7 @@ class FitCLI(LightningCLI):
 def main(words: Sequence[str]) -> int:
     """Parse, train, name the checkpoint. Bad settings and a fit that diverges raise InputError with one line."""
     silence_advertisements()
+    find_modules_here()
     cli = _parsed(words)
     out, trainer = Path(cli.config["out"]), cli.trainer
     provenance.write_json(
@@ -115,8 +117,8 @@ def _judge_at_the_end(cli: FitCLI) -> None:
 
 def _export_command(cli: FitCLI, checkpoint: str) -> str:
     """The command that exports this fit's head; a class of the user's own must be named again."""
-    kind = type(cli.model.head)
-    named = "" if HEADS.get(kind.head_type) is kind else f" --head-class {kind.__module__}.{kind.__qualname__}"
+    own = class_name(cli.model.head)
+    named = "" if own is None else f" --head-class {own}"
     return f"deferral-train export --checkpoint {checkpoint} --out FOLDER{named}"
 
 

@@ -29,7 +29,9 @@ def refuse_scores(trainer: Any, scalars: Mapping[str, float], lr: float) -> None
     if not math.isfinite(scalars["regret"]):
         rows = scalars.get("not_finite", 0)
         raise _diverged(
-            trainer, f"val/regret is {scalars['regret']:g}, the head's output not finite in {rows:.0f} rows", lr
+            trainer,
+            f"val/regret is {scalars['regret']:g}, the head's output not finite in {rows:.0f} rows",
+            lr,
         )
 
 

@@ -159,7 +159,9 @@ class KeepLast(Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         begun = trainer.global_step > 0 and not trainer.sanity_checking
         if begun and trainer.world_size == 1 and not isinstance(exception, DivergedError):
             trainer.save_checkpoint(self.path)

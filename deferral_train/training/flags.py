@@ -16,7 +16,13 @@ HONOURED = frozenset(
         *("accelerator", "devices", "num_nodes", "logger", "callbacks", "fast_dev_run", "min_epochs"),
         *("min_steps", "max_time", "overfit_batches", "val_check_interval", "check_val_every_n_epoch"),
         *("num_sanity_val_steps", "log_every_n_steps", "enable_progress_bar", "enable_model_summary"),
-        *("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "deterministic", "benchmark"),
+        *(
+            "accumulate_grad_batches",
+            "gradient_clip_val",
+            "gradient_clip_algorithm",
+            "deterministic",
+            "benchmark",
+        ),
         *("inference_mode", "profiler", "detect_anomaly", "plugins", "sync_batchnorm"),
         *("reload_dataloaders_every_n_epochs", "enable_autolog_hparams"),
     }
@@ -30,7 +36,9 @@ def _is_zero(value: Any) -> bool:
 def _is_sharded(value: Any) -> bool:
     kind = value.get("class_path", "") if isinstance(value, Mapping) else value
     name = kind if isinstance(kind, str) else type(kind).__name__
-    return any(part in name.lower() for part in ("fsdp", "deepspeed", "model_parallel", "modelparallel", "xla"))
+    return any(
+        part in name.lower() for part in ("fsdp", "deepspeed", "model_parallel", "modelparallel", "xla")
+    )
 
 
 PRECISIONS = ("32-true", "32", "16-mixed", "16", "bf16-mixed", "bf16", "None")

@@ -13,7 +13,14 @@ from deferral_train.training.checkpoint import load_checkpoint
 from deferral_train.training.datamodule import TraceDataModule
 from deferral_train.training.module import DeferralModule
 
-LIGHTNING = ("epoch", "global_step", "loops", "optimizer_states", "lr_schedulers", "pytorch-lightning_version")
+LIGHTNING = (
+    "epoch",
+    "global_step",
+    "loops",
+    "optimizer_states",
+    "lr_schedulers",
+    "pytorch-lightning_version",
+)
 HEAD = ("deferral_head_type", "stage", "loss", "features", "widths", "body", "hidden", "recalibration")
 FREE = frozenset({"figure_every", "pair_training"})  # decide no weight
 
@@ -28,9 +35,17 @@ def check_resumable(path: str | Path, module: DeferralModule, data: TraceDataMod
     """
     checkpoint = load_checkpoint(path)
     if any(key not in checkpoint for key in LIGHTNING):
-        raise InputError(f"ckpt_path={path}: holds weights alone; name checkpoints/last.ckpt of a fit to resume it")
+        raise InputError(
+            f"ckpt_path={path}: holds weights alone; name checkpoints/last.ckpt of a fit to resume it"
+        )
     now = full_config(module.head)
-    pairs = [("model.head", {key: checkpoint["deferral_head"].get(key) for key in HEAD}, {k: now.get(k) for k in HEAD})]
+    pairs = [
+        (
+            "model.head",
+            {key: checkpoint["deferral_head"].get(key) for key in HEAD},
+            {k: now.get(k) for k in HEAD},
+        )
+    ]
     pairs += [("model", checkpoint.get("hyper_parameters", {}), dict(module.hparams))]
     pairs += [("data", checkpoint.get("datamodule_hyper_parameters", {}), dict(data.hparams))]
     for section, before, after in pairs:
@@ -38,7 +53,9 @@ def check_resumable(path: str | Path, module: DeferralModule, data: TraceDataMod
     return int(checkpoint["global_step"])
 
 
-def _refuse_changes(path: str | Path, section: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _refuse_changes(
+    path: str | Path, section: str, before: Mapping[str, Any], now: Mapping[str, Any]
+) -> None:
     for key in before:
         if key in now and key not in FREE and _plain(before[key]) != _plain(now[key]):
             raise InputError(

@@ -47,12 +47,15 @@ def config_of(kind: str) -> Any:
 def model_of(kind: str, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     config = config_of(kind)
-    auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    auto = (
+        transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    )
     return auto.from_config(config).eval().requires_grad_(False)
 
 
 def places(model: Any, prompt: int, text: int) -> bool:
     """True where a forward pass takes so many tokens."""
+
     def ids(n: int) -> torch.Tensor:
         return torch.full((1, n), 5)
 

@@ -69,7 +69,9 @@ def test_written_prompts_are_what_their_name_says(container, tmp_path):
 def test_damaged_containers_are_one_line(container, damage, tmp_path):
     whole = PACK[container]("\n".join(f"line {i * i}" for i in range(3000)).encode())
     path = tmp_path / f"lines.txt{container}"
-    path.write_bytes({"cut": whole[: len(whole) // 2], "plain": b"plain text", "noise": whole[:40] + b"x" * 90}[damage])
+    path.write_bytes(
+        {"cut": whole[: len(whole) // 2], "plain": b"plain text", "noise": whole[:40] + b"x" * 90}[damage]
+    )
     with pytest.raises(InputError, match="damaged or cut short") as caught:
         read_prompts(path)
     assert "\n" not in str(caught.value)
@@ -113,7 +115,13 @@ def test_nested_fields_and_lists(tmp_path):
     found = read(tmp_path, rows, **named)
     assert [(p.prompt, p.reference) for p in found] == [("hi", "a"), ("", None), ("", None)]
     assert read(tmp_path, rows[:1], **named | {"id_field": "messages.0.role"})[0].id == "user"
-    for wrong in ("messages.1.content", "messages.x.content", "messages.-1.content", "messages.0.content.0", "a.b"):
+    for wrong in (
+        "messages.1.content",
+        "messages.x.content",
+        "messages.-1.content",
+        "messages.0.content.0",
+        "a.b",
+    ):
         with pytest.raises(InputError, match="correct prompt_field"):
             read(tmp_path, rows[:1], prompt_field=wrong)
     with pytest.raises(InputError, match="'answers.text' is list.*such as answers.text.0"):
@@ -129,7 +137,10 @@ def test_a_field_that_could_be_another_is_asked_for(tmp_path):
         read(tmp_path, [{"instruction": "Translate.", "input": "a river", "output": "ein Fluss"}])
     with pytest.raises(InputError, match="target and output could each.*reference_field"):
         read(tmp_path, [{"prompt": "x", "target": "y", "output": "z"}])
-    assert read(tmp_path, [{"source": "wikipedia", "text": "A river."}], prompt_field="text")[0].prompt == "A river."
+    assert (
+        read(tmp_path, [{"source": "wikipedia", "text": "A river."}], prompt_field="text")[0].prompt
+        == "A river."
+    )
     kept = read(tmp_path, [{"prompt": "p", "source": "s", "text": "t", "answer": "a", "output": "o"}])
     assert (kept[0].prompt, kept[0].reference) == ("p", "a")
     assert read(tmp_path, [{"source": "s", "target": "t"}])[0] == Prompt("rows:1", "s", "t")

@@ -81,19 +81,31 @@ def test_a_temperature_for_all_sets_joins_them(config, folders, tmp_path):
 
 def test_another_teacher(config, folders, tmp_path):
     def taught(weights):
-        return lambda header: header.update(truth="teacher", pair=PAIR | {"teacher": FINGERPRINT | {"weights": weights}})
+        return lambda header: header.update(
+            truth="teacher", pair=PAIR | {"teacher": FINGERPRINT | {"weights": weights}}
+        )
 
     train, val = (changed(folders[k], tmp_path / k, taught(k)) for k in ("train", "val"))
     refused(config, tmp_path, "teacher.weights is val", train=train, val=val, truth="teacher")
-    fit(replace(config, train=train, val=val, epochs=1, figure_every=0), tmp_path / "out")  # labels by reference
+    fit(
+        replace(config, train=train, val=val, epochs=1, figure_every=0), tmp_path / "out"
+    )  # labels by reference
 
 
 def test_another_number_of_candidates_for_a_head_that_learns_from_them(config, folders, tmp_path):
     from training.trace_maker import small_language, write_traces
 
     few = write_traces(tmp_path / "few", small_language(), 30, 10, seed=5, top_k=2)
-    refused(config, tmp_path, "data.val: 2 logged candidates a row, the first train traces 4", val=str(few), head="token")
-    fit(replace(config, val=str(few), epochs=1, figure_every=0), tmp_path / "out")  # a gap head reads none of them
+    refused(
+        config,
+        tmp_path,
+        "data.val: 2 logged candidates a row, the first train traces 4",
+        val=str(few),
+        head="token",
+    )
+    fit(
+        replace(config, val=str(few), epochs=1, figure_every=0), tmp_path / "out"
+    )  # a gap head reads none of them
 
 
 def named(prefix, texts=None):
@@ -111,7 +123,13 @@ def named(prefix, texts=None):
 def test_the_same_prompts_under_other_ids(config, folders, tmp_path):
     train = changed(folders["train"], tmp_path / "a", named("q", "text"))
     val = changed(folders["val"], tmp_path / "b", named("p", "text"))
-    refused(config, tmp_path, r"60 prompts are in both train and val traces, first p0 \(there q0\)", train=train, val=val)
+    refused(
+        config,
+        tmp_path,
+        r"60 prompts are in both train and val traces, first p0 \(there q0\)",
+        train=train,
+        val=val,
+    )
 
 
 def test_other_texts_under_the_ids_of_rows_and_under_ids_of_their_own(config, folders, tmp_path, caplog):
@@ -140,7 +158,9 @@ def test_traces_without_hashes_are_compared_by_id_and_say_so(without, config, fo
 def test_prompts_of_the_pairs_training_text_under_other_ids(config, folders, tmp_path):
     val = changed(folders["val"], tmp_path / "b", named("p", "a text of some length"))
     write_training_ids(tmp_path / "ids.json", [Prompt("elsewhere", "a text of some length 7")])
-    refused(config, tmp_path, "1 of 60 prompts .* first p7", val=val, pair_training=str(tmp_path / "ids.json"))
+    refused(
+        config, tmp_path, "1 of 60 prompts .* first p7", val=val, pair_training=str(tmp_path / "ids.json")
+    )
 
 
 def test_collected_traces_know_their_prompts_by_text(tmp_path):
@@ -149,14 +169,19 @@ def test_collected_traces_know_their_prompts_by_text(tmp_path):
     pair = make_pair(drafter, verifier, tokenizer)
     texts = [f"w{n} w{n + 1} w{n + 2}" for n in range(12)]
     for name in ("fit", "val"):
-        prompts = [Prompt("empty", "", "w1"), *(Prompt(f"{name}-{n}", t, "w3 w4 w5") for n, t in enumerate(texts))]
+        prompts = [
+            Prompt("empty", "", "w1"),
+            *(Prompt(f"{name}-{n}", t, "w3 w4 w5") for n, t in enumerate(texts)),
+        ]
         config = CollectConfig(device="cpu", log_top_k=4)
         collect(config, tmp_path / name, progress=False, models=pair, prompts=prompts)
     traces = open_traces(tmp_path / "fit")
     assert traces.prompt_hashes == {f"fit-{n}": content_hash(text) for n, text in enumerate(texts)}
     assert traces.select_prompts(["fit-3"]).prompt_hashes == {"fit-3": content_hash(texts[3])}
     config = FitConfig(train=str(tmp_path / "fit"), val=str(tmp_path / "val"), features=("tv", "drafter_max"))
-    with pytest.raises(InputError, match=r"12 prompts are in both train and val traces, first val-0 \(there fit-0\)"):
+    with pytest.raises(
+        InputError, match=r"12 prompts are in both train and val traces, first val-0 \(there fit-0\)"
+    ):
         fit(config, tmp_path / "out")
 
 

@@ -58,7 +58,14 @@ def test_a_rate_that_is_far_too_high_is_one_line(figures, folders, tmp_path, cap
     rate = ("--model.lr", "1e30", "--data.batch_size", "1000", "--model.figure_every", figures)
     assert main(words(folders, tmp_path, *rate)) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    for part in ("diverged at step 2", "loss is nan", "lr=1e+30", "lower lr", "gradient_clip_val", "no checkpoint"):
+    for part in (
+        "diverged at step 2",
+        "loss is nan",
+        "lr=1e+30",
+        "lower lr",
+        "gradient_clip_val",
+        "no checkpoint",
+    ):
         assert part in last, part
     assert not list(tmp_path.rglob("*.ckpt"))
 
