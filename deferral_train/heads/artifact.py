@@ -111,7 +111,8 @@ def refuse_not_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise InputError(
-                f"{path}: tensor {name!r} holds values that are not finite: training diverged; fit again with a lower lr"
+                f"{path}: tensor {name!r} holds values that are not finite: training diverged; "
+                "fit again with a lower lr"
             )
 
 

@@ -58,7 +58,7 @@ def check_own_class(head: DeferralHead) -> None:
         again = head_from_config(json.loads(json.dumps(full_config(head))), cls)
     except (TypeError, InputError) as error:
         raise InputError(
-            f"{cls.__name__}: cannot be built again from its config ({error}), so that no export of it could be loaded; "
+            f"{cls.__name__}: cannot be built again from its config ({error}), no export of it could be loaded; "
             "take the arguments of DeferralHead and no others"
         ) from error
     shapes = [{name: tuple(t.shape) for name, t in each.state_dict().items()} for each in (head, again)]

@@ -88,7 +88,7 @@ def refuse_shared_prompts(fitted: Sequence[Traces], judged: Mapping[str, Traces]
         shared = []
         for name in part.prompt_ids:
             digest = part.prompt_hashes.get(name)
-            blind += digest is None or name in ids and name not in hashes
+            blind += digest is None or (name in ids and name not in hashes)
             if digest in owner:
                 shared.append(name if owner[digest] == name else f"{name} (there {owner[digest]})")
             elif name in ids and not (NUMBERED.fullmatch(name) and digest is not None and name in hashes):

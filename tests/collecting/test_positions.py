@@ -20,11 +20,12 @@ from .conftest import tiny
 
 ROOM = 24
 IDS = {"vocab_size": tiny.VOCAB, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
-BART = dict(
-    d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
-    encoder_ffn_dim=32, decoder_ffn_dim=32, decoder_start_token_id=2, forced_eos_token_id=None,
-)  # fmt: skip
-BERT = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, is_decoder=True)
+BART = {
+    "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "decoder_start_token_id": 2, "forced_eos_token_id": None,
+}  # fmt: skip
+BERT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+BERT |= {"is_decoder": True}
 
 
 def config_of(kind: str) -> Any:

@@ -124,18 +124,18 @@ def test_nested_fields_and_lists(tmp_path):
     ):
         with pytest.raises(InputError, match="correct prompt_field"):
             read(tmp_path, rows[:1], prompt_field=wrong)
-    with pytest.raises(InputError, match="'answers.text' is list.*such as answers.text.0"):
+    with pytest.raises(InputError, match=r"'answers.text' is list.*such as answers.text.0"):
         read(tmp_path, rows[:1], prompt_field="messages.0.content", reference_field="answers.text")
     dotted = [{"a.b": "whole", "a": {"b": "nested"}}]
     assert read(tmp_path, dotted, prompt_field="a.b")[0].prompt == "whole"
 
 
 def test_a_field_that_could_be_another_is_asked_for(tmp_path):
-    with pytest.raises(InputError, match="source and text could each.*prompt_field"):
+    with pytest.raises(InputError, match=r"source and text could each.*prompt_field"):
         read(tmp_path, [{"source": "wikipedia", "text": "A river."}])
     with pytest.raises(InputError, match="input and instruction"):
         read(tmp_path, [{"instruction": "Translate.", "input": "a river", "output": "ein Fluss"}])
-    with pytest.raises(InputError, match="target and output could each.*reference_field"):
+    with pytest.raises(InputError, match=r"target and output could each.*reference_field"):
         read(tmp_path, [{"prompt": "x", "target": "y", "output": "z"}])
     assert (
         read(tmp_path, [{"source": "wikipedia", "text": "A river."}], prompt_field="text")[0].prompt
@@ -167,7 +167,7 @@ def test_values_that_are_no_text_are_one_line(content, message, tmp_path):
 
 def test_other_encodings_and_headers_are_one_line(tmp_path):
     (tmp_path / "a.csv").write_bytes("prompt\nGröße\n".encode("latin-1"))
-    with pytest.raises(InputError, match="not UTF-8 text.*iconv"):
+    with pytest.raises(InputError, match=r"not UTF-8 text.*iconv"):
         read_prompts(tmp_path / "a.csv")
     (tmp_path / "b.csv").write_text("prompt,prompt\nx,y\n")
     with pytest.raises(InputError, match="column 'prompt' appears twice"):

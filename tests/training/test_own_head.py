@@ -1,4 +1,4 @@
-"""A head class of the user's own goes all the way by its typed name, from a folder of its own, or is refused by `fit`."""
+"""A head class of the user's own goes all the way by its typed name, or is refused by `fit`."""
 
 import json
 import os
