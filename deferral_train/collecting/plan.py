@@ -18,9 +18,9 @@ from deferral_train.errors import InputError, MissingExtraError
 from deferral_train.pairs.encode import EncodedPrompt, encode_prompts
 from deferral_train.pairs.fingerprint import model_facts
 from deferral_train.pairs.load import ModelPair
+from deferral_train.pairs.overlap import content_hash
 from deferral_train.pairs.positions import Room, room_of
 from deferral_train.pairs.prompts import Prompt, read_prompts
-from deferral_train.pairs.training_text import content_hash
 from deferral_train.traces import Chunk, Manifest
 from deferral_train.traces.folder import open_folder
 

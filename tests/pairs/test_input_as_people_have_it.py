@@ -10,8 +10,8 @@ import pytest
 
 from deferral_train.errors import InputError
 from deferral_train.pairs.prompts import Prompt, read_lines, read_prompts, write_prompts
-from deferral_train.pairs.train_config import PairText
-from deferral_train.pairs.training_text import load_training_text
+from deferral_train.pairs.scratch.train_config import PairText
+from deferral_train.pairs.scratch.training_text import load_training_text
 
 PACK = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 CONTENT = {

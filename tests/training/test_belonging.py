@@ -11,9 +11,8 @@ import tiny_models
 from deferral_train.collecting import CollectConfig, collect
 from deferral_train.errors import InputError
 from deferral_train.pairs.load import make_pair
-from deferral_train.pairs.overlap import write_training_ids
+from deferral_train.pairs.overlap import content_hash, write_training_ids
 from deferral_train.pairs.prompts import Prompt
-from deferral_train.pairs.training_text import content_hash
 from deferral_train.traces import open_traces
 from deferral_train.training.config import FitConfig
 from deferral_train.training.fit import fit
