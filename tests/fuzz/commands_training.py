@@ -2,9 +2,9 @@
 
     python -m fuzz.commands_training --seconds 120 [--only collect fit train-pair] [--seed 0]
 
-As `fuzz.commands` does it for the commands that read finished work: every case is a good call on small real inputs (a tiny
-pair, prompts in every kind of file, traces, a checkpoint, text), damaged in one to three places. A case that raises, prints
-more than a line of error, or returns anything but 0 or 2 is a finding, and its seed makes it again.
+As `fuzz.commands` does it for the commands that read finished work: every case is a good call on small real inputs
+(a tiny pair, prompts in every kind of file, traces, a checkpoint, text), damaged in one to three places. A case that
+raises, prints more than a line of error, or returns anything but 0 or 2 is a finding, and its seed makes it again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A few seeds of the fuzzer of collect, fit and train-pair (fuzz/commands_training.py): no traceback, one line of error."""
+"""A few seeds of the fuzzer of collect, fit and train-pair: no traceback, one line of error."""
 
 from __future__ import annotations
 
