@@ -164,7 +164,7 @@ def _record(name: str, settings: dict[str, Any]) -> None:
     from deferral_train import provenance
 
     seeds = {key: value for key, value in settings.items() if key.endswith("seed") and isinstance(value, int)}
-    record = {"command": name, "config": provenance.plain(settings), **provenance.collect(seeds)}
+    record = {"command": name, "config": provenance.record_of(settings), **provenance.collect(seeds)}
     provenance.write_json(Path(out) / f"{name}.provenance.json", record)
 
 

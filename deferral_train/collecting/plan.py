@@ -15,9 +15,11 @@ import numpy as np
 from deferral_train import provenance
 from deferral_train.collecting.config import HIDDEN, CollectConfig
 from deferral_train.errors import InputError, MissingExtraError
+from deferral_train.heads.fingerprint import rule_key, weights_key
+from deferral_train.heads.rules import rule_from_spec
 from deferral_train.pairs.encode import EncodedPrompt, encode_prompts
-from deferral_train.pairs.fingerprint import model_facts
-from deferral_train.pairs.load import ModelPair
+from deferral_train.pairs.fingerprint import checkpoint_key, model_facts
+from deferral_train.pairs.load import ModelPair, resolve_checkpoint
 from deferral_train.pairs.prompts import Prompt, read_prompts
 from deferral_train.traces import Chunk, Manifest
 from deferral_train.traces.folder import open_folder
@@ -94,9 +96,17 @@ def _local(path: str, scratch: Path) -> str:
 
 
 def make_plan(
-    config: CollectConfig, pair: ModelPair, prompts: Sequence[Prompt], teacher: ModelPair | None, device: str
+    config: CollectConfig,
+    pair: ModelPair,
+    prompts: Sequence[Prompt],
+    teacher: ModelPair | None,
+    device: str,
+    handed_over: bool = False,
 ) -> Plan:
     """Encode the prompts, leave out and name what cannot be used, and fix chunks, seeds and batches.
+
+    Args:
+        handed_over: the pair was in memory before, so that ``config``'s folders do not say what it holds.
 
     Raises:
         InputError: no prompt can be used.
@@ -121,13 +131,32 @@ def make_plan(
         seed=config.seed,
         chunking={"chunk_prompts": config.chunk_prompts, "batch_tokens": batch_tokens},
         prompts={"sha256": prompts_hash(kept, not texts_decide), "given": len(prompts), **notices},
-        settings=config.deciding(),
+        settings=config.deciding() | {"contents": contents(config, pair if handed_over else None)},
         provenance=provenance.collect({"seed": config.seed})
         | {"models": {role: model_facts(getattr(pair, role)) for role in ("drafter", "verifier")}},
     )
     most = config.new_tokens or 0
     rows = [sum(most if config.on_policy else len(kept[n].reference_ids) for n in c.prompts) for c in chunks]
     return Plan(tuple(kept), manifest, tuple(rows))
+
+
+def contents(config: CollectConfig, pair: ModelPair | None = None) -> dict[str, Any]:
+    """Content keys of the models and of a cascade's rule: shards of a model trained on, or of a head exported anew, do
+    not mix with those from before.
+
+    Args:
+        pair: models in memory; without, what lies in the config's folders.
+    """
+    found: dict[str, Any] = {}
+    for role in ("drafter", "verifier", "teacher"):
+        name = getattr(config, role)
+        if pair is not None and role != "teacher":
+            found[role] = weights_key(getattr(pair, role))
+        elif name:
+            found[role] = checkpoint_key(resolve_checkpoint(name, role))
+    if config.rule is not None:
+        found["rule"] = rule_key(rule_from_spec(config.rule, typed=[config.rule]))
+    return found
 
 
 def _encode(

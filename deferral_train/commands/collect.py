@@ -45,6 +45,7 @@ def run(
     split: str = "train",
     engine: str = "transformers",
     progress: bool = True,
+    fresh: bool = False,
 ) -> int:
     """Run both models over prompts and log their token distributions as traces; run again to resume.
 
@@ -86,6 +87,7 @@ def run(
         split: split of a data set.
         engine: transformers, or vllm: what a cascade emits in the serving engine (docs/serving_vllm.md).
         progress: announce the work and show a progress bar.
+        fresh: remove the traces that lie in ``out`` and start over.
     """
     from deferral_train.collecting import CollectConfig, collect
     from deferral_train.errors import InputError
@@ -104,7 +106,13 @@ def run(
         return 0
     if engine != "transformers":
         raise InputError(f"engine={engine!r}: use transformers or vllm")
-    collect(config, out, progress, quality=_quality(config.label_metric) if labels == "autojudge" else None)
+    collect(
+        config,
+        out,
+        progress,
+        quality=_quality(config.label_metric) if labels == "autojudge" else None,
+        existing="fresh" if fresh else "resume",
+    )
     return 0
 
 

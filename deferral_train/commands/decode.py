@@ -49,6 +49,7 @@ def run(
     device: str = "auto",
     dtype: str = "auto",
     compile: str = "auto",
+    fresh: bool = False,
 ) -> int:
     """Decode prompts with a drafter and a verifier under any rules, side by side.
 
@@ -96,6 +97,7 @@ def run(
         dtype: auto, float32, float16 or bfloat16.
         compile: passes of fixed shape: auto (CUDA graphs on CUDA where the models allow it), off, static, or a backend
             of torch.compile: inductor, aot_eager, eager.
+        fresh: remove the outputs of another run from ``out`` and start over.
     """
     from deferral_train.decoding.decode import DecodeConfig, decode
     from deferral_train.decoding.pair import Settings, load_pair
@@ -120,7 +122,7 @@ def run(
     )  # fmt: skip
     check_metrics(metrics, texts)
     pair = load_pair(drafter, verifier, device, dtype, smaller=spec.smaller if spec is not None else ())
-    summary = decode(pair, texts, named, config, out)
+    summary = decode(pair, texts, named, config, out, fresh)
     if metrics:
         summary = score_outputs(out, metrics, pair.models, texts, chat=chat)
     for line in table(summary, metrics):

@@ -176,7 +176,8 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
         key, equals, value = item.partition("=")
         if not equals or not key.strip().isidentifier():
             raise InputError(f"rule {spec!r}: {item!r} is no key=value")
-        parameters[key.strip()] = _value(value.strip())
+        # A folder stays a text, also where it is called 007 or true.
+        parameters[key.strip()] = value.strip() if key.strip() == "head" else _value(value.strip())
     return head.strip(), parameters
 
 

@@ -17,6 +17,7 @@ from deferral_train import provenance
 VOLATILE = frozenset(
     {"transformers_version", "_name_or_path", "name_or_path", "dtype", "torch_dtype", "use_cache"}
 )
+DECIDING = frozenset({".safetensors", ".json", ".model", ".txt", ".jinja"})
 SAMPLES, STRETCH = 32, 4096  # stretches per file, bytes per stretch
 
 
@@ -40,6 +41,17 @@ def checkpoint_fingerprint(folder: str | Path) -> dict[str, Any]:
         "config": provenance.hash_of(stable),
         "weights": provenance.hash_of([[file.name, _sampled(file)] for file in files]),
     }
+
+
+def checkpoint_key(folder: str | Path) -> str:
+    """Content key of the files of a checkpoint that decide what its model and tokenizer do.
+
+    Unlike :func:`checkpoint_fingerprint`, which names a model for good and in any copy, it sees every byte of files up
+    to :data:`provenance.HASHED_BYTES`.
+    """
+    files = sorted(file for file in Path(folder).iterdir() if file.suffix in DECIDING and file.is_file())
+    keys = [[file.name, provenance.content_key(file)] for file in files if "provenance" not in file.name]
+    return provenance.hash_of(keys)
 
 
 def model_facts(model: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 from deferral_train.errors import InputError, MissingExtraError
 from deferral_train.pairs.encode import encode_prompts
 from deferral_train.pairs.prompts import Prompt
+from deferral_train.provenance import hash_of, one_writer
 from deferral_train.serving.config import PREFIX
 from deferral_train.serving.resume import finished_part
 from deferral_train.traces.folder import open_folder
@@ -36,7 +37,9 @@ def collect_with_engine(config: Any, out: str, prompts: Sequence[Prompt]) -> int
     """
     _check(config)
     before = finished_part(open_folder(out))
+    texts = hash_of([[prompt.id, prompt.prompt] for prompt in prompts])
     settings = {name: getattr(config, name) for name in SETTINGS}
+    settings["contents"] = hash_of({"prompts": texts, **contents(config)})
     done: frozenset[str] = frozenset()
     if before is not None:
         _check_settings(out, before[0].settings, settings)
