@@ -1,0 +1,95 @@
+"""Taking up a fit: only where settings, traces and initial weights are those that its checkpoint was made with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deferral_train import provenance
+from deferral_train.decoding.outputs import read_record
+from deferral_train.errors import InputError
+from deferral_train.heads.base import DeferralHead
+from deferral_train.heads.fingerprint import weights_key
+from deferral_train.traces import Traces
+from deferral_train.training.datamodule import TraceDataModule
+
+RECORD = "made_from.json"
+CHECKPOINTS = "checkpoints"
+# Do not change the weights beyond rounding, or are told by content rather than by place.
+FREE = frozenset({"train", "val", "accelerator", "devices", "strategy", "figure_every", "pair_training"})
+
+
+def traces_key(traces: Traces) -> str:
+    """Content of traces: the rows of which prompts, by the checksums of their shards."""
+    shards = [[record.id, record.rows, record.sha256, dict(record.columns)] for record in traces.records]
+    return provenance.hash_of([shards, list(traces.prompt_ids), len(traces)])
+
+
+def made_from(settings: Mapping[str, Any], data: TraceDataModule, head: DeferralHead) -> dict[str, Any]:
+    """Everything that decides the fitted weights, as JSON-like values.
+
+    Args:
+        settings: of the fit.
+        data: with its traces; head: untrained, or with the weights that training starts from.
+    """
+    found = {
+        "settings": {name: value for name, value in settings.items() if name not in FREE},
+        "traces": {name: traces_key(traces) for name, traces in data.traces.items() if name != "test"},
+        "further": [traces_key(traces) for traces in data.further],
+        "features": head.config,
+        "initial": weights_key(head),
+    }
+    return dict(json.loads(json.dumps(provenance.record_of(found))))
+
+
+def take_up(out: Path, now: Mapping[str, Any], resume: bool) -> None:
+    """Refuse checkpoints that were made from something else, or remove them; then note what is made now.
+
+    Args:
+        out: folder of the fit.
+        resume: False removes the checkpoints and the log that lie there.
+
+    Raises:
+        InputError: with ``resume``, a checkpoint of other settings or inputs; names what changed.
+    """
+    checkpoints = sorted((out / CHECKPOINTS).glob("*.ckpt")) if (out / CHECKPOINTS).is_dir() else []
+    if checkpoints and resume:
+        remedy = "resume=False or --fresh starts over, another folder keeps both"
+        provenance.refuse_reuse(out, read_record(out / RECORD), now, remedy)
+        return
+    for path in (*checkpoints, *(out / "log").glob("events.out.tfevents.*")):
+        path.unlink()
+    provenance.write_json(out / RECORD, now)
+
+
+def refuse_other_settings(checkpoint: str | Path, module: Any, data: Any) -> None:
+    """Refuse to resume a checkpoint under other settings: training would go on with the old ones, and record the new.
+
+    Args:
+        checkpoint: as ``--ckpt_path`` names it.
+        module, data: as they are about to be trained.
+
+    Raises:
+        InputError: not a checkpoint of a fit, or one of other settings; names what changed.
+    """
+    from deferral_train.training.checkpoint import read_raw
+
+    stored = read_raw(checkpoint)
+    before = {
+        "model": dict(stored.get("hyper_parameters") or {}),
+        "data": dict(stored.get("datamodule_hyper_parameters") or {}),
+        "head": {k: v for k, v in stored["deferral_head"].items() if k in module.head.config},
+    }
+    now = {"model": dict(module.hparams), "data": dict(data.hparams), "head": module.head.config}
+    for part in ("model", "data"):
+        for name in ("_instantiator", "figure_every", "pair_training", "seed_everything"):
+            before[part].pop(name, None)
+            now[part].pop(name, None)
+    found = provenance.changes(*(json.loads(json.dumps(provenance.record_of(each))) for each in (before, now)))
+    if found:
+        raise InputError(
+            f"ckpt_path: {checkpoint} was trained with other settings ({provenance.told(found)}); resuming goes on "
+            "with those of the checkpoint: give the same ones, or leave --ckpt_path out to start over"
+        )
