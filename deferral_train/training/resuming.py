@@ -27,6 +27,12 @@ def traces_key(traces: Traces) -> str:
     return provenance.hash_of([shards, list(traces.prompt_ids), len(traces)])
 
 
+def traces_keys(data: TraceDataModule) -> dict[str, Any]:
+    """Content of the traces that a fit learns from and is chosen on."""
+    keys: dict[str, Any] = {name: traces_key(data.traces[name]) for name in ("train", "val")}
+    return keys | {"further": [traces_key(traces) for traces in data.further]}
+
+
 def made_from(settings: Mapping[str, Any], data: TraceDataModule, head: DeferralHead) -> dict[str, Any]:
     """Everything that decides the fitted weights, as JSON-like values.
 
@@ -36,8 +42,7 @@ def made_from(settings: Mapping[str, Any], data: TraceDataModule, head: Deferral
     """
     found = {
         "settings": {name: value for name, value in settings.items() if name not in FREE},
-        "traces": {name: traces_key(traces) for name, traces in data.traces.items() if name != "test"},
-        "further": [traces_key(traces) for traces in data.further],
+        "traces": traces_keys(data),
         "features": head.config,
         "initial": weights_key(head),
     }
@@ -87,6 +92,8 @@ def refuse_other_settings(checkpoint: str | Path, module: Any, data: Any) -> Non
         for name in ("_instantiator", "figure_every", "pair_training", "seed_everything"):
             before[part].pop(name, None)
             now[part].pop(name, None)
+    if "deferral_traces" in stored:
+        before["traces"], now["traces"] = stored["deferral_traces"], traces_keys(data)
     found = provenance.changes(*(json.loads(json.dumps(provenance.record_of(each))) for each in (before, now)))
     if found:
         raise InputError(
