@@ -77,11 +77,12 @@ def append_text(path: str | Path, text: str, durable: bool = True) -> None:
         durable: wait until the disk has it.
     """
     path = Path(path)
-    with naming(path), open(path, "ab") as file:
+    left = memoryview(text.encode("utf-8"))
+    with naming(path), open(path, "ab", buffering=0) as file:  # a buffer would be written again on closing
         end = file.seek(0, os.SEEK_END)
         try:
-            file.write(text.encode("utf-8"))
-            file.flush()
+            while left:
+                left = left[file.write(left) :]
             if durable:
                 os.fsync(file.fileno())
         except OSError:
