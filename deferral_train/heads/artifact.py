@@ -27,7 +27,7 @@ from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.card import make_card
 from deferral_train.heads.config import FORMAT_VERSION, METADATA, check_metadata, head_from_config, read_config
 from deferral_train.heads.fingerprint import weights_key
-from deferral_train.provenance import json_bytes, sha256, sync_folder, write_bytes, write_json
+from deferral_train.provenance import json_bytes, naming, sha256, sync_folder, write_bytes, write_json
 from deferral_train.redaction import WITHHELD, redacted
 
 CONFIG, WEIGHTS, CARD, ONNX = "config.json", "model.safetensors", "README.md", "model.onnx"
@@ -103,7 +103,8 @@ def finish_replacing(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     for name in record["files"]:
         if (folder / _hidden(name)).is_file():
-            os.replace(folder / _hidden(name), folder / name)
+            with naming(folder / name):
+                os.replace(folder / _hidden(name), folder / name)
     (folder / COMPLETE).unlink(missing_ok=True)
     sync_folder(folder)
 
