@@ -31,7 +31,6 @@ from deferral_train.pipeline.stages import Stage, StageRunner, open_run
 from deferral_train.pipeline.text import part_path, prepare_text
 from deferral_train.pipeline.verdict import make_verdict
 from deferral_train.pipeline.wish import FOLDER
-from deferral_train.provenance import plain
 from deferral_train.rules.base import Rule
 from deferral_train.serving.paste import engine_line
 from deferral_train.traces import Traces, open_traces
@@ -86,12 +85,18 @@ class Run:
     def probe(self) -> dict[str, Any]:
         """Prompts, pair and a hundred prompts; returns and prints the ceiling."""
         c, first = self.config, [stage for stage in self.stages() if stage.name in ("text", "pair")]
-        settings = [c.traces, c.rules, c.point, c.decode.num_draft_tokens, c.seed]
+        settings = {
+            "traces": c.traces,
+            "rules": c.rules,
+            "point": c.point,
+            "num_draft_tokens": c.decode.num_draft_tokens,
+            "seed": c.seed,
+        }
         title = f"the ceiling on {ceilings.PROMPTS} prompts"
         stage = Stage(
             "probe",
             title,
-            plain(settings),
+            settings,
             ("text", "pair"),
             ("probe",),
             self.ceiling,
@@ -143,7 +148,7 @@ class Run:
             Stage(
                 name="text",
                 title="prompts in four parts that never overlap",
-                settings=c.text,
+                settings={"text": c.text},
                 after=(),
                 outputs=("data",),
                 work=self.text,
@@ -152,7 +157,7 @@ class Run:
             Stage(
                 name="pair",
                 title="a drafter and a verifier",
-                settings=[c.pair, c.gate],
+                settings={"pair": c.pair, "gate": c.gate},
                 after=("text",),
                 outputs=("pair",),
                 work=self.pair,
@@ -161,7 +166,7 @@ class Run:
             Stage(
                 name="traces",
                 title="both models' token distributions",
-                settings=[c.traces, c.seed],
+                settings={"traces": c.traces, "seed": c.seed},
                 after=("text", "pair"),
                 outputs=TRACES,
                 work=self.traces,
@@ -169,7 +174,7 @@ class Run:
             Stage(
                 name="fit",
                 title="heads learn the loss gap",
-                settings=[c.heads, c.seed],
+                settings={"heads": c.heads, "seed": c.seed},
                 after=("traces",),
                 outputs=("fit",),
                 work=self.fit,
@@ -178,7 +183,7 @@ class Run:
             Stage(
                 name="point",
                 title="dials set on calibration",
-                settings=[c.point, c.rules, wished, c.seed],
+                settings={"point": c.point, "rules": c.rules, "decode": wished, "seed": c.seed},
                 after=("fit",),
                 outputs=("point.json", "head", *wish),
                 work=self.point,
@@ -188,7 +193,13 @@ class Run:
             Stage(
                 name="evaluate",
                 title="all rules on the test traces",
-                settings=[c.rules, c.decoded, c.bootstrap, c.decode.num_draft_tokens, c.seed],
+                settings={
+                    "rules": c.rules,
+                    "decoded": c.decoded,
+                    "bootstrap": c.bootstrap,
+                    "num_draft_tokens": c.decode.num_draft_tokens,
+                    "seed": c.seed,
+                },
                 after=("point",),
                 outputs=evaluated,
                 work=self.evaluate,
@@ -197,7 +208,7 @@ class Run:
             Stage(
                 name="decode",
                 title="the cascade on test prompts",
-                settings=[c.decode, c.decoded, c.seed],
+                settings={"decode": c.decode, "decoded": c.decoded, "seed": c.seed},
                 after=("point",),
                 outputs=("decode",),
                 work=partial(online.decode_rules, self),
@@ -207,7 +218,7 @@ class Run:
             Stage(
                 name="frontier",
                 title="quality against cost of whole rules",
-                settings=[c.frontier, c.decode, c.seed],
+                settings={"frontier": c.frontier, "decode": c.decode, "seed": c.seed},
                 after=("point",),
                 outputs=("frontier", "evaluation/frontier.json", "evaluation/frontier"),
                 work=partial(online.decode_frontiers, self),
@@ -217,7 +228,7 @@ class Run:
             Stage(
                 name="skew",
                 title="offline against online",
-                settings=[c.bootstrap, c.seed],
+                settings={"bootstrap": c.bootstrap, "seed": c.seed},
                 after=("decode",),
                 outputs=(online.ON_POLICY, "evaluation/skew.json"),
                 work=partial(online.compare_skew, self),
@@ -226,7 +237,7 @@ class Run:
             Stage(
                 name="drafting",
                 title="how to draft on this machine",
-                settings=[c.decode, c.bootstrap, c.seed],
+                settings={"decode": c.decode, "bootstrap": c.bootstrap, "seed": c.seed},
                 after=("skew",),
                 outputs=(drafting.FILE,),
                 work=partial(drafting.propose_drafting, self),
@@ -234,7 +245,7 @@ class Run:
             Stage(
                 name="verdict",
                 title="what is gained and lost",
-                settings=c.point,
+                settings={"point": c.point},
                 after=("evaluate", "skew", "frontier", "drafting"),
                 outputs=("verdict.json",),
                 work=self.verdict,
