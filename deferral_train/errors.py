@@ -30,6 +30,9 @@ EXTRAS = {
     "onnxscript": "onnx",
     "onnxruntime": "onnx",
     "vllm": "vllm",
+    "accelerate": "accelerate",
+    "peft": "peft",
+    "gguf": "gguf",
 }
 
 

@@ -69,7 +69,13 @@ def redacted_text(text: str) -> str:
 
 
 def _withhold(match: re.Match[str]) -> str:
-    if not is_secret(match["name"]) or match["value"].strip("'\"").lower() in ("", "none", "null", "true", "false"):
+    if not is_secret(match["name"]) or match["value"].strip("'\"").lower() in (
+        "",
+        "none",
+        "null",
+        "true",
+        "false",
+    ):
         return match[0]
     return f"{match['name']}{match['between']}{WITHHELD}"
 

@@ -53,7 +53,9 @@ def test_differences_are_told_in_words():
     before = {"lr": 0.1, "same": 1, "data": {"path": "p", "content": "a"}}
     now = {"lr": 0.2, "same": 1, "data": {"path": "p", "content": "b"}}
     assert provenance.changes(before, now) == ["lr: 0.1 -> 0.2", "data: p holds something else than before"]
-    with pytest.raises(InputError, match=r"F holds a run with other data, lr \(lr: 0.1 -> 0.2; data.*\); do this"):
+    with pytest.raises(
+        InputError, match=r"F holds a run with other data, lr \(lr: 0.1 -> 0.2; data.*\); do this"
+    ):
         provenance.refuse_reuse("F", before, now, "do this")
     with pytest.raises(InputError, match="does not record what it was made from"):
         provenance.refuse_reuse("F", None, now, "do this")
@@ -70,10 +72,14 @@ with provenance.one_writer(sys.argv[1], "collect"):
 
 
 def test_one_writer_a_folder_and_a_killed_one_lets_go(tmp_path):
-    child = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True
+    )
     assert child.stdout.readline() == "held\n"
     with (
-        pytest.raises(InputError, match="another decode is working in .*out; wait for it or name another folder"),
+        pytest.raises(
+            InputError, match="another decode is working in .*out; wait for it or name another folder"
+        ),
         provenance.one_writer(tmp_path / "out", "decode"),
     ):
         pass

@@ -16,7 +16,17 @@ SECRET = "hf_AbCdEf0123456789"
 
 @pytest.mark.parametrize(
     "name",
-    ["token", "hf_token", "--token", "api-key", "apiKey", "HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "password"],
+    [
+        "token",
+        "hf_token",
+        "--token",
+        "api-key",
+        "apiKey",
+        "HF_TOKEN",
+        "WANDB_API_KEY",
+        "AWS_SECRET_ACCESS_KEY",
+        "password",
+    ],
 )
 def test_names_of_secrets(name):
     assert is_secret(name)
@@ -24,7 +34,17 @@ def test_names_of_secrets(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["num_draft_tokens", "tokens", "tokenizer", "token_v3", "token_log", "pad_token", "ms_per_token", "key", "prompt_field"],
+    [
+        "num_draft_tokens",
+        "tokens",
+        "tokenizer",
+        "token_v3",
+        "token_log",
+        "pad_token",
+        "ms_per_token",
+        "key",
+        "prompt_field",
+    ],
 )
 def test_words_of_the_field_are_no_secrets(name):
     assert not is_secret(name)
@@ -70,9 +90,21 @@ def test_an_environment_value_is_withheld_wherever_it_shows(monkeypatch):
 
 
 def test_values_by_name_and_numbers_stay():
-    record = {"token": SECRET, "tokens": [1, 2], "token_count": 3, "deep": [{"password": "x"}], "eos_token": "</s>"}
+    record = {
+        "token": SECRET,
+        "tokens": [1, 2],
+        "token_count": 3,
+        "deep": [{"password": "x"}],
+        "eos_token": "</s>",
+    }
     clean = redacted(record)
-    assert clean == {"token": "***", "tokens": [1, 2], "token_count": 3, "deep": [{"password": "***"}], "eos_token": "</s>"}
+    assert clean == {
+        "token": "***",
+        "tokens": [1, 2],
+        "token_count": 3,
+        "deep": [{"password": "***"}],
+        "eos_token": "</s>",
+    }
 
 
 @pytest.mark.parametrize("spelled", [["--token", SECRET], [f"--token={SECRET}"]])
@@ -90,7 +122,9 @@ def test_a_token_of_export_reaches_no_file(tmp_path, monkeypatch, capsys, spelle
 def test_provenance_and_run_record_withhold(tmp_path, monkeypatch):
     from deferral_train.pipeline.stages import RUN_FILE, open_run
 
-    monkeypatch.setattr("sys.argv", ["deferral-train", "run", "--api-key", SECRET, f"--x=https://a:{SECRET}@h"])
+    monkeypatch.setattr(
+        "sys.argv", ["deferral-train", "run", "--api-key", SECRET, f"--x=https://a:{SECRET}@h"]
+    )
     folder = open_run(tmp_path / "run", {"text": f"https://a:{SECRET}@h/p", "hub_token": SECRET}, fresh=False)
     assert SECRET not in (folder / RUN_FILE).read_text()
     assert SECRET not in json.dumps(provenance.collect())

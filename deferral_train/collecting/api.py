@@ -85,7 +85,7 @@ def collect(
             source = Mined(config.new_tokens or ON_POLICY_TOKENS, quality, config.label_tolerance)
         collector = BatchCollector(pair, third, source, plan.manifest, plan.prompts)
         run_engine(
-            pair, third, collector, plan, out,
+            pair, collector, plan, out,
             devices=devices, num_nodes=num_nodes, max_bytes=config.max_bytes, progress=progress,
         )  # fmt: skip
         if _rank() == 0:
@@ -110,8 +110,15 @@ def _make_way(folder: Folder, manifest: Manifest, existing: str) -> None:
 def _models(config: CollectConfig, models: ModelPair | None) -> tuple[ModelPair, ModelPair | None]:
     if models is None and not (config.drafter and config.verifier):
         raise InputError("drafter, verifier: name both checkpoints")
-    device = _device(config.device)
-    pair = models or load_models(config.drafter, config.verifier, device, config.dtype)
+    device = config.device if config.device_map else _device(config.device)
+    pair = models or load_models(
+        config.drafter,
+        config.verifier,
+        device,
+        config.dtype,
+        drafter_device=config.drafter_device,
+        device_map=config.device_map,
+    )
     if config.teacher is None:
         return pair, None
     # Loaded beside the drafter, so that its tokenizer is checked against the pair's.

@@ -17,9 +17,10 @@ from deferral_train.collecting.config import HIDDEN, CollectConfig
 from deferral_train.errors import InputError, MissingExtraError
 from deferral_train.heads.fingerprint import rule_key, weights_key
 from deferral_train.heads.rules import rule_from_spec
+from deferral_train.pairs.checkpoint import find_checkpoint
 from deferral_train.pairs.encode import EncodedPrompt, encode_prompts
-from deferral_train.pairs.fingerprint import checkpoint_key, model_facts
-from deferral_train.pairs.load import ModelPair, resolve_checkpoint
+from deferral_train.pairs.fingerprint import model_facts
+from deferral_train.pairs.load import ModelPair
 from deferral_train.pairs.prompts import Prompt, read_prompts
 from deferral_train.traces import Chunk, Manifest
 from deferral_train.traces.folder import open_folder
@@ -153,7 +154,7 @@ def contents(config: CollectConfig, pair: ModelPair | None = None) -> dict[str, 
         if pair is not None and role != "teacher":
             found[role] = weights_key(getattr(pair, role))
         elif name:
-            found[role] = checkpoint_key(resolve_checkpoint(name, role))
+            found[role] = find_checkpoint(name, role).content
     if config.rule is not None:
         found["rule"] = rule_key(rule_from_spec(config.rule, typed=[config.rule]))
     return found

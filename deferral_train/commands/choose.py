@@ -97,7 +97,9 @@ def run(
         )
         conditions = evidence.conditions
         if evidence.record is None:
-            print(f"note: {outputs} holds no run.json: nothing says which models and weights these outputs are of")
+            print(
+                f"note: {outputs} holds no run.json: nothing says which models and weights these outputs are of"
+            )
     else:
         from deferral_train.traces import open_traces
 
@@ -206,7 +208,9 @@ def _check_same_head(spec: str, head: str) -> None:
 
     named = parse_spec(spec)[1].get("head")
     if named is not None and weights_key(load_head(str(named))) != weights_key(load_head(head)):
-        raise InputError(f"rule={spec} has another head than head={head}; name one and the same, or leave head out")
+        raise InputError(
+            f"rule={spec} has another head than head={head}; name one and the same, or leave head out"
+        )
 
 
 def _store(head: str, choice: Choice, certificate: Mapping[str, Any], evidence: Evidence | None) -> None:

@@ -35,6 +35,8 @@ def run(
     num_nodes: int = 1,
     device: str = "auto",
     dtype: str = "auto",
+    drafter_device: str | None = None,
+    device_map: str | None = None,
     chat: str = "auto",
     template: str = "{prompt}",
     prompt_format: str | None = None,
@@ -75,8 +77,11 @@ def run(
         seed: base seed; every shard has one of its own, derived from it.
         devices: processes per node; under torchrun or srun as many as were started.
         num_nodes: machines; under torchrun or srun those used.
-        device: auto, cpu or cuda.
+        device: auto, cpu, cuda, cuda:N or mps.
         dtype: auto, float32, float16 or bfloat16.
+        drafter_device: device of the drafter, where it is not the verifier's.
+        device_map: auto spreads the verifier over several GPUs and the CPU (needs accelerate); also balanced,
+            balanced_low_0, sequential.
         chat: auto (the tokenizer's chat template where it has one), on or off.
         template: text around each prompt, with {prompt} in it.
         prompt_format: jsonl, csv, tsv, parquet, text, mmlu or dataset; default by suffix.

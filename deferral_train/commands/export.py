@@ -52,9 +52,13 @@ def run(
         export_head(head, out, alpha, threshold)
         print(f"{head.head_type} head, {head.num_parameters} parameters: {out}")
         if lost is not None:
-            print(f"the certificate that {out} held ({lost}) was of another head or setting, and is gone; choose anew")
+            print(
+                f"the certificate that {out} held ({lost}) was of another head or setting, and is gone; choose anew"
+            )
         if others := foreign_files(out):
-            print(f"kept what is not of this head: {', '.join(others[:5])}{' ...' if len(others) > 5 else ''}")
+            print(
+                f"kept what is not of this head: {', '.join(others[:5])}{' ...' if len(others) > 5 else ''}"
+            )
         if onnx:
             _onnx(head, out, str(traces))
     if push_to_hub is not None:

@@ -68,6 +68,8 @@ def roles_differ(recorded: Mapping[str, Any], fingerprints: Mapping[str, Any]) -
         for part in ("config", "weights"):
             if part in theirs and part in ours and theirs[part] != ours[part]:
                 yield f"{role} {part} is {ours[part]}, the head's {theirs[part]}"
+        if theirs.get("adapter") != ours.get("adapter"):
+            yield f"{role} adapter is {ours.get('adapter')}, the head's {theirs.get('adapter')}"
 
 
 def _temperature_differs(metadata: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[str]:

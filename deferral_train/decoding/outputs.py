@@ -47,7 +47,10 @@ class OutputFolder:
         path = self.folder / RUN
         if any(read_lines(self.folder / BATCHES)):  # none where it was refused in its first batch, say
             refuse_reuse(
-                f"out={self.folder}", read_record(path), identity, "use another folder, or --fresh to start over"
+                f"out={self.folder}",
+                read_record(path),
+                identity,
+                "use another folder, or --fresh to start over",
             )
             return
         (self.folder / SUMMARY).unlink(missing_ok=True)

@@ -18,7 +18,11 @@ from deferral_train.rules.base import Rule
 
 
 def identity(
-    pair: Pair, prompts: Sequence[Prompt], named: Mapping[str, Rule], settings: Settings, more: Mapping[str, Any]
+    pair: Pair,
+    prompts: Sequence[Prompt],
+    named: Mapping[str, Rule],
+    settings: Settings,
+    more: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The record, as JSON-like values: equal records, equal outputs.
 

@@ -1,4 +1,4 @@
-"""What `--rules` and `score_rules(rules=...)` accept: names, specs, rules; each swept over its dial."""
+"""Rules as `--rules` and `score_rules(rules=...)` take them (names, specs, rules), each swept over its dial."""
 
 from __future__ import annotations
 

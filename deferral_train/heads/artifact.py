@@ -25,7 +25,13 @@ from safetensors.torch import load, save
 from deferral_train.errors import InputError, MissingExtraError
 from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.card import make_card
-from deferral_train.heads.config import FORMAT_VERSION, METADATA, check_metadata, head_from_config, read_config
+from deferral_train.heads.config import (
+    FORMAT_VERSION,
+    METADATA,
+    check_metadata,
+    head_from_config,
+    read_config,
+)
 from deferral_train.heads.fingerprint import weights_key
 from deferral_train.provenance import json_bytes, naming, sha256, sync_folder, write_bytes, write_json
 from deferral_train.redaction import WITHHELD, redacted
@@ -80,7 +86,11 @@ def replace_files(folder: Path, files: Mapping[str, bytes], stale: tuple[str, ..
     """
     folder.mkdir(parents=True, exist_ok=True)
     finish_replacing(folder)
-    changed = _digest_of(folder / WEIGHTS) != hashlib.sha256(files[WEIGHTS]).hexdigest() if WEIGHTS in files else False
+    changed = (
+        _digest_of(folder / WEIGHTS) != hashlib.sha256(files[WEIGHTS]).hexdigest()
+        if WEIGHTS in files
+        else False
+    )
     try:
         for name, data in files.items():
             write_bytes(folder / _hidden(name), data)
@@ -149,7 +159,9 @@ def refuse_foreign(folder: Path) -> None:
         except (ValueError, TypeError, RecursionError):
             ours = (folder / CARD).is_file()  # a damaged head may be written again
         if not ours:
-            raise InputError(f"out: {folder} holds the {CONFIG} of something else than a head; name another folder")
+            raise InputError(
+                f"out: {folder} holds the {CONFIG} of something else than a head; name another folder"
+            )
     elif (folder / WEIGHTS).is_file() and not (folder / CARD).is_file():
         raise InputError(f"out: {folder} holds {WEIGHTS} that are not of a head; name another folder")
 
@@ -160,7 +172,9 @@ def foreign_files(folder: str | Path) -> list[str]:
     return sorted(
         entry.name
         for entry in Path(folder).iterdir()
-        if entry.name not in ours and not entry.name.endswith(".provenance.json") and not entry.name.startswith(".")
+        if entry.name not in ours
+        and not entry.name.endswith(".provenance.json")
+        and not entry.name.startswith(".")
     )
 
 

@@ -59,7 +59,8 @@ def rule_key(rule: Any) -> dict[str, Any]:
     """
     cls = type(rule)
     parameters = {
-        item.name: _parameter(getattr(rule, item.name)) for item in (fields(rule) if is_dataclass(rule) else ())
+        item.name: _parameter(getattr(rule, item.name))
+        for item in (fields(rule) if is_dataclass(rule) else ())
     }
     found = {"class": f"{cls.__module__}.{cls.__qualname__}", **parameters}
     if not cls.__module__.startswith("deferral_train."):
@@ -73,7 +74,11 @@ def _parameter(value: Any) -> Any:
         if hasattr(value, "config") and isinstance(value.config, Mapping):
             found["config"] = provenance.hash_of(dict(value.config))
         estimator = getattr(value, "estimator", None)  # of a baseline that is no torch module
-        return found if estimator is None else {**found, "estimator": repr(sorted(vars(estimator).items(), key=str))}
+        return (
+            found
+            if estimator is None
+            else {**found, "estimator": repr(sorted(vars(estimator).items(), key=str))}
+        )
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, ClassVar
 
 import torch
@@ -155,6 +156,12 @@ def rule_from_spec(spec: str, typed: Collection[str] = ()) -> Rule:
             "judge": "judge:head=FOLDER,threshold=0.5",
         }
         raise InputError(f"rule {spec!r}: {problem}; write {known[name]}")
+    for key in ("alpha", "threshold"):
+        value = parameters.get(key)
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value)
+        ):
+            raise InputError(f"rule {spec!r}: {key} is {value}; give a number, such as 0.1")
     head = DeferralHead.from_pretrained(str(parameters["head"]))
     if name == "judge":
         return judge_rule(head, parameters.get("threshold"))

@@ -17,7 +17,6 @@ from deferral_train import provenance
 VOLATILE = frozenset(
     {"transformers_version", "_name_or_path", "name_or_path", "dtype", "torch_dtype", "use_cache"}
 )
-DECIDING = frozenset({".safetensors", ".json", ".model", ".txt", ".jinja"})
 SAMPLES, STRETCH = 32, 4096  # stretches per file, bytes per stretch
 
 
@@ -43,15 +42,11 @@ def checkpoint_fingerprint(folder: str | Path) -> dict[str, Any]:
     }
 
 
-def checkpoint_key(folder: str | Path) -> str:
-    """Content key of the files of a checkpoint that decide what its model and tokenizer do.
-
-    Unlike :func:`checkpoint_fingerprint`, which names a model for good and in any copy, it sees every byte of files up
-    to :data:`provenance.HASHED_BYTES`.
-    """
-    files = sorted(file for file in Path(folder).iterdir() if file.suffix in DECIDING and file.is_file())
-    keys = [[file.name, provenance.content_key(file)] for file in files if "provenance" not in file.name]
-    return provenance.hash_of(keys)
+def file_fingerprint(path: str | Path) -> dict[str, Any]:
+    """The same of one file that holds config and weights (GGUF), or weights alone (an adapter's)."""
+    path = Path(path)
+    weights = provenance.hash_of([[path.name, _sampled(path)]])
+    return {"name": path.resolve().name, "revision": None, "config": None, "weights": weights}
 
 
 def model_facts(model: Any) -> dict[str, Any]:
@@ -89,11 +84,16 @@ def _hub_name(folder: Path) -> tuple[str, str | None]:
 
 
 def _sampled(path: Path) -> str:
-    """SHA-256 over a safetensors file's header, size and ``SAMPLES`` evenly spread stretches of its data."""
+    """SHA-256 over a file's size, header and ``SAMPLES`` evenly spread stretches of its data.
+
+    The header of a safetensors file is as long as its first eight bytes say; of another file it is one stretch.
+    """
     digest = hashlib.sha256()
     size = path.stat().st_size
     with open(path, "rb") as file:
-        header = min(int.from_bytes(file.read(8), "little"), size)
+        header = (
+            min(int.from_bytes(file.read(8), "little"), size) if path.suffix == ".safetensors" else STRETCH
+        )
         digest.update(str(size).encode())
         digest.update(file.read(header))
         first = 8 + header

@@ -17,6 +17,7 @@ from deferral_train.decoding.pair import Settings
 from deferral_train.errors import InputError
 from deferral_train.evaluation.quality import check_metric
 from deferral_train.heads.rules import HEAD_PARAMETERS, parse_spec, rule_from_spec
+from deferral_train.pairs.checkpoint import find_checkpoint
 from deferral_train.pairs.load import DTYPES
 from deferral_train.pipeline.config import PARTS, PairSection, RunConfig, TextConfig
 from deferral_train.pipeline.heads import candidate_config
@@ -38,7 +39,13 @@ def text_inputs(config: TextConfig) -> dict[str, str | None]:
 def pair_inputs(config: PairSection) -> dict[str, str | None]:
     """The models, or the texts that they are trained on."""
     if config.train is None:
-        return {"pair.drafter": config.drafter, "pair.verifier": config.verifier}
+        named = {"drafter": config.drafter, "verifier": config.verifier}
+        found: dict[str, str | None] = {f"pair.{role}": name for role, name in named.items()}
+        for role, name in named.items():
+            base = find_checkpoint(name, role).folder if Path(name).expanduser().exists() else None
+            if base is not None and base != Path(name).expanduser():  # of an adapter
+                found[f"pair.{role}.base"] = str(base)
+        return found
     text = config.train.text
     named = {
         "files": text.files,
@@ -46,8 +53,10 @@ def pair_inputs(config: PairSection) -> dict[str, str | None]:
         "heldout": text.heldout,
         "heldout_targets": text.heldout_targets,
     }
-    found: dict[str, str | None] = {
-        f"pair.train.text.{name}.{place}": file for name, files in named.items() for place, file in enumerate(files)
+    found = {
+        f"pair.train.text.{name}.{place}": file
+        for name, files in named.items()
+        for place, file in enumerate(files)
     }
     return found | {f"python {platform.python_version()}": platform.python_version()}
 
@@ -106,7 +115,9 @@ def _check_part(part: str, source: Any) -> None:
     if "{prompt}" not in source.template:
         raise InputError(f"text.{part}.template={source.template!r} has no {{prompt}} in it; write one")
     if source.start < 0 or (source.limit is not None and source.limit < 1):
-        raise InputError(f"text.{part}: start={source.start}, limit={source.limit}; give start >= 0, limit >= 1")
+        raise InputError(
+            f"text.{part}: start={source.start}, limit={source.limit}; give start >= 0, limit >= 1"
+        )
     if source.reference_path and not Path(source.reference_path).expanduser().is_file():
         raise InputError(f"text.{part}.reference_path={source.reference_path} does not exist; check the path")
 

@@ -65,7 +65,8 @@ def fit_candidates(
         InputError: a candidate with an unknown setting, named.
     """
     configs = {
-        name: candidate_config(name, settings, seed, train, validation) for name, settings in candidates.items()
+        name: candidate_config(name, settings, seed, train, validation)
+        for name, settings in candidates.items()
     }
     results = {name: fit(config, run / "fit" / name) for name, config in configs.items()}
     best = min(results, key=lambda name: results[name].metrics[CRITERION])
@@ -87,7 +88,9 @@ def candidate_config(
     where = f"heads.candidates.{name}"
     if not isinstance(settings, Mapping):
         raise InputError(f"{where}: {settings!r} is no set of fields; write them as {{head: gap, lr: 0.003}}")
-    kinds = {key: kind for key, kind in get_type_hints(FitConfig).items() if key not in ("train", "val", "seed")}
+    kinds = {
+        key: kind for key, kind in get_type_hints(FitConfig).items() if key not in ("train", "val", "seed")
+    }
     unknown = sorted(set(settings) - set(kinds))
     if unknown:
         raise InputError(f"{where}: unknown setting {unknown[0]!r}; known: {', '.join(sorted(kinds))}")
@@ -128,7 +131,13 @@ def fits(value: Any, kind: Any) -> bool:
 
 
 def _kind_text(kind: Any) -> str:
-    words = {int: "whole number", float: "finite number", str: "text", bool: "true or false", NoneType: "null"}
+    words = {
+        int: "whole number",
+        float: "finite number",
+        str: "text",
+        bool: "true or false",
+        NoneType: "null",
+    }
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(_kind_text(part) for part in get_args(kind))
     if get_origin(kind) is not None:

@@ -315,6 +315,7 @@ class Run:
     def evaluate(self, results: Results) -> Any:
         """Curves, areas and matched comparisons on the test traces; the loss bound of the chosen point."""
         from deferral_train.evaluation import score_rules
+        from deferral_train.evaluation.figures import draw_scores
 
         table = score_rules(
             self.open("test"),
@@ -329,7 +330,7 @@ class Run:
         table.to_json(out / "scores.json")
         table.to_csv(out / "scores.csv")
         provenance.write_json(out / "prefixes.json", table.prefixes)
-        table.figures(out / "figures")
+        draw_scores(table, out / "figures")
         shares = ("area", self.config.point.rejection_share)
         chosen = rule_from_spec(self.chosen(results)["spec"], typed=self.config.rules)
         break_down(

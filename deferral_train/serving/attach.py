@@ -79,9 +79,7 @@ def attach(
     return seam
 
 
-def announce(
-    config: ServingConfig, rule: Rule, mismatch: list[str], conditions: Sequence[str] = ()
-) -> None:
+def announce(config: ServingConfig, rule: Rule, mismatch: list[str], conditions: Sequence[str] = ()) -> None:
     """Say once what is in force."""
     if config.mode == "shadow":
         log.warning("deferral: shadow mode; served lossless, counting what %s would do", config.spec)

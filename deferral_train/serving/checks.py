@@ -233,7 +233,9 @@ def check_conditions(rule: Rule, vllm_config: Any, engine: str) -> list[str]:
                 if name == "quantization" and certificate.get(name) is None and value is None:
                     continue
                 if not _same(certificate.get(name), value):
-                    found.append(f"certified on {name} {_text(certificate.get(name))}, running {_text(value)}")
+                    found.append(
+                        f"certified on {name} {_text(certificate.get(name))}, running {_text(value)}"
+                    )
             parameter, value = certificate.get("parameter"), certificate.get("value")
             if rule.dial is not None and parameter == rule.dial.parameter and value != rule.dial_value:
                 found.append(f"certified on {parameter} {_text(value)}, running {rule.dial_value:g}")
@@ -261,9 +263,14 @@ def _recorded(rule: Rule) -> Iterator[tuple[Any, Mapping[str, Any], Mapping[str,
 def _dtypes(vllm_config: Any) -> dict[str, str]:
     """Number format by role, as heads and certificates record it."""
     speculative = vllm_config.speculative_config
-    models = {"drafter": getattr(speculative, "draft_model_config", None), "verifier": vllm_config.model_config}
+    models = {
+        "drafter": getattr(speculative, "draft_model_config", None),
+        "verifier": vllm_config.model_config,
+    }
     return {
-        role: str(config.dtype).removeprefix("torch.") for role, config in models.items() if config is not None
+        role: str(config.dtype).removeprefix("torch.")
+        for role, config in models.items()
+        if config is not None
     }
 
 

@@ -94,7 +94,9 @@ def refuse_other_settings(checkpoint: str | Path, module: Any, data: Any) -> Non
             now[part].pop(name, None)
     if "deferral_traces" in stored:
         before["traces"], now["traces"] = stored["deferral_traces"], traces_keys(data)
-    found = provenance.changes(*(json.loads(json.dumps(provenance.record_of(each))) for each in (before, now)))
+    found = provenance.changes(
+        *(json.loads(json.dumps(provenance.record_of(each))) for each in (before, now))
+    )
     if found:
         raise InputError(
             f"ckpt_path: {checkpoint} was trained with other settings ({provenance.told(found)}); resuming goes on "

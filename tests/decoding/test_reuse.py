@@ -89,7 +89,9 @@ def test_other_models_in_memory_are_refused_and_nothing_is_lost(models, done, ch
     assert told == ("float32" if dtype is None else "bfloat16")
 
 
-@pytest.mark.parametrize("changes", [{"temperature": 0.5}, {"bonus": "exact"}, {"max_new_tokens": 5}, {"seed": 1}])
+@pytest.mark.parametrize(
+    "changes", [{"temperature": 0.5}, {"bonus": "exact"}, {"max_new_tokens": 5}, {"seed": 1}]
+)
 def test_other_settings_are_refused(models, done, changes):
     config = replace(CONFIG, settings=replace(CONFIG.settings, **changes))
     with pytest.raises(InputError, match=f"other .*settings.*{next(iter(changes))}"):
@@ -98,7 +100,9 @@ def test_other_settings_are_refused(models, done, changes):
 
 def head(seed: int, stage: str = "draft") -> GapHead:
     torch.manual_seed(seed)
-    made = GapHead(("drafter_max",) if stage == "draft" else ("drafter_max", "verifier_max"), stage=stage, hidden=(4,))
+    made = GapHead(
+        ("drafter_max",) if stage == "draft" else ("drafter_max", "verifier_max"), stage=stage, hidden=(4,)
+    )
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter)
     return made.eval().requires_grad_(False)

@@ -67,7 +67,9 @@ def test_a_killed_run_is_no_evidence(tmp_path, capsys):
     assert (tmp_path / "head" / "config.json").read_text() == before
     decoded(tmp_path)
     assert cli.main(words) == 0
-    assert json.loads((tmp_path / "head" / "config.json").read_text())["certificate"]["prompts"] == len(PROMPTS)
+    assert json.loads((tmp_path / "head" / "config.json").read_text())["certificate"]["prompts"] == len(
+        PROMPTS
+    )
 
 
 def test_another_heads_weights_get_no_certificate(whole, tmp_path, capsys):
@@ -117,6 +119,14 @@ def test_rows_without_a_run_are_taken_with_a_word(whole, tmp_path, capsys):
 
 def test_from_traces_the_rule_and_the_head_must_be_one(whole, tmp_path, capsys):
     other = head(tmp_path / "other", 1)
-    words = ["choose", "--traces", "nowhere", "--max-token-risk", "0.1", "--rule", f"learned:head={whole / 'head'}"]
+    words = [
+        "choose",
+        "--traces",
+        "nowhere",
+        "--max-token-risk",
+        "0.1",
+        "--rule",
+        f"learned:head={whole / 'head'}",
+    ]
     assert cli.main([*words, "--head", str(other)]) == 2
     assert "has another head than" in capsys.readouterr().err

@@ -44,7 +44,18 @@ WORDS = (
     "nowhere", "/dev/null", "/proc/none/x", "a" * 300, "é", "--", "-", "prompts.jsonl", "head", "traces", "decode", ".",
     "exact_match", "chrf", "bleu", "blue", "command:false", "[1, two]", "{a: 1}", "!!python", "${HOME}", "%s", "s3://b/x",
 )  # fmt: skip
-FLAGS = ("--help-me", "--config", "--out", "--head", "--traces", "--rules", "--seed", "--fresh", "--bootstrap", "--alpha")
+FLAGS = (
+    "--help-me",
+    "--config",
+    "--out",
+    "--head",
+    "--traces",
+    "--rules",
+    "--seed",
+    "--fresh",
+    "--bootstrap",
+    "--alpha",
+)
 
 
 def make_world(folder: Path) -> None:
@@ -115,7 +126,10 @@ def case(seed: int, world: Path, scratch: Path, only: tuple[str, ...] = COMMANDS
     if command in ("evaluate",) and random.random() < 0.3:
         words += ["--decode", "decode"]
     if command in ("choose", "decode", "evaluate") and random.random() < 0.2:
-        words += ["--head" if command == "choose" else "--rules", "head" if command == "choose" else "learned:head=head"]
+        words += [
+            "--head" if command == "choose" else "--rules",
+            "head" if command == "choose" else "learned:head=head",
+        ]
     for _ in range(random.choice((1, 1, 2, 3))):
         if READS[command] and random.random() < 0.6:
             damage(random, scratch / random.choice(READS[command]))
@@ -207,7 +221,9 @@ def call(words: list[str], folder: Path) -> tuple[int | None, str]:
     return code, errors.getvalue()
 
 
-def problem(seed: int, world: Path, scratch: Path, only: tuple[str, ...] = COMMANDS) -> tuple[list[str], str | None]:
+def problem(
+    seed: int, world: Path, scratch: Path, only: tuple[str, ...] = COMMANDS
+) -> tuple[list[str], str | None]:
     """The command line of a seed, and what is wrong with how it was answered; None where nothing is."""
     words = case(seed, world, scratch, only)
     try:
@@ -229,7 +245,9 @@ def problem(seed: int, world: Path, scratch: Path, only: tuple[str, ...] = COMMA
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", default=list(COMMANDS), choices=COMMANDS)
@@ -245,11 +263,16 @@ def main() -> int:
         while time.monotonic() < end:
             words, wrong = problem(seed, world, scratch, tuple(options.only))
             tried[words[0]] += 1
-            if wrong is not None and wrong.partition(":")[0] not in {known.partition(":")[0] for known in found}:
+            if wrong is not None and wrong.partition(":")[0] not in {
+                known.partition(":")[0] for known in found
+            }:
                 found[wrong] = (seed, words)
                 print(f"FINDING seed {seed}: {wrong}\n    {' '.join(words)[:300]}", flush=True)
             seed += 1
-    summary = {"cases": dict(tried), "findings": {wrong: [seed, words] for wrong, (seed, words) in found.items()}}
+    summary = {
+        "cases": dict(tried),
+        "findings": {wrong: [seed, words] for wrong, (seed, words) in found.items()},
+    }
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

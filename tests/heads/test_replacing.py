@@ -135,7 +135,10 @@ def test_a_certificate_goes_with_its_weights_out_loud(tmp_path, capsys):
     assert "certificate" not in DeferralHead.from_pretrained(tmp_path / "copy").metadata
     new.save_pretrained(tmp_path / "new")
     assert cli.main(["export", "--checkpoint", str(tmp_path / "new"), "--out", str(tmp_path / "out")]) == 0
-    assert "(metric chrf, limit 0.02, value 0.3) was of another head or setting, and is gone" in capsys.readouterr().out
+    assert (
+        "(metric chrf, limit 0.02, value 0.3) was of another head or setting, and is gone"
+        in capsys.readouterr().out
+    )
     assert "certificate" not in DeferralHead.from_pretrained(tmp_path / "out").metadata
 
 
@@ -149,11 +152,17 @@ def test_weights_put_beside_anothers_certificate_are_seen(tmp_path):
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["--alpha", "1e9"], "alpha is 1e+09"), (["--alpha", "nan"], "alpha"), (["--threshold", "0.5"], "threshold")],
+    [
+        (["--alpha", "1e9"], "alpha is 1e+09"),
+        (["--alpha", "nan"], "alpha"),
+        (["--threshold", "0.5"], "threshold"),
+    ],
 )
 def test_export_writes_no_head_that_cannot_be_loaded(tmp_path, capsys, words, said):
     head(0, 0.1).save_pretrained(tmp_path / "a")
-    assert cli.main(["export", "--checkpoint", str(tmp_path / "a"), "--out", str(tmp_path / "out"), *words]) == 2
+    assert (
+        cli.main(["export", "--checkpoint", str(tmp_path / "a"), "--out", str(tmp_path / "out"), *words]) == 2
+    )
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out" / "config.json").exists()
 

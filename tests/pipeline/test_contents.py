@@ -60,7 +60,9 @@ def test_another_rate_trains_anew_and_gives_what_a_fresh_fit_gives(finished, con
     assert "gap.lr: nothing -> 0.01" in said[0]
     after = DeferralHead.from_pretrained(out / "fit" / "best")
     settings = {"head": "gap", "hidden": [16], "epochs": 3, "batch_size": 256, "lr": 1e-2}
-    traces = {name: open_traces(out / "traces" / part) for name, part in (("train", "fit"), ("val", "validation"))}
+    traces = {
+        name: open_traces(out / "traces" / part) for name, part in (("train", "fit"), ("val", "validation"))
+    }
     alone = fit(FitConfig(**traces, **settings), tmp_path / "alone").head
     assert before != weights_key(after) == weights_key(alone)
     reused, _ = fitted(config_path, out, lr=1e-2, truth="verifier")
@@ -143,16 +145,37 @@ def test_inputs_count_by_content(tmp_path, content):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"heads": {"candidates": {"gap": {"hidden": 16}}}}, "heads.candidates.gap.hidden: 16 is no list of whole numbers"),
-        ({"heads": {"candidates": {"gap": {"hidden": [0]}}}}, "heads.candidates.gap.hidden: [0] is out of range"),
-        ({"heads": {"candidates": {"gap": {"lr": "fast"}}}}, "heads.candidates.gap.lr: 'fast' is no finite number"),
+        (
+            {"heads": {"candidates": {"gap": {"hidden": 16}}}},
+            "heads.candidates.gap.hidden: 16 is no list of whole numbers",
+        ),
+        (
+            {"heads": {"candidates": {"gap": {"hidden": [0]}}}},
+            "heads.candidates.gap.hidden: [0] is out of range",
+        ),
+        (
+            {"heads": {"candidates": {"gap": {"lr": "fast"}}}},
+            "heads.candidates.gap.lr: 'fast' is no finite number",
+        ),
         ({"heads": {"candidates": {"gap": {"lr": -1}}}}, "heads.candidates.gap.lr: -1 is out of range"),
-        ({"heads": {"candidates": {"gap": {"epochs": 1.5}}}}, "heads.candidates.gap.epochs: 1.5 is no whole number"),
-        ({"heads": {"candidates": {"gap": {"epochs": True}}}}, "heads.candidates.gap.epochs: True is no whole"),
-        ({"heads": {"candidates": {"gap": {"head": "gab"}}}}, "heads.candidates.gap.head: 'gab' is unknown; use"),
+        (
+            {"heads": {"candidates": {"gap": {"epochs": 1.5}}}},
+            "heads.candidates.gap.epochs: 1.5 is no whole number",
+        ),
+        (
+            {"heads": {"candidates": {"gap": {"epochs": True}}}},
+            "heads.candidates.gap.epochs: True is no whole",
+        ),
+        (
+            {"heads": {"candidates": {"gap": {"head": "gab"}}}},
+            "heads.candidates.gap.head: 'gab' is unknown; use",
+        ),
         ({"heads": {"candidates": {"gap": {"features": ["drafter_mx"]}}}}, "heads.candidates.gap: "),
         ({"heads": {"candidates": {"gap": {"alphas": [0.3, 0.1]}}}}, "heads.candidates.gap: alphas"),
-        ({"heads": {"candidates": {"gap": {"truth": "oracle"}}}}, "heads.candidates.gap.truth: 'oracle' is unknown"),
+        (
+            {"heads": {"candidates": {"gap": {"truth": "oracle"}}}},
+            "heads.candidates.gap.truth: 'oracle' is unknown",
+        ),
         ({"heads": {"candidates": {"gap": {"body": "mlpp"}}}}, "heads.candidates.gap.body"),
         ({"heads": {"candidates": {"gap": [1]}}}, "heads.candidates.gap"),
         ({"traces": {"temperature": -1}}, "traces: temperature=-1"),

@@ -65,10 +65,18 @@ def test_the_certified_engine_is_served_without_a_word(served):
 @pytest.mark.parametrize(
     ("certificate", "here", "said"),
     [
-        ({**CERTIFICATE, "engine": "transformers 5.23"}, {}, "certified on engine transformers 5.23, running vllm 0.32.0"),
+        (
+            {**CERTIFICATE, "engine": "transformers 5.23"},
+            {},
+            "certified on engine transformers 5.23, running vllm 0.32.0",
+        ),
         (CERTIFICATE, {"dtype": torch.bfloat16}, "certified on dtype float32, running bfloat16"),
         (CERTIFICATE, {"quantization": "fp8"}, "certified on quantization nothing recorded, running fp8"),
-        ({k: v for k, v in CERTIFICATE.items() if k != "engine"}, {}, "certified on engine nothing recorded, running vllm"),
+        (
+            {k: v for k, v in CERTIFICATE.items() if k != "engine"},
+            {},
+            "certified on engine nothing recorded, running vllm",
+        ),
         ({**CERTIFICATE, "value": 0.1}, {}, "certified on alpha 0.1, running 0.2"),
     ],
 )
@@ -117,7 +125,9 @@ def test_weights_that_were_not_certified_are_served_lossless_and_counted(served)
 @pytest.mark.parametrize("where", ["certificate", "head"])
 def test_another_pair_is_served_lossless(served, where):
     other = {"verifier": {"config": "c", "weights": "e"}}
-    config, _ = served({**CERTIFICATE, "pair": {**PAIR, **other}}) if where == "certificate" else served(**other)
+    config, _ = (
+        served({**CERTIFICATE, "pair": {**PAIR, **other}}) if where == "certificate" else served(**other)
+    )
     mismatch = check_heads(config.make_rule(), engine())
     assert len(mismatch) == 1
     assert "verifier weights is d, the head's e" in mismatch[0]
@@ -128,4 +138,6 @@ def test_a_head_without_a_certificate_says_the_format_it_was_fitted_on(served):
     rule = config.make_rule()
     assert check_heads(rule, engine()) == []
     assert check_conditions(rule, engine(), ENGINE) == []
-    assert check_conditions(rule, engine(torch.bfloat16), ENGINE) == ["fitted on dtype float32, running bfloat16"]
+    assert check_conditions(rule, engine(torch.bfloat16), ENGINE) == [
+        "fitted on dtype float32, running bfloat16"
+    ]

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from deferral_train import provenance
-from deferral_train.evaluation.bootstrap import MIN_PROMPTS, Interval, PromptBootstrap
+from deferral_train.evaluation.bootstrap import Interval
 
 FILE, CSV_FILE = "breakdowns.json", "breakdowns.csv"
 
@@ -23,8 +18,10 @@ class Row:
     """One group.
 
     Attributes:
-        group: its name. rule: whose decisions, None where no rule decides.
-        prompts: that the numbers rest on. tokens: of these prompts in this group (expected ones by place).
+        group: its name.
+        rule: whose decisions, None where no rule decides.
+        prompts: that the numbers rest on.
+        tokens: of these prompts in this group (by draft index, expected ones).
         numbers: by name; what a group does not have is left out.
     """
 
@@ -37,39 +34,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """``name``, what is said above it (``title``, ``note``), what its groups are (``by``), its rows."""
+    """One table.
+
+    Attributes:
+        name: in files.
+        title: shown above it.
+        by: heading of the groups.
+        rows: in order.
+        note: shown below it.
+    """
 
     name: str
     title: str
     by: str
     rows: Sequence[Row]
     note: str = ""
-
-
-@dataclass(frozen=True)
-class Redraws:
-    """Bootstrap over the prompts that a number rests on; below ``MIN_PROMPTS`` of them there are no limits."""
-
-    replicates: int = 1000
-    seed: int = 0
-    confidence: float = 0.95
-
-    def ratio(self, numerator: np.ndarray, denominator: np.ndarray) -> Interval | None:
-        """sum(numerator) / sum(denominator) over the prompts [P] where the denominator is not 0; None without any."""
-        own = denominator > 0
-        if not own.any():
-            return None
-        return self._of(int(own.sum())).ratio(numerator[own], denominator[own])
-
-    def _of(self, prompts: int) -> PromptBootstrap:
-        return _bootstrap(
-            prompts, self.replicates if prompts >= MIN_PROMPTS else 0, self.seed, self.confidence
-        )
-
-
-@lru_cache(maxsize=16)
-def _bootstrap(prompts: int, replicates: int, seed: int, confidence: float) -> PromptBootstrap:
-    return PromptBootstrap(prompts, replicates, seed, confidence)
 
 
 @dataclass(frozen=True)
@@ -91,16 +70,27 @@ class Breakdowns:
         return path
 
     def csv(self) -> str:
-        """Table, group, rule, prompts, tokens, quantity, value, low, high."""
-        out = io.StringIO()
-        lines = csv.writer(out, lineterminator="\n")
-        lines.writerow(["table", "group", "rule", "prompts", "tokens", "quantity", "value", "low", "high"])
-        for table in self.tables:
-            for row in table.rows:
-                for name, number in row.numbers.items():
-                    start = [table.name, row.group, row.rule or "", row.prompts, row.tokens]
-                    lines.writerow([*start, name, number.value, number.low, number.high])
-        return out.getvalue()
+        """Table, group, rule, prompts, tokens, quantity, value, low, high; a line per number."""
+        import pandas
+
+        names = ["table", "group", "rule", "prompts", "tokens", "quantity", "value", "low", "high"]
+        lines = [
+            (
+                table.name,
+                row.group,
+                row.rule,
+                row.prompts,
+                row.tokens,
+                name,
+                number.value,
+                number.low,
+                number.high,
+            )
+            for table in self.tables
+            for row in table.rows
+            for name, number in row.numbers.items()
+        ]
+        return pandas.DataFrame(lines, columns=names).to_csv(index=False, lineterminator="\n")
 
     def text(self) -> str:
         """All tables, aligned."""

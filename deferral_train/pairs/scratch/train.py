@@ -17,8 +17,9 @@ from safetensors import SafetensorError
 from deferral_train import provenance
 from deferral_train.errors import InputError
 from deferral_train.pairs import overlap
+from deferral_train.pairs.checkpoint import without_bars
 from deferral_train.pairs.gate import GateResult, check_pair
-from deferral_train.pairs.load import load_models, load_tokenizer, without_bars
+from deferral_train.pairs.load import load_models, load_tokenizer
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.pairs.scratch.batches import Batches, PairBatches, WindowBatches
 from deferral_train.pairs.scratch.models import load_trained, new_model
