@@ -128,9 +128,9 @@ def sha256(path: str | Path) -> str:
 def content_key(path: str | Path) -> str:
     """A short text that stands for what a file or folder holds: equal keys mean equal contents.
 
-    A file is known by its SHA-256; above :data:`HASHED_BYTES` by size, time of change and sampled stretches. A folder is
-    known by the names and keys of the files below it; locks and unfinished temporary files do not count. What is not
-    there has the key ``absent``: a hub id or a data set's name is known by its name alone.
+    A file is known by its SHA-256; above :data:`HASHED_BYTES` by size, time of change and sampled stretches. A folder
+    is known by the names and keys of the files below it; locks and unfinished temporary files do not count. What is
+    not there has the key ``absent``: a hub id or a data set's name is known by its name alone.
     """
     path = Path(path).expanduser()
     if path.is_dir():

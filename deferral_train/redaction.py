@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 WITHHELD = "***"
@@ -26,9 +27,10 @@ _SECRET_PAIRS = frozenset(
 )
 # What stands before `token` where a token of a text is meant; after any other word, and alone, it is an access token.
 _OF_TEXT = frozenset(
-    "pad eos bos unk sep cls mask special next previous last first draft drafted drafter verifier per new stop emitted gold "
-    "at local image audio video start end decoder forced each this every a the".split()
-)
+    ("pad", "eos", "bos", "unk", "sep", "cls", "mask", "special", "next", "previous", "last", "first", "draft",
+     "drafted", "drafter", "verifier", "per", "new", "stop", "emitted", "gold", "at", "local", "image", "audio", "video", "start",
+     "end", "decoder", "forced", "each", "this", "every", "a", "the")
+)  # fmt: skip
 _NAMED = r"[A-Za-z_][\w.-]*"
 _ADDRESS = re.compile(r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]*://)(?P<who>[^\s/@'\"]+)@")
 _FORMS = re.compile(
@@ -51,7 +53,7 @@ def is_secret(name: str) -> bool:
         return True
     if words and words[-1] == "token":
         return len(words) == 1 or words[-2] not in _OF_TEXT
-    return any(pair in _SECRET_PAIRS for pair in zip(words, words[1:]))
+    return any(pair in _SECRET_PAIRS for pair in pairwise(words))
 
 
 def redacted_text(text: str) -> str:

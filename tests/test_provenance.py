@@ -78,7 +78,7 @@ def test_one_writer_a_folder_and_a_killed_one_lets_go(tmp_path):
     assert child.stdout.readline() == "held\n"
     with (
         pytest.raises(
-            InputError, match="another decode is working in .*out; wait for it or name another folder"
+            InputError, match=r"another decode is working in .*out; wait for it or name another folder"
         ),
         provenance.one_writer(tmp_path / "out", "decode"),
     ):

@@ -15,9 +15,7 @@ import numpy as np
 from deferral_train import provenance
 from deferral_train.collecting.config import HIDDEN, CollectConfig
 from deferral_train.errors import InputError, MissingExtraError
-from deferral_train.heads.fingerprint import rule_key, weights_key
-from deferral_train.heads.rules import rule_from_spec
-from deferral_train.pairs.checkpoint import find_checkpoint
+from deferral_train.pairs.checkpoint import contents_of
 from deferral_train.pairs.encode import EncodedPrompt, encode_prompts
 from deferral_train.pairs.fingerprint import model_facts
 from deferral_train.pairs.load import ModelPair
@@ -142,22 +140,15 @@ def make_plan(
 
 
 def contents(config: CollectConfig, pair: ModelPair | None = None) -> dict[str, Any]:
-    """Content keys of the models and of a cascade's rule: shards of a model trained on, or of a head exported anew, do
-    not mix with those from before.
+    """Content keys of the models and of a cascade's rule, see :func:`deferral_train.pairs.checkpoint.contents_of`.
 
     Args:
         pair: models in memory; without, what lies in the config's folders.
     """
-    found: dict[str, Any] = {}
-    for role in ("drafter", "verifier", "teacher"):
-        name = getattr(config, role)
-        if pair is not None and role != "teacher":
-            found[role] = weights_key(getattr(pair, role))
-        elif name:
-            found[role] = find_checkpoint(name, role).content
-    if config.rule is not None:
-        found["rule"] = rule_key(rule_from_spec(config.rule, typed=[config.rule]))
-    return found
+    named: dict[str, Any] = {role: getattr(config, role) for role in ("drafter", "verifier", "teacher")}
+    if pair is not None:
+        named |= {"drafter": pair.drafter, "verifier": pair.verifier}
+    return contents_of(named, config.rule)
 
 
 def _encode(

@@ -104,9 +104,15 @@ def run(
         if labels is not None:
             raise InputError(f"labels={labels!r}: engine 'vllm' makes none; use engine transformers")
         from deferral_train.collecting.plan import read_any_prompts
+        from deferral_train.provenance import one_writer
         from deferral_train.serving.offline import collect_with_engine
+        from deferral_train.traces.folder import open_folder
+        from deferral_train.traces.writer import clear_folder
 
-        count = collect_with_engine(config, out, read_any_prompts(config)[: config.limit])
+        with one_writer(out, "collect"):
+            if fresh:
+                clear_folder(open_folder(out))
+            count = collect_with_engine(config, out, read_any_prompts(config)[: config.limit])
         print(f"collect: {count:,} prompts in {out}")
         return 0
     if engine != "transformers":

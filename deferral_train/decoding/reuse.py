@@ -1,4 +1,4 @@
-"""What a decode run was made from: the record in ``run.json`` that decides whether its finished batches are taken up.
+"""The record of what a decode run was made from, ``run.json``: it decides whether its batches are taken up.
 
 Settings alone do not say it: weights may be trained on in their folder, a head exported anew, a model changed in memory.
 """

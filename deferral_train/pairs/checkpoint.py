@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing import Any
 
 from deferral_train import provenance
 from deferral_train.errors import InputError, MissingExtraError
+from deferral_train.heads.fingerprint import rule_key, weights_key
+from deferral_train.heads.rules import rule_from_spec
 from deferral_train.pairs.fingerprint import checkpoint_fingerprint, file_fingerprint
 
 DECIDING = frozenset({".json", ".model", ".txt", ".jinja"})  # besides weights: configs, vocabulary, template
@@ -106,6 +108,25 @@ def find_checkpoint(name: str | Path, role: str) -> Checkpoint:
     if not list(folder.glob("*.safetensors")):
         raise InputError(f"{role}: {name} holds no .safetensors weights; save them with save_pretrained")
     return Checkpoint(role, folder)
+
+
+def contents_of(models: Mapping[str, Any], rule: str | None = None) -> dict[str, Any]:
+    """Content keys of models and of a rule's head: shards of a model trained on, or of a head exported anew, do not mix
+    with those from before.
+
+    Args:
+        models: by role, a folder or hub id, or the model itself where it is in memory; what is None is left out.
+        rule: as ``--rule`` takes it.
+    """
+    found: dict[str, Any] = {}
+    for role, model in models.items():
+        if isinstance(model, str | Path) and str(model):
+            found[role] = find_checkpoint(model, role).content
+        elif model is not None and model != "":
+            found[role] = weights_key(model)
+    if rule is not None:
+        found["rule"] = rule_key(rule_from_spec(rule, typed=[rule]))
+    return found
 
 
 def need(module: str) -> None:

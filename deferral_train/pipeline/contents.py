@@ -1,4 +1,4 @@
-"""The outside of a run: files, folders and models that its stages read, by name; and its values, checked before any work.
+"""The outside of a run: files, folders and models that its stages read; and its values, checked before any work.
 
 What lies here decides whether a finished stage may be taken up, see :mod:`deferral_train.pipeline.stages`.
 """
@@ -83,7 +83,7 @@ def check_values(config: RunConfig) -> None:
         _check_part(part, getattr(config.text, part))
     if config.pair.dtype not in ("auto", *DTYPES):
         raise InputError(f"pair.dtype={config.pair.dtype!r}: use auto, {', '.join(DTYPES)}")
-    with _field("traces"):
+    with _Section("traces"):
         traces = asdict(config.traces)
         if traces["prefixes"] == "cascade":
             raise InputError("prefixes='cascade': a run logs its own cascade in stage skew; use reference")
@@ -92,12 +92,12 @@ def check_values(config: RunConfig) -> None:
         candidate_config(name, settings, config.seed)
     typed = [*config.rules, *config.decoded]
     for spec in typed:
-        with _field("rules"):
+        with _Section("rules"):
             rule_from_spec(spec, typed)
     _check_decoding(config)
 
 
-class _field:
+class _Section:
     """Within, an InputError says which section of the config it is about."""
 
     def __init__(self, name: str) -> None:
@@ -125,7 +125,7 @@ def _check_part(part: str, source: Any) -> None:
 def _check_decoding(config: RunConfig) -> None:
     section = asdict(config.decode)
     limit, repetitions, metrics = (section.pop(name) for name in ("limit", "repetitions", "metrics"))
-    with _field("decode"):
+    with _Section("decode"):
         if limit < 1:
             raise InputError(f"limit={limit}: give at least 1")
         DecodeConfig(Settings(seed=config.seed, **section), repetitions, log_tokens=5)
@@ -133,7 +133,7 @@ def _check_decoding(config: RunConfig) -> None:
             if metric not in FREE_METRICS:
                 check_metric(metric)
     frontier = config.frontier
-    with _field("frontier"):
+    with _Section("frontier"):
         for name in ("limit", "batch_size", "timed", "repetitions"):
             if getattr(frontier, name) < 1:
                 raise InputError(f"{name}={getattr(frontier, name)}: give at least 1")

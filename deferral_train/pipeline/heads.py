@@ -117,7 +117,7 @@ def candidate_config(
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """True where a value read from YAML is of the annotated type; whole numbers pass for floats, switches for neither."""
+    """True where a value from YAML is of the annotated type; whole numbers pass for floats, switches for neither."""
     origin = get_origin(kind)
     if origin in (Union, UnionType):
         return any(fits(value, part) for part in get_args(kind))

@@ -15,6 +15,7 @@ from typing import Any
 
 from deferral_train.errors import InputError
 from deferral_train.evaluation.frontier import VERIFIER, Point, table2
+from deferral_train.redaction import redacted
 from deferral_train.report.shadow import Sums, find_shadow
 
 TOLERANCE = 1e-4  # of sums of float32 columns
@@ -82,7 +83,7 @@ def load_run(folder: str | Path, shadow: str | Path | None = None) -> RunFolder:
         shadow=find_shadow(root, shadow),
         prefixes=_json(root / "evaluation" / "prefixes.json"),
         summary=_json(root / "decode" / "summary.json"),
-        provenance=_json(root / "run.json") or _json(root / "decode" / "decode.provenance.json"),
+        provenance=redacted(_json(root / "run.json") or _json(root / "decode" / "decode.provenance.json")),
         outputs=list(_lines(root / "decode" / "outputs.jsonl")),
         batches=list(_lines(root / "decode" / "batches.jsonl")),
         training=read_training(root / _training_folder(verdict)),

@@ -191,8 +191,8 @@ def describe_pair(vllm_config: Any) -> dict[str, Any]:
 def check_heads(rule: Rule, vllm_config: Any) -> list[str]:
     """Why the rule's head is not for the served pair, in words; empty where it is, or where nothing was recorded.
 
-    A head of other weights than its certificate's, or a certificate of another pair, counts: every request is then served
-    lossless. What a head records of engine and number formats does not, see :func:`check_conditions`.
+    A head of other weights than its certificate's, or a certificate of another pair, counts: every request is then
+    served lossless. What a head records of engine and number formats does not, see :func:`check_conditions`.
 
     Raises:
         InputError: a head for another vocabulary.
@@ -240,9 +240,11 @@ def check_conditions(rule: Rule, vllm_config: Any, engine: str) -> list[str]:
             if rule.dial is not None and parameter == rule.dial.parameter and value != rule.dial_value:
                 found.append(f"certified on {parameter} {_text(value)}, running {rule.dial_value:g}")
         else:
-            for name in ("dtype", "quantization"):
-                if name in recorded and not _same(recorded[name], here[name]):
-                    found.append(f"fitted on {name} {_text(recorded[name])}, running {_text(here[name])}")
+            found += [
+                f"fitted on {name} {_text(recorded[name])}, running {_text(here[name])}"
+                for name in ("dtype", "quantization")
+                if name in recorded and not _same(recorded[name], here[name])
+            ]
     return found
 
 

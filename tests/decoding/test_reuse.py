@@ -62,7 +62,7 @@ def one_weight(drafter, verifier):
 
 def one_drafter_weight(drafter, verifier):
     with torch.no_grad():
-        list(drafter.parameters())[0].view(-1)[-1] += 1.0
+        next(iter(drafter.parameters())).view(-1)[-1] += 1.0
 
 
 def other_generation(drafter, verifier):

@@ -103,7 +103,7 @@ def test_outputs_of_an_earlier_release_certify_no_head(whole, tmp_path, capsys):
     shutil.copytree(whole / "decode", tmp_path / "old")
     path = tmp_path / "old" / "run.json"
     record = json.loads(path.read_text())
-    record["rules"] = {label: "learned:0.5:abc" for label in record["rules"]}
+    record["rules"] = dict.fromkeys(record["rules"], "learned:0.5:abc")
     path.write_text(json.dumps(record))
     words = ["choose", "--outputs", str(tmp_path / "old"), *WISH]
     assert cli.main([*words, "--head", str(whole / "head")]) == 2

@@ -1,11 +1,11 @@
-"""Random command lines and corrupted folders for the commands that read what others wrote; nothing but one line may come out.
+"""Random command lines and corrupted folders; nothing but one line may come out of a command.
 
     python -m fuzz.commands --seconds 120 [--only choose report] [--seed 0] [--out runs/fuzz-commands]
 
-Every case is a good call of a command on small real folders (a tiny pair, its prompts, traces, decoded outputs, a head, a
-run), damaged in one to three places: words dropped, doubled, swapped or given odd values; files cut, altered, emptied,
-removed or replaced by folders. A case that raises, prints more than a line of error, or returns anything but 0 or 2 is a
-finding; it is kept as its seed, from which it is made again. Exit code 1 where there is one.
+Every case is a good call of a command on small real folders (a tiny pair, its prompts, traces, decoded outputs, a head,
+a run), damaged in one to three places: words dropped, doubled, swapped or given odd values; files cut, altered, emptied,
+removed or replaced by folders. A case that raises, prints more than a line of error, or returns anything but 0 or 2 is
+a finding; it is kept as its seed, from which it is made again. Exit code 1 where there is one.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def case(seed: int, world: Path, scratch: Path, only: tuple[str, ...] = COMMANDS
     (scratch / "run.yaml").write_text(json.dumps(CONFIG))
     words = words_of(command, scratch)
     if command == "choose" and random.random() < 0.3:
-        words = "choose --traces traces --rule opt --max-token-risk 0.5".split()
+        words = ["choose", "--traces", "traces", "--rule", "opt", "--max-token-risk", "0.5"]
     if command in ("evaluate",) and random.random() < 0.3:
         words += ["--decode", "decode"]
     if command in ("choose", "decode", "evaluate") and random.random() < 0.2:

@@ -59,11 +59,11 @@ def test_whichever_write_fails_a_whole_head_stays(tmp_path, monkeypatch, name):
         calls = fail_at(monkeypatch, number, name)
         try:
             new.save_pretrained(folder)
-            raised = False
+            raised, said = False, str(folder)
         except OSError as error:
-            raised = True
-            assert str(folder) in str(error)
+            raised, said = True, str(error)
         monkeypatch.undo()
+        assert str(folder) in said
         assert state(folder) in states
         if not raised and len(calls) < number:
             break
@@ -75,7 +75,7 @@ def test_whichever_write_fails_a_whole_head_stays(tmp_path, monkeypatch, name):
 
 
 def test_a_kill_between_the_renames_leaves_the_new_head_whole(tmp_path, monkeypatch):
-    """Stopped behind the record that says all new files are there: readers find the new head, and the next writer tidies."""
+    """Stopped behind the record that says all files are there: readers find the new head, the next writer tidies."""
     old, new = head(0, 0.1), head(1, 0.2)
     old.save_pretrained(tmp_path)
     real = os.replace

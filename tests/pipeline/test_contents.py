@@ -1,4 +1,4 @@
-"""A run's stages are taken up only from the contents they were made of, and every value is looked at before the first."""
+"""A run's stages are taken up only from contents that they were made of; every value is checked before the first."""
 
 from __future__ import annotations
 
