@@ -28,7 +28,8 @@ _SECRET_PAIRS = frozenset(
 # What stands before `token` where a token of a text is meant; after any other word, and alone, it is an access token.
 _OF_TEXT = frozenset(
     ("pad", "eos", "bos", "unk", "sep", "cls", "mask", "special", "next", "previous", "last", "first", "draft",
-     "drafted", "drafter", "verifier", "per", "new", "stop", "emitted", "gold", "at", "local", "image", "audio", "video", "start",
+     "drafted", "drafter", "verifier", "per", "new", "stop", "emitted", "gold", "at",
+     "local", "image", "audio", "video", "start",
      "end", "decoder", "forced", "each", "this", "every", "a", "the")
 )  # fmt: skip
 _NAMED = r"[A-Za-z_][\w.-]*"

@@ -1,6 +1,7 @@
 """The record of what a decode run was made from, ``run.json``: it decides whether its batches are taken up.
 
-Settings alone do not say it: weights may be trained on in their folder, a head exported anew, a model changed in memory.
+Settings alone do not say it: weights may be trained on in their folder, a head exported anew, a model changed in
+memory.
 """
 
 from __future__ import annotations

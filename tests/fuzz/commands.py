@@ -2,8 +2,8 @@
 
     python -m fuzz.commands --seconds 120 [--only choose report] [--seed 0] [--out runs/fuzz-commands]
 
-Every case is a good call of a command on small real folders (a tiny pair, its prompts, traces, decoded outputs, a head,
-a run), damaged in one to three places: words dropped, doubled, swapped or given odd values; files cut, altered, emptied,
+Every case is a good call of a command on small real folders (a tiny pair, prompts, traces, decoded outputs, a head, a
+run), damaged in one to three places: words dropped, doubled, swapped or given odd values; files cut, altered, emptied,
 removed or replaced by folders. A case that raises, prints more than a line of error, or returns anything but 0 or 2 is
 a finding; it is kept as its seed, from which it is made again. Exit code 1 where there is one.
 """
