@@ -18,7 +18,7 @@ def read_checkpoint(path: str | Path) -> tuple[DeferralHead, dict[str, float]]:
     """Head of a Lightning checkpoint, read with ``weights_only=True``, and the scalars logged when it was
     saved.
     """
-    checkpoint = read_raw(path)
+    checkpoint = _read(path)
     head = head_from_config(checkpoint["deferral_head"])
     prefix = "head."
     tensors = {k[len(prefix) :]: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
@@ -29,7 +29,7 @@ def read_checkpoint(path: str | Path) -> tuple[DeferralHead, dict[str, float]]:
     return head.eval(), scalars
 
 
-def read_raw(path: str | Path) -> dict[str, Any]:
+def _read(path: str | Path) -> dict[str, Any]:
     """The checkpoint's dictionary, with the parts that we read of the right kind."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)

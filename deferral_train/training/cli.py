@@ -18,7 +18,6 @@ from deferral_train import provenance
 from deferral_train.errors import InputError
 from deferral_train.training.datamodule import TraceDataModule
 from deferral_train.training.module import HEADLINE, DeferralModule
-from deferral_train.training.resuming import refuse_other_settings
 
 
 class FitCLI(LightningCLI):
@@ -67,8 +66,6 @@ def main(words: Sequence[str]) -> int:
     provenance.write_json(
         out / "fit.provenance.json", provenance.collect({"seed": cli.config["data"]["seed"]})
     )
-    if cli.config["ckpt_path"] is not None:
-        refuse_other_settings(cli.config["ckpt_path"], cli.model, cli.datamodule)
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config["ckpt_path"], weights_only=True)
     best = out / "checkpoints" / "best.ckpt"
     scores = cli.model.scalars

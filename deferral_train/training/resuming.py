@@ -9,7 +9,6 @@ from typing import Any
 
 from deferral_train import provenance
 from deferral_train.decoding.outputs import read_record
-from deferral_train.errors import InputError
 from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.fingerprint import weights_key
 from deferral_train.traces import Traces
@@ -67,38 +66,3 @@ def take_up(out: Path, now: Mapping[str, Any], resume: bool) -> None:
     for path in (*checkpoints, *(out / "log").glob("events.out.tfevents.*")):
         path.unlink()
     provenance.write_json(out / RECORD, now)
-
-
-def refuse_other_settings(checkpoint: str | Path, module: Any, data: Any) -> None:
-    """Refuse to resume a checkpoint under other settings: training would go on with the old ones, and record the new.
-
-    Args:
-        checkpoint: as ``--ckpt_path`` names it.
-        module, data: as they are about to be trained.
-
-    Raises:
-        InputError: not a checkpoint of a fit, or one of other settings; names what changed.
-    """
-    from deferral_train.training.checkpoint import read_raw
-
-    stored = read_raw(checkpoint)
-    before = {
-        "model": dict(stored.get("hyper_parameters") or {}),
-        "data": dict(stored.get("datamodule_hyper_parameters") or {}),
-        "head": {k: v for k, v in stored["deferral_head"].items() if k in module.head.config},
-    }
-    now = {"model": dict(module.hparams), "data": dict(data.hparams), "head": module.head.config}
-    for part in ("model", "data"):
-        for name in ("_instantiator", "figure_every", "pair_training", "seed_everything"):
-            before[part].pop(name, None)
-            now[part].pop(name, None)
-    if "deferral_traces" in stored:
-        before["traces"], now["traces"] = stored["deferral_traces"], traces_keys(data)
-    found = provenance.changes(
-        *(json.loads(json.dumps(provenance.record_of(each))) for each in (before, now))
-    )
-    if found:
-        raise InputError(
-            f"ckpt_path: {checkpoint} was trained with other settings ({provenance.told(found)}); resuming goes on "
-            "with those of the checkpoint: give the same ones, or leave --ckpt_path out to start over"
-        )
