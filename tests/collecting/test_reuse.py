@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -19,7 +18,13 @@ from deferral_train.traces import open_traces
 
 from .conftest import make_prompts, tiny, tiny_pair
 
-CONFIG = CollectConfig(prefixes="cascade", max_new_tokens=4, chunk_prompts=2, log_top_k=2, temperature=0.0)
+SETTINGS = {
+    "prefixes": "cascade",
+    "max_new_tokens": 4,
+    "chunk_prompts": 2,
+    "log_top_k": 2,
+    "temperature": 0.0,
+}
 PROMPTS = make_prompts(6)
 
 
@@ -33,7 +38,7 @@ def head(folder: Path, seed: int, alpha: float = 0.1) -> Path:
 
 
 def run(out: Path, folder: Path, pair, **more) -> None:
-    config = dataclasses.replace(CONFIG, rule=f"learned:head={folder}")
+    config = CollectConfig(**SETTINGS, rule=f"learned:head={folder}")
     collect(config, out, progress=False, models=pair, prompts=PROMPTS, **more)
 
 
