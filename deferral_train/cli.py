@@ -173,7 +173,7 @@ def _record(name: str, settings: dict[str, Any]) -> None:
     from deferral_train import provenance
 
     seeds = {key: value for key, value in settings.items() if key.endswith("seed") and isinstance(value, int)}
-    record = {"command": name, "config": provenance.plain(settings), **provenance.collect(seeds)}
+    record = {"command": name, "config": provenance.record_of(settings), **provenance.collect(seeds)}
     provenance.write_json(Path(out) / f"{name}.provenance.json", record)
 
 
@@ -216,6 +216,13 @@ def _os_error(name: str, error: OSError) -> int:
         errno.EACCES: "check the permissions or choose another folder",
         errno.EROFS: "choose a folder on a writable disk",
         errno.ENOSPC: "free some disk space and run the same command again",
+        errno.EDQUOT: "free some of your share of the disk and run the same command again",
+        errno.EFBIG: "raise the limit on the size of files and run the same command again",
+        errno.EIO: "the disk failed; name a folder on another one",
+        errno.ENAMETOOLONG: "name a shorter path",
+        errno.ELOOP: "the links at that path go in circles; name another",
+        errno.EINVAL: "check the path",
+        errno.EPERM: "check the permissions or choose another folder",
         errno.EEXIST: "choose another path",
         errno.ENOTDIR: "a folder was expected",
         errno.EISDIR: "a file was expected",

@@ -15,6 +15,7 @@ import numpy as np
 from deferral_train import provenance
 from deferral_train.collecting.config import HIDDEN, CollectConfig
 from deferral_train.errors import InputError, MissingExtraError
+from deferral_train.pairs.checkpoint import contents_of
 from deferral_train.pairs.encode import EncodedPrompt, encode_prompts
 from deferral_train.pairs.fingerprint import model_facts
 from deferral_train.pairs.load import ModelPair
@@ -96,9 +97,17 @@ def _local(path: str, scratch: Path) -> str:
 
 
 def make_plan(
-    config: CollectConfig, pair: ModelPair, prompts: Sequence[Prompt], teacher: ModelPair | None, device: str
+    config: CollectConfig,
+    pair: ModelPair,
+    prompts: Sequence[Prompt],
+    teacher: ModelPair | None,
+    device: str,
+    handed_over: bool = False,
 ) -> Plan:
     """Encode the prompts, leave out and name what cannot be used, and fix chunks, seeds and batches.
+
+    Args:
+        handed_over: the pair was in memory before, so that ``config``'s folders do not say what it holds.
 
     Raises:
         InputError: no prompt can be used.
@@ -124,13 +133,25 @@ def make_plan(
         seed=config.seed,
         chunking={"chunk_prompts": config.chunk_prompts, "batch_tokens": batch_tokens},
         prompts={"sha256": prompts_hash(kept, not texts_decide), "given": len(prompts), **notices},
-        settings=config.deciding(),
+        settings=config.deciding() | {"contents": contents(config, pair if handed_over else None)},
         provenance=provenance.collect({"seed": config.seed})
         | {"models": {role: model_facts(getattr(pair, role)) for role in ("drafter", "verifier")}},
     )
     most = config.new_tokens or 0
     rows = [sum(most if config.on_policy else len(kept[n].reference_ids) for n in c.prompts) for c in chunks]
     return Plan(tuple(kept), manifest, tuple(rows))
+
+
+def contents(config: CollectConfig, pair: ModelPair | None = None) -> dict[str, Any]:
+    """Content keys of the models and of a cascade's rule, see :func:`deferral_train.pairs.checkpoint.contents_of`.
+
+    Args:
+        pair: models in memory; without, what lies in the config's folders.
+    """
+    named: dict[str, Any] = {role: getattr(config, role) for role in ("drafter", "verifier", "teacher")}
+    if pair is not None:
+        named |= {"drafter": pair.drafter, "verifier": pair.verifier}
+    return contents_of(named, config.rule)
 
 
 def _encode(

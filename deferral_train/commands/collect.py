@@ -47,6 +47,7 @@ def run(
     split: str = "train",
     engine: str = "transformers",
     progress: bool = True,
+    fresh: bool = False,
 ) -> int:
     """Run both models over prompts and log their token distributions as traces; run again to resume.
 
@@ -91,6 +92,7 @@ def run(
         split: split of a data set.
         engine: transformers, or vllm: what a cascade emits in the serving engine (docs/serving_vllm.md).
         progress: announce the work and show a progress bar.
+        fresh: remove the traces that lie in ``out`` and start over.
     """
     from deferral_train.collecting import CollectConfig, collect
     from deferral_train.errors import InputError
@@ -102,14 +104,26 @@ def run(
         if labels is not None:
             raise InputError(f"labels={labels!r}: engine 'vllm' makes none; use engine transformers")
         from deferral_train.collecting.plan import read_any_prompts
+        from deferral_train.provenance import one_writer
         from deferral_train.serving.offline import collect_with_engine
+        from deferral_train.traces.folder import open_folder
+        from deferral_train.traces.writer import clear_folder
 
-        count = collect_with_engine(config, out, read_any_prompts(config)[: config.limit])
+        with one_writer(out, "collect"):
+            if fresh:
+                clear_folder(open_folder(out))
+            count = collect_with_engine(config, out, read_any_prompts(config)[: config.limit])
         print(f"collect: {count:,} prompts in {out}")
         return 0
     if engine != "transformers":
         raise InputError(f"engine={engine!r}: use transformers or vllm")
-    collect(config, out, progress, quality=_quality(config.label_metric) if labels == "autojudge" else None)
+    collect(
+        config,
+        out,
+        progress,
+        quality=_quality(config.label_metric) if labels == "autojudge" else None,
+        existing="fresh" if fresh else "resume",
+    )
     return 0
 
 

@@ -51,6 +51,7 @@ def run(
     drafter_device: str | None = None,
     device_map: str | None = None,
     compile: str = "auto",
+    fresh: bool = False,
 ) -> int:
     """Decode prompts with a drafter and a verifier under any rules, side by side.
 
@@ -101,6 +102,7 @@ def run(
             balanced_low_0, sequential.
         compile: passes of fixed shape: auto (CUDA graphs on CUDA where the models allow it), off, static, or a backend
             of torch.compile: inductor, aot_eager, eager.
+        fresh: remove the outputs of another run from ``out`` and start over.
     """
     from deferral_train.decoding.decode import DecodeConfig, decode
     from deferral_train.decoding.pair import Settings, load_pair
@@ -128,7 +130,7 @@ def run(
         drafter, verifier, device, dtype, smaller=spec.smaller if spec is not None else (),
         drafter_device=drafter_device, device_map=device_map,
     )  # fmt: skip
-    summary = decode(pair, texts, named, config, out)
+    summary = decode(pair, texts, named, config, out, fresh)
     if metrics:
         summary = score_outputs(out, metrics, pair.models, texts, chat=chat)
     for line in table(summary, metrics):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deferral_train.errors import InputError
+
+if TYPE_CHECKING:
+    from deferral_train.heads.base import DeferralHead
 
 
 def run(
@@ -31,10 +35,12 @@ def run(
         token: access token for the upload; without it the stored login is used.
         head_class: class of the head where it is your own, as ``fit`` named it: my_heads.MyHead.
     """
+    from deferral_train.heads.artifact import foreign_files
     from deferral_train.heads.artifact import push_to_hub as upload
     from deferral_train.heads.base import DeferralHead
     from deferral_train.heads.export import export_head
     from deferral_train.heads.own import import_head_class
+    from deferral_train.provenance import one_writer
 
     if onnx and traces is None:
         raise InputError("--onnx needs --traces: the exported graph is compared with torch on real rows")
@@ -45,13 +51,37 @@ def run(
         from deferral_train.training.checkpoint import read_checkpoint
 
         head, _ = read_checkpoint(checkpoint, own)
-    export_head(head, out, alpha, threshold)
-    print(f"{head.head_type} head, {head.num_parameters} parameters: {out}")
-    if onnx:
-        _onnx(head, out, str(traces))
+    with one_writer(out, "export"):
+        lost = _lost_certificate(out, head, alpha if alpha is not None else threshold)
+        export_head(head, out, alpha, threshold)
+        print(f"{head.head_type} head, {head.num_parameters} parameters: {out}")
+        if lost is not None:
+            print(
+                f"the certificate that {out} held ({lost}) was of another head or setting, and is gone; choose anew"
+            )
+        if others := foreign_files(out):
+            print(
+                f"kept what is not of this head: {', '.join(others[:5])}{' ...' if len(others) > 5 else ''}"
+            )
+        if onnx:
+            _onnx(head, out, str(traces))
     if push_to_hub is not None:
         print(upload(head, out, push_to_hub, token))
     return 0
+
+
+def _lost_certificate(out: str, head: DeferralHead, point: float | None) -> str | None:
+    """The certificate of the head in ``out``, in a few words, where exporting ``head`` takes it away."""
+    from deferral_train.heads.artifact import CONFIG, current_file
+    from deferral_train.heads.config import read_config
+
+    try:
+        before = read_config(current_file(Path(out), CONFIG)).get("certificate")
+    except InputError:
+        return None
+    if not isinstance(before, dict) or (point is None and head.metadata.get("certificate") == before):
+        return None
+    return ", ".join(f"{name} {before[name]}" for name in ("metric", "limit", "value") if name in before)
 
 
 def _onnx(head: object, out: str, traces: str) -> None:

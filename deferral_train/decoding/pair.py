@@ -321,7 +321,13 @@ def load_pair(
     ``load_models``.
     """
     models = load_models(
-        drafter, verifier, device, dtype, trust_remote_code, drafter_device=drafter_device, device_map=device_map
+        drafter,
+        verifier,
+        device,
+        dtype,
+        trust_remote_code,
+        drafter_device=drafter_device,
+        device_map=device_map,
     )
     return Pair(models, load_smaller(smaller, models, dtype, trust_remote_code))
 

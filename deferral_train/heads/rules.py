@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, ClassVar
 
 import torch
@@ -161,6 +162,12 @@ def rule_from_spec(spec: str, typed: Collection[str] = ()) -> Rule:
             "judge": "judge:head=FOLDER,threshold=0.5",
         }
         raise InputError(f"rule {spec!r}: {problem}; write {known[name]}")
+    for key in ("alpha", "threshold"):
+        value = parameters.get(key)
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value)
+        ):
+            raise InputError(f"rule {spec!r}: {key} is {value}; give a number, such as 0.1")
     head = _head_class(parameters, typed).from_pretrained(str(parameters["head"]))
     if name == "judge":
         return judge_rule(head, parameters.get("threshold"))
@@ -193,7 +200,8 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
         key, equals, value = item.partition("=")
         if not equals or not key.strip().isidentifier():
             raise InputError(f"rule {spec!r}: {item!r} is no key=value")
-        parameters[key.strip()] = _value(value.strip())
+        # A folder stays a text, also where it is called 007 or true.
+        parameters[key.strip()] = value.strip() if key.strip() == "head" else _value(value.strip())
     return head.strip(), parameters
 
 

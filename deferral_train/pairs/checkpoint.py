@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deferral_train import provenance
 from deferral_train.errors import InputError, MissingExtraError
+from deferral_train.heads.fingerprint import rule_key, weights_key
+from deferral_train.heads.rules import rule_from_spec
 from deferral_train.pairs.fingerprint import checkpoint_fingerprint, file_fingerprint
 
+DECIDING = frozenset({".json", ".model", ".txt", ".jinja"})  # besides weights: configs, vocabulary, template
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -55,6 +59,24 @@ class Checkpoint:
             return found
         return found | {"adapter": file_fingerprint(self.adapter / ADAPTER_WEIGHTS)["weights"]}
 
+    @property
+    def content(self) -> str:
+        """Content key of the files that decide what model and tokenizer do, an adapter's and its base's.
+
+        Unlike :meth:`fingerprint`, which names a model for good and in any copy, it sees every byte of files up to
+        :data:`provenance.HASHED_BYTES`.
+        """
+        folders = [self.folder] if self.adapter is None else [self.folder, self.adapter]
+        files = sorted(file for folder in folders for file in folder.iterdir() if self._decides(file))
+        return provenance.hash_of([[file.name, provenance.content_key(file)] for file in files])
+
+    def _decides(self, file: Path) -> bool:
+        if not file.is_file() or "provenance" in file.name:
+            return False
+        if file.suffix in (".safetensors", ".gguf"):
+            return self.gguf in (None, file.name)
+        return file.suffix in DECIDING
+
 
 def find_checkpoint(name: str | Path, role: str) -> Checkpoint:
     """The checkpoint that a folder, a ``.gguf`` file or a hub id names; what the hub has is fetched first.
@@ -86,6 +108,25 @@ def find_checkpoint(name: str | Path, role: str) -> Checkpoint:
     if not list(folder.glob("*.safetensors")):
         raise InputError(f"{role}: {name} holds no .safetensors weights; save them with save_pretrained")
     return Checkpoint(role, folder)
+
+
+def contents_of(models: Mapping[str, Any], rule: str | None = None) -> dict[str, Any]:
+    """Content keys of models and of a rule's head: shards of a model trained on, or of a head exported anew, do not mix
+    with those from before.
+
+    Args:
+        models: by role, a folder or hub id, or the model itself where it is in memory; what is None is left out.
+        rule: as ``--rule`` takes it.
+    """
+    found: dict[str, Any] = {}
+    for role, model in models.items():
+        if isinstance(model, str | Path) and str(model):
+            found[role] = find_checkpoint(model, role).content
+        elif model is not None and model != "":
+            found[role] = weights_key(model)
+    if rule is not None:
+        found["rule"] = rule_key(rule_from_spec(rule, typed=[rule]))
+    return found
 
 
 def need(module: str) -> None:

@@ -32,6 +32,7 @@ def answer(run: RunFolder) -> dict[str, Any]:
         "snippet": verdict.get("snippet"),
         "engine_line": verdict.get("engine_line"),
         "engine_reason": verdict.get("engine_reason"),
+        "engine_note": verdict.get("engine_note"),
     }
 
 

@@ -13,7 +13,7 @@ from deferral_train.report.answer import answer
 from deferral_train.report.board import write_board
 from deferral_train.report.breakdowns import breakdowns
 from deferral_train.report.frontier import frontier
-from deferral_train.report.load import RunFolder, load_run
+from deferral_train.report.load import RunFolder, load_run, readable
 from deferral_train.report.sections import calibration, curves, length, online, skew, training
 from deferral_train.report.shadow import shadow as shadow_section
 from deferral_train.report.tokens import Texts, slider_data, token_data
@@ -39,8 +39,10 @@ def write_report(
     """
     run = load_run(run_dir, shadow)
     path = Path(out) if out is not None else run.folder / "report.html"
-    write_board(run)
-    provenance.write_text(path, render(run))
+    with readable(run.folder):
+        write_board(run)
+        page = render(run)
+    provenance.write_text(path, page)
     return path
 
 

@@ -23,6 +23,7 @@ from deferral_train.training.log import LogOften, OneCurve, curve_logger
 from deferral_train.training.metadata import evaluation_metadata, training_metadata
 from deferral_train.training.module import HEADLINE, DeferralModule
 from deferral_train.training.preparation import fit_recalibration
+from deferral_train.training.resuming import made_from, take_up
 from deferral_train.training.scoring import score
 from deferral_train.training.sklearn_heads import SklearnHead
 
@@ -53,20 +54,28 @@ def fit(
 
     Args:
         config: settings.
-        out_dir: gets ``checkpoints/``, ``log/`` (TensorBoard), ``fit.json`` (settings, metrics, provenance).
-        resume: continue from ``checkpoints/last.ckpt`` where it exists.
+        out_dir: gets ``checkpoints/``, ``log/`` (TensorBoard), ``fit.json`` (settings, metrics, provenance) and
+            ``made_from.json`` (settings and contents that decide the weights).
+        resume: continue from ``checkpoints/last.ckpt`` where it exists and was made from the same settings, traces and
+            initial weights; False starts over.
         initial: start from this head's weights instead of fresh ones (refitting on new prefixes).
 
     Raises:
-        InputError: bad settings or traces, by name.
+        InputError: bad settings or traces, by name; a folder that holds a fit of others.
     """
     out = Path(out_dir)
+    with provenance.one_writer(out, "fit"):
+        return _fit(config, out, resume, initial)
+
+
+def _fit(config: FitConfig, out: Path, resume: bool, initial: DeferralHead | None) -> FitResult:
     with quiet_lightning():
         pl.seed_everything(config.seed, verbose=False)
     data = _data(config)
     head = make_head(config, data.traces["train"])
     if initial is not None:
         head.load_state_dict(initial.state_dict())
+    take_up(out, made_from(plain_settings(config), data, head), resume)
     data.prepare(head)
     if config.head == "plug_in" or isinstance(head, SklearnHead):
         result = _closed_form(config, data, head)

@@ -20,6 +20,7 @@ from deferral_train.training.figures import draw
 from deferral_train.training.loader import step_seed
 from deferral_train.training.metadata import training_metadata
 from deferral_train.training.preparation import prepare_head
+from deferral_train.training.resuming import traces_keys
 from deferral_train.training.scoring import label_range
 from deferral_train.training.tracking import Tracker, predict
 
@@ -199,6 +200,7 @@ class DeferralModule(pl.LightningModule):
         refuse_weights(self.trainer, self.head.state_dict(), self.lr)
         checkpoint["deferral_head"] = full_config(self.head)
         checkpoint["deferral_scalars"] = self.scalars
+        checkpoint["deferral_traces"] = traces_keys(self.data)
 
 
 def _flat(value: Any) -> Any:

@@ -1,11 +1,11 @@
-"""Random command lines and corrupted folders for the commands that read what others wrote; nothing but one line may come out.
+"""Random command lines and corrupted folders; nothing but one line may come out of a command.
 
     python -m fuzz.commands --seconds 120 [--only choose report] [--seed 0] [--out runs/fuzz-commands]
 
-Every case is a good call of a command on small real folders (a tiny pair, its prompts, traces, decoded outputs, a head, a
+Every case is a good call of a command on small real folders (a tiny pair, prompts, traces, decoded outputs, a head, a
 run), damaged in one to three places: words dropped, doubled, swapped or given odd values; files cut, altered, emptied,
-removed or replaced by folders. A case that raises, prints more than a line of error, or returns anything but 0 or 2 is a
-finding; it is kept as its seed, from which it is made again. Exit code 1 where there is one.
+removed or replaced by folders. A case that raises, prints more than a line of error, or returns anything but 0 or 2 is
+a finding; it is kept as its seed, from which it is made again. Exit code 1 where there is one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,18 @@ WORDS = (
     "nowhere", "/dev/null", "/proc/none/x", "a" * 300, "é", "--", "-", "prompts.jsonl", "head", "traces", "decode", ".",
     "exact_match", "chrf", "bleu", "blue", "command:false", "[1, two]", "{a: 1}", "!!python", "${HOME}", "%s", "s3://b/x",
 )  # fmt: skip
-FLAGS = ("--help-me", "--config", "--out", "--head", "--traces", "--rules", "--seed", "--fresh", "--bootstrap", "--alpha")
+FLAGS = (
+    "--help-me",
+    "--config",
+    "--out",
+    "--head",
+    "--traces",
+    "--rules",
+    "--seed",
+    "--fresh",
+    "--bootstrap",
+    "--alpha",
+)
 
 
 def make_world(folder: Path) -> None:
@@ -111,11 +122,14 @@ def case(seed: int, world: Path, scratch: Path, only: tuple[str, ...] = COMMANDS
     (scratch / "run.yaml").write_text(json.dumps(CONFIG))
     words = words_of(command, scratch)
     if command == "choose" and random.random() < 0.3:
-        words = "choose --traces traces --rule opt --max-token-risk 0.5".split()
+        words = ["choose", "--traces", "traces", "--rule", "opt", "--max-token-risk", "0.5"]
     if command in ("evaluate",) and random.random() < 0.3:
         words += ["--decode", "decode"]
     if command in ("choose", "decode", "evaluate") and random.random() < 0.2:
-        words += ["--head" if command == "choose" else "--rules", "head" if command == "choose" else "learned:head=head"]
+        words += [
+            "--head" if command == "choose" else "--rules",
+            "head" if command == "choose" else "learned:head=head",
+        ]
     for _ in range(random.choice((1, 1, 2, 3))):
         if READS[command] and random.random() < 0.6:
             damage(random, scratch / random.choice(READS[command]))
@@ -207,7 +221,9 @@ def call(words: list[str], folder: Path) -> tuple[int | None, str]:
     return code, errors.getvalue()
 
 
-def problem(seed: int, world: Path, scratch: Path, only: tuple[str, ...] = COMMANDS) -> tuple[list[str], str | None]:
+def problem(
+    seed: int, world: Path, scratch: Path, only: tuple[str, ...] = COMMANDS
+) -> tuple[list[str], str | None]:
     """The command line of a seed, and what is wrong with how it was answered; None where nothing is."""
     words = case(seed, world, scratch, only)
     try:
@@ -229,7 +245,9 @@ def problem(seed: int, world: Path, scratch: Path, only: tuple[str, ...] = COMMA
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", default=list(COMMANDS), choices=COMMANDS)
@@ -245,11 +263,16 @@ def main() -> int:
         while time.monotonic() < end:
             words, wrong = problem(seed, world, scratch, tuple(options.only))
             tried[words[0]] += 1
-            if wrong is not None and wrong.partition(":")[0] not in {known.partition(":")[0] for known in found}:
+            if wrong is not None and wrong.partition(":")[0] not in {
+                known.partition(":")[0] for known in found
+            }:
                 found[wrong] = (seed, words)
                 print(f"FINDING seed {seed}: {wrong}\n    {' '.join(words)[:300]}", flush=True)
             seed += 1
-    summary = {"cases": dict(tried), "findings": {wrong: [seed, words] for wrong, (seed, words) in found.items()}}
+    summary = {
+        "cases": dict(tried),
+        "findings": {wrong: [seed, words] for wrong, (seed, words) in found.items()},
+    }
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
