@@ -40,6 +40,8 @@ FIELDS: dict[str, Field] = {
         # about the position, from the decision laws
         Field("drafter_max", "max q", "float", "drafter"),
         Field("verifier_max", "max p", "float", "verifier"),
+        Field("drafter_margin", "largest less second largest logit of the drafter", "float", "drafter"),
+        Field("verifier_margin", "largest less second largest logit of the verifier", "float", "verifier"),
         Field("drafter_argmax", "v_q, the lowest argmax of q", "int", "drafter"),
         Field("verifier_argmax", "v_p, the lowest argmax of p", "int", "verifier"),
         Field("drafter_at_verifier_argmax", "q(v_p)", "float", "both"),
@@ -102,7 +104,7 @@ CONTEXT_FIELDS = HIDDEN_FIELDS | {"draft_position", "position", *PREVIOUS_TOKENS
 COMPUTED_FIELDS = frozenset(FIELDS) - CONTEXT_FIELDS
 # What an external draft without a law cannot give: with a one-hot q these say nothing about the drafter.
 DRAFTER_CONFIDENCE_FIELDS = frozenset(
-    {"drafter_max", "drafter_at_verifier_argmax", "drafter_entropy", "drafter_sum_squares"}
+    {"drafter_max", "drafter_margin", "drafter_at_verifier_argmax", "drafter_entropy", "drafter_sum_squares"}
     | {"kl", "reverse_kl", "js", "cross_entropy", "product_sum", "drafter_logsumexp", "drafter_logprob"}
 )
 
@@ -261,6 +263,17 @@ def summarize_laws(laws: Laws, fields: Iterable[str], token: Tensor | None = Non
     return Summary(columns)
 
 
+def margin(logits: Tensor) -> Tensor:
+    """Largest less second largest logit of decision logits [.., V], [..]: 0 where two tie.
+
+    +inf where one token alone may be emitted (all others masked, or a vocabulary of one).
+    """
+    if logits.shape[-1] == 1:
+        return torch.full_like(logits[..., 0], torch.inf)
+    first, second = logits.topk(2, dim=-1).values.unbind(-1)
+    return first - second
+
+
 def total_variation(p: Tensor, q: Tensor) -> Tensor:
     """D_TV(p, q) = sum_v max(0, p - q), from laws [.., V]; clipped to [0, 1] against rounding."""
     return ((p - q).abs_().sum(dim=-1) * 0.5).clamp(0.0, 1.0)
@@ -295,6 +308,8 @@ def _sampled_tv(laws: Laws) -> Tensor:
 _FORMULAS: dict[str, Callable[[Laws], Tensor]] = {
     "drafter_max": lambda laws: laws.drafter_side.largest,
     "verifier_max": lambda laws: laws.verifier_side.largest,
+    "drafter_margin": lambda laws: margin(laws.drafter_logits),
+    "verifier_margin": lambda laws: margin(laws.verifier_logits),
     "drafter_argmax": lambda laws: laws.drafter_side.argmax,
     "verifier_argmax": lambda laws: laws.verifier_side.argmax,
     "drafter_at_verifier_argmax": lambda laws: laws.drafter_side.logprob(laws.verifier_side.argmax).exp(),

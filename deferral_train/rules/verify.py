@@ -7,6 +7,7 @@ CPU, dense.py the first in one graph on CUDA.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -47,6 +48,8 @@ class Verdict:
         deferred: [B, T] bool, the decision at each drafted position (token rule: drafted token not kept; law
             rule: drafted token held to the exact check or a stricter one). False where nothing was drafted.
         spent: [B] running estimated loss under max_request_loss, else None.
+        fault: [B] integer, 0 where the row's input was fine, else a code for `raise_fault`; such a row's other entries
+            mean nothing.
     """
 
     accepted: Tensor
@@ -54,6 +57,7 @@ class Verdict:
     origin: Tensor
     deferred: Tensor
     spent: Tensor | None
+    fault: Tensor
 
 
 def verify_block(
@@ -72,6 +76,7 @@ def verify_block(
     context: Summary | None = None,
     max_request_loss: float | None = None,
     spent: Tensor | None = None,
+    check: bool = True,
 ) -> Verdict:
     """Verify a drafted block: draft + accept + residual of the rule's target law, for every row at once.
 
@@ -95,6 +100,8 @@ def verify_block(
             only if spent < B and spent + cost <= B; otherwise its position is executed losslessly. B = 0 is
             lossless. Only kept tokens that are emitted are charged.
         spent: [B], what the request has spent before this block; default 0.
+        check: raise at once for what only the data tells (one copy to the host). With False the caller copies
+            ``Verdict.fault`` with the rest of the verdict and hands it to `raise_fault`.
 
     Raises:
         InputError: naming the rule and what to mend: shapes or vocabularies that differ, NaN or infinite
@@ -132,7 +139,29 @@ def verify_block(
             deferred = scores.deferred
             next_token = _corrections(rule, block, steps, deferred, last)
         next_token, spent = _bonuses(rule, block, steps, next_token, bonus, last, max_request_loss)
-        return Verdict(steps.accepted, next_token, _origins(steps, block, next_token), deferred, spent)
+        fault = torch.zeros_like(steps.accepted)
+        return Verdict(steps.accepted, next_token, _origins(steps, block, next_token), deferred, spent, fault)
+
+
+FAULTS = (
+    "drafter_logits has NaN, +inf or only -inf; logits must be finite, with -inf only for masked tokens",
+    "verifier_logits has NaN, +inf or only -inf; logits must be finite, with -inf only for masked tokens",
+    "drafted holds ids outside the vocabulary",
+    "drafted token has probability 0 under the drafter's sampling distribution; pass the logits that it was drawn from",
+    "lengths must lie between 0 and the number of drafted tokens",
+    "spent must hold one number >= 0 per row",
+)
+
+
+def raise_fault(rule: Rule, faults: Sequence[int]) -> None:
+    """Raise the InputError of the first row whose `Verdict.fault` is not 0, naming the rule, the row and the remedy.
+
+    Args:
+        faults: `Verdict.fault` on the host.
+    """
+    for row, fault in enumerate(faults):
+        if fault:
+            raise InputError(f"rule {rule.name}: row {row}: {FAULTS[(int(fault) - 1) % len(FAULTS)]}")
 
 
 def _check_request(rule: Rule, drafter_logits: Tensor | None, bonus: str, limit: float | None) -> None:

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from deferral_train.rules import summarize
+from deferral_train.traces.schema import SUMMARY_COLUMNS, TOKEN_COLUMNS
+
+LOGGED = (*SUMMARY_COLUMNS, *TOKEN_COLUMNS)
 
 
 @dataclass
@@ -48,7 +51,7 @@ def columns_of(
 
     drafter, verifier = (joined(role)[:, :vocabulary].float() for role in ("drafter", "verifier"))
     token = joined("token")
-    summary = summarize(drafter, verifier, temperature=temperature, token=token)
+    summary = summarize(drafter, verifier, temperature=temperature, token=token, fields=LOGGED)
     columns = {name: summary[name].numpy() for name in summary.names}
     columns |= {name: joined(name).numpy() for name in ("position", "draft_position", "origin")}
     columns["gold"] = np.full(len(token), -1)

@@ -8,7 +8,8 @@ import torch
 from deferral_train.collecting import kernels
 from deferral_train.collecting import measure as module
 from deferral_train.collecting.measure import Measure
-from deferral_train.rules.summary import COMPUTED_FIELDS, FIELDS, summarize
+from deferral_train.rules.summary import FIELDS, summarize
+from deferral_train.traces.schema import SUMMARY_COLUMNS, TOKEN_COLUMNS
 
 ROWS, VOCAB, PADDED = 70, 1200, 1230
 
@@ -41,8 +42,8 @@ def test_equals_the_float64_reference(logits: tuple, temperature: float) -> None
     known = [part[:, :VOCAB].double() for part in (drafter, verifier)]
     reference = summarize(*known, token=token, temperature=temperature)
     assert bool(columns.pop("finite").all())
-    assert set(columns) == set(COMPUTED_FIELDS)
-    for name in COMPUTED_FIELDS:
+    assert set(columns) == {*SUMMARY_COLUMNS, *TOKEN_COLUMNS}
+    for name in columns:
         if FIELDS[name].dtype == "int":
             assert torch.equal(columns[name], reference[name]), name
         else:

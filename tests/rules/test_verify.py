@@ -10,6 +10,7 @@ from deferral_train.errors import InputError
 from deferral_train.rules import Origin, Summary, make_rule, reference, summarize, verify_block
 from deferral_train.rules import block as blocks
 from deferral_train.rules.sampling import uniforms
+from deferral_train.rules.verify import raise_fault
 from deferral_train.testing import top_k
 
 B, T, V = 24, 4, 7
@@ -322,6 +323,16 @@ def test_bad_blocks_are_refused_by_name():
     refused("temperature", temperature=float("nan"))
     refused("probability 0", drafter_logits=_forbid(drafter, drafted))
     refused("leading shape", context=Summary({"position": torch.zeros(B)}))
+
+
+def test_a_fault_travels_in_the_verdict_and_is_raised_on_the_host():
+    drafted, drafter, verifier = block()
+    rule = make_rule("opt")
+    fine = verify_block(rule, drafted, drafter, verifier, check=False)
+    assert fine.fault.tolist() == [0] * B
+    raise_fault(rule, fine.fault.tolist())
+    with pytest.raises(InputError, match="rule opt: row 1: drafter_logits has NaN"):
+        raise_fault(rule, [0, 1, 0])
 
 
 def _forbid(drafter, drafted):
