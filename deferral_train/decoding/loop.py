@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from deferral_train.decoding.criteria import EndOfRow
-from deferral_train.decoding.greedy import is_plain, judge_greedy
 from deferral_train.decoding.laws import SamplingLaws
 from deferral_train.decoding.outcome import Outcome, outcome_of
 from deferral_train.decoding.proposing import Draft, Proposer
@@ -21,7 +20,6 @@ from deferral_train.decoding.stats import Ledger
 from deferral_train.decoding.stepper import Stepper
 from deferral_train.decoding.tokens import TokenRows
 from deferral_train.rules.base import Rule
-from deferral_train.rules.quick import GreedyBlocks
 from deferral_train.rules.summary import CONTEXT_FIELDS, PREVIOUS_TOKENS, Summary
 from deferral_train.rules.verify import verify_block
 
@@ -47,14 +45,11 @@ class Cascade:
     token_log: Any = None
     context_fields: frozenset[str] = field(init=False)
     active: list[Stepper] = field(init=False)  # models whose caches follow the running rows
-    ready: GreedyBlocks | None = field(init=False, default=None)  # the rule, where it decides greedy blocks
 
     def __post_init__(self) -> None:
         self.active = [*self.proposer.steppers, self.verifier]
         asked = self.rule.needs | (self.rule.gap_needs if self.max_request_loss is not None else frozenset())
         self.context_fields = asked & CONTEXT_FIELDS
-        if self.laws.temperature == 0.0 and not self.rule.is_lossless:
-            self.ready = GreedyBlocks(self.rule)
         if self.max_request_loss is not None:
             self.spent = torch.zeros(len(self.tokens.rows), dtype=torch.float64, device=self.tokens.device)
             self.ledger.spent = dict.fromkeys(range(len(self.tokens.ids)), 0.0)
@@ -105,10 +100,6 @@ def _outcome(cascade: Cascade, draft: Draft, decision: Tensor, sampling: Tensor 
     context = context_of(cascade, draft)
     # Without a draft nothing can be kept, so that there is nothing to charge.
     limit = cascade.max_request_loss if draft.columns else None
-    # Greedy decisions see decision laws alone: not enough where a token is not its law's favourite.
-    own = rule.is_lossless or draft.sampling is None
-    if cascade.laws.temperature == 0.0 and own and is_plain(rule, bonus, limit, sampling):
-        return judge_greedy(rule, draft, decision, context, cascade.ready)
     verdict = verify_block(
         rule,
         draft.tokens,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deferral_train.errors import InputError
 from deferral_train.rules.emission import keep_law, onto_support
-from deferral_train.rules.laws import Laws
+from deferral_train.rules.laws import Laws, gather_token, one_hot
 from deferral_train.rules.summary import CONTEXT_FIELDS, TOKEN_FIELDS, Summary, summarize_laws
 
 
@@ -54,6 +54,25 @@ class Dial:
         if not finite or (not self.unbounded and not self.low <= value <= self.high):
             allowed = "any finite number" if self.unbounded else f"{self.low:g} to {self.high:g}"
             raise InputError(f"rule {rule}: {self.parameter} is {value}; allowed: {allowed}")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What becomes of drafted tokens at positions [..].
+
+    Attributes:
+        deferred: bool [..], the decision (token rule: drafted token not kept; law rule: held to the exact check or a
+            stricter one).
+        kept: bool [..], the drafted token stands by the rule's leave rather than by the exact check.
+        gap: [..], what `Rule.estimated_gap` says, where the decision was made from it; else None.
+        target: above temperature 0 the probabilities [.., V] that the drafted token is checked and corrected against;
+            at temperature 0 the token [..] that is emitted unless the drafted one is kept. None: the verifier's.
+    """
+
+    deferred: Tensor
+    kept: Tensor
+    target: Tensor | None
+    gap: Tensor | None = None
 
 
 @dataclass(
@@ -146,6 +165,7 @@ class Rule:
                 drafter_sampling_logits,
                 verifier_sampling_logits,
             )
+            laws.check()
             return self.law_from(laws, self.read(laws, context=context))
 
     def read(
@@ -176,11 +196,15 @@ class Rule:
         return self._law(laws, summary)
 
     def step_law(self, laws: Laws, summary: Summary, token: Tensor) -> Tensor:
-        """The law [.., V] that a drafted token [..] is checked and corrected against.
+        """The distribution [.., V] that a drafted token [..] is checked and corrected against.
 
-        The target law, except for rules whose check depends on which token was drafted (cactus, judge).
+        The target, except for rules whose check depends on which token was drafted (cactus, judge).
         """
         return laws.p if self.is_lossless else self._step_law(laws, summary, token)
+
+    def step(self, laws: Laws, summary: Summary, token: Tensor) -> Step:
+        """What becomes of drafted tokens [..] under this rule; `summary` holds its needs and ``token``."""
+        raise NotImplementedError
 
     def _step_law(self, laws: Laws, summary: Summary, token: Tensor) -> Tensor:
         return self._law(laws, summary)
@@ -197,9 +221,20 @@ class PositionRule(Rule):
         """True where the position is left to the verifier, bool [..]."""
         raise NotImplementedError
 
+    def step(self, laws: Laws, summary: Summary, token: Tensor) -> Step:
+        """The drafter's distribution where it keeps, the verifier's where it defers."""
+        return self._decided(self.defer(summary), laws, token)
+
+    def _decided(self, deferred: Tensor, laws: Laws, token: Tensor, gap: Tensor | None = None) -> Step:
+        deferred = deferred.expand(token.shape)
+        kept = laws.allows(token) > deferred
+        return Step(deferred, kept, None if laws.greedy else self._choose(laws, deferred), gap)
+
     def _law(self, laws: Laws, summary: Summary) -> Tensor:
-        keep = ~self.defer(summary).to(laws.q.device).unsqueeze(-1)
-        return keep_law(laws.q, laws.p, keep & laws.support)
+        return self._choose(laws, self.defer(summary))
+
+    def _choose(self, laws: Laws, deferred: Tensor) -> Tensor:
+        return torch.where(deferred.unsqueeze(-1), laws.p, onto_support(laws.q, laws.p, laws.support))
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,9 +257,16 @@ class TokenRule(Rule):
         """
         raise NotImplementedError
 
-    def keep_probs(self, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
-        """`keep` from probabilities q, p [.., K] of the decision laws, for rules that need no logarithm."""
-        return self.keep(q.log(), p.log(), summary)
+    def step(self, laws: Laws, summary: Summary, token: Tensor) -> Step:
+        """A kept token stands; any other is checked against pi_Token, for which every token is asked."""
+        if laws.greedy:
+            asked = [gather_token(model(laws.logprobs), token) for model in (laws.drafter, laws.verifier)]
+            keep = self.keep(asked[0].unsqueeze(-1), asked[1].unsqueeze(-1), summary).squeeze(-1)
+            return Step(~keep, keep & laws.allows(token), None)
+        keeps = self.keep(laws.drafter_logprobs, laws.verifier_logprobs, summary)
+        allowed = keeps & laws.support
+        target = keep_law(laws.q, laws.p, allowed)
+        return Step(~gather_token(keeps, token), gather_token(allowed, token), target)
 
     def _law(self, laws: Laws, summary: Summary) -> Tensor:
         keep = self.keep(laws.drafter_logprobs, laws.verifier_logprobs, summary)
@@ -243,11 +285,28 @@ class LawRule(Rule):
         """The token [..] emitted at temperature 0; None where `law` of the one-hots is right as it is."""
         return None
 
+    def step(self, laws: Laws, summary: Summary, token: Tensor) -> Step:
+        """A token is kept where it stands with a higher probability than in the exact check."""
+        if laws.greedy:
+            emitted, exact = self._greedy_step(laws, summary, token), laws.verifier(laws.best)
+            kept = (emitted == token) & (token != exact)
+            return Step(~kept, kept, emitted)
+        target = self._step_law(laws, summary, token)
+        own, q, p = (gather_token(one, token) for one in (target, laws.q, laws.p))
+        kept = torch.minimum(own, q) > p
+        return Step(~kept, kept, target)
+
+    def _greedy_step(self, laws: Laws, summary: Summary, token: Tensor) -> Tensor:
+        emitted = self.greedy(laws, summary)
+        if emitted is None:
+            return self._step_law(laws, summary, token).argmax(dim=-1)
+        return torch.where(laws.allows(emitted), emitted, laws.verifier(laws.best))
+
     def _law(self, laws: Laws, summary: Summary) -> Tensor:
         if laws.greedy:
             token = self.greedy(laws, summary)
             if token is not None:
-                pi = torch.zeros_like(laws.p).scatter_(-1, token.unsqueeze(-1), 1.0)
+                pi = one_hot(token, laws.decision.shape[-1], laws.decision.dtype)
                 return onto_support(pi, laws.p, laws.support)
         return onto_support(self.law(laws.q, laws.p, summary), laws.p, laws.support)
 

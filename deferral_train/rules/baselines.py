@@ -33,6 +33,10 @@ class Lossy(LawRule):
 
     alpha: float = 0.2
 
+    def greedy(self, laws: Laws, summary: Summary) -> Tensor:
+        """The verifier's token: lossless at temperature 0."""
+        return laws.verifier(laws.best)
+
     def law(self, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
         """pi [.., V]."""
         cap = self.cap(p)
@@ -56,6 +60,10 @@ class Lenient(LawRule):
 
     alpha: float = 0.2
 
+    def greedy(self, laws: Laws, summary: Summary) -> Tensor:
+        """The verifier's token: lossless at temperature 0."""
+        return laws.verifier(laws.best)
+
     def law(self, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
         """pi [.., V]."""
         accepted = clip_between(q, p, torch.zeros_like(p[..., :1]), _inverse(1 - self.alpha, p))
@@ -76,6 +84,10 @@ class Mentored(LawRule):
 
     divergence: float = 0.1
 
+    def greedy(self, laws: Laws, summary: Summary) -> Tensor:
+        """The verifier's token: lossless at temperature 0."""
+        return laws.verifier(laws.best)
+
     def law(self, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
         """pi [.., V]."""
         cap = mentored_cap(q, p, self.divergence)
@@ -94,6 +106,10 @@ class Cactus(LawRule):
     dial: ClassVar[Dial] = Dial("delta", 0.0, 5.0, lossless=0.0, drafter=None)
 
     delta: float = 0.1
+
+    def greedy(self, laws: Laws, summary: Summary) -> Tensor:
+        """The verifier's token: lossless at temperature 0."""
+        return laws.verifier(laws.best)
 
     def raised(self, p: Tensor) -> Tensor:
         """h_v(v) for every token v, [.., V]."""
@@ -153,11 +169,10 @@ class Ensemble(LawRule):
     def greedy(self, laws: Laws, summary: Summary) -> Tensor:
         """argmax of w p + (1 - w) q among tokens that may be emitted, [..]."""
         if self.weight == 0:
-            return laws.q.max(dim=-1).indices
-        p = torch.softmax(laws.processed_verifier_logits, dim=-1)
-        q = torch.softmax(laws.processed_drafter_logits, dim=-1)
-        mixture = self.law(q, p, summary).masked_fill(~laws.support, -1.0)
-        return mixture.max(dim=-1).indices
+            return laws.drafter(laws.best)
+        both = laws.probs if laws.sampling is None else torch.softmax(laws.sampling, dim=-1)
+        mixture = self.law(laws.drafter(both), laws.verifier(both), summary)
+        return mixture.masked_fill(~laws.support, -1.0).argmax(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -181,7 +196,7 @@ class Biased(LawRule):
 
     def greedy(self, laws: Laws, summary: Summary) -> Tensor:
         """v_q where the margin allows it, else v_p, [..]."""
-        drafter, verifier = laws.q.max(dim=-1).indices, laws.p.max(dim=-1).indices
+        drafter, verifier = laws.drafter(laws.best), laws.verifier(laws.best)
         return torch.where(self.stands(summary), drafter, verifier)
 
     def stands(self, summary: Summary) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.rules.base import Dial, LawRule, PositionRule
+from deferral_train.rules.base import Dial, LawRule, PositionRule, Step
 from deferral_train.rules.emission import residual
 from deferral_train.rules.laws import Laws
 from deferral_train.rules.summary import DRAFTER_CONFIDENCE_FIELDS, FIELDS, Summary
@@ -79,8 +79,18 @@ class LearnedRule(PositionRule):
         """gap > alpha D_TV, bool [..]; the head's own decision where it defines one."""
         if self._own is not None:
             return self._own(summary, self.alpha)
+        return self._defer_by(self.head.gap(summary), summary)
+
+    def step(self, laws: Laws, summary: Summary, token: Tensor) -> Step:
+        """As any position rule's, with the gap that it was decided by: a head is asked once a block."""
+        if self._own is not None:
+            return super().step(laws, summary, token)
+        gap = self.head.gap(summary)
+        return self._decided(self._defer_by(gap, summary), laws, token, gap)
+
+    def _defer_by(self, gap: Tensor, summary: Summary) -> Tensor:
         tv = self.head.tv(summary) if self.stage == "draft" else summary["tv"]
-        return self.head.gap(summary) > self.alpha * tv
+        return gap > self.alpha * tv
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +146,10 @@ class Judge(LawRule):
         allowed = laws.support.gather(-1, token.unsqueeze(-1))
         approved = self.approved(summary).unsqueeze(-1) & allowed
         return torch.where(approved, laws.q, laws.p)
+
+    def _greedy_step(self, laws: Laws, summary: Summary, token: Tensor) -> Tensor:
+        stands = self.approved(summary) & laws.allows(token)
+        return torch.where(stands, token, laws.verifier(laws.best))
 
     def _approval_of_all(self, laws: Laws, summary: Summary) -> Tensor:
         size = laws.p.shape[-1]

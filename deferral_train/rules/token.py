@@ -31,11 +31,7 @@ class TokenV1(TokenRule):
 
     def keep(self, drafter_logprobs: Tensor, verifier_logprobs: Tensor, summary: Summary) -> Tensor:
         """max p - q(v) <= alpha, bool [.., K]."""
-        return self.keep_probs(drafter_logprobs.exp(), verifier_logprobs, summary)
-
-    def keep_probs(self, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
-        """The same, from probabilities."""
-        return summary["verifier_max"][..., None] - q <= self.alpha
+        return summary["verifier_max"].unsqueeze(-1) - drafter_logprobs.exp() <= self.alpha
 
 
 @dataclass(frozen=True)
@@ -51,11 +47,7 @@ class TokenV2(TokenRule):
 
     def keep(self, drafter_logprobs: Tensor, verifier_logprobs: Tensor, summary: Summary) -> Tensor:
         """max p - p(v) <= alpha, bool [.., K]."""
-        return self.keep_probs(drafter_logprobs, verifier_logprobs.exp(), summary)
-
-    def keep_probs(self, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
-        """The same, from probabilities."""
-        return summary["verifier_max"][..., None] - p <= self.alpha
+        return summary["verifier_max"].unsqueeze(-1) - verifier_logprobs.exp() <= self.alpha
 
 
 @dataclass(frozen=True)
@@ -74,11 +66,7 @@ class TokenV3(TokenRule):
 
     def keep(self, drafter_logprobs: Tensor, verifier_logprobs: Tensor, summary: Summary) -> Tensor:
         """p(v) >= (1 - alpha) max p, bool [.., K]."""
-        return self.keep_probs(drafter_logprobs, verifier_logprobs.exp(), summary)
-
-    def keep_probs(self, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
-        """The same, from probabilities."""
-        return p >= (1 - self.alpha) * summary["verifier_max"][..., None]
+        return verifier_logprobs.exp() >= (1 - self.alpha) * summary["verifier_max"].unsqueeze(-1)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import reference
 from instances import PARAMETERS, DraftGap, instances, label, reports
 
-from deferral_train.rules import RULES, make_rule, reference
+from deferral_train.rules import RULES, make_rule
 from deferral_train.rules.base import PositionRule
 from deferral_train.testing import Case, cases, check_rule, enumerate_emission
 

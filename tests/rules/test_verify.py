@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import reference
 from instances import HEADS, build, instances, label
 
 from deferral_train.errors import InputError
-from deferral_train.rules import Origin, Summary, make_rule, reference, summarize, verify_block
-from deferral_train.rules import block as blocks
+from deferral_train.rules import Origin, Summary, make_rule, summarize, verify_block
 from deferral_train.rules.sampling import uniforms
 from deferral_train.rules.verify import raise_fault
 from deferral_train.testing import top_k
@@ -409,24 +409,3 @@ def test_without_a_bonus_the_verifiers_last_row_may_be_left_out(temperature):
     assert torch.equal(whole.next_token, short.next_token)
     with pytest.raises(InputError, match="a bonus needs T\\+1"):
         verify_block(rule, drafted, drafter, verifier[:, :T])
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("rule", instances(), ids=label)
-def test_position_by_position_is_the_same_as_all_at_once(rule, temperature, monkeypatch):
-    drafted, drafter, verifier = block(seed=21)
-    if temperature == 0.0:
-        drafted = drafter[:, :T].argmax(-1)
-
-    def verdict():
-        generator = torch.Generator().manual_seed(22)
-        found = verify_block(
-            rule, drafted, drafter, verifier, temperature=temperature, generator=generator,
-            drafter_sampling_logits=drafter / 2 if temperature else None,
-        )  # fmt: skip
-        return found.accepted, found.next_token, found.origin, found.deferred
-
-    at_once = verdict()
-    monkeypatch.setattr(blocks, "CHUNK_ELEMENTS", V)
-    for one, other in zip(at_once, verdict(), strict=True):
-        assert torch.equal(one, other)
