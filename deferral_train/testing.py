@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deferral_train.errors import InputError
 from deferral_train.heads.check import check_head
-from deferral_train.rules.base import LawRule, PositionRule, Rule, TokenRule
+from deferral_train.rules.base import LawRule, PositionRule, Rule, Step, TokenRule
 from deferral_train.rules.emission import acceptance, rejection_mass, residual
 from deferral_train.rules.laws import Laws, gather_token, one_hot
 from deferral_train.rules.summary import CONTEXT_FIELDS, FIELDS, TOKEN_FIELDS, Summary
@@ -204,24 +204,30 @@ def enumerate_emission(rule: Rule, laws: Laws, context: Summary | None = None) -
     token = torch.where(drafted > 0, token, laws.q.argmax(dim=-1)[row])
     every = laws.at((row,))
     given = None if context is None else context.select(row)
-    ratio, law = _checked(rule, every, token, given)
-    corrected = (drafted * (1 - ratio)).unsqueeze(-1) * residual(law, every.q)
+    ratio, correction = _checked(rule, every, token, given)
+    corrected = (drafted * (1 - ratio)).unsqueeze(-1) * correction
     emitted = (drafted * ratio).reshape(positions, vocabulary)
     emitted = emitted + corrected.reshape(positions, vocabulary, vocabulary).sum(dim=1)
     return emitted, (drafted * (1 - ratio)).reshape(positions, vocabulary).sum(dim=-1)
 
 
 def _checked(rule: Rule, laws: Laws, token: Tensor, context: Summary | None) -> tuple[Tensor, Tensor]:
-    """Probability that drafted tokens [N] are emitted, and the law [N, V] that they are corrected by."""
+    """Probability that drafted tokens [N] are emitted, and what they are corrected by where not, [N, V]."""
     if rule.is_lossless:
-        target, kept = laws.p, torch.zeros_like(token, dtype=torch.bool)
+        step = Step(torch.ones_like(token, dtype=torch.bool), torch.zeros_like(token, dtype=torch.bool), None)
     else:
         step = rule.step(laws, rule.read(laws, token, context, frozenset({"token"})), token)
-        target, kept = laws.p if step.target is None else step.target, step.kept
+    target = laws.p if step.target is None else step.target
     if laws.greedy and target.dim() == token.dim():
         target = one_hot(target, laws.q.shape[-1], laws.q.dtype)
     ratio = acceptance(gather_token(target, token), gather_token(laws.q, token))
-    return (torch.where(kept, torch.ones_like(ratio), ratio) if laws.greedy else ratio), target
+    ratio = (
+        torch.where(step.kept, torch.ones_like(ratio), ratio) if step.target is None or laws.greedy else ratio
+    )
+    rest = residual(target, laws.q)
+    if step.target is None:  # a kept token that may not be emitted: its mass goes to the verifier
+        rest = torch.where(step.deferred.unsqueeze(-1), rest, target)
+    return ratio, rest
 
 
 def _check_law(rule: Rule, case: Case, context: Summary | None) -> tuple[float, float]:

@@ -72,9 +72,7 @@ class LaunchCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if name in READS:
-            self.copies[name] += 1
-        elif name in COPIES and _to_host(name, args, kwargs):
+        if name in READS or (name in COPIES and _to_host(name, args, kwargs)):
             self.copies[name] += 1
         elif name not in VIEWS and torch.Tag.inplace_view not in func.tags:
             # Indexing with a mask looks for its places first.

@@ -44,7 +44,7 @@ def check_temperature(temperature: float) -> float:
 def lowest_argmax(values: Tensor) -> Tensor:
     """The lowest index of the largest entry of the last axis, int64 [..]; a NaN counts as largest.
 
-    torch documents that `argmax` gives the first of equal maxima, on every device.
+    torch documents that `argmax` and `max` give the first of equal maxima, on every device.
     """
     return values.argmax(dim=-1)
 
@@ -172,14 +172,19 @@ class Laws:
     # Decision distributions, of both
 
     @cached_property
+    def top(self) -> torch.return_types.max:
+        """Largest decision logits (``values``) and their lowest places (``indices``), of both."""
+        return self.decision.max(dim=-1)
+
+    @property
     def argmax(self) -> Tensor:
         """Lowest argmaxes of the decision logits, int64."""
-        return self.decision.argmax(dim=-1)
+        return self.top.indices
 
-    @cached_property
+    @property
     def peak(self) -> Tensor:
         """Largest decision logits."""
-        return self.decision.amax(dim=-1)
+        return self.top.values
 
     @cached_property
     def broken(self) -> Tensor:
@@ -195,7 +200,7 @@ class Laws:
     @cached_property
     def probs(self) -> Tensor:
         """q and p, [.., V] each."""
-        return self.logprobs.exp()
+        return torch.softmax(self.decision, dim=-1)
 
     @cached_property
     def largest_logprob(self) -> Tensor:

@@ -275,8 +275,8 @@ def margin(logits: Tensor) -> Tensor:
 
 
 def total_variation(both: Tensor, laws: Laws) -> Tensor:
-    """D_TV = sum_v max(0, p - q) of both distributions [.., V] each; clipped to [0, 1] against rounding."""
-    return ((laws.verifier(both) - laws.drafter(both)).abs().sum(dim=-1) * 0.5).clamp(0.0, 1.0)
+    """D_TV = sum_v max(0, p - q) of both distributions [.., V] each; at most 1 against rounding."""
+    return (laws.verifier(both) - laws.drafter(both)).clamp(min=0.0).sum(dim=-1).clamp(max=1.0)
 
 
 def _js(laws: Laws) -> Tensor:

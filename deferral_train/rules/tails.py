@@ -220,6 +220,37 @@ def align(summary: Summary, candidates: Candidates) -> tuple[Summary, Candidates
     )
 
 
+def tailed(
+    summary: Summary, candidates: Candidates | None, temperature: float, rule: str
+) -> tuple[Summary, TailedLaws, Candidates]:
+    """What a rule reads of logged positions at a temperature above 0: summary, distributions, candidates, aligned.
+
+    Raises:
+        InputError: no candidates; a temperature above 1.
+    """
+    summary, candidates = align(summary, needs_candidates(candidates, rule))
+    tv = summary["tv"] if "tv" in summary else torch.zeros(summary.shape, dtype=torch.float64)
+    return summary, TailedLaws.of(candidates, tv, temperature), candidates
+
+
+Estimate = tuple[Tensor, Tensor]  # a value and how far the truth may be from it; NaN where no bound is known
+
+
+def exact(value: Tensor) -> Estimate:
+    """An estimate that is no estimate."""
+    return value, torch.zeros_like(value)
+
+
+def between(low: Tensor, high: Tensor, slack: Tensor) -> Estimate:
+    """The middle of a range; its half width, and `slack` beyond."""
+    return (low + high) / 2, (high - low).clamp(min=0.0) / 2 + slack
+
+
+def unbounded(first: Tensor, second: Tensor) -> Estimate:
+    """The mean of two stand-ins for the truth, with no bound."""
+    return (first + second) / 2, torch.full_like(first, torch.nan)
+
+
 def needs_candidates(candidates: Candidates | None, rule: str) -> Candidates:
     """The candidates, or InputError where a rule cannot be scored without them."""
     if candidates is None:

@@ -135,51 +135,61 @@ def verify_block(
         )  # fmt: skip
         block = given.block()
         rows, drafts = drafted.shape
-        laws, token = (
-            block.laws,
-            block.token,
-        )  # of the block's positions, T of drafted tokens and one after them
-        checks, last = None, None
-        if not laws.greedy:
+        laws, token = block.laws, block.token
+        if not drafts and bonus == "none":
+            return block.nothing()
+
+        # The rule's decision, and which drafted tokens stand: kept, or with probability min(1, pi(x) / q(x)).
+        summary = block.read(rule, max_request_loss is not None)
+        step = block.lossless_step() if rule.is_lossless or not drafts else rule.step(laws, summary, token)
+        own = laws.verifier(laws.best) if laws.greedy else None
+        if own is not None:
+            last, q = None, None
+            exact = token == own
+            passes = step.kept | (exact if step.target is None else token == step.target)
+        else:
             checks, last = (
                 uniforms(rows, drafts, generator, token) if numbers is None else block.split(numbers)
             )
+            q, p = block.at_token(laws.sampled)
+            if step.target is None:
+                passes = accepts(p, q, checks, step.kept)
+            else:
+                passes = accepts(gather_token(step.target, token), q, checks)
 
-        # The rule's decision, and which drafted tokens pass: kept, or accepted with probability min(1, pi(x) / q(x)).
-        summary = block.read(rule, max_request_loss is not None)
-        step = block.lossless_step() if rule.is_lossless or not drafts else rule.step(laws, summary, token)
-        kept, passes = step.kept, block.inside(_passes(laws, token, step, checks))
+        # How far each row stands; under a limit on its loss, position by position.
+        kept, target, checked = step.kept, step.target, step.deferred
         if max_request_loss is None or not drafts:
-            accepted, target, spent = passes.cumprod(dim=1).sum(dim=1), step.target, block.spent
+            accepted, spent = block.inside(passes).cumprod(dim=1).sum(dim=1), block.spent
         else:
-            exact = block.inside(_passes(laws, token, block.lossless_step(), checks))
+            if own is None:
+                exact = accepts(p, q, checks)
             cost = rule.estimated_gap(summary) if step.gap is None else step.gap
-            accepted, allowed, spent = _walk(passes, exact, kept, cost, block.spent, max_request_loss)
-            kept, target = kept & allowed, block.limited(step.target, allowed)
+            walked = block.inside(passes), block.inside(exact), kept, cost
+            accepted, allowed, spent = _walk(*walked, block.spent, max_request_loss)
+            kept, checked, target = kept & allowed, checked | ~allowed, block.limited(target, allowed)
 
         # The next token: after a rejection from max(0, pi - q), after a whole block from the verifier.
         rejected = accepted < block.lengths
-        pi = block.next_law(target, accepted, rejected)
+        following = block.following(target, accepted, rejected)
         if last is None:
-            next_token = pi
+            next_token = following
         else:
-            q = block.row(laws.sampled.select(1, 0), accepted)
-            excess = torch.where(rejected.unsqueeze(1), pi - q, pi).clamp(min=0.0)
-            next_token = draw(torch.where(excess.any(dim=1, keepdim=True), excess, pi), last)
+            # A kept token is rejected only where it may not be emitted: what q gives such tokens goes to p.
+            less = rejected
+            if target is None and drafts and not rule.is_lossless:
+                less = rejected & block.row(checked, accepted)
+            rest = following - block.row(laws.sampled.select(1, 0), accepted)
+            excess = torch.where(less.unsqueeze(1), rest, following).clamp(min=0.0)
+            next_token = draw(torch.where(excess.any(dim=1, keepdim=True), excess, following), last)
         if bonus == "exact" and not rule.is_lossless:
-            own, spent = block.exact_bonus(rule, last, rejected, spent, max_request_loss)
-            next_token = torch.where(rejected, next_token, own)
+            beyond, spent = block.exact_bonus(rule, last, rejected, spent, max_request_loss)
+            next_token = torch.where(rejected, next_token, beyond)
         elif bonus == "none":
             next_token = torch.where(rejected, next_token, -1)
-
+        fault = block.fault(q)
         verdict = Verdict(
-            accepted,
-            next_token,
-            block.inside(kept),
-            block.inside(step.deferred),
-            block.lengths,
-            spent,
-            block.fault(),
+            accepted, next_token, block.inside(kept), block.inside(step.deferred), block.lengths, spent, fault
         )
     if check:
         raise_fault(rule, verdict.fault.tolist())
@@ -197,14 +207,10 @@ def raise_fault(rule: Rule, faults: Sequence[int]) -> None:
             raise InputError(f"rule {rule.name}: row {row}: {FAULTS[int(fault) - 1]}")
 
 
-def _passes(laws: Laws, token: Tensor, step: Step, checks: Tensor | None) -> Tensor:
-    """Drafted tokens that stand by their own check, bool [B, T]."""
-    if checks is None:
-        emitted = laws.verifier(laws.best) if step.target is None else step.target
-        return step.kept | (token == emitted)
-    target = laws.p if step.target is None else step.target
-    # u < pi(x) / q(x); a kept token has pi(x) >= q(x), and u is below 1.
-    return checks * gather_token(laws.q, token) < gather_token(target, token)
+def accepts(pi: Tensor, q: Tensor, uniform: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Drafted tokens [B, T] that stand: kept, or u < pi(x) / q(x) with u uniform in [0, 1), bool."""
+    stands = uniform * q < pi
+    return stands if kept is None else kept | stands
 
 
 def _walk(
@@ -260,7 +266,9 @@ class _Given:
         token = self.drafted.long().clamp(0, vocabulary - 1)
         suspects: dict[int, Tensor] = {}
         lengths, mask, reads = self._lengths(rows, drafts, after, suspects)
-        if self.drafter_logits is None and not (self.temperature == 0 and self.rule.is_lossless):
+        if self.temperature == 0 and self.rule.is_lossless and self.limit is None:
+            logits = {name: one for name, one in logits.items() if name.startswith("verifier")}
+        elif self.drafter_logits is None:
             certain = torch.full_like(logits["verifier_logits"][:, :drafts], -torch.inf)
             logits["drafter_logits"] = certain.scatter(2, token.unsqueeze(2), 0.0)
         return _Block(
@@ -353,7 +361,7 @@ class _Given:
 
     def _lengths(
         self, rows: int, drafts: int, after: int, suspects: dict[int, Tensor]
-    ) -> tuple[Tensor | int, Tensor | None, tuple[Tensor, Tensor] | None]:
+    ) -> tuple[Tensor | int, Tensor | None, Tensor | None]:
         if self.lengths is None:
             return drafts, None, None
         device = self.drafted.device
@@ -365,7 +373,8 @@ class _Given:
         steps = torch.arange(after, device=device)
         inside = steps < lengths.unsqueeze(1)
         through = inside if self.bonus == "none" else steps <= lengths.unsqueeze(1)
-        return lengths, inside[:, :drafts], (through if self.bonus == "exact" else inside, through)
+        ours = through if self.bonus == "exact" else inside
+        return lengths, inside[:, :drafts], torch.stack([ours, through], dim=1)
 
     def _context(self, rows: int, drafts: int) -> Summary | None:
         if self.context is None or not self.context.names:
@@ -399,7 +408,7 @@ class _Block:
         drafted: [B, T] as given. token: the same as int64 within the vocabulary.
         lengths: drafted tokens per row, [B] int64, or T where every row drafted T.
         mask: [B, T] bool, positions that were drafted; None where all were.
-        reads: of the drafter and of the verifier, [B, W] bool, positions that are read; None where all are.
+        reads: positions of either model that are read, bool [B, 2, W]; None where all are.
         laws: distributions of both models, [B, 2, W, V]; rules are shown the first T positions.
         context: summary fields that logits do not give, [B, T (or T+1), ..].
         spent: [B] float64 under a limit, else None.
@@ -411,12 +420,18 @@ class _Block:
     token: Tensor
     lengths: Tensor | int
     mask: Tensor | None
-    reads: tuple[Tensor, Tensor] | None
+    reads: Tensor | None
     laws: Laws
     context: Summary | None
     spent: Tensor | None
     suspects: dict[int, Tensor]
     logits: dict[str, Tensor]
+
+    def nothing(self) -> Verdict:
+        """The verdict where nothing was drafted and no bonus is wanted."""
+        none = torch.zeros_like(self.token[:, :0].sum(dim=1))
+        flags = self.token.bool()
+        return Verdict(none, none - 1, flags, flags, self.lengths, self.spent, none)
 
     def inside(self, flags: Tensor) -> Tensor:
         """Flags [B, T] where tokens were drafted, False elsewhere."""
@@ -462,7 +477,7 @@ class _Block:
         """The verifier at all W positions: probabilities [B, W, V], at temperature 0 tokens [B, W]."""
         return (self.laws.best if self.laws.greedy else self.laws.sampled).select(1, -1)
 
-    def next_law(self, target: Tensor | None, accepted: Tensor, rejected: Tensor) -> Tensor:
+    def following(self, target: Tensor | None, accepted: Tensor, rejected: Tensor) -> Tensor:
         """What the token after ``accepted`` follows: probabilities [B, V], at temperature 0 the token [B] itself."""
         own = self.row(self.verifier(), accepted)
         if target is None or not self.token.shape[1]:
@@ -505,21 +520,27 @@ class _Block:
             pi = torch.where(fits.unsqueeze(1), pi, laws.p)
         return (pi.argmax(dim=-1) if last is None else draw(pi, last)), spent
 
-    def fault(self) -> Tensor:
-        """The first fault of each row as 1 + its place in `FAULTS`, 0 where all is well, [B] int64."""
-        laws, broken = self.laws, self.laws.broken
-        models = [broken.select(1, 0), broken.select(1, -1)]
+    def at_token(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        """The drafter's and the verifier's entry at each drafted token, [B, T] of [B, 2, W, V]."""
+        index = self.token.view(len(self.token), 1, -1, 1).expand(-1, 2, -1, -1)
+        return both.gather(3, index).squeeze(3).unbind(1)  # type: ignore[return-value]
+
+    def fault(self, q: Tensor | None) -> Tensor:
+        """The first fault of each row as 1 + its place in `FAULTS`, 0 where all is well, [B] int64.
+
+        Args:
+            q: the drafter's sampling probability of the drafted tokens, [B, T]; None at temperature 0.
+        """
+        broken = self.laws.broken
         if self.reads is not None:
-            models = [flags & read for flags, read in zip(models, self.reads)]
+            broken = broken & self.reads[:, -broken.shape[1] :]
+        models = broken.any(dim=2)
         unknown = self.inside(self.drafted != self.token).any(dim=1, keepdim=True)
-        flags = [*(flags.any(dim=1, keepdim=True) for flags in models), unknown]
-        if "drafter_logits" not in self.logits:  # nobody reads the drafter's
-            flags[0] = unknown
-        elif not laws.greedy:
-            at_token = gather_token(laws.drafter(laws.processed), self.token)
-            flags.append(self.inside(at_token == -torch.inf).any(dim=1, keepdim=True))
+        flags = [models if models.shape[1] == 2 else torch.cat([unknown, models], dim=1), unknown]
+        if q is not None:
+            flags.append(self.inside(q == 0).any(dim=1, keepdim=True))
         # A fault that cannot be has the flag of one that comes before it, and so never shows.
-        for place in range(len(flags), max(self.suspects, default=0) + 1):
+        for place in range(len(flags) + 1, max(self.suspects, default=0) + 1):
             flags.append(self.suspects[place].unsqueeze(1) if place in self.suspects else unknown)
         first = torch.cat(flags, dim=1).max(dim=1)
         return first.indices + first.values
@@ -529,4 +550,4 @@ def _joined(drafter: Tensor, verifier: Tensor, drafts: int, after: int) -> Tenso
     """Both models' logits in one tensor [B, 2, W, V]; the verifier's stand for a drafter that has none after the block."""
     beyond = drafter if drafter.shape[1] >= after else verifier
     both = torch.cat([drafter[:, :drafts], beyond[:, drafts:after], verifier[:, :after]], dim=1)
-    return both.view(len(both), 2, after, -1)
+    return both.view(len(both), 2, after, both.shape[-1])

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LlamaConfig
 
 from deferral_train.decoding import cascade_generate
 from deferral_train.decoding.laws import SamplingLaws
-from deferral_train.rules import RULES, Origin, Rule, limit, make_rule, verify
+from deferral_train.rules import RULES, Origin, Rule, make_rule, verify
 
 STEPS, BLOCK, START = 3, 2, 0
 Path = tuple[tuple[int, ...], tuple[int, ...], float]  # tokens, origins, probability
@@ -96,11 +96,13 @@ def oracle(monkeypatch: pytest.MonkeyPatch) -> Oracle:
     def drafted(self: SamplingLaws, decision: Tensor, sampling: Any, generator: Any) -> Tensor:
         return token(torch.softmax(decision / self.temperature, dim=-1), None)
 
-    def passes(ratio: Tensor, uniform: Any) -> Tensor:
-        asked.asked_for_passes += int(ratio.numel() > 0)  # no limit is looked at where nothing was drafted
-        if asked.lossless and ratio.numel() and asked.asked_for_passes % 2:
+    def accepts(pi: Tensor, q: Tensor, uniform: Any, kept: Tensor | None = None) -> Tensor:
+        asked.asked_for_passes += int(pi.numel() > 0)  # no limit is looked at where nothing was drafted
+        if asked.lossless and pi.numel() and asked.asked_for_passes % 2:
             # Under a limit of 0 the rule's own ratio, asked for first, is never in force.
-            return torch.ones_like(ratio, dtype=torch.bool)
+            return torch.ones_like(pi, dtype=torch.bool)
+        ratio = (pi / q).clamp(max=1.0)
+        ratio = ratio if kept is None else torch.where(kept, torch.ones_like(ratio), ratio)
         stands, found = True, []
         for chance in ratio[0].tolist():
             stands = stands and asked.choose([1.0 - chance, chance]) == 1
@@ -110,7 +112,7 @@ def oracle(monkeypatch: pytest.MonkeyPatch) -> Oracle:
     # The numbers themselves are 0, so that every ratio is worked out in full.
     monkeypatch.setattr(verify, "uniforms", lambda b, t, g, like: (torch.zeros(b, t), torch.zeros(b)))
     monkeypatch.setattr(verify, "draw", token)
-    monkeypatch.setattr(limit, "_passes", passes)
+    monkeypatch.setattr(verify, "accepts", accepts)
     monkeypatch.setattr(SamplingLaws, "draw", drafted)
     return asked
 

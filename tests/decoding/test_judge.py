@@ -20,9 +20,8 @@ from deferral_train.heads import DeferralHead, GapHead, JudgeHead
 from deferral_train.heads.artifact import set_operating_point
 from deferral_train.heads.rules import learned_rule, rule_from_spec
 from deferral_train.rules import Rule, make_rule
-from deferral_train.rules.emission import residual
+from deferral_train.rules.emission import acceptance, residual
 from deferral_train.rules.laws import Laws
-from deferral_train.rules.emission import acceptance
 from deferral_train.rules.summary import Summary
 
 WIDTH, BLOCK, ROOM = 32, 4, 12

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
 import reference
+import torch
 from instances import PARAMETERS, DraftGap, instances, label, reports
 
 from deferral_train.rules import RULES, make_rule
@@ -35,6 +35,7 @@ def target(rule, case: Case) -> torch.Tensor:
 
 def test_the_table_covers_every_rule():
     assert set(PARAMETERS) == set(RULES)
+    assert all(PARAMETERS.values())
 
 
 def test_the_cases_cover_what_is_asked():

@@ -43,7 +43,7 @@ NAMES = [
 
 
 def test_every_public_name_is_there():
-    assert set(RULES) == set(NAMES)
+    assert set(RULES) >= set(NAMES)  # these stay; a new rule registers itself
     assert all(cls.name == name for name, cls in RULES.items())
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
 import reference
+import torch
 from instances import HEADS, build, instances, label
 
 from deferral_train.errors import InputError
@@ -382,6 +382,18 @@ def test_an_empty_block_under_a_limit_gives_a_bonus_and_spends_nothing(temperatu
     assert (verdict.next_token >= 0).all()
     assert verdict.spent is not None
     assert verdict.spent.tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_empty_block_without_a_bonus_emits_nothing(temperature):
+    drafted, verifier = torch.empty(3, 0, dtype=torch.int64), torch.randn(3, 0, 7)
+    for logits in (torch.randn(3, 0, 7), None):
+        verdict = verify_block(
+            make_rule("token_v3"), drafted, logits, verifier, temperature=temperature, bonus="none"
+        )
+        assert verdict.accepted.tolist() == [0, 0, 0]
+        assert verdict.next_token.tolist() == [-1, -1, -1]
+        assert verdict.origin.tolist() == [[0], [0], [0]]
 
 
 def test_random_numbers_of_the_callers_own_stand_in_for_the_generators():
