@@ -41,8 +41,8 @@ class Measure:
             token: [N] int64, the token spoken of at each.
 
         Returns:
-            Summary columns [N], with ``top_k`` also tails [N], ids and log-probabilities [N, K], and ``finite`` [N] bool:
-            False where a logit was NaN or infinite and the row means nothing.
+            Summary columns [N], with ``top_k`` also tails [N], ids and log-probabilities [N, K], and ``finite`` [N]
+            bool: False where a logit was NaN or infinite and the row means nothing.
         """
         size = max(1, (CPU_BLOCK if drafter.device.type == "cpu" else DEVICE_BLOCK) // self.vocab_size)
         blocks = [

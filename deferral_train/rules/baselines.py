@@ -287,7 +287,7 @@ class Biased(LawRule):
 
 
 def merged_range(rule: LawRule, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
-    """D_TV(q, pi) [N] with a merged and with a dispersed tail, for rules that reject no more where tokens are merged."""
+    """D_TV(q, pi) [N] with a merged and a dispersed tail, for rules that reject no more where tokens are merged."""
     most = rule.rejection(summary, *laws.with_tail(dispersed=True))
     return torch.minimum(rule.rejection(summary, *laws.with_tail(dispersed=False)), most), most
 

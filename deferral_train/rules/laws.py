@@ -80,7 +80,7 @@ class Laws:
         temperature: of the sampling distributions; 0 is greedy.
         sampling: sampling logits of both, of the same shape; None where that is ``decision / temperature``.
         axis: where the models lie.
-        columns: how many positions of a block [B, 2, W, V] rules are shown; those after are read by verification alone.
+        columns: how many positions of a block [B, 2, W, V] rules are shown; verification alone reads those after.
     """
 
     def __init__(

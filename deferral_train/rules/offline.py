@@ -6,8 +6,8 @@ the unlogged tail can change. Verifier and drafter supports are taken to be whol
 temperature 0 the summary decides alone, except for `ensemble`. Shapes: N positions, K candidates.
 
 A rule states its own bounds (base.py); token rules that keep by a threshold on q(v) or p(v) (`monotone`) have them.
-Of a rule without one the value is that of a stand-in for the tail, and the bound NaN. Below temperature 1 bounds hold to
-first order in the tail masses.
+Of a rule without one the value is that of a stand-in for the tail, and the bound NaN. Below temperature 1 bounds
+hold to first order in the tail masses.
 """
 
 from __future__ import annotations

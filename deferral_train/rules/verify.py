@@ -1,8 +1,8 @@
 """Verification of a drafted block for a whole batch: accepted length, next token, origin of each token.
 
-`verify_block` is the whole of it, on any device and without a copy to the host but the one that looks for faults. What a
-rule does at a position is in its `step` (base.py), drawing a token in sampling.py. B batch, T drafted positions,
-V vocabulary.
+`verify_block` is the whole of it, on any device and without a copy to the host but the one that looks for faults.
+What a rule does at a position is in its `step` (base.py), drawing a token in sampling.py. B batch, T drafted
+positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FAULTS = (
     "drafter_logits has NaN, +inf or only -inf; logits must be finite, with -inf only for masked tokens",
     "verifier_logits has NaN, +inf or only -inf; logits must be finite, with -inf only for masked tokens",
     "drafted holds ids outside the vocabulary",
-    "a drafted token has probability 0 under the drafter's sampling distribution; pass the logits that it was drawn from",
+    "a drafted token has probability 0 under the drafter's sampling distribution; pass the logits it was drawn from",
     "lengths must lie between 0 and the number of drafted tokens",
     "spent must hold one number >= 0 per row",
 )
@@ -55,25 +55,24 @@ class Verdict:
         kept: [B, T] bool, the drafted token stands by the rule's leave rather than by the exact check.
         deferred: [B, T] bool, the decision at each drafted position (token rule: drafted token not kept; law rule:
             drafted token held to the exact check or a stricter one). False where nothing was drafted.
-        lengths: [B] int64, tokens that were drafted.
+        lengths: tokens that were drafted, [B] int64, or T where every row drafted T.
         spent: [B] running estimated loss under max_request_loss, else None.
-        fault: [B] int64, 0 where the row's input was fine, else a code for `raise_fault`; the other entries of such a row
-            mean nothing.
+        fault: [B] int64, 0 where the row's input was fine, else a code for `raise_fault`; the other entries of such a
+            row mean nothing.
     """
 
     accepted: Tensor
     next_token: Tensor
     kept: Tensor
     deferred: Tensor
-    lengths: Tensor
+    lengths: Tensor | int
     spent: Tensor | None
     fault: Tensor
 
     @cached_property
     def origin(self) -> Tensor:
         """[B, T+1] int8, one `Origin` per emitted token, NONE after. Worked out when it is first read."""
-        rows, drafts = self.kept.shape
-        steps = torch.arange(drafts + 1, device=self.kept.device)
+        steps = torch.arange(self.kept.shape[1] + 1, device=self.kept.device)
         stands = Origin.ACCEPTED - torch.nn.functional.pad(self.kept.view(torch.int8), (0, 1))
         whole = self.accepted == self.lengths
         last = Origin.RESAMPLED + whole.view(torch.int8)  # BONUS after a block that was emitted whole
@@ -109,24 +108,25 @@ def verify_block(
         verifier_logits: decision logits [B, T+1, V]; with bonus ``"none"`` T rows will do.
         temperature: the sampling distribution is softmax(decision logits / temperature); 0 is greedy: it compares
             argmaxes and draws nothing from the generator.
-        drafter_sampling_logits, verifier_sampling_logits: logits after temperature and truncation, of the same shapes,
-            where the sampling distribution is not softmax(decision / temperature); -inf = never.
+        drafter_sampling_logits, verifier_sampling_logits: logits after temperature and truncation, of the same
+            shapes, where the sampling distribution is not softmax(decision / temperature); -inf = never.
         lengths: [B], drafted tokens per row; default T. Positions beyond may hold anything.
-        bonus: token after a block that was emitted whole: ``"verifier"`` draws it from the verifier, ``"exact"`` from the
-            rule's target (drafter logits have T+1 rows), ``"none"`` withholds it (next_token = -1).
+        bonus: token after a block that was emitted whole: ``"verifier"`` draws it from the verifier, ``"exact"`` from
+            the rule's target (drafter logits have T+1 rows), ``"none"`` withholds it (next_token = -1).
         generator: of the random numbers; their count depends on the shape alone.
         numbers: [B, T+1] in [0, 1), the caller's own in place of the generator's.
         context: summary fields [B, T, ..] that logits do not give (hidden states, positions).
-        max_request_loss: limit B on the estimated loss per request (`rule.estimated_gap`, cut at 0). A token is kept only
-            if spent < B and spent + cost <= B; otherwise its position is executed losslessly. B = 0 is lossless. Only
-            kept tokens that are emitted are charged.
+        max_request_loss: limit B on the estimated loss per request (`rule.estimated_gap`, cut at 0). A token is kept
+            only if spent < B and spent + cost <= B; otherwise its position is executed losslessly. B = 0 is lossless.
+            Only kept tokens that are emitted are charged.
         spent: [B], what the request has spent before this block; default 0.
         check: raise at once for what only the data tells (one copy to the host). With False the caller copies
             ``Verdict.fault`` with the rest of the verdict and hands it to `raise_fault`.
 
     Raises:
-        InputError: naming the rule and what to mend: shapes or vocabularies that differ, NaN or infinite logits, a drafted
-            token that the drafter's distribution forbids, a rule that reads the drafter's confidence where there is none.
+        InputError: naming the rule and what to mend: shapes or vocabularies that differ, NaN or infinite logits, a
+            drafted token that the drafter's distribution forbids, a rule that reads the drafter's confidence where there
+            is none.
     """
     with named(rule):
         given = _Given(
@@ -134,8 +134,7 @@ def verify_block(
             check_temperature(temperature), lengths, bonus, context, max_request_loss, spent,
         )  # fmt: skip
         block = given.block()
-        rows, drafts = drafted.shape
-        laws, token = block.laws, block.token
+        laws, token, (rows, drafts) = block.laws, block.token, drafted.shape
         if not drafts and bonus == "none":
             return block.nothing()
 
@@ -216,7 +215,7 @@ def accepts(pi: Tensor, q: Tensor, uniform: Tensor, kept: Tensor | None = None) 
 def _walk(
     passes: Tensor, exact: Tensor, kept: Tensor, cost: Tensor, spent: Tensor, limit: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Accept along each row under a limit on the estimated loss: accepted [B], where the rule was in force [B, T], spent.
+    """Accept along each row under a limit on the loss: accepted [B], where the rule was in force [B, T], spent [B].
 
     Args:
         passes, exact: drafted tokens that stand under the rule, and under lossless execution, bool [B, T].
@@ -501,8 +500,12 @@ class _Block:
         """
         if rule.needs & {"verifier_hidden", "verifier_hidden_at_token"} and isinstance(rule, Judge):
             raise InputError("bonus 'exact' has no drafted token to judge; use bonus='verifier'")
-        rows, drafts = self.token.shape
-        place = torch.full_like(self.token[:, 0], drafts) if isinstance(self.lengths, int) else self.lengths
+        drafts = self.token.shape[1]
+        place = (
+            torch.full_like(self.drafted[:, :1].sum(dim=1), drafts)
+            if isinstance(self.lengths, int)
+            else self.lengths
+        )
         picked = {name: self.row(one, place) for name, one in self.logits.items()}
         laws = Laws.of(
             picked["drafter_logits"], picked["verifier_logits"], self.laws.temperature,
@@ -536,18 +539,19 @@ class _Block:
             broken = broken & self.reads[:, -broken.shape[1] :]
         models = broken.any(dim=2)
         unknown = self.inside(self.drafted != self.token).any(dim=1, keepdim=True)
-        flags = [models if models.shape[1] == 2 else torch.cat([unknown, models], dim=1), unknown]
+        flags = [models, unknown] if models.shape[1] == 2 else [unknown, models, unknown]
         if q is not None:
             flags.append(self.inside(q == 0).any(dim=1, keepdim=True))
         # A fault that cannot be has the flag of one that comes before it, and so never shows.
-        for place in range(len(flags) + 1, max(self.suspects, default=0) + 1):
-            flags.append(self.suspects[place].unsqueeze(1) if place in self.suspects else unknown)
+        known = sum(one.shape[1] for one in flags)
+        for place in range(known, max(self.suspects, default=0) + 1):
+            flags += [self.suspects[place].unsqueeze(1) if place in self.suspects else unknown]
         first = torch.cat(flags, dim=1).max(dim=1)
         return first.indices + first.values
 
 
 def _joined(drafter: Tensor, verifier: Tensor, drafts: int, after: int) -> Tensor:
-    """Both models' logits in one tensor [B, 2, W, V]; the verifier's stand for a drafter that has none after the block."""
+    """Both models' logits, [B, 2, W, V]; the verifier's stand for a drafter that has none after the block."""
     beyond = drafter if drafter.shape[1] >= after else verifier
     both = torch.cat([drafter[:, :drafts], beyond[:, drafts:after], verifier[:, :after]], dim=1)
     return both.view(len(both), 2, after, both.shape[-1])

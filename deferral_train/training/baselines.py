@@ -19,7 +19,7 @@ ROWS = 400_000  # rows at most that the choice reads; each risk is then known to
 
 
 def plug_ins(stage: str) -> list[str]:
-    """Names of the plug-in rules that a head of this stage is compared with: at the draft stage those of the drafter."""
+    """Names of the plug-in rules that a head of this stage is compared with."""
     return [
         name for name, rule in RULES.items() if rule.plug_in and (stage == "verify" or rule.stage == stage)
     ]
