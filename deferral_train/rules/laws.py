@@ -70,8 +70,8 @@ class Laws:
 
     Decision distributions are softmax of the decision logits (after logits processors, before temperature and
     truncation). Sampling distributions are softmax(decision logits / temperature), or softmax of the sampling logits
-    where these are given (already after temperature and truncation, -inf = never). At temperature 0 they are the one-hot
-    of the lowest argmax.
+    where these are given (already after temperature and truncation, -inf = never). At temperature 0 they are the
+    one-hot of the lowest argmax.
 
     Tensors of both models ("both") have them along ``axis``: first the drafter, last the verifier.
 

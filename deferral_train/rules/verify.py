@@ -125,8 +125,8 @@ def verify_block(
 
     Raises:
         InputError: naming the rule and what to mend: shapes or vocabularies that differ, NaN or infinite logits, a
-            drafted token that the drafter's distribution forbids, a rule that reads the drafter's confidence where there
-            is none.
+            drafted token that the drafter's distribution forbids, a rule that reads the drafter's confidence where
+            there is none.
     """
     with named(rule):
         given = _Given(
