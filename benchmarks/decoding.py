@@ -52,7 +52,6 @@ from deferral_train.pairs.encode import EncodedPrompt
 from deferral_train.pairs.load import make_pair
 from deferral_train.pairs.prompts import Prompt, read_prompts
 from deferral_train.rules import Rule, make_rule
-from deferral_train.rules.quick import GreedyBlocks
 
 SHARED = Path(os.environ.get("DEFERRAL_TRAIN_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -139,10 +138,9 @@ def cascade(pair: Pair, prompts: list[EncodedPrompt], rule: Rule, settings: Sett
     """Our loop."""
     models, decisions = Stopwatch(), Stopwatch()
     methods = [
-        (GreedyBlocks, "__init__"),
         (greedy, "decisions_on_host"),
         (greedy, "decisions"),
-        *((type(rule), name) for name in ("read", "defer", "keep", "keep_probs", "step_law")),
+        *((type(rule), name) for name in ("read", "defer", "keep", "step", "step_law")),
     ]
     methods = [(owner, name) for owner, name in methods if hasattr(owner, name)]
     with models.on(*model_methods(pair, settings.compile)), decisions.on(*methods):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deferral_train.errors import InputError
 from deferral_train.heads.check import check_head
-from deferral_train.rules.base import LawRule, PositionRule, Rule, Step, TokenRule
+from deferral_train.rules.base import LawRule, PositionRule, Rule, RuleStep, TokenRule
 from deferral_train.rules.emission import acceptance, rejection_mass, residual
 from deferral_train.rules.laws import Laws, gather_token, one_hot
 from deferral_train.rules.summary import CONTEXT_FIELDS, FIELDS, TOKEN_FIELDS, Summary
@@ -214,7 +214,9 @@ def enumerate_emission(rule: Rule, laws: Laws, context: Summary | None = None) -
 def _checked(rule: Rule, laws: Laws, token: Tensor, context: Summary | None) -> tuple[Tensor, Tensor]:
     """Probability that drafted tokens [N] are emitted, and what they are corrected by where not, [N, V]."""
     if rule.is_lossless:
-        step = Step(torch.ones_like(token, dtype=torch.bool), torch.zeros_like(token, dtype=torch.bool), None)
+        step = RuleStep(
+            torch.ones_like(token, dtype=torch.bool), torch.zeros_like(token, dtype=torch.bool), None
+        )
     else:
         step = rule.step(laws, rule.read(laws, token, context, frozenset({"token"})), token)
     target = laws.p if step.target is None else step.target

@@ -37,7 +37,7 @@ class Oracle(PositionRule):
     """
 
     name: ClassVar[str] = "oracle"
-    priced: ClassVar[bool] = True
+    dial_is_price: ClassVar[bool] = True
     dial: ClassVar[Dial] = Dial("alpha", -1.0, 1.0, lossless=None, drafter=None, unbounded=True)
     alpha: float = 0.0
 
@@ -120,7 +120,7 @@ def _position_sums(
     if losses.emitted_drafter is not None and losses.emitted_gap is not None:
         gained = by_prompt(weight * losses.emitted_gap)
         sums["emitted_loss"] = by_prompt(losses.emitted_drafter) - gained
-    if family.rule.priced:
+    if family.rule.dial_is_price:
         net = losses.gap - _column(family.values) * block.tv
         sums["regret"] = by_prompt(np.abs(net) * (defer != (net > 0)))
         sums["oracle_loss"] = by_prompt(losses.drafter) - by_prompt(np.maximum(net, 0))

@@ -75,8 +75,8 @@ class Dial:
 
 
 @dataclass(frozen=True)
-class Step:
-    """What becomes of drafted tokens at positions [..].
+class RuleStep:
+    """A rule's decision on drafted tokens at positions [..].
 
     Attributes:
         deferred: bool [..], the decision (token rule: drafted token not kept; law rule: held to the exact check or a
@@ -107,7 +107,7 @@ class Rule:
         stage: ``"draft"`` where only the drafter is read, else ``"verify"``.
         reads_drafter_confidence: refuses proposals that come without a law (one-hot q).
         drafts: False for a rule that never drafts.
-        priced: the dial is the price of a rejection in L_spec, equation (8), so that regret at it means something.
+        dial_is_price: it is the price of a rejection in L_spec, equation (8), so that regret at it means something.
         plug_in: decides from the models' own confidence by a formula; heads are compared with these.
     """
 
@@ -117,7 +117,7 @@ class Rule:
     stage: ClassVar[str] = "verify"
     reads_drafter_confidence: ClassVar[bool] = False
     drafts: ClassVar[bool] = True
-    priced: ClassVar[bool] = False
+    dial_is_price: ClassVar[bool] = False
     plug_in: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -225,8 +225,8 @@ class Rule:
         """
         return laws.p if self.is_lossless else self._step_law(laws, summary, token)
 
-    def step(self, laws: Laws, summary: Summary, token: Tensor) -> Step:
-        """What becomes of drafted tokens [..] under this rule; `summary` holds its needs and ``token``."""
+    def step(self, laws: Laws, summary: Summary, token: Tensor) -> RuleStep:
+        """The decision on drafted tokens [..]; `summary` holds the rule's needs and ``token``."""
         raise NotImplementedError
 
     def _step_law(self, laws: Laws, summary: Summary, token: Tensor) -> Tensor:
@@ -266,14 +266,14 @@ class PositionRule(Rule):
         """True where the position is left to the verifier, bool [..]."""
         raise NotImplementedError
 
-    def step(self, laws: Laws, summary: Summary, token: Tensor) -> Step:
+    def step(self, laws: Laws, summary: Summary, token: Tensor) -> RuleStep:
         """A kept token stands; a deferred one is checked against the verifier's distribution."""
         return self._decided(self.defer(summary), laws, token)
 
-    def _decided(self, deferred: Tensor, laws: Laws, token: Tensor, gap: Tensor | None = None) -> Step:
+    def _decided(self, deferred: Tensor, laws: Laws, token: Tensor, gap: Tensor | None = None) -> RuleStep:
         deferred = deferred.expand(token.shape)
         kept = laws.allows(token) > deferred
-        return Step(deferred, kept, None, gap)
+        return RuleStep(deferred, kept, None, gap)
 
     def _law(self, laws: Laws, summary: Summary) -> Tensor:
         deferred = self.defer(summary).unsqueeze(-1)
@@ -324,16 +324,16 @@ class TokenRule(Rule):
         """
         raise NotImplementedError
 
-    def step(self, laws: Laws, summary: Summary, token: Tensor) -> Step:
+    def step(self, laws: Laws, summary: Summary, token: Tensor) -> RuleStep:
         """A kept token stands; any other is checked against pi_Token, for which every token is asked."""
         if laws.greedy:
             asked = [gather_token(model(laws.logprobs), token) for model in (laws.drafter, laws.verifier)]
             keep = self.keep(asked[0].unsqueeze(-1), asked[1].unsqueeze(-1), summary).squeeze(-1)
-            return Step(~keep, keep & laws.allows(token), None)
+            return RuleStep(~keep, keep & laws.allows(token), None)
         keeps = self.keep(laws.drafter_logprobs, laws.verifier_logprobs, summary)
         allowed = keeps & laws.support
         target = keep_law(laws.q, laws.p, allowed)
-        return Step(~gather_token(keeps, token), gather_token(allowed, token), target)
+        return RuleStep(~gather_token(keeps, token), gather_token(allowed, token), target)
 
     def _law(self, laws: Laws, summary: Summary) -> Tensor:
         keep = self.keep(laws.drafter_logprobs, laws.verifier_logprobs, summary)
@@ -417,16 +417,16 @@ class LawRule(Rule):
         """The token [..] emitted at temperature 0; None where `law` of the one-hots is right as it is."""
         return laws.verifier(laws.best) if self.lossless_when_greedy else None
 
-    def step(self, laws: Laws, summary: Summary, token: Tensor) -> Step:
+    def step(self, laws: Laws, summary: Summary, token: Tensor) -> RuleStep:
         """A token is kept where it stands with a higher probability than in the exact check."""
         if laws.greedy:
             emitted, exact = self._greedy_step(laws, summary, token), laws.verifier(laws.best)
             kept = (emitted == token) & (token != exact)
-            return Step(~kept, kept, emitted)
+            return RuleStep(~kept, kept, emitted)
         target = self._step_law(laws, summary, token)
         own, q, p = (gather_token(one, token) for one in (target, laws.q, laws.p))
         kept = torch.minimum(own, q) > p
-        return Step(~kept, kept, target)
+        return RuleStep(~kept, kept, target)
 
     def _greedy_step(self, laws: Laws, summary: Summary, token: Tensor) -> Tensor:
         emitted = self.greedy(laws, summary)
@@ -481,7 +481,7 @@ class LawRule(Rule):
         return between(*found, laws.slack.unsqueeze(-1))
 
     def greedy_token(self, summary: Summary, candidates: Candidates | None) -> Estimate:
-        """What the law of both models' one-hots emits.
+        """The token that `law` gives of both models' one-hots.
 
         Raises:
             InputError: the rule has a greedy token of its own, which may read more than is logged.
@@ -513,7 +513,7 @@ class LawRule(Rule):
 
 
 def rejects_greedily(rule: Rule, summary: Summary, candidates: Candidates | None) -> Estimate:
-    """Whether the drafter's argmax is replaced at temperature 0, [N]."""
+    """1 where the drafter's argmax is replaced at temperature 0, [N]."""
     token, bound = rule.greedy_token(summary, candidates)
     return (token != summary["drafter_argmax"]).double(), bound
 

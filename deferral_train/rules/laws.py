@@ -256,7 +256,7 @@ class Laws:
         return self.verifier(self.processed) > -torch.inf
 
     def allows(self, token: Tensor) -> Tensor:
-        """Whether tokens [..] may be emitted, bool [..]: `support` at one token."""
+        """`support` at one token: True where the tokens [..] may be emitted, bool [..]."""
         return gather_token(self.verifier(self.processed), token) > -torch.inf
 
     # Each model by name, for who asks of one alone

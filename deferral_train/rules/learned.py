@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.rules.base import Dial, LawRule, PositionRule, Step, register
+from deferral_train.rules.base import Dial, LawRule, PositionRule, RuleStep, register
 from deferral_train.rules.emission import residual
 from deferral_train.rules.laws import Laws
 from deferral_train.rules.summary import DRAFTER_CONFIDENCE_FIELDS, FIELDS, Summary
@@ -44,7 +44,7 @@ class LearnedRule(PositionRule):
 
     name: ClassVar[str] = "learned"
     dial = Dial("alpha", -1.0, 1.0, lossless=None, drafter=None, unbounded=True)
-    priced: ClassVar[bool] = True
+    dial_is_price: ClassVar[bool] = True
     needs = frozenset({"tv"})
     stage = "verify"
     reads_drafter_confidence = False
@@ -86,7 +86,7 @@ class LearnedRule(PositionRule):
             return self._own(summary, self.alpha)
         return self._defer_by(self.head.gap(summary), summary)
 
-    def step(self, laws: Laws, summary: Summary, token: Tensor) -> Step:
+    def step(self, laws: Laws, summary: Summary, token: Tensor) -> RuleStep:
         """As any position rule's, with the gap that it was decided by: a head is asked once a block."""
         if self._own is not None:
             return super().step(laws, summary, token)

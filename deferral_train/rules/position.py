@@ -122,7 +122,7 @@ class Opt(PositionRule):
     needs: ClassVar[frozenset[str]] = frozenset({"drafter_max", "verifier_max", "tv"})
     reads_drafter_confidence: ClassVar[bool] = True
     plug_in: ClassVar[bool] = True
-    priced: ClassVar[bool] = True
+    dial_is_price: ClassVar[bool] = True
 
     alpha: float = 0.2
 
@@ -141,7 +141,7 @@ class OptLog(PositionRule):
     needs: ClassVar[frozenset[str]] = frozenset({"drafter_entropy", "verifier_entropy", "tv"})
     reads_drafter_confidence: ClassVar[bool] = True
     plug_in: ClassVar[bool] = True
-    priced: ClassVar[bool] = True
+    dial_is_price: ClassVar[bool] = True
 
     alpha: float = 0.2
 
@@ -164,7 +164,7 @@ class OptVerifier(PositionRule):
     dial: ClassVar[Dial] = Dial("alpha", -1.0, 2.0, lossless=-1.0, drafter=None)
     needs: ClassVar[frozenset[str]] = frozenset({"verifier_max", "verifier_at_drafter_argmax", "tv"})
     plug_in: ClassVar[bool] = True
-    priced: ClassVar[bool] = True
+    dial_is_price: ClassVar[bool] = True
 
     alpha: float = 0.2
 

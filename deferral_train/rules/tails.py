@@ -223,7 +223,7 @@ def align(summary: Summary, candidates: Candidates) -> tuple[Summary, Candidates
 def tailed(
     summary: Summary, candidates: Candidates | None, temperature: float, rule: str
 ) -> tuple[Summary, TailedLaws, Candidates]:
-    """What a rule reads of logged positions at a temperature above 0: summary, distributions, candidates, aligned.
+    """Summary, distributions and candidates of logged positions at a temperature above 0, made to agree.
 
     Raises:
         InputError: no candidates; a temperature above 1.

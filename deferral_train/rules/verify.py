@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.rules.base import Rule, Step, named
+from deferral_train.rules.base import Rule, RuleStep, named
 from deferral_train.rules.laws import MODELS, Laws, as_float, check_temperature, gather_token
 from deferral_train.rules.learned import Judge
 from deferral_train.rules.sampling import draw, uniforms
@@ -134,64 +134,36 @@ def verify_block(
             check_temperature(temperature), lengths, bonus, context, max_request_loss, spent,
         )  # fmt: skip
         block = given.block()
-        laws, token, (rows, drafts) = block.laws, block.token, drafted.shape
-        if not drafts and bonus == "none":
+        if not block.positions:
             return block.nothing()
-
-        # The rule's decision, and which drafted tokens stand: kept, or with probability min(1, pi(x) / q(x)).
+        checks, last = block.uniforms(generator, numbers)
         summary = block.read(rule, max_request_loss is not None)
-        step = block.lossless_step() if rule.is_lossless or not drafts else rule.step(laws, summary, token)
-        own = laws.verifier(laws.best) if laws.greedy else None
-        if own is not None:
-            last, q = None, None
-            exact = token == own
-            passes = step.kept | (exact if step.target is None else token == step.target)
-        else:
-            checks, last = (
-                uniforms(rows, drafts, generator, token) if numbers is None else block.split(numbers)
-            )
-            q, p = block.at_token(laws.sampled)
-            if step.target is None:
-                passes = accepts(p, q, checks, step.kept)
-            else:
-                passes = accepts(gather_token(step.target, token), q, checks)
+        lossless = rule.is_lossless or not drafted.shape[1]
+        step = block.lossless_step() if lossless else rule.step(block.laws, summary, block.token)
 
-        # How far each row stands; under a limit on its loss, position by position.
-        kept, target, checked = step.kept, step.target, step.deferred
-        if max_request_loss is None or not drafts:
-            accepted, spent = block.inside(passes).cumprod(dim=1).sum(dim=1), block.spent
+        passes, kept, allowed, spent = _passes(block, step, checks), step.kept, None, block.spent
+        if max_request_loss is None or lossless:
+            accepted = passes.cumprod(dim=1).sum(dim=1)
         else:
-            if own is None:
-                exact = accepts(p, q, checks)
+            exact = _passes(block, block.lossless_step(), checks)
             cost = rule.estimated_gap(summary) if step.gap is None else step.gap
-            walked = block.inside(passes), block.inside(exact), kept, cost
-            accepted, allowed, spent = _walk(*walked, block.spent, max_request_loss)
-            kept, checked, target = kept & allowed, checked | ~allowed, block.limited(target, allowed)
+            accepted, allowed, spent = _walk(passes, exact, kept, cost, block.spent, max_request_loss)
+            kept = kept & allowed
 
-        # The next token: after a rejection from max(0, pi - q), after a whole block from the verifier.
         rejected = accepted < block.lengths
-        following = block.following(target, accepted, rejected)
-        if last is None:
-            next_token = following
-        else:
-            # A kept token is rejected only where it may not be emitted: what q gives such tokens goes to p.
-            less = rejected
-            if target is None and drafts and not rule.is_lossless:
-                less = rejected & block.row(checked, accepted)
-            rest = following - block.row(laws.sampled.select(1, 0), accepted)
-            excess = torch.where(less.unsqueeze(1), rest, following).clamp(min=0.0)
-            next_token = draw(torch.where(excess.any(dim=1, keepdim=True), excess, following), last)
+        next_token = block.target_at(step, allowed, accepted, rejected)
+        if last is not None:
+            checked = rejected if lossless else block.checked_at(step, allowed, accepted, rejected)
+            next_token = draw(block.weights(next_token, accepted, checked), last)
         if bonus == "exact" and not rule.is_lossless:
             beyond, spent = block.exact_bonus(rule, last, rejected, spent, max_request_loss)
             next_token = torch.where(rejected, next_token, beyond)
         elif bonus == "none":
             next_token = torch.where(rejected, next_token, -1)
-        fault = block.fault(q)
-        verdict = Verdict(
-            accepted, next_token, block.inside(kept), block.inside(step.deferred), block.lengths, spent, fault
-        )
+        deferred, fault = block.inside(step.deferred), block.fault()
+        verdict = Verdict(accepted, next_token, block.inside(kept), deferred, block.lengths, spent, fault)
     if check:
-        raise_fault(rule, verdict.fault.tolist())
+        raise_fault(rule, fault.tolist())
     return verdict
 
 
@@ -204,6 +176,18 @@ def raise_fault(rule: Rule, faults: Sequence[int]) -> None:
     for row, fault in enumerate(faults):
         if fault:
             raise InputError(f"rule {rule.name}: row {row}: {FAULTS[int(fault) - 1]}")
+
+
+def _passes(block: _Block, step: RuleStep, checks: Tensor | None) -> Tensor:
+    """Drafted tokens that stand, each by itself: kept, or with probability min(1, pi(x) / q(x)); bool [B, T]."""
+    laws, token = block.laws, block.token
+    if checks is None:
+        emitted = laws.verifier(laws.best) if step.target is None else step.target
+        return block.inside(step.kept | (token == emitted))
+    q, p = block.at_token
+    if step.target is None:
+        return block.inside(accepts(p, q, checks, step.kept))
+    return block.inside(accepts(gather_token(step.target, token), q, checks))
 
 
 def accepts(pi: Tensor, q: Tensor, uniform: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -436,9 +420,20 @@ class _Block:
         """Flags [B, T] where tokens were drafted, False elsewhere."""
         return flags if self.mask is None else flags & self.mask
 
-    def split(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """The caller's own random numbers [B, T+1], as `uniforms` gives them."""
+    @property
+    def positions(self) -> int:
+        """W."""
+        return self.laws.decision.shape[2]
+
+    def uniforms(
+        self, generator: torch.Generator | None, numbers: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Random numbers in [0, 1) of the checks [B, T] and of the next token [B]; none at temperature 0."""
         rows, drafts = self.token.shape
+        if self.laws.greedy:
+            return None, None
+        if numbers is None:
+            return uniforms(rows, drafts, generator, self.token)
         if tuple(numbers.shape) != (rows, drafts + 1):
             raise InputError(
                 f"numbers has shape {list(numbers.shape)}; for this block it must be [{rows}, {drafts + 1}]"
@@ -447,7 +442,7 @@ class _Block:
         return numbers[:, :drafts], numbers[:, drafts]
 
     def read(self, rule: Rule, limited: bool) -> Summary:
-        """What the rule reads of the drafted positions; ``token`` is always there."""
+        """The summary of the drafted positions that the rule reads; ``token`` is always there."""
         extra = rule.gap_needs if limited else frozenset()
         wanted = extra if rule.is_lossless else rule.needs | extra
         return rule.read(self.laws, self.token, self._context_of(wanted), extra | {"token"})
@@ -459,30 +454,38 @@ class _Block:
             given["draft_position"] = torch.arange(drafts, device=self.token.device).expand(rows, drafts)
         return Summary(given)
 
-    def lossless_step(self) -> Step:
+    def lossless_step(self) -> RuleStep:
         """Every token deferred, none kept, the verifier's distribution emitted."""
         deferred = torch.ones_like(self.token, dtype=torch.bool)
-        return Step(deferred, ~deferred, None)
+        return RuleStep(deferred, ~deferred, None)
 
-    def limited(self, target: Tensor | None, allowed: Tensor) -> Tensor | None:
-        """The rule's target where the limit allows it, the verifier's elsewhere."""
-        if target is None:
-            return None
-        if self.laws.greedy:
-            return torch.where(allowed, target, self.laws.verifier(self.laws.best))
-        return torch.where(allowed.unsqueeze(2), target, self.laws.p)
+    def target_at(self, step: RuleStep, allowed: Tensor | None, accepted: Tensor, rejected: Tensor) -> Tensor:
+        """The target after ``accepted`` tokens: probabilities [B, V], at temperature 0 the token [B] itself.
 
-    def verifier(self) -> Tensor:
-        """The verifier at all W positions: probabilities [B, W, V], at temperature 0 tokens [B, W]."""
-        return (self.laws.best if self.laws.greedy else self.laws.sampled).select(1, -1)
-
-    def following(self, target: Tensor | None, accepted: Tensor, rejected: Tensor) -> Tensor:
-        """What the token after ``accepted`` follows: probabilities [B, V], at temperature 0 the token [B] itself."""
-        own = self.row(self.verifier(), accepted)
-        if target is None or not self.token.shape[1]:
+        The rule's where the next drafted token was rejected and the limit allowed the rule, else the verifier's.
+        """
+        own = self.row((self.laws.best if self.laws.greedy else self.laws.sampled).select(1, -1), accepted)
+        if step.target is None:
             return own
-        theirs = self.row(target, accepted)
-        return torch.where(rejected if own.dim() == 1 else rejected.unsqueeze(1), theirs, own)
+        rules = rejected if allowed is None else rejected & self.row(allowed, accepted)
+        return torch.where(
+            rules if own.dim() == 1 else rules.unsqueeze(1), self.row(step.target, accepted), own
+        )
+
+    def checked_at(
+        self, step: RuleStep, allowed: Tensor | None, accepted: Tensor, rejected: Tensor
+    ) -> Tensor:
+        """Rows [B] whose rejected token failed a check, bool; a kept token is rejected only where it is forbidden."""
+        if step.target is not None:
+            return rejected
+        checked = step.deferred if allowed is None else step.deferred | ~allowed
+        return rejected & self.row(checked, accepted)
+
+    def weights(self, target: Tensor, accepted: Tensor, checked: Tensor) -> Tensor:
+        """What the next token is drawn by, [B, V]: max(0, pi - q) after a failed check, else pi."""
+        rest = target - self.row(self.laws.sampled.select(1, 0), accepted)
+        excess = torch.where(checked.unsqueeze(1), rest, target).clamp(min=0.0)
+        return torch.where(excess.any(dim=1, keepdim=True), excess, target)  # pi where nothing is left
 
     def row(self, values: Tensor, index: Tensor) -> Tensor:
         """One position of each row, [B, ..] of [B, W or T, ..], at ``index`` [B] or the last."""
@@ -523,25 +526,23 @@ class _Block:
             pi = torch.where(fits.unsqueeze(1), pi, laws.p)
         return (pi.argmax(dim=-1) if last is None else draw(pi, last)), spent
 
-    def at_token(self, both: Tensor) -> tuple[Tensor, Tensor]:
-        """The drafter's and the verifier's entry at each drafted token, [B, T] of [B, 2, W, V]."""
+    @cached_property
+    def at_token(self) -> tuple[Tensor, Tensor]:
+        """q(x) and p(x) of the drafted tokens x under the sampling distributions, [B, T] each."""
         index = self.token.view(len(self.token), 1, -1, 1).expand(-1, 2, -1, -1)
-        return both.gather(3, index).squeeze(3).unbind(1)  # type: ignore[return-value]
+        drafter, verifier = self.laws.sampled.gather(3, index).squeeze(3).unbind(1)
+        return drafter, verifier
 
-    def fault(self, q: Tensor | None) -> Tensor:
-        """The first fault of each row as 1 + its place in `FAULTS`, 0 where all is well, [B] int64.
-
-        Args:
-            q: the drafter's sampling probability of the drafted tokens, [B, T]; None at temperature 0.
-        """
+    def fault(self) -> Tensor:
+        """The first fault of each row as 1 + its place in `FAULTS`, 0 where all is well, [B] int64."""
         broken = self.laws.broken
         if self.reads is not None:
             broken = broken & self.reads[:, -broken.shape[1] :]
         models = broken.any(dim=2)
         unknown = self.inside(self.drafted != self.token).any(dim=1, keepdim=True)
         flags = [models, unknown] if models.shape[1] == 2 else [unknown, models, unknown]
-        if q is not None:
-            flags.append(self.inside(q == 0).any(dim=1, keepdim=True))
+        if not self.laws.greedy:
+            flags.append(self.inside(self.at_token[0] == 0).any(dim=1, keepdim=True))
         # A fault that cannot be has the flag of one that comes before it, and so never shows.
         known = sum(one.shape[1] for one in flags)
         for place in range(known, max(self.suspects, default=0) + 1):
