@@ -93,7 +93,7 @@ def oracle(monkeypatch: pytest.MonkeyPatch) -> Oracle:
         assert len(weights) == 1
         return torch.tensor([asked.choose((weights[0].double() / weights[0].double().sum()).tolist())])
 
-    def drafted(self: SamplingLaws, decision: Tensor, sampling: Any, generator: Any) -> Tensor:
+    def drafted(self: SamplingLaws, decision: Tensor, sampling: Any, number: Any) -> Tensor:
         return token(torch.softmax(decision / self.temperature, dim=-1), None)
 
     def accepts(pi: Tensor, q: Tensor, uniform: Any, kept: Tensor | None = None) -> Tensor:
