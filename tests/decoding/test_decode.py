@@ -117,9 +117,7 @@ def test_a_killed_run_resumes_to_the_same_outputs(tmp_path: Path) -> None:
     with open(tmp_path / "killed" / "outputs.jsonl", "a", encoding="utf-8") as file:
         file.write('{"rule": "lossless", "repetition": 5, "batch"')  # a line that the kill cut short
     models = load_pair(str(tmp_path / "drafter"), str(tmp_path / "verifier"), device="cpu")
-    config = DecodeConfig(
-        Settings(batch_size=2, max_new_tokens=24, temperature=0.9, seed=4), repetitions=6
-    )
+    config = DecodeConfig(Settings(batch_size=2, max_new_tokens=24, temperature=0.9, seed=4), repetitions=6)
     for folder in ("killed", "whole"):
         decode(
             models, read_prompts(tmp_path / "prompts.jsonl"), ["lossless", "opt"], config, tmp_path / folder
