@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deferral_train.decoding.criteria import EndOfRow
 from deferral_train.decoding.proposing import Draft
-from deferral_train.rules.verify import Verdict
+from deferral_train.rules.verify import Origin, Verdict
 
 
 @dataclass
@@ -37,29 +37,36 @@ class VerifiedBlock:
 
 def on_host(verdict: Verdict, draft: Draft, ends: EndOfRow) -> VerifiedBlock:
     """A verdict on the host, in one transfer: tokens and decisions of all rows packed side by side."""
-    rows, depth = draft.tokens.shape
-    fault = getattr(verdict, "fault", None)
-    small = [verdict.origin, verdict.deferred.view(torch.int8)]
-    if fault is not None:
-        small.append(fault[:, None])
-    packed = torch.cat(small, dim=1).long()
-    following = torch.stack([verdict.accepted, verdict.next_token], dim=1)
-    table = torch.cat([draft.tokens, following, packed], dim=1).tolist()
-    block = VerifiedBlock([], [], [], [], [], [0] * rows, verdict.spent)
-    for row, (values, limit) in enumerate(zip(table, draft.limits)):
-        drafted, (count, token) = values[:depth], values[depth : depth + 2]
-        origins, deferred = values[depth + 2 : 2 * depth + 3], values[2 * depth + 3 : 3 * depth + 3]
-        flags = ends.are_eos(drafted[:limit])
-        if True in flags:  # what was drafted behind an end was never asked for
-            limit = flags.index(True) + 1
-        if count >= limit and limit < draft.limits[row]:
+    depth = draft.depth
+    columns = [draft.tokens, verdict.accepted[:, None], verdict.next_token[:, None], verdict.fault[:, None]]
+    table = torch.cat([*columns, _kept(verdict), verdict.deferred], dim=1).tolist()
+    block = VerifiedBlock([], [], [], [], [], [], verdict.spent)
+    for values, most in zip(table, draft.limits):
+        drafted, (count, token, fault), decisions = (
+            values[:depth],
+            values[depth : depth + 3],
+            values[depth + 3 :],
+        )
+        flags = ends.are_eos(drafted[:most])
+        # What was drafted behind an end was never asked for; nothing follows it.
+        limit = flags.index(True) + 1 if True in flags else most
+        if limit < most and count >= limit:
             count, token = limit, -1
-        emitted = [*drafted[:count], token] if token >= 0 else drafted[:count]
+        origins = [int(Origin.KEPT if stands else Origin.ACCEPTED) for stands in decisions[:count]]
+        emitted = drafted[:count]
+        if token >= 0:
+            emitted.append(token)
+            origins.append(int(Origin.RESAMPLED if count < limit else Origin.BONUS))
         block.proposed.append(limit)
         block.accepted.append(count)
         block.emitted.append(emitted)
-        block.origins.append(origins[: len(emitted)])
-        block.deferred.append([bool(flag) for flag in deferred[:limit]])
-        if fault is not None:
-            block.faults[row] = values[-1]
+        block.origins.append(origins)
+        block.deferred.append([bool(flag) for flag in decisions[depth : depth + limit]])
+        block.faults.append(fault)
     return block
+
+
+def _kept(verdict: Verdict) -> Tensor:
+    """[B, T] bool, drafted tokens that stand by the rule's leave."""
+    kept = getattr(verdict, "kept", None)
+    return verdict.origin[:, :-1] == int(Origin.KEPT) if kept is None else kept

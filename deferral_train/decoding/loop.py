@@ -21,7 +21,7 @@ from deferral_train.decoding.stats import StatsRecorder
 from deferral_train.decoding.tokens import TokenRows, on_device
 from deferral_train.rules.base import Rule
 from deferral_train.rules.summary import CONTEXT_FIELDS, PREVIOUS_TOKENS, Summary
-from deferral_train.rules.verify import Verdict, verify_block
+from deferral_train.rules.verify import Verdict, raise_fault, verify_block
 
 
 @dataclass
@@ -99,6 +99,7 @@ def verify(state: DecodingState, draft: Draft) -> VerifiedBlock:
     decision = laws.decision(logits, state.tokens, 0, draft.drafted)
     sampling = laws.sampling(logits, decision, state.tokens, 0, draft.drafted)
     block = on_host(_verdict(state, draft, decision, sampling), draft, state.ends)
+    raise_fault(state.rule, block.faults)
     if state.token_log is not None:
         state.token_log.block(state, draft, decision, block)
     return block
@@ -124,6 +125,7 @@ def _verdict(state: DecodingState, draft: Draft, decision: Tensor, sampling: Ten
         context=context_of(state, draft),
         max_request_loss=limit,
         spent=state.spent if limit is not None else None,
+        check=False,
     )
 
 
