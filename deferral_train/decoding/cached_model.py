@@ -213,5 +213,7 @@ class CachedModel:
         self.fed = [self.fed[row] for row in rows]
         self.valid = [self.valid[row] for row in rows]
         if self.encoder is not None:
-            self.past.cross_attention_cache.batch_select_indices(index)
+            for layer in self.past.cross_attention_cache.layers:
+                if layer.is_initialized:
+                    layer.batch_select_indices(index.to(layer.keys.device))
             self._select_encoded()

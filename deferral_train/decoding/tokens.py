@@ -116,7 +116,8 @@ class TokenRows:
         return found.masked_fill(places < self.prompt_length, -1)
 
     def write(self, offset: int, block: Tensor) -> None:
-        """Put ``block`` [B, n] behind each row's end, ``offset`` columns on."""
+        """Put ``block`` [B, n] behind each row's end, ``offset`` columns on; it may come from a drafter's device."""
+        block = block.to(self.device)
         together = self._block()
         if together is not None:
             begin = self.lengths[0] + offset
