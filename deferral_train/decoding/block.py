@@ -39,7 +39,7 @@ def on_host(verdict: Verdict, draft: Draft, ends: EndOfRow) -> VerifiedBlock:
     """A verdict on the host, in one transfer: tokens and decisions of all rows packed side by side."""
     depth = draft.depth
     columns = [draft.tokens, verdict.accepted[:, None], verdict.next_token[:, None], verdict.fault[:, None]]
-    table = torch.cat([*columns, _kept(verdict), verdict.deferred], dim=1).tolist()
+    table = torch.cat([*columns, verdict.kept, verdict.deferred], dim=1).tolist()
     block = VerifiedBlock([], [], [], [], [], [], verdict.spent)
     for values, most in zip(table, draft.limits):
         drafted, (count, token, fault), decisions = (
@@ -64,9 +64,3 @@ def on_host(verdict: Verdict, draft: Draft, ends: EndOfRow) -> VerifiedBlock:
         block.deferred.append([bool(flag) for flag in decisions[depth : depth + limit]])
         block.faults.append(fault)
     return block
-
-
-def _kept(verdict: Verdict) -> Tensor:
-    """[B, T] bool, drafted tokens that stand by the rule's leave."""
-    kept = getattr(verdict, "kept", None)
-    return verdict.origin[:, :-1] == int(Origin.KEPT) if kept is None else kept

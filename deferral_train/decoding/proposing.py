@@ -56,8 +56,8 @@ class Draft:
 
     @cached_property
     def lengths(self) -> Tensor | None:
-        """``limits`` as a tensor [B]; None where every row proposes T tokens."""
-        if min(self.limits) == self.depth:
+        """``limits`` as a tensor [B]; None where every row proposes T tokens, at least one."""
+        if min(self.limits) == self.depth > 0:
             return None
         return on_device(self.limits, self.tokens.device)
 
