@@ -19,10 +19,7 @@ from transformers import GenerationConfig, LlamaConfig
 from deferral_train.decoding import cascade_generate
 from deferral_train.decoding.laws import SamplingLaws
 from deferral_train.rules import RULES, Origin, Rule, make_rule, verify
-<<<<<<< HEAD
-=======
 from deferral_train.rules.laws import gather_token
->>>>>>> e99c2f6 (Decoding: documents; the enumeration follows the one verification)
 
 STEPS, BLOCK, START = 3, 2, 0
 Path = tuple[tuple[int, ...], tuple[int, ...], float]  # tokens, origins, probability
@@ -110,15 +107,6 @@ def oracle(monkeypatch: pytest.MonkeyPatch) -> Oracle:
     def drafted(self: SamplingLaws, decision: Tensor, sampling: Any, number: Any) -> Tensor:
         return token(torch.softmax(decision / self.temperature, dim=-1), None)
 
-<<<<<<< HEAD
-    def accepts(pi: Tensor, q: Tensor, uniform: Any, kept: Tensor | None = None) -> Tensor:
-        asked.asked_for_passes += int(pi.numel() > 0)  # no limit is looked at where nothing was drafted
-        if asked.lossless and pi.numel() and asked.asked_for_passes % 2:
-            # Under a limit of 0 the rule's own ratio, asked for first, is never in force.
-            return torch.ones_like(pi, dtype=torch.bool)
-        ratio = (pi / q).clamp(max=1.0)
-        ratio = ratio if kept is None else torch.where(kept, torch.ones_like(ratio), ratio)
-=======
     def passes(laws: Any, drafts: Tensor, step: Any, checks: Any) -> Tensor:
         asked.asked_for_passes += int(drafts.numel() > 0)  # no limit is looked at where nothing was drafted
         if asked.lossless and drafts.numel() and asked.asked_for_passes % 2:
@@ -126,7 +114,6 @@ def oracle(monkeypatch: pytest.MonkeyPatch) -> Oracle:
             return torch.ones_like(drafts, dtype=torch.bool)
         target = laws.p if step.target is None else step.target
         ratio = (gather_token(target, drafts) / gather_token(laws.q, drafts)).clamp(max=1.0)
->>>>>>> e99c2f6 (Decoding: documents; the enumeration follows the one verification)
         stands, found = True, []
         for chance in ratio[0].tolist():
             stands = stands and asked.choose([1.0 - chance, chance]) == 1
@@ -135,13 +122,8 @@ def oracle(monkeypatch: pytest.MonkeyPatch) -> Oracle:
         return torch.tensor([found], dtype=torch.bool).reshape(1, -1)
 
     monkeypatch.setattr(verify, "uniforms", lambda b, t, g, like: (torch.zeros(b, t), torch.zeros(b)))
-<<<<<<< HEAD
-    monkeypatch.setattr(verify, "draw", token)
-    monkeypatch.setattr(verify, "accepts", accepts)
-=======
     monkeypatch.setattr(verify, "draw", following)
     monkeypatch.setattr(verify, "_passes", passes)
->>>>>>> e99c2f6 (Decoding: documents; the enumeration follows the one verification)
     monkeypatch.setattr(SamplingLaws, "draw", drafted)
     return asked
 
