@@ -4,9 +4,8 @@ prefixes predict of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deferral_train import provenance
 from deferral_train.collecting import CollectConfig, collect
@@ -20,6 +19,7 @@ from deferral_train.heads import DeferralHead
 from deferral_train.heads.artifact import set_operating_point
 from deferral_train.heads.rules import learned_rule, rule_from_spec
 from deferral_train.pipeline.closing import short
+from deferral_train.pipeline.context import Results, RunContext
 from deferral_train.pipeline.frontier import decode_frontier
 from deferral_train.pipeline.heads import BEST, LEARNED
 from deferral_train.pipeline.pair import open_pair
@@ -28,14 +28,10 @@ from deferral_train.pipeline.wish import certified_point
 from deferral_train.rules.base import Rule
 from deferral_train.traces import open_traces
 
-if TYPE_CHECKING:
-    from deferral_train.pipeline.run import Run
-
 ON_POLICY = "traces/on_policy"
-Results = Mapping[str, Any]
 
 
-def decode_rules(run: Run, results: Results) -> Any:
+def decode_rules(run: RunContext, results: Results) -> Any:
     """Verifier alone, lossless and the rules at their operating points, on the test prompts."""
     section = asdict(run.config.decode)
     limit, repetitions, metrics = (section.pop(name) for name in ("limit", "repetitions", "metrics"))
@@ -52,7 +48,7 @@ def decode_rules(run: Run, results: Results) -> Any:
     return {name: short(scores) for name, scores in summary["rules"].items()}
 
 
-def certify_wish(run: Run, results: Results, plug_in: str) -> dict[str, Any]:
+def certify_wish(run: RunContext, results: Results, plug_in: str) -> dict[str, Any]:
     """The setting that `choose` certifies on the calibration part; the exported head stores one of its own."""
     typed, head = run.config.rules, run.folder / "head"
     rules: dict[str, tuple[str, Rule | str]] = {
@@ -74,7 +70,7 @@ def certify_wish(run: Run, results: Results, plug_in: str) -> dict[str, Any]:
     return found
 
 
-def decode_frontiers(run: Run, results: Results) -> Any:
+def decode_frontiers(run: RunContext, results: Results) -> Any:
     """Every rule over its dial, decoded; nothing where no temperature is asked for."""
     config = run.config.frontier
     if not config.temperatures:
@@ -94,7 +90,7 @@ def decode_frontiers(run: Run, results: Results) -> Any:
     )
 
 
-def compare_skew(run: Run, results: Results) -> Any:
+def compare_skew(run: RunContext, results: Results) -> Any:
     """Collect on the chosen cascade's own prefixes and compare what they predict with what decoding counted."""
     chosen, section = run.chosen(results), run.config.decode
     settings = CollectConfig(
