@@ -99,6 +99,9 @@ def _add_settings(parser: Any, module: ModuleType) -> set[str | int]:
     """A module whose `run` takes one config object names its class: the fields become the flags."""
     if not hasattr(module, "SETTINGS"):
         return set()
+    hints = get_type_hints(module.SETTINGS)  # resolved, as those of `run` are
+    module.SETTINGS.__annotations__ = hints
+    module.SETTINGS.__init__.__annotations__ = hints
     parser.add_class_arguments(module.SETTINGS, sub_configs=True)
     return {"config"}
 
