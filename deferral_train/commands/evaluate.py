@@ -37,7 +37,7 @@ class EvaluateConfig:
         bootstrap: redraws of prompts for the intervals, 0 for none.
         seed: of the redraws.
         confidence: of the intervals.
-        temperature: of the sampling laws: 0, 1, or the one that the traces were made for (default).
+        temperature: of the sampling distributions: 0, 1, or the one that the traces were made for (default).
         num_draft_tokens: drafted tokens in a block.
         drafter_seconds: measured seconds of one drafter step, for the predicted latency.
         verifier_seconds: measured seconds of one verifying pass.

@@ -20,6 +20,7 @@ def run(
     traces: str | None = None,
     push_to_hub: str | None = None,
     token: str | None = None,
+    head_class: str | None = None,
 ) -> int:
     """Write config.json, model.safetensors, README.md (and model.onnx) for a fitted head.
 
@@ -32,21 +33,24 @@ def run(
         traces: trace folder for the ONNX comparison; required with ``onnx``.
         push_to_hub: repository ``owner/name`` to upload the folder to.
         token: access token for the upload; without it the stored login is used.
+        head_class: class of the head where it is your own, as ``fit`` named it: my_heads.MyHead.
     """
     from deferral_train.heads.artifact import foreign_files
     from deferral_train.heads.artifact import push_to_hub as upload
     from deferral_train.heads.base import DeferralHead
     from deferral_train.heads.export import export_head
+    from deferral_train.heads.own import import_head_class
     from deferral_train.provenance import one_writer
 
     if onnx and traces is None:
         raise InputError("--onnx needs --traces: the exported graph is compared with torch on real rows")
+    own = None if head_class is None else import_head_class(head_class)
     if Path(checkpoint).is_dir():
-        head = DeferralHead.from_pretrained(checkpoint)
+        head = (own or DeferralHead).from_pretrained(checkpoint)
     else:
         from deferral_train.training.checkpoint import read_checkpoint
 
-        head, _ = read_checkpoint(checkpoint)
+        head, _ = read_checkpoint(checkpoint, own)
     with one_writer(out, "export"):
         lost = _lost_certificate(out, head, alpha if alpha is not None else threshold)
         export_head(head, out, alpha, threshold)

@@ -71,7 +71,7 @@ def score_rules(
         bootstrap: redraws of prompts for intervals; 0 for none. seed: of the redraws.
         costs: measured seconds ``drafter``, ``verifier`` (one block) and optionally ``verifier_token``,
             ``head``; gives the latency relative to the verifier alone.
-        temperature: of the sampling laws: 0, 1, or the one that the traces were made for (default).
+        temperature: of the sampling distributions: 0, 1, or the one that the traces were made for (default).
         num_draft_tokens: drafted tokens in a block.
         confidence: of the intervals.
         prefixes: prompts whose tokens are kept for the report's alpha slider.

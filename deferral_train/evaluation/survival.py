@@ -65,9 +65,13 @@ class ExpectedWork:
     @staticmethod
     def joined(parts: Sequence[ExpectedWork]) -> ExpectedWork:
         """Prompts of several parts, in order."""
-        names = ("calls", "judged_at", "rejected_at", "deferred_at")
-        columns = ([getattr(part, name) for part in parts] for name in names)
-        return ExpectedWork(*(None if column[0] is None else np.concatenate(column) for column in columns))
+        deferred = [part.deferred_at for part in parts if part.deferred_at is not None]
+        return ExpectedWork(
+            np.concatenate([part.calls for part in parts]),
+            np.concatenate([part.judged_at for part in parts]),
+            np.concatenate([part.rejected_at for part in parts]),
+            np.concatenate(deferred) if deferred else None,
+        )
 
 
 def expected_work(

@@ -64,6 +64,7 @@ def save_head(head: DeferralHead, folder: str | Path, card: str | None = None) -
     refuse_foreign(folder)
     drop_foreign_certificate(head)
     config = full_config(head)
+    refuse_not_finite(folder, head.state_dict())
     tensors = {name: t.detach().cpu().contiguous() for name, t in head.state_dict().items()}
     text = card if card is not None else make_card(config)
     replace_files(
@@ -259,8 +260,17 @@ def check_tensors(
                 f"{path}: tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, "
                 f"config.json asks for {wanted.dtype} {list(wanted.shape)}"
             )
+    refuse_not_finite(path, tensors)
+
+
+def refuse_not_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights that are NaN or infinite, by name: a head of them decides nothing that can be relied on."""
+    for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise InputError(f"{path}: tensor {name!r} holds values that are not finite")
+            raise InputError(
+                f"{path}: tensor {name!r} holds values that are not finite: training diverged; "
+                "fit again with a lower lr"
+            )
 
 
 def set_operating_point(

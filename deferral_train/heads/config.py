@@ -120,7 +120,10 @@ def _head_class(name: str, cls: type[DeferralHead] | None) -> type[DeferralHead]
             raise InputError(f"this folder holds a {name!r} head, not a {cls.head_type!r} one")
         return cls
     if name not in HEADS:
-        raise InputError(f"deferral_head_type {name[:80]!r} is unknown; known: {', '.join(HEADS)}")
+        raise InputError(
+            f"deferral_head_type {name[:80]!r} is unknown; known: {', '.join(HEADS)}; for a class of your own name it: "
+            "export --head_class MODULE.CLASS, or learned:head=FOLDER,class=MODULE.CLASS"
+        )
     return HEADS[name]
 
 

@@ -41,7 +41,7 @@ class Checkpoint:
 
     @property
     def path(self) -> Path:
-        """What the user named: the adapter's folder, the GGUF file or the folder."""
+        """The path that the user named: the adapter's folder, the GGUF file or the folder."""
         return self.adapter or (self.folder / self.gguf if self.gguf else self.folder)
 
     @property

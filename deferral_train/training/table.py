@@ -128,6 +128,8 @@ def _shared(
     x = head.columns(summary, own)
     _refuse_nan(head, summary)
     z = truth.label(traces, label, head.loss, temperature).float()
+    _refuse_not_finite(f"the label of the gap (truth={label!r}, loss={head.loss!r})", z, traces, label)
+    _refuse_not_finite("tv", summary["tv"], traces, label)
     return {"x": x, "z": z, "tv": summary["tv"].float()}
 
 
@@ -159,6 +161,19 @@ def _refuse_nan(head: DeferralHead, summary: Summary) -> None:
                 raise InputError(
                     f"feature {field} is not finite in {bad} of {len(value)} rows; collect again"
                 )
+
+
+def _refuse_not_finite(what: str, values: Tensor, traces: Traces, label: str) -> None:
+    wrong = ~torch.isfinite(values.float())
+    if is_judge(label):  # the other rows of a judge have no label
+        wrong &= judged_rows(traces)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        prompt = traces.manifest.prompt_ids[int(traces.prompt_of_row[row])]
+        raise InputError(
+            f"{what} is {float(values[row]):g} in {int(wrong.sum())} of {len(values)} rows, first in prompt {prompt}; "
+            "collect again, or use another truth"
+        )
 
 
 def _gold_columns(traces: Traces, head: DeferralHead) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from device import pretend_device
-from device.suite_heads import head_of
+from device.cases import head_of
 from pytorch_lightning.accelerators import Accelerator, AcceleratorRegistry
 from pytorch_lightning.strategies import SingleDeviceStrategy, StrategyRegistry
 from tiny_models import WORDS, tiny_model, tiny_pair

@@ -10,7 +10,7 @@ import pytest
 import torch
 from decoding.helpers import pair_of, prompts_for
 from device import pretend_device
-from device.suite_heads import head_of
+from device.cases import head_of
 from rules.instances import build
 from tiny_models import tiny_pair
 

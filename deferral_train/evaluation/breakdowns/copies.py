@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,7 +102,7 @@ def by_match(found: MaxGramFailures, redraws: Redraws) -> list[Row]:
     rows = []
     for name, asked, failed in (*kinds, every):
         numbers = {SHARE: redraws.ratio(asked, positions), FAILURE: redraws.ratio(failed, asked)}
-        rows.append(_row(name, asked, numbers))
+        rows.append(Row.of(name, None, asked, numbers))
     return rows
 
 
@@ -115,13 +115,8 @@ def by_class(found: MaxGramFailures, groups: Sequence[str], redraws: Redraws) ->
         positions = asked.sum(1)
         numbers = {FAILURE: redraws.ratio(failed.sum(1), positions)}
         numbers |= {kind: redraws.ratio(asked[:, k], positions) for k, kind in enumerate(MATCHES)}
-        rows.append(_row(name, positions, numbers))
+        rows.append(Row.of(name, None, positions, numbers))
     return rows
-
-
-def _row(group: str, asked: np.ndarray, numbers: Mapping) -> Row:
-    found = {name: number for name, number in numbers.items() if number is not None}
-    return Row(group, None, int((asked > 0).sum()), float(asked.sum()), found)
 
 
 def _prompt(part: Part, prompt: str) -> list[int]:

@@ -86,7 +86,7 @@ def by_draft_index(found: WorkByPrompt, redraws: Redraws) -> list[Row]:
             judged = work.judged_at[:, s, index]
             numbers = _rates(judged, work.rejected_at[:, s, index], work.deferred_at[:, s, index], redraws)
             numbers["reached"] = redraws.ratio(judged, work.calls[:, s])
-            rows.append(_row(str(index + 1), rule, judged, numbers))
+            rows.append(Row.of(str(index + 1), rule, judged, numbers))
     return rows
 
 
@@ -101,10 +101,5 @@ def by_group(found: WorkByPrompt, groups: Sequence[str], redraws: Redraws) -> li
         for s, rule in enumerate(found.rules):
             numbers = _rates(judged[own, s], rejected[own, s], deferred[own, s], redraws)
             numbers[LENGTH] = redraws.ratio(found.tokens[own], work.calls[own, s])
-            rows.append(_row(name, rule, found.tokens[own], numbers))
+            rows.append(Row.of(name, rule, found.tokens[own], numbers))
     return rows
-
-
-def _row(group: str, rule: str, tokens: np.ndarray, numbers: Mapping[str, Interval | None]) -> Row:
-    known = {name: number for name, number in numbers.items() if number is not None}
-    return Row(group, rule, int((tokens > 0).sum()), float(tokens.sum()), known)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from deferral_train import provenance
 from deferral_train.evaluation.bootstrap import Interval
@@ -30,6 +32,14 @@ class Row:
     prompts: int
     tokens: float
     numbers: Mapping[str, Interval]
+
+    @classmethod
+    def of(
+        cls, group: str, rule: str | None, tokens: np.ndarray, numbers: Mapping[str, Interval | None]
+    ) -> Row:
+        """From the tokens of each prompt [P]; prompts without any do not count, nor do numbers that are None."""
+        known = {name: number for name, number in numbers.items() if number is not None}
+        return cls(group, rule, int((tokens > 0).sum()), float(tokens.sum()), known)
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,7 @@ class Breakdowns:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as in ``breakdowns.json``."""
-        return {"meta": dict(self.meta), "tables": [_plain(table) for table in self.tables]}
+        return {"meta": dict(self.meta), "tables": [asdict(table) for table in self.tables]}
 
     def write(self, folder: str | Path) -> Path:
         """``breakdowns.json`` and ``breakdowns.csv`` (a line per number); returns the first."""
@@ -100,20 +110,6 @@ class Breakdowns:
 def quantities(rows: Sequence[Row]) -> list[str]:
     """Names of all numbers, in order of appearance."""
     return list(dict.fromkeys(name for row in rows for name in row.numbers))
-
-
-def _plain(table: Table) -> dict[str, Any]:
-    rows = [
-        {
-            "group": row.group,
-            "rule": row.rule,
-            "prompts": row.prompts,
-            "tokens": row.tokens,
-            "numbers": {name: number.as_dict() for name, number in row.numbers.items()},
-        }
-        for row in table.rows
-    ]
-    return {"name": table.name, "title": table.title, "by": table.by, "note": table.note, "rows": rows}
 
 
 def _text(table: Table) -> str:
