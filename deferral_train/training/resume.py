@@ -51,7 +51,8 @@ def check_resumable(path: str | Path, module: DeferralModule, data: TraceDataMod
     pairs += [("data", checkpoint.get("datamodule_hyper_parameters", {}), dict(data.hparams))]
     if "deferral_traces" not in checkpoint:
         raise InputError(
-            f"ckpt_path={path}: does not record what its traces held (an earlier release); leave ckpt_path out to start anew"
+            f"ckpt_path={path}: does not record what its traces held (an earlier release); "
+            "leave ckpt_path out to start anew"
         )
     pairs += [("contents of data", checkpoint["deferral_traces"], traces_keys(data))]
     for section, before, after in pairs:
