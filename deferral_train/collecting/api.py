@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +69,7 @@ def collect(
     plan = make_plan(
         config, pair, given[: config.limit], teacher, pair.device.type, handed_over=models is not None
     )
-    with one_writer(out, "collect") if _rank() == 0 else nullcontext():
+    with one_writer(out, "collect"):
         if _rank() == 0:
             _make_way(open_folder(out), plan.manifest, existing)
         # Every process looks for itself, so that none is left waiting for one that gave up.
