@@ -23,7 +23,7 @@ from deferral_train.decoding.tokens import TokenRows, on_device
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """What a model is given beside tokens.
+    """Inputs of a model beside tokens.
 
     Attributes:
         columns: arguments with a value for every column of every row, [.., R, C] by name (``position_ids``).

@@ -109,7 +109,7 @@ def check_request(request: Request) -> None:
 
 
 def rows_together(request: Request, strict: bool) -> bool:
-    """Whether the rows of a batch have to advance by the same number of tokens, as in ``generate``.
+    """True where the rows of a batch have to advance by the same number of tokens, as in ``generate``.
 
     So that a processor or criterion of the caller's own sees the text that it would see there, and for models whose
     rows cannot sit at offsets of their own.
@@ -254,7 +254,7 @@ def _check_limit(rule: Rule, execution: str) -> None:
 
 
 def estimates_early(rule: Rule) -> bool:
-    """Whether the rule's estimated loss of keeping reads nothing of the verifier."""
+    """True where the rule's estimated loss of keeping reads nothing of the verifier."""
     return all(FIELDS[name].sees in ("drafter", "context") for name in rule.gap_needs)
 
 

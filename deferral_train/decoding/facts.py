@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a model is, read from the model itself and not from what wraps it.
+    """Facts of a model, read from the model itself and not from what wraps it.
 
     Attributes:
         name: its class.
@@ -35,12 +35,12 @@ class ModelFacts:
 
     @property
     def takes_positions(self) -> bool:
-        """Whether positions can be given per row."""
+        """True where positions can be given per row."""
         return "position_ids" in self.takes
 
     @property
     def aligns_right(self) -> bool:
-        """Whether every row may sit at an offset of its own: positions per row, or relative ones only."""
+        """True where every row may sit at an offset of its own: positions per row, or relative ones only."""
         return self.relative_positions if self.is_encoder_decoder else self.takes_positions
 
 

@@ -1,4 +1,4 @@
-"""What a model is given beside tokens, as its own ``generate`` would prepare it."""
+"""Inputs of a model beside tokens, as its own ``generate`` would prepare them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def decoder_inputs(
 
 
 def _is_callers(positions: Tensor, mask: Tensor | None) -> bool:
-    """Whether positions are other than ``generate`` makes them from the mask."""
+    """True where positions are other than ``generate`` makes them from the mask."""
     made = torch.arange(positions.shape[-1], device=positions.device)[None]
     if mask is not None:
         made = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)

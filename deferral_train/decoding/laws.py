@@ -38,7 +38,7 @@ UNSUPPORTED = (
 
 
 def needs_real_rows(one: Any) -> bool:
-    """Whether a processor or criterion may fail on text that no row has: it is the user's, or asks a user's function.
+    """True where a processor or criterion may fail on text that no row has: the user's own, or one asking a function.
 
     transformers' own look at each row by itself, whatever stands in the others.
     """
@@ -85,7 +85,7 @@ class SamplingLaws:
 
     @property
     def shapes(self) -> bool:
-        """Whether the sampling distribution is more than softmax(decision / temperature)."""
+        """True where the sampling distribution is more than softmax(decision / temperature)."""
         return self._whole is not None or bool(self._shaping)
 
     def decision(
@@ -204,7 +204,7 @@ class SamplingLaws:
         return result
 
     def _stops_here(self, scores: Tensor, tokens: TokenRows, place: int, drafted: Drafted | None) -> bool:
-        """Whether a row that goes on has drafted a token at ``place`` that its scores [B, V] forbid."""
+        """True where a row that goes on has drafted a token at ``place`` that its scores [B, V] forbid."""
         token = tokens.window(0, place + 1)[:, -1:]
         forbidden = scores.gather(1, token)[:, 0] == -torch.inf
         ended = [None] * len(scores) if drafted is None else drafted.ended

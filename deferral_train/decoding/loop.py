@@ -67,12 +67,12 @@ class DecodingState:
 
     @property
     def exact(self) -> bool:
-        """Whether the distribution of the place after a block is asked of the proposer."""
+        """True where the proposer is asked for the distribution after a block, too."""
         return self.settings.bonus == "exact" and self.rule.drafts
 
     @property
     def running(self) -> bool:
-        """Whether any row goes on."""
+        """True while any row goes on."""
         return bool(self.tokens.rows)
 
 

@@ -192,7 +192,7 @@ class ModelProposer:
         return token
 
     def _complete(self, growing: _Growing, token: Tensor, drawn: int) -> bool:
-        """Whether no row wants more than ``drawn`` tokens; shortens the rows that end here."""
+        """True where no row wants more than ``drawn`` tokens; shortens the rows that end here."""
         asked = [token]
         if self.stop is not None:
             asked.append(self.stop.stops(self._step(growing, token, drawn - 1)).long())
@@ -234,5 +234,5 @@ class _Growing:
     hiddens: list[Tensor] = field(default_factory=list)
 
     def drafted(self, place: int) -> Drafted:
-        """What has been drafted once ``place`` tokens are."""
+        """The draft so far, once ``place`` tokens are drafted."""
         return Drafted([min(limit, place) for limit in self.limits], self.ends)

@@ -166,7 +166,7 @@ class Laws:
 
     @property
     def greedy(self) -> bool:
-        """Whether the sampling distributions are one-hots."""
+        """True where the sampling distributions are one-hots."""
         return self.temperature == 0.0
 
     # Decision distributions, of both

@@ -482,7 +482,7 @@ class _Block:
         return rejected & self.row(checked, accepted)
 
     def weights(self, target: Tensor, accepted: Tensor, checked: Tensor) -> Tensor:
-        """What the next token is drawn by, [B, V]: max(0, pi - q) after a failed check, else pi."""
+        """Weights that the next token is drawn by, [B, V]: max(0, pi - q) after a failed check, else pi."""
         rest = target - self.row(self.laws.sampled.select(1, 0), accepted)
         excess = torch.where(checked.unsqueeze(1), rest, target).clamp(min=0.0)
         return torch.where(excess.any(dim=1, keepdim=True), excess, target)  # pi where nothing is left

@@ -64,7 +64,7 @@ class Rows:
 
 @dataclass
 class Outcome:
-    """What happened to each row, on the host.
+    """Verdicts of a step's rows, on the host.
 
     Attributes:
         accepted: [R] int64, drafted tokens that stand.
@@ -115,7 +115,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What rows must share to be verified together; ``law``: whether their drafter's law is there."""
+    """Traits that rows share to be verified together; ``law``: whether their drafter's law is there."""
 
     rule: Rule
     limit: float | None
@@ -164,7 +164,7 @@ def _finish_cut(rows: Rows, numbers: Tensor | None, outcome: Outcome, row: int) 
 
 
 def needs_law(rule: Rule) -> bool:
-    """Whether a rule cannot do without what the drafter says of its own token."""
+    """True for a rule that cannot do without what the drafter says of its own token."""
     return rule.reads_drafter_confidence or "drafter_hidden" in rule.needs
 
 
