@@ -156,3 +156,24 @@ def numbers(folder: Path) -> dict[str, object]:
         "outputs": sorted([r["rule"], r["id"], r["tokens"], r["origin"], r["counts"]] for r in rows),
         "answers": [answers[name] for name in ("right", "errors", "families", "examples", "shapes")],
     }
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"text": {"questions": {"test": 0}}}, "text.questions.test=0: give at least 1"),
+        ({"text": {"questions": {"style": "loud"}}}, "text.questions.style='loud': use drawn or house"),
+        ({"point": {"max_loss": 0.5, "shares": [1.5]}}, "point.shares: [1.5]"),
+        ({"point": {"metric": "blue"}}, "point: metric is 'blue'"),
+        ({"point": {"metric": "sql:/no/such/file"}}, "the database cannot be read"),
+        ({"decode": {"timed": 0}}, "timed=0: give at least 1"),
+    ],
+)
+def test_bad_values_are_one_line_and_write_nothing(config_path, tmp_path, capsys, change, said):
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(config_path.read_text()), **change}))
+    assert cli.main(["run", "--config", str(path), "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err.strip()
+    assert said in told
+    assert len(told.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
