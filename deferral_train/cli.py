@@ -25,7 +25,7 @@ PROGRAM = "deferral-train"
 
 COMMANDS: dict[str, str] = {
     "run": "every stage for a pair and prompts: pair, traces, head, evaluation, decoding, report, verdict",
-    "quickstart": "`run` on a small pair that it trains itself on the Python standard library's sources",
+    "quickstart": "`run` on a small pair that it trains itself to answer questions about Python's library",
     "train-pair": "train a drafter/verifier pair from scratch on text or parallel text",
     "collect": "run both models over prompts and log their token distributions as traces",
     "fit": "train a deferral head on traces with Lightning (LightningCLI conventions)",

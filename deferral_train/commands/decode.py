@@ -92,7 +92,9 @@ def run(
         chat: use the tokenizer's chat template: auto, on or off.
         log_tokens: candidates of both models to record per token, 0 for none.
         metrics: besides BLEU, chrF and exact match: rouge1, rouge2, rougeL, squad_f1, gsm8k, log_likelihood (of the
-            text under the verifier), or "command:PROGRAM" (pass@1: the program reads the text and exits with 0).
+            text under the verifier), "sql:DATABASE" (execution accuracy: the text is a query, a SQLite file answers
+            it as it answers the reference), or "command:PROGRAM" (pass@1: the program reads the text and exits with
+            0).
         accept_mismatch: serve a head made for other weights, dtype or temperature; recorded in the summary.
         device: auto, cpu, cuda, cuda:N or mps.
         dtype: auto, float32, float16 or bfloat16.

@@ -19,6 +19,14 @@ class RunContext(Protocol):
     config: RunConfig
     folder: Path
 
+    @property
+    def asks(self) -> bool:
+        """True for a run that asks questions about a database of its own."""
+
+    @property
+    def metric(self) -> str:
+        """Metric of quality, per prompt."""
+
     def open(self, part: str) -> Traces:
         """Traces of a part of the text."""
 
