@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from deferral_train.collecting.kernels import dots, exp, log_, top_places
+from deferral_train.rules.summary import margin
 
 CPU_BLOCK = 1 << 18  # logits of one model per block: work enough per call, in reach of a CPU's caches
 CUDA_BLOCK = 1 << 27
@@ -73,6 +74,7 @@ class Measure:
         logits, laws, scratch = work[:2], work[2:4], work[5]
         for model, source in enumerate((drafter, verifier)):
             _select(source[:, : self.vocab_size], rows, logits[model])
+        margins = torch.stack([margin(own) for own in logits], dim=1)
         highest = logits.amax(dim=-1, keepdim=True)
         logits -= highest
         exp(logits, out=laws)
@@ -81,6 +83,7 @@ class Measure:
         log_(torch.add(laws[0], laws[1], out=work[4]))
         found = {
             "highest": highest[:, :, 0].T,
+            "margins": margins,
             "mass": mass[:, :, 0].T,
             "dots": dots(laws, work[:5]),
             "distance": _half_distance(laws, scratch),
@@ -127,6 +130,8 @@ class Measure:
             "product_sum": products[:, 1, 0],
             "drafter_logsumexp": lse[:, 0],
             "verifier_logsumexp": lse[:, 1],
+            "drafter_margin": found["margins"][:, 0],
+            "verifier_margin": found["margins"][:, 1],
             "tv_unscaled": found["distance"],
             "tv": found.get("sampled_distance", found["distance"]),
             "finite": torch.isfinite(lse).all(dim=1) & torch.isfinite(means).flatten(1).all(dim=1),

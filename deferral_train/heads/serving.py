@@ -50,6 +50,7 @@ def is_plain(head: DeferralHead) -> bool:
         np is not None
         and head.recalibration.kind == "none"
         and head.inputs.memory is None
+        and head.inputs.lookups is None
         and not HIDDEN_FIELDS & set(head.inputs.names)
         and all(transform in TRANSFORMS for transform, _ in head.inputs.groups)
         and isinstance(head.body, nn.Sequential)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from deferral_train.errors import InputError, MissingExtraError
 from deferral_train.pairs.fingerprint import checkpoint_fingerprint, tokenizer_fingerprint
@@ -125,6 +126,28 @@ def make_pair(
 def output_size(model: Any) -> int:
     """Number of logit columns of a model, padding included."""
     return int(model.get_output_embeddings().weight.shape[0])
+
+
+def output_matrix(verifier: str | Path, recorded: Mapping[str, Any] | None = None) -> Tensor:
+    """Rows of a checkpoint's output matrix, float32 [V, D]: the embeddings that a token's logit is a product with.
+
+    Args:
+        verifier: folder or hub id.
+        recorded: fingerprint of the checkpoint that it must be; empty accepts any.
+
+    Raises:
+        InputError: no such checkpoint, or another one.
+    """
+    folder = resolve_checkpoint(verifier, "verifier")
+    wanted = (recorded or {}).get("weights")
+    found = checkpoint_fingerprint(folder)["weights"]
+    if wanted is not None and found != wanted:
+        raise InputError(f"verifier: {folder} has weights {found}, the traces were collected with {wanted}")
+    model = _load_model(
+        folder, "verifier", _load_config(folder, "verifier", False), torch.device("cpu"), "float32", False
+    )
+    matrix: Tensor = model.get_output_embeddings().weight.detach()
+    return matrix
 
 
 def resolve_device(device: str) -> torch.device:

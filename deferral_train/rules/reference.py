@@ -7,6 +7,7 @@ but the rule's parameters. Laws are lists of V floats. Used by tests and by noth
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,6 +43,12 @@ def sampling_law(decision: Law, given: Law | None, temperature: float) -> Law:
 def entropy(law: Law) -> float:
     """-sum p log p."""
     return -math.fsum(x * math.log(x) for x in law if x > 0)
+
+
+def margin(logits: Sequence[float]) -> float:
+    """Largest logit less the second largest."""
+    first, second = sorted(logits, reverse=True)[:2]
+    return min(first - second, 1e4)
 
 
 def cross_entropy(p: Law, q: Law) -> float:
@@ -109,6 +116,8 @@ class Position:
             "product_sum": math.fsum(a * b for a, b in zip(p, q)),
             "drafter_logsumexp": log_normaliser(self.drafter),
             "verifier_logsumexp": log_normaliser(self.verifier),
+            "drafter_margin": margin(self.drafter),
+            "verifier_margin": margin(self.verifier),
             "tv_unscaled": total_variation(p, q),
             "tv": self.tv,
         }

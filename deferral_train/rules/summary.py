@@ -55,6 +55,8 @@ FIELDS: dict[str, Field] = {
         Field("product_sum", "sum p q", "float", "both"),
         Field("drafter_logsumexp", "log normaliser of the drafter's logits", "float", "drafter"),
         Field("verifier_logsumexp", "log normaliser of the verifier's logits", "float", "verifier"),
+        Field("drafter_margin", "the drafter's largest logit less its second largest", "float", "drafter"),
+        Field("verifier_margin", "the verifier's largest logit less its second largest", "float", "verifier"),
         Field("tv_unscaled", "D_TV(p, q) of the decision laws", "float", "both"),
         # from the sampling laws
         Field("tv", "D_TV of the sampling laws (temperature 0: argmaxes differ)", "float", "both"),
@@ -94,6 +96,7 @@ FIELDS: dict[str, Field] = {
     )
 }
 
+MOST_MARGIN = 1e4  # a masked second token would make it infinite
 PREVIOUS_TOKENS = ("previous_token_1", "previous_token_2", "previous_token_3")  # nearest first
 
 HIDDEN_FIELDS = frozenset({"drafter_hidden", "verifier_hidden", "verifier_hidden_at_token"})
@@ -266,6 +269,14 @@ def total_variation(p: Tensor, q: Tensor) -> Tensor:
     return ((p - q).abs_().sum(dim=-1) * 0.5).clamp(0.0, 1.0)
 
 
+def margin(logits: Tensor) -> Tensor:
+    """Largest logit less the second largest [..], at most `MOST_MARGIN`, which stands for an only token."""
+    if logits.shape[-1] < 2:
+        return torch.full_like(logits[..., 0], MOST_MARGIN)
+    top = logits.topk(2, dim=-1).values
+    return (top[..., 0] - top[..., 1]).clamp(max=MOST_MARGIN)
+
+
 def _mean_under(logprobs: Tensor, values: Tensor) -> Tensor:
     """sum_v exp(logprobs) * values over the tokens that have any probability (no 0 * inf)."""
     weights = logprobs.exp()
@@ -310,6 +321,8 @@ _FORMULAS: dict[str, Callable[[Laws], Tensor]] = {
     "product_sum": lambda laws: (laws.drafter_probs * laws.verifier_probs).sum(dim=-1),
     "drafter_logsumexp": lambda laws: laws.drafter_logsumexp,
     "verifier_logsumexp": lambda laws: laws.verifier_logsumexp,
+    "drafter_margin": lambda laws: margin(laws.drafter_logits),
+    "verifier_margin": lambda laws: margin(laws.verifier_logits),
     "tv_unscaled": lambda laws: total_variation(laws.verifier_probs, laws.drafter_probs),
     "tv": _sampled_tv,
 }

@@ -21,6 +21,7 @@ from deferral_train.training.datamodule import TraceDataModule
 from deferral_train.training.metadata import evaluation_metadata, training_metadata
 from deferral_train.training.module import HEADLINE, DeferralModule
 from deferral_train.training.preparation import fit_recalibration
+from deferral_train.training.ridge import RIDGE
 from deferral_train.training.scoring import score
 from deferral_train.training.sklearn_heads import SklearnHead
 
@@ -62,8 +63,8 @@ def fit(
     with quiet_lightning():
         pl.seed_everything(config.seed, verbose=False)
     data = _data(config)
-    head = make_head(config, data.traces["train"])
-    if initial is not None:
+    head = make_head(config, data.traces["train"], data.matrix_width)
+    if initial is not None and config.objective != RIDGE:
         head.load_state_dict(initial.state_dict())
     data.prepare(head)
     if config.head == "plug_in" or isinstance(head, SklearnHead):
@@ -85,6 +86,7 @@ def _data(config: FitConfig) -> TraceDataModule:
         batch_size=config.batch_size,
         seed=config.seed,
         pair_training=config.pair_training,
+        verifier=config.verifier,
     )
 
 
