@@ -81,7 +81,8 @@ class Look:
 
     def drift(self) -> dict[str, float]:
         """Mean words that keeping v_q adds, and their deviation."""
-        return {"words": float(np.mean(self.words)), "deviation": float(np.std(self.words))}
+        found = {"words": np.mean(self.words), "deviation": np.std(self.words)} if len(self.words) else {}
+        return {name: float(f"{value:.6g}") for name, value in found.items()}
 
 
 @torch.inference_mode()

@@ -38,7 +38,7 @@ class Progress:
 
     def _seconds_per_token(self, module: CollectModule) -> float | None:
         """From the first batch, collected once more than needed; every batch has its own seed."""
-        if not module.work:
+        if not module.work or module.collector.sequence is not None:  # whose cost a first look tells
             return None
         with torch.inference_mode():
             module.collector(*module.work[0])

@@ -25,6 +25,7 @@ def label_sequences(
     prompts: Sequence[Prompt],
     scores: Mapping[str, Any] | None,
     tell: bool = False,
+    say: bool = False,
 ) -> Plan:
     """Have a collector make sequence labels; the plan comes back with scales and length drift in its manifest.
 
@@ -34,7 +35,8 @@ def label_sequences(
         plan: the work.
         prompts: as read, with their references.
         scores: a scorer for each metric.
-        tell: print what it will cost.
+        tell: look at some prompts to say what all will cost, even where nothing else needs it.
+        say: say it where such a look was needed anyway.
 
     Raises:
         InputError: a metric without a scorer, references that are missing, too few places.
@@ -53,7 +55,7 @@ def label_sequences(
     if not tell and not needs_look(labels, config.label_scales):
         return plan
     look = first_look(collector, plan)
-    if tell:
+    if tell or say:
         tqdm.write(cost(look, plan))
     if not config.label_scales:
         scales = tuple(look.scales(config.metrics))

@@ -52,7 +52,8 @@ def run(
         traces: trace folders of one pair; for breakdowns of any pairs.
         rules: names or specs: opt, learned:head=FOLDER, my_pkg.mine:MyRule; opt:alpha=0.2 marks that point.
         out: folder for the results; runs/NAME/evaluation is where `report` looks.
-        loss: zero_one, log or prob.
+        loss: zero_one, log or prob of the next token; or sequence, of the finished text: for traces with sequence
+            labels, writes sequence_scores.json (what the places lose that a rule keeps) and nothing else.
         truth: reference, verifier, teacher or exact.
         grid: dial points of each rule.
         bootstrap: redraws of prompts for the intervals, 0 for none.
@@ -104,6 +105,14 @@ def run(
         raise InputError("traces is empty; give trace folders of a pair")
     opened = [open_traces(place) for place in traces]
     folder = Path(out)
+    if loss == "sequence":
+        from deferral_train.evaluation.sequence_scores import score_sequences
+
+        scored = score_sequences(
+            opened, rules, grid=grid, bootstrap=bootstrap, seed=seed, confidence=confidence
+        )
+        print(f"{scored.text()}\n\n{scored.write(folder)}")
+        return 0
     tables = None
     if breakdown:
         files = _one_each(prompts, traces)

@@ -195,6 +195,11 @@ class CorpusScorer:
         total = _counts(own, texts, references).sum(axis=0)
         return BoundScorer(self.metric, own, total, len(texts))
 
+    def of_corpus(self, texts: Sequence[str], references: Sequence[str | None]) -> float:
+        """The score of this corpus, in [0, 1]."""
+        own = CORPUS_METRICS[self.metric]()
+        return _corpus_score(own, _counts(own, texts, references).sum(axis=0))
+
 
 @dataclass(frozen=True)
 class BoundScorer:
