@@ -75,7 +75,9 @@ def collect(
         source = Mined(config.new_tokens or ON_POLICY_TOKENS, quality, config.label_tolerance)
     collector = BatchCollector(pair, third, source, plan.manifest, plan.prompts)
     if config.labels == SEQUENCE_LABELS:
-        plan = label_sequences(config, collector, plan, given, scores, plan_only, progress and _rank() == 0)
+        plan = label_sequences(
+            config, collector, plan, given, scores, out, plan_only, progress and _rank() == 0
+        )
         if plan_only:
             return plan.manifest
     # Every process looks for itself, so that none is left waiting for one that gave up.

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from deferral_train.errors import InputError
 from deferral_train.collecting.sequence_sampling import FORMS
+from deferral_train.errors import InputError
 from deferral_train.traces.manifest import JUDGE_LABELS, PREFIX_SOURCES, SEQUENCE_LABELS
 
 HIDDEN = {"none": (), "drafter": ("drafter",), "verifier": ("verifier",), "both": ("drafter", "verifier")}
@@ -145,7 +145,9 @@ class CollectConfig:
             raise InputError(f"label_metric={list(self.metrics)}: name each metric once")
         scales = list(self.label_scales)
         if scales and (len(scales) != len(self.metrics) or not all(0 < one < float("inf") for one in scales)):
-            raise InputError(f"label_scales={scales}: give one number above 0 for each of {list(self.metrics)}")
+            raise InputError(
+                f"label_scales={scales}: give one number above 0 for each of {list(self.metrics)}"
+            )
 
     @property
     def metrics(self) -> tuple[str, ...]:

@@ -103,7 +103,11 @@ def first_look(collector: BatchCollector, plan: Plan, prompts: int = PROMPTS) ->
     batches = [chosen[at : at + 32] for at in range(0, len(chosen), 32)]
     seed = prompt_seed(plan.manifest.seed, "", LOOK_SEED) % 2**32
     paths = [collector.continuations(batch, seed) for batch in batches]
-    texts = [collector.pair.tokenizer.decode(row, skip_special_tokens=True) for path in paths for row in path.tokens]
+    texts = [
+        collector.pair.tokenizer.decode(row, skip_special_tokens=True)
+        for path in paths
+        for row in path.tokens
+    ]
     references = [labels.references.get(plan.prompts[number].id) for batch in batches for number in batch]
     scores = bind(labels.scores, texts, references)
     looking = labels.with_scales(labels.settings.scales, scores)
@@ -121,7 +125,9 @@ def first_look(collector: BatchCollector, plan: Plan, prompts: int = PROMPTS) ->
     )  # fmt: skip
 
 
-def bind(scores: Mapping[str, Any], texts: Sequence[str], references: Sequence[str | None]) -> dict[str, Score]:
+def bind(
+    scores: Mapping[str, Any], texts: Sequence[str], references: Sequence[str | None]
+) -> dict[str, Score]:
     """Scorers of single texts; corpus metrics are taken at this corpus."""
     return {
         name: one.at(texts, references) if isinstance(one, CorpusMetric) else one
@@ -129,10 +135,14 @@ def bind(scores: Mapping[str, Any], texts: Sequence[str], references: Sequence[s
     }
 
 
+def has_corpus_metric(labels: SequenceLabels) -> bool:
+    """Whether a metric is taken at the corpus of the path."""
+    return any(isinstance(one, CorpusMetric) for one in labels.scores.values())
+
+
 def needs_look(labels: SequenceLabels, scales: Sequence[float]) -> bool:
     """Whether something must be fixed by a first look."""
-    corpus = any(isinstance(one, CorpusMetric) for one in labels.scores.values())
-    return corpus or (len(labels.settings.metrics) > 1 and not scales)
+    return has_corpus_metric(labels) or (len(labels.settings.metrics) > 1 and not scales)
 
 
 def cost(look: Look, plan: Plan) -> str:

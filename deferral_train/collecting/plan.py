@@ -24,7 +24,9 @@ from deferral_train.traces.folder import open_folder
 from deferral_train.traces.manifest import JUDGE_LABELS, SEQUENCE_LABELS
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
-TEXTS_TOGETHER = 8  # times as many tokens in a batch whose texts are finished: branches of one column run together
+TEXTS_TOGETHER = (
+    8  # times as many tokens in a batch whose texts are finished: branches of one column run together
+)
 BATCH_LOGITS = 1 << 28  # most logits of one model in a batch
 
 

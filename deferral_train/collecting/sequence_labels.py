@@ -145,9 +145,7 @@ class SequenceLabels:
         """Of every labelled place its samples, the token that it is about, and every prompt's reference."""
         settings, pair = self.settings, self.pair
         most = settings.max_new_tokens
-        verifier = Verifier(
-            pair.verifier, pair.vocab_size, frozenset(pair.eos_ids), most, tally=self.tally
-        )
+        verifier = Verifier(pair.verifier, pair.vocab_size, frozenset(pair.eos_ids), most, tally=self.tally)
         favourites = [
             Favourites(lowest_argmax(q).tolist(), lowest_argmax(p).tolist())
             for q, p in zip(laws["drafter"], laws["verifier"])

@@ -79,7 +79,9 @@ def run(
         length_tolerance, temperature, num_draft_tokens, max_new_tokens, batch_size, seed,
     )  # fmt: skip
     shared = {"prompt_field": prompt_field, "reference_field": reference_field, "template": template}
-    own = read_prompts(prompts, prompt_format, reference_path=reference_path, start=start, limit=limit, **shared)
+    own = read_prompts(
+        prompts, prompt_format, reference_path=reference_path, start=start, limit=limit, **shared
+    )
     held_out = read_prompts(
         validation, prompt_format, reference_path=validation_reference_path, start=validation_start,
         limit=validation_limit, **shared,

@@ -46,7 +46,9 @@ def make_scorer(metric: str, typed: Collection[str] = ()) -> Any:
     module, colon, name = metric.partition(":")
     if colon and module and name:
         if metric not in typed:
-            raise InputError(f"metric {metric}: a function is imported only where it was typed; give it as a flag")
+            raise InputError(
+                f"metric {metric}: a function is imported only where it was typed; give it as a flag"
+            )
         return FunctionScorer(metric, _imported(metric, module, name))
     raise InputError(
         f"metric is {metric!r}; use one of {', '.join([*METRICS, *CORPUS_METRICS])}, 'command:PROGRAM' or "
@@ -155,10 +157,16 @@ class _Program:
     def __init__(self, command: str) -> None:
         try:
             self.process = subprocess.Popen(
-                shlex.split(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+                shlex.split(command),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                encoding="utf-8",
             )
         except OSError as error:
-            raise InputError(f"metric command:{command} cannot be run ({error.strerror}); check the program") from error
+            raise InputError(
+                f"metric command:{command} cannot be run ({error.strerror}); check the program"
+            ) from error
         self.lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 

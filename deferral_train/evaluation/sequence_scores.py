@@ -27,7 +27,9 @@ from deferral_train.traces.sequence import check_one_kind, labelled_rows, sequen
 
 FILE = "sequence_scores.json"
 TOKEN_NEEDS = ("drafter_max", "verifier_at_drafter_argmax")
-SHARES = tuple(round(0.05 * step, 2) for step in range(1, 20))  # of places kept, where a head's alphas are taken
+SHARES = tuple(
+    round(0.05 * step, 2) for step in range(1, 20)
+)  # of places kept, where a head's alphas are taken
 SHOWN = (0.25, 0.5, 0.75)  # kept shares in the printed table
 
 
@@ -78,7 +80,9 @@ class SequenceScores:
     def text(self) -> str:
         """A line per rule: the mean gap of what it keeps where it keeps a quarter, a half, three quarters."""
         unit = self.meta["unit"]
-        lines = [f"mean sequence gap ({unit}) of the places kept, at kept shares of the {self.meta['places']:,} labelled"]
+        lines = [
+            f"mean sequence gap ({unit}) of the places kept, at kept shares of the {self.meta['places']:,} labelled"
+        ]
         lines.append(f"{'rule':<40} " + " ".join(f"{share:>9.0%}" for share in SHOWN))
         order = sorted(self.rules, key=lambda name: self.at_kept(name, 0.5))
         lines += [
@@ -113,7 +117,9 @@ def score_sequences(
     families = make_families(rules, grid)
     usable = [family for family in families if isinstance(family.rule, PositionRule | TokenRule)]
     left_out = {
-        family.name: "its decision is a law over the vocabulary" for family in families if family not in usable
+        family.name: "its decision is a law over the vocabulary"
+        for family in families
+        if family not in usable
     }
     places = _places(traces, usable)
     redraws = PromptBootstrap(places.prompts, bootstrap, seed, confidence)
@@ -158,7 +164,9 @@ def _scores(
 ) -> list[SequenceScore]:
     values: Sequence[float | None] = family.values
     if isinstance(family.rule, LearnedRule):
-        values = sorted({*quantiles_of_estimates(traces[0], family.rule.head, SHARES)} | {family.chosen or 0.0})
+        values = sorted(
+            {*quantiles_of_estimates(traces[0], family.rule.head, SHARES)} | {family.chosen or 0.0}
+        )
     found = []
     for value in values:
         rule = family.rule if value is None else family.rule.with_dial(value)

@@ -110,8 +110,8 @@ class FeatureSet(nn.Module):
     Args:
         features: names with optional transforms, in any order; duplicates are refused.
         stage: ``"draft"`` refuses what needs the verifier.
-        widths: D of each hidden-state field used, e.g. ``{"drafter_hidden": 64}``; ``vocabulary`` and ``matrix`` where a
-            feature looks tokens up (:mod:`deferral_train.heads.lookups`).
+        widths: D of each hidden-state field used, e.g. ``{"drafter_hidden": 64}``; ``vocabulary`` and ``matrix`` where
+            a feature looks tokens up (:mod:`deferral_train.heads.lookups`).
         extra: raw names to carry as columns although the body does not read them (a gate, tv).
         memory_entries: size of the memory behind ``memory_k``, see :mod:`deferral_train.heads.memory`.
     """

@@ -32,7 +32,9 @@ def fold(head: GapHead) -> GapHead:
         InputError: a body that is not linear, or an embedding that goes through a transform.
     """
     if not is_linear(head):
-        raise InputError("body='mlp': only a linear head can be folded; it is stored with the verifier's matrix")
+        raise InputError(
+            "body='mlp': only a linear head can be folded; it is stored with the verifier's matrix"
+        )
     names = [_folded_name(str(feature)) for feature in head.inputs.features]
     widths = dict(head.inputs.widths)
     if not any(feature.name == COSINE for feature in head.inputs.features):

@@ -74,13 +74,17 @@ class RoundsSettings:
         if self.rounds < 0:
             raise InputError(f"rounds={self.rounds}: give 0 (the verifier's own text alone) or more")
         if not 0 < self.calls < 1:
-            raise InputError(f"calls={self.calls:g}: give a share of lossless's verifier calls between 0 and 1")
+            raise InputError(
+                f"calls={self.calls:g}: give a share of lossless's verifier calls between 0 and 1"
+            )
         if not 0 < self.own_share <= 1:
             raise InputError(f"own_share={self.own_share:g}: give a share above 0 and up to 1")
         if not self.objectives:
             raise InputError("objectives is empty; give at least ridge")
         if not 0 <= self.length_tolerance < 1:
-            raise InputError(f"length_tolerance={self.length_tolerance:g}: give a share between 0 and 1, such as 0.01")
+            raise InputError(
+                f"length_tolerance={self.length_tolerance:g}: give a share between 0 and 1, such as 0.01"
+            )
 
 
 @dataclass(frozen=True)
@@ -168,7 +172,9 @@ class Learning:
         self.scorers, self.settings, self.out = dict(scorers), settings, Path(out)
         shared = {prompt.id for prompt in fit_prompts} & {prompt.id for prompt in validation}
         if shared:
-            raise InputError(f"{len(shared)} validation prompts are fitted on, first {min(shared)}; use others")
+            raise InputError(
+                f"{len(shared)} validation prompts are fitted on, first {min(shared)}; use others"
+            )
         self.traces: list[Traces] = []
         self.records: list[dict[str, Any]] = []
         self.matrix = pair.models.verifier.get_output_embeddings().weight.detach().float().cpu()

@@ -24,7 +24,7 @@ HINT = "judge:rate=0.3 (share of judged tokens that are acceptable) or judge:tau
 
 
 def is_judge(truth: str) -> bool:
-    """Whether labels are those of judged tokens: ``judge``, ``judge:tau=X``, ``judge:rate=R`` or ``judge:sequence=T``."""
+    """Whether labels are those of judged tokens: ``judge``, ``judge:tau=X``, ``judge:rate=R``, ``judge:sequence=T``."""
     return truth == "judge" or truth.startswith("judge:")
 
 
@@ -143,5 +143,7 @@ def _tolerance(truth: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise InputError(f"truth={truth!r}: write judge:sequence, or judge:sequence=0.02 (largest gap to accept)")
+        raise InputError(
+            f"truth={truth!r}: write judge:sequence, or judge:sequence=0.02 (largest gap to accept)"
+        )
     return value

@@ -166,10 +166,15 @@ def _check_labels(labels: Mapping[str, Any]) -> None:
     require(not labels or labels.get("kind") in kinds, f"labels.kind is none of {kinds}")
     metrics, scales = labels.get("metrics", []), labels.get("scales", [])
     if labels.get("kind") == SEQUENCE_LABELS:
-        require(isinstance(metrics, list) and 0 < len(metrics) <= MOST_METRICS, "labels.metrics is no list of names")
+        require(
+            isinstance(metrics, list) and 0 < len(metrics) <= MOST_METRICS,
+            "labels.metrics is no list of names",
+        )
         require(all(isinstance(name, str) for name in metrics), "labels.metrics is no list of names")
         positive = [isinstance(one, int | float) and 0 < one < math.inf for one in scales]
-        require(len(positive) == len(metrics) and all(positive), "labels.scales is no positive number per metric")
+        require(
+            len(positive) == len(metrics) and all(positive), "labels.scales is no positive number per metric"
+        )
         return
     require(not metrics, "labels.metrics belong to sequence labels")
     size = labels.get("hidden", 0)

@@ -109,7 +109,9 @@ def check_one_kind(parts: Sequence[Traces]) -> None:
                 )
     count = sum(int(labelled_rows(part).sum()) for part in parts)
     if count < FEWEST:
-        raise InputError(f"sequence labels: {count} labelled places, at least {FEWEST} are needed; collect more prompts")
+        raise InputError(
+            f"sequence labels: {count} labelled places, at least {FEWEST} are needed; collect more prompts"
+        )
 
 
 def _facts(traces: Traces) -> Mapping[str, Any]:

@@ -49,8 +49,8 @@ def best_plug_in(
 ) -> list[PositionRule]:
     """For every alpha the plug-in rule and dial of least estimated L_spec on these traces.
 
-    ``z [N]`` labels the gap, of all rows or of those in ``rows``. L_spec(r) = const + E[r (alpha tv - z)], so two sums per candidate serve every
-    alpha.
+    ``z [N]`` labels the gap, of all rows or of those in ``rows``. L_spec(r) = const + E[r (alpha tv - z)], so two
+    sums per candidate serve every alpha.
     """
     rules = candidates(names)
     fields = sorted(frozenset({"tv"}).union(*(rule.needs for rule in rules)))

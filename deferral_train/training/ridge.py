@@ -36,7 +36,9 @@ def fit_ridge(
         InputError: a head that is not linear, or not of the verify stage.
     """
     if not isinstance(head, GapHead) or not is_linear(head) or head.stage != "verify":
-        raise InputError("objective='ridge': it solves a gap head with body='linear' at the verify stage, no other")
+        raise InputError(
+            "objective='ridge': it solves a gap head with body='linear' at the verify stage, no other"
+        )
     products, moments, mean = _sums(head, train)
     shift = mean[:-1]  # of the features, which are only about 0 on average
     centred = products - torch.outer(shift, shift)

@@ -170,8 +170,8 @@ def check_label(head: DeferralHead, label: str) -> None:
         return
     if is_sequence(label) != (head.loss in SEQUENCE_LOSSES):
         raise InputError(
-            f"truth={label!r}, loss={head.loss!r}: sequence labels are for a head of loss 'sequence' (temperature 0) or "
-            "'sequence_sampled', and only they are"
+            f"truth={label!r}, loss={head.loss!r}: truth 'sequence' is for a head of loss 'sequence' (temperature 0) "
+            "or 'sequence_sampled', and they learn from nothing else"
         )
     if is_judge(label) or label == "acceptance":
         raise InputError(

@@ -127,7 +127,13 @@ def test_kills_of_two_ranks_resumed_by_one_two_or_three(
     killed_runs(nursery, tmp_path, whole, kills=5, ranks=[1, 2, 3], seed=1)
 
 
-SEQUENCE = {"labels": "sequence", "prefixes": "verifier", "temperature": 0.0, "max_new_tokens": 8, "log_top_k": 0}
+SEQUENCE = {
+    "labels": "sequence",
+    "prefixes": "verifier",
+    "temperature": 0.0,
+    "max_new_tokens": 8,
+    "log_top_k": 0,
+}
 
 
 def test_sequence_labels_are_the_same_killed_and_resumed_and_over_two_ranks(
