@@ -199,9 +199,19 @@ def _score(
     loss = redraws.mean(by_prompt["gap"] / places.share)
     mean: tuple[float, float | None, float | None] = (0.0, None, None)
     if kept.any():
-        # A redraw may hold no kept place: its mean is then that of nothing.
-        with np.errstate(invalid="ignore", divide="ignore"):
-            ratio = redraws.ratio(by_prompt["gap"], by_prompt["kept"])
-        mean = (ratio.value, ratio.low, ratio.high)
+        mean = _mean_of_kept(by_prompt["gap"], by_prompt["kept"], redraws)
     rejected = float((defer * places.tv).mean())
     return SequenceScore(value, float(kept.mean()), rejected, mean, (loss.value, loss.low, loss.high))
+
+
+def _mean_of_kept(
+    gap: np.ndarray, kept: np.ndarray, redraws: PromptBootstrap
+) -> tuple[float, float | None, float | None]:
+    """Mean gap of what is kept, from sums per prompt [P], over the redraws that hold something kept."""
+    value = float(gap.sum() / kept.sum())
+    if not redraws.replicates:
+        return value, None, None
+    sums, counts = redraws.sums(gap), redraws.sums(kept)
+    told = counts > 0.5
+    low, high = redraws.percentiles(sums[told] / counts[told])
+    return value, float(low), float(high)

@@ -19,8 +19,9 @@ from deferral_train.collecting.api import collect
 from deferral_train.collecting.config import CollectConfig
 from deferral_train.decoding.decode import DecodeConfig, decode
 from deferral_train.decoding.outputs import OUTPUTS, read_lines
-from deferral_train.decoding.pair import Pair, Settings
+from deferral_train.decoding.pair import Pair, Settings, load_pair
 from deferral_train.errors import InputError
+from deferral_train.evaluation.scorers import make_scorers
 from deferral_train.evaluation.sequence import (
     Decoded,
     composite_loss,
@@ -31,6 +32,9 @@ from deferral_train.evaluation.sequence import (
 from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.rules import learned_rule
 from deferral_train.pairs.prompts import Prompt
+from deferral_train.pipeline.config import RunConfig
+from deferral_train.pipeline.heads import BEST
+from deferral_train.pipeline.text import read_part
 from deferral_train.traces import Traces, open_traces
 from deferral_train.training.config import FitConfig
 from deferral_train.training.fit import fit
@@ -39,6 +43,7 @@ LEVELS = (0.3, 0.45, 0.6, 0.75, 0.88)  # shares of the places that are kept, by 
 PROBE = 0.15  # first price on length that is tried, in deviations
 MOST_PRICE = 1.0
 LOSSLESS = "lossless"
+ROUNDS = "rounds"  # what the head of rounds is called in a run, and their folder
 
 
 @dataclass(frozen=True)
@@ -343,6 +348,40 @@ class Learning:
             "head": "head",
         }
         return self._write(lossless, chosen)
+
+
+def learn_in_rounds(config: RunConfig, pair: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The rounds of a run: on its fit part, chosen by decoding its validation part; the head becomes the run's best.
+
+    Args:
+        config: of the run.
+        pair: what its stage says of the two models.
+        folder: of the run.
+
+    Returns:
+        what was chosen, and a line's worth of every round.
+    """
+    heads, how = config.heads, config.decode
+    settings = RoundsSettings(
+        rounds=heads.rounds,
+        calls=heads.calls,
+        metrics=tuple(heads.label_metric),
+        label_share=heads.label_share,
+        temperature=how.temperature,
+        num_draft_tokens=how.num_draft_tokens,
+        max_new_tokens=how.max_new_tokens,
+        batch_size=max(how.batch_size, 32),
+        seed=config.seed,
+    )
+    models = load_pair(pair["drafter"], pair["verifier"], config.pair.device, config.pair.dtype)
+    parts = [read_part(folder, part) for part in ("fit", "validation")]
+    content = Learning(models, *parts, make_scorers(settings.metrics), settings, folder / ROUNDS).run()
+    DeferralHead.from_pretrained(folder / ROUNDS / "head").save_pretrained(folder / BEST)
+    rounds = [
+        {"round": one["round"], "labelled": one["labelled"]} | _best_of(one)["at_wish"]
+        for one in content[ROUNDS]
+    ]
+    return {"chosen": content["chosen"], "rounds": rounds}
 
 
 def _best_of(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -167,4 +168,6 @@ def plain_settings(config: FitConfig) -> dict[str, Any]:
 
 
 def _named(source: Any) -> Any:
-    return f"{len(source)} rows in memory" if isinstance(source, Traces) else source
+    if isinstance(source, Traces):
+        return f"{len(source)} rows in memory"
+    return str(source) if isinstance(source, Path) else source

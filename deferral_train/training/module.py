@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytorch_lightning as pl
@@ -79,6 +80,7 @@ class DeferralModule(pl.LightningModule):
         if stage == "fit":
             prepare_head(self.head, self.data.traces["train"], self.data.tables["train"])
             if self.objective == RIDGE:
+                warnings.filterwarnings("ignore", message=".*training_step. returned .None.*")  # as it should
                 self.penalty = fit_ridge(self.head, self.data.tables["train"], self.data.tables["val"])
             settings = {**self.hparams, "objective": self.objective, "batch_size": self.data.batch_size}
             settings |= {"penalty": self.penalty} if self.objective == RIDGE else {}
