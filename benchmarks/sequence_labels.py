@@ -3,11 +3,12 @@
     python -m benchmarks.sequence_labels --pair en-fr --rounds runs/rounds-fr --prompts test [--out FILE]
 
 Needs a folder of ``deferral-train rounds``. Rules without a head get eight settings each, at which they keep given
-shares of the labelled places of the fit lines; the head gets eight, at shares of its own estimates. Nothing is chosen on the
-prompts that are decoded. At temperature 0 rules that keep the same places are one: opt, diff and token_v1; opt_verifier
-and token_v2; token_v3 and logit_margin. Reported at 0.85, 0.70 and 0.60 of lossless's verifier calls per emitted token:
-BLEU, chrF and TER of sacrebleu and the length ratio, linear between neighbouring settings, and head minus the best rule
-there, with 95% paired bootstrap intervals over prompts, in which settings are interpolated anew in every redraw.
+shares of the labelled places of the fit lines; the head gets eight, at shares of its own estimates. Nothing is chosen
+on the prompts that are decoded. At temperature 0 rules that keep the same places are one: opt, diff and token_v1;
+opt_verifier and token_v2; token_v3 and logit_margin. Reported at 0.85, 0.70 and 0.60 of lossless's verifier calls per
+emitted token: BLEU, chrF and TER of sacrebleu and the length ratio, linear between neighbouring settings, and head
+minus the best rule there, with 95% paired bootstrap intervals over prompts, in which settings are interpolated anew
+in every redraw.
 """
 
 from __future__ import annotations

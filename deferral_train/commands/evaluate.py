@@ -53,7 +53,8 @@ def run(
         rules: names or specs: opt, learned:head=FOLDER, my_pkg.mine:MyRule; opt:alpha=0.2 marks that point.
         out: folder for the results; runs/NAME/evaluation is where `report` looks.
         loss: zero_one, log or prob of the next token; or sequence, of the finished text: for traces with sequence
-            labels, writes sequence_scores.json (what the places lose that a rule keeps) and nothing else.
+            labels, writes sequence_scores.json (what the places lose that a rule keeps) and, with tokenizer,
+            token_pairs.json (what heads hold most harmless and most harmful), and nothing else.
         truth: reference, verifier, teacher or exact.
         grid: dial points of each rule.
         bootstrap: redraws of prompts for the intervals, 0 for none.
@@ -74,7 +75,7 @@ def run(
             max_gram: its failures by class of input; drafting: decode runs side by side.
         prompts: files that the traces were collected from, one for each folder or one for all, for copy_rate,
             max_gram and a domain that is a field.
-        tokenizer: checkpoints with the tokenizers of the traces, for copy_rate and max_gram.
+        tokenizer: checkpoints with the tokenizers of the traces, for copy_rate, max_gram and loss sequence.
         domain: folder (of the traces), id (the part of a prompt's id before the first of / # :) or a field of the
             prompts.
         decoded: folders of `decode` runs, for the breakdown drafting.
@@ -106,12 +107,14 @@ def run(
     opened = [open_traces(place) for place in traces]
     folder = Path(out)
     if loss == "sequence":
-        from deferral_train.evaluation.sequence_scores import score_sequences
+        from deferral_train.evaluation.sequence_scores import score_sequences, write_pairs
 
         scored = score_sequences(
             opened, rules, grid=grid, bootstrap=bootstrap, seed=seed, confidence=confidence
         )
         print(f"{scored.text()}\n\n{scored.write(folder)}")
+        for name in tokenizer[:1]:
+            print(f"\n{write_pairs(opened, rules, load_tokenizer(name), folder)}")
         return 0
     tables = None
     if breakdown:

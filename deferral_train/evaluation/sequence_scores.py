@@ -19,13 +19,14 @@ from deferral_train.errors import InputError
 from deferral_train.evaluation.bootstrap import PromptBootstrap
 from deferral_train.evaluation.families import Family, make_families
 from deferral_train.evaluation.sequence import quantiles_of_estimates
+from deferral_train.evaluation.token_pairs import token_pairs
 from deferral_train.rules.base import PositionRule, Rule, TokenRule
 from deferral_train.rules.learned import LearnedRule
 from deferral_train.rules.summary import Summary
 from deferral_train.traces import Traces
 from deferral_train.traces.sequence import check_one_kind, labelled_rows, sequence_gap
 
-FILE = "sequence_scores.json"
+FILE, PAIRS = "sequence_scores.json", "token_pairs.json"
 TOKEN_NEEDS = ("drafter_max", "verifier_at_drafter_argmax")
 SHARES = tuple(
     round(0.05 * step, 2) for step in range(1, 20)
@@ -129,6 +130,18 @@ def score_sequences(
     unit = metrics[0] if len(metrics) == 1 else f"deviations of {' and '.join(metrics)}"
     meta = {"labels": labels, "prompts": places.prompts, "places": len(places.gap), "unit": unit}
     return SequenceScores(scores, left_out, meta)
+
+
+def write_pairs(traces: Sequence[Traces], rules: Iterable[Rule | str], tokenizer: Any, folder: Path) -> str:
+    """Token pairs of every head among the rules: written to ``token_pairs.json``, and as text."""
+    heads = {
+        family.name: family.rule.head
+        for family in make_families(rules)
+        if isinstance(family.rule, LearnedRule)
+    }
+    found = {name: token_pairs(traces, head, tokenizer) for name, head in heads.items()}
+    provenance.write_json(folder / PAIRS, {name: pairs.as_dict() for name, pairs in found.items()})
+    return "\n\n".join(f"{name}\n{pairs.text()}" for name, pairs in found.items())
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from deferral_train.decoding import Pair
 from deferral_train.errors import InputError
 from deferral_train.evaluation.scorers import make_scorers
 from deferral_train.evaluation.sequence_scores import score_sequences
+from deferral_train.evaluation.token_pairs import token_pairs
 from deferral_train.heads import DeferralHead
 from deferral_train.heads.rules import learned_rule
 from deferral_train.pairs.load import make_pair
@@ -182,6 +183,21 @@ def test_rules_and_heads_are_scored_by_the_same_labels(pair: Pair, folder: Path,
     assert scores.at_kept("learned", 0.5) < scores.at_kept("opt", 0.5)
     written = json.loads(scores.write(tmp_path).read_text())
     assert written["meta"]["unit"] == "chrf1"
+
+
+def test_token_pairs_are_ordered_by_what_the_head_estimates(pair: Pair, folder: Path, tmp_path: Path) -> None:
+    head = fitted(pair, folder, tmp_path / "fit").head
+    traces = open_traces(folder)
+    found = token_pairs([traces], head, pair.tokenizer, fewest=2, shown=3)
+    rows = labelled_rows(traces)
+    summary = traces.summary([*head.features, "drafter_argmax", "verifier_argmax"]).select(rows)
+    for one in (*found.harmless, *found.harmful):
+        ids = pair.tokenizer.convert_tokens_to_ids([one.drafter, one.verifier])
+        own = (summary.drafter_argmax == ids[0]) & (summary.verifier_argmax == ids[1])
+        assert int(own.sum()) == one.count >= 2
+        assert one.estimate == pytest.approx(float(head.gap(summary)[own].mean()), abs=1e-5)
+        assert one.label == pytest.approx(float(sequence_gap(traces)[rows][own].mean()), abs=1e-5)
+    assert found.harmless[0].estimate <= found.harmless[-1].estimate <= found.harmful[0].estimate
 
 
 def test_rounds_choose_by_decoding_and_resume(pair: Pair, tmp_path: Path) -> None:
