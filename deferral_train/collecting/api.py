@@ -89,6 +89,8 @@ def collect(
         pair, third, collector, plan, out,
         devices=devices, num_nodes=num_nodes, max_bytes=config.max_bytes, progress=progress,
     )  # fmt: skip
+    if collector.sequence is not None:
+        collector.sequence.unscored.check()
     if _rank() == 0:
         _report(out, progress)
     return plan.manifest

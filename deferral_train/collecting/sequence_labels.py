@@ -81,7 +81,16 @@ class Unscored:
         """
         self.asked += values.size
         self.failed += int(np.isnan(values).sum())
-        if self.asked >= FEWEST_SCORED and self.failed > MOST_UNSCORED * self.asked:
+        if self.asked >= FEWEST_SCORED:
+            self.check()
+
+    def check(self) -> None:
+        """As at the end, whatever was asked.
+
+        Raises:
+            InputError: as :meth:`add`.
+        """
+        if self.failed > MOST_UNSCORED * self.asked:
             raise InputError(
                 f"label_metric: {self.failed} of {self.asked} gaps have no score, more than {MOST_UNSCORED:.0%}; "
                 "run the scorer on one of the texts to see why it fails"
