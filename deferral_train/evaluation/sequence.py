@@ -5,7 +5,7 @@ P prompts, M metrics.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,7 @@ def predicted_loss(traces: Traces) -> Predicted:
     kept = (traces.column("origin") == Origin.KEPT) & labelled_rows(traces).numpy()
     share = float(traces.manifest.labels["share"])
     prompts = traces.prompt_of_row
+    # In the order of the traces' prompt_ids.
     places = {number: place for place, number in enumerate(np.unique(prompts))}
     at = np.array([places[number] for number in prompts[kept]], dtype=np.int64)
     table = traces.column(SEQUENCE_GAPS)[kept].astype(np.float64) / share
@@ -95,6 +96,38 @@ def predicted_loss(traces: Traces) -> Predicted:
     composite = np.zeros(len(places))
     np.add.at(composite, at, traces.column(SEQUENCE_GAP)[kept].astype(np.float64) / share)
     return Predicted(loss, composite)
+
+
+def counted_loss(
+    own: Traces,
+    verifier: Traces,
+    text: Callable[[Sequence[int]], str],
+    references: Mapping[str, str | None],
+    scorers: Mapping[str, Any],
+) -> np.ndarray:
+    """What a cascade's texts lose against the verifier's own, scored as they stand: [P, M].
+
+    Args:
+        own: traces along the cascade's text.
+        verifier: along the verifier's, of the same prompts.
+        text: of tokens.
+        references: by prompt id.
+        scorers: by metric; of single texts.
+    """
+    names = own.prompt_ids
+    texts = [_texts(part, text) for part in (verifier, own)]
+    given = [references.get(name) for name in names]
+    scores = [
+        [scorer([part[name] for name in names], given) for scorer in scorers.values()] for part in texts
+    ]
+    return np.stack([best - kept for best, kept in zip(*scores)], axis=1)
+
+
+def _texts(traces: Traces, text: Callable[[Sequence[int]], str]) -> dict[str, str]:
+    """Text of every prompt that traces follow."""
+    prompt, token = traces.prompt_of_row, traces.column("token")
+    ids = traces.manifest.prompt_ids
+    return {ids[number]: text(token[prompt == number].tolist()) for number in np.unique(prompt)}
 
 
 def quantiles_of_estimates(traces: Traces, head: Any, levels: Sequence[float]) -> list[float]:

@@ -17,14 +17,17 @@ import numpy as np
 from deferral_train import provenance
 from deferral_train.collecting.api import collect
 from deferral_train.collecting.config import CollectConfig
+from deferral_train.collecting.first_look import CorpusMetric
 from deferral_train.decoding.decode import DecodeConfig, decode
 from deferral_train.decoding.outputs import OUTPUTS, read_lines
 from deferral_train.decoding.pair import Pair, Settings, load_pair
 from deferral_train.errors import InputError
+from deferral_train.evaluation.bootstrap import MIN_PROMPTS, PromptBootstrap
 from deferral_train.evaluation.scorers import make_scorers
 from deferral_train.evaluation.sequence import (
     Decoded,
     composite_loss,
+    counted_loss,
     predicted_loss,
     quantiles_of_estimates,
     score_decoded,
@@ -313,12 +316,27 @@ class Learning:
         }
         if number:
             # On the fit prompts, along the text of the head before: what its kept places cost by their labels.
-            predicted = predicted_loss(traces)
-            record["predicted"] = {
-                "composite": float(predicted.composite.mean()),
-                "metrics": dict(zip(self.settings.metrics, predicted.loss.mean(0).tolist())),
-            }
+            record["predicted"] = self._prediction(traces)
         return record
+
+    def _prediction(self, traces: Traces) -> dict[str, Any]:
+        """Mean loss per text that the kept places' labels predict, and what the same texts lost, by metric of texts."""
+        single = {name: one for name, one in self.scorers.items() if not isinstance(one, CorpusMetric)}
+        predicted = predicted_loss(traces).loss
+        if not single or self.settings.temperature or self.settings.label_reference != "given":
+            return {name: {"predicted": float(predicted[:, n].mean())} for n, name in enumerate(self.scorers)}
+        references = {prompt.id: prompt.reference for prompt in self.fit_prompts}
+        counted = counted_loss(traces, self.traces[0], self.pair.text, references, single)
+        redraws = PromptBootstrap(len(counted), 1000 if len(counted) >= MIN_PROMPTS else 0)
+        found = {}
+        for place, name in enumerate(single):
+            mine = predicted[:, list(self.scorers).index(name)]
+            found[name] = {
+                "predicted": float(mine.mean()),
+                "counted": float(counted[:, place].mean()),
+                "difference": redraws.mean(mine - counted[:, place]).as_dict(),
+            }
+        return found
 
     def _write(self, lossless: Decoded, chosen: Mapping[str, Any] | None = None) -> dict[str, Any]:
         content = {

@@ -34,6 +34,7 @@ class Run:
             ``evaluation/breakdowns.json``, ``decode/summary.json``, ``run.json`` (or what the `decode` command left,
             where there was no whole run).
         prefixes: ``evaluation/prefixes.json``, logged prefixes for the alpha slider.
+        rounds: ``rounds/rounds.json`` of a run, or ``rounds.json`` of the `rounds` command.
         shadow: what a serving engine's shadow mode counted, by rule.
         outputs, batches: rows of ``decode/outputs.jsonl`` and ``decode/batches.jsonl``.
         training: scalar curves of the fit, tag to [(step, value)].
@@ -45,6 +46,7 @@ class Run:
     skew: dict[str, Any] | None = None
     frontier: dict[str, Any] | None = None
     breakdowns: dict[str, Any] | None = None
+    rounds: dict[str, Any] | None = None
     shadow: dict[str, Sums] = field(default_factory=dict)
     prefixes: dict[str, Any] | None = None
     summary: dict[str, Any] | None = None
@@ -75,6 +77,7 @@ def load_run(folder: str | Path, shadow: str | Path | None = None) -> Run:
         skew=_json(root / "evaluation" / "skew.json"),
         frontier=_json(root / "evaluation" / "frontier.json"),
         breakdowns=_json(root / "evaluation" / "breakdowns.json"),
+        rounds=_json(root / "rounds" / "rounds.json") or _json(root / "rounds.json"),
         shadow=find_shadow(root, shadow),
         prefixes=_json(root / "evaluation" / "prefixes.json"),
         summary=_json(root / "decode" / "summary.json"),
@@ -84,11 +87,21 @@ def load_run(folder: str | Path, shadow: str | Path | None = None) -> Run:
         training=read_training(root / ((verdict or {}).get("training") or "fit")),
     )
     if not any(
-        (run.verdict, run.scores, run.frontier, run.breakdowns, run.shadow, run.summary, run.training)
+        (
+            run.verdict,
+            run.scores,
+            run.frontier,
+            run.breakdowns,
+            run.rounds,
+            run.shadow,
+            run.summary,
+            run.training,
+        )
     ):
         raise InputError(
             f"run folder {root} holds nothing to report: none of verdict.json, evaluation/scores.json, "
-            "decode/summary.json, fit/, shadow.json; run `deferral-train evaluate` or `decode` into it first"
+            "decode/summary.json, fit/, rounds.json, shadow.json; "
+            "run `deferral-train evaluate` or `decode` into it first"
         )
     check(run)
     return run

@@ -14,6 +14,7 @@ from deferral_train.report.board import write_board
 from deferral_train.report.breakdowns import breakdowns
 from deferral_train.report.frontier import frontier
 from deferral_train.report.load import Run, load_run
+from deferral_train.report.rounds import rounds
 from deferral_train.report.sections import calibration, curves, length, online, skew, training
 from deferral_train.report.shadow import shadow as shadow_section
 from deferral_train.report.tokens import Texts, slider_data, token_data
@@ -68,6 +69,7 @@ def render(run: Run) -> str:
         online=online(run),
         frontier=frontier(run),
         breakdowns=breakdowns(run),
+        rounds=rounds(run),
         shadow=shadow_section(run.shadow),
         training=training(run),
         calibration=calibration(run),

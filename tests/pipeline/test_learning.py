@@ -22,6 +22,7 @@ from deferral_train.heads.rules import learned_rule
 from deferral_train.pairs.load import make_pair
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.pipeline.learning import Learning, Point, RoundsSettings, at_calls
+from deferral_train.report.page import write_report
 from deferral_train.traces import open_traces
 from deferral_train.traces.sequence import labelled_rows, sequence_gap
 from deferral_train.training.config import FitConfig
@@ -217,11 +218,17 @@ def test_rounds_choose_by_decoding_and_resume(pair: Pair, tmp_path: Path) -> Non
         if one["head"] == record["best"]
     )
     assert content["chosen"]["at_wish"]["loss"] == best
-    assert "predicted" in content["rounds"][1]
+    for found in content["rounds"][1]["predicted"].values():
+        assert (
+            found["difference"]["low"] <= found["predicted"] - found["counted"] <= found["difference"]["high"]
+        )
     head = DeferralHead.from_pretrained(tmp_path / "head")
     assert head.metadata["alpha"] == pytest.approx(content["chosen"]["alpha"])
     written = json.loads((tmp_path / "rounds.json").read_text())
     assert written == json.loads(json.dumps(content))
+    page = write_report(tmp_path, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Rounds of learning from finished texts" in page
+    assert f"{content['rounds'][1]['labelled']:,}" in page
     again = Learning(pair, prompts(0, 40), prompts(100, 15), scorers, SETTINGS, tmp_path).run()
     assert again == content
 
