@@ -68,7 +68,7 @@ bench: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks --device cpu
 
 bench-gpu: $(VENV)/.installed
-	$(BIN)/python -m benchmarks --device cuda
+	PYTHONPATH=. $(BIN)/python -m benchmarks.gpu --device cuda --out benchmarks/results/gpu-$$(date +%F).json
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

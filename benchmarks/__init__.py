@@ -1,1 +1,1 @@
-"""Benchmarks: ratios taken in one run, never a timed test. `python -m benchmarks` runs the CPU part."""
+"""Benchmarks: ratios taken in one run, never a timed test (`python -m benchmarks`); longer studies in studies/."""

@@ -1,4 +1,4 @@
-"""Run every benchmark for a device, each in a process of its own, and keep their JSON in benchmarks/results/.
+"""Run every ratio benchmark for a device, each in a process of its own, and keep their JSON in benchmarks/results/.
 
 python -m benchmarks --device cpu            # make bench
 python -m benchmarks --device cuda           # make bench-gpu
@@ -24,14 +24,8 @@ BENCHMARKS = {
     "fit_speed": ("cpu", "cuda"),
     "collect": ("cpu", "cuda"),
     "decoding": ("cpu", "cuda"),
-    "drafting": ("cpu",),
-    "synthetic_regret": ("cpu",),
-    "multi30k_heads": ("cpu",),
-    "multi30k_tokens": ("cpu",),
-    "dagger": ("cpu",),
-    "self_judge": ("cpu",),
 }
-# What a device gets besides: name -> further runs, as (suffix of the JSON, arguments).
+# Further runs on a device: name -> (suffix of the JSON, arguments).
 BESIDES = {("decoding", "cuda"): [("-400M", ["--random", "24", "1024"])]}  # a verifier of 0.4 G parameters
 
 
@@ -67,6 +61,7 @@ def main() -> int:
                 failed.append(name + suffix)
     if failed:
         print(f"benchmarks: failed: {', '.join(failed)}", file=sys.stderr)
+    print("The studies take minutes to hours each: `python -m benchmarks.studies` lists them.")
     return 1 if failed else 0
 
 

@@ -1,4 +1,4 @@
-"""What benchmarks share: flags, the shared pair, what they ran on, and how results leave them."""
+"""Shared by all benchmarks: flags, the shared pair, the machine's description, and how results leave them."""
 
 from __future__ import annotations
 
@@ -16,37 +16,51 @@ from deferral_train import provenance
 SHARED = Path(os.environ.get("DEFERRAL_TRAIN_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 
+def bare_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser that shows the module's docstring as it is written."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def flags(
-    doc: str | None, devices: Sequence[str] = ("cpu", "cuda"), threads: int = 1
+    doc: str | None, devices: Sequence[str] = ("cpu", "cuda"), threads: int | None = 1
 ) -> argparse.ArgumentParser:
-    """A parser with the flags of every benchmark: ``--device``, ``--threads``, ``--seed``, ``--out``.
+    """A parser with the flags of a benchmark: ``--device``, ``--out``; where it sets them ``--threads``, ``--seed``.
 
     Args:
         doc: the module's docstring.
         devices: what the benchmark has a part for, default first.
-        threads: of torch, by default.
+        threads: of torch, by default; None where the benchmark leaves them and the seed alone.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bare_parser(doc)
     parser.add_argument("--device", choices=devices, default=devices[0])
-    parser.add_argument("--threads", type=int, default=threads, help="of torch")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file for the results")
+    if threads is not None:
+        parser.add_argument("--threads", type=int, default=threads, help="of torch")
+        parser.add_argument("--seed", type=int, default=0)
     return parser
 
 
 def study_flags(doc: str | None, work: str) -> argparse.ArgumentParser:
-    """A parser with the flags of a study on the shared pair: ``--shared``, ``--work``, ``--device``, ``--out``.
+    """A parser with the flags of a study: ``--device``, ``--out``, ``--shared`` and ``--work``.
 
     Args:
         doc: the module's docstring.
         work: folder for what a study keeps from one run to the next, by default.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=Path("../shared"))
-    parser.add_argument("--work", type=Path, default=Path(work))
-    parser.add_argument("--device", default="cpu", help="cpu; the pair is small")
-    parser.add_argument("--out", type=Path)
+    parser = flags(doc, ("cpu",), threads=None)
+    parser.add_argument("--shared", type=Path, default=SHARED, help="folder of the shared pair and its text")
+    parser.add_argument("--work", type=Path, default=Path(work), help="kept from one run to the next")
     return parser
+
+
+def keep(
+    options: argparse.Namespace, result: Mapping[str, Any], seeds: Mapping[str, int] | None = None
+) -> None:
+    """With ``--out``, write the result with its provenance."""
+    if options.out:
+        record = provenance.collect(dict(seeds or {}))
+        provenance.write_json(options.out, {**result, "provenance": record})
+        print(f"written: {options.out}")
 
 
 def begin(options: argparse.Namespace) -> None:
@@ -61,15 +75,12 @@ def finish(name: str, options: argparse.Namespace, result: Mapping[str, Any], te
     """Print the table; with ``--out`` write the result with device, threads and provenance. Returns exit status 0."""
     where = {"device": device_name(options.device), "threads": options.threads, "cores": os.cpu_count()}
     print(f"{name} on {where['device']}, {where['threads']} torch thread(s), {where['cores']} cores\n{text}")
-    if options.out:
-        record = provenance.collect({"seed": options.seed})
-        provenance.write_json(options.out, {"benchmark": name, **where, **result, "provenance": record})
-        print(f"written: {options.out}")
+    keep(options, {"benchmark": name, **where, **result}, {"seed": options.seed})
     return 0
 
 
 def device_name(device: str) -> str:
-    """What the GPU or the CPU calls itself."""
+    """Name of the GPU or the CPU, as it gives it."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     source = Path("/proc/cpuinfo")

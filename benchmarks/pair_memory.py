@@ -8,9 +8,7 @@ from them is compared with the count that they publish, so that a mistyped dimen
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from transformers import (
     T5Config,
 )
 
-from deferral_train import provenance
+from benchmarks.common import flags, keep
 
 BYTES = 2  # bfloat16
 GIB = 2**30
@@ -155,12 +153,8 @@ def statement(pair: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags(__doc__, ("cpu",), threads=None)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--device", default="cpu", help="nothing is allocated; for `python -m benchmarks`")
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     for name, shape in SHAPES.items():
         count = parameter_count(meta_model(name))
@@ -169,8 +163,7 @@ def main() -> int:
     table = {pair: memory(pair, options.batch) for pair in PAIRS}
     for pair in PAIRS:
         print(f"{pair:<16}{statement(pair)}")
-    if options.out:
-        provenance.write_json(options.out, {"gib": table, "provenance": provenance.collect({})})
+    keep(options, {"gib": table})
     return 0
 
 

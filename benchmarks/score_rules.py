@@ -8,7 +8,6 @@ Memory is the peak of a process of its own that does nothing else.
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import subprocess
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from deferral_train import provenance
+from benchmarks.common import flags, keep
 from deferral_train.heads.gap import GapHead
 from deferral_train.rules import make_rule
 from deferral_train.traces import Chunk, Manifest, TraceWriter, open_traces, prepare_folder
@@ -104,13 +103,9 @@ def score(folder: Path, bootstrap: int) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags(__doc__, ("cpu",), threads=None)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--bootstrap", type=int, default=1000)
-    parser.add_argument("--device", choices=("cpu",), default="cpu")
-    parser.add_argument("--out", type=Path)
     parser.add_argument("--folder", type=Path, help="score these traces; used by the process that measures")
     options = parser.parse_args()
     if options.folder is not None:
@@ -122,14 +117,13 @@ def main() -> int:
         command += ["--bootstrap", str(options.bootstrap)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     result = json.loads(done.stdout.splitlines()[-1])
-    result |= {"limits": {"seconds": 20, "peak_gib": 2}, "provenance": provenance.collect({"seed": 0})}
+    result["limits"] = {"seconds": 20, "peak_gib": 2}
     print(
         f"{result['rows']} rows, {result['settings']} settings: {result['seconds']:.1f} s "
         f"(limit 20; {result['cpu_seconds']:.1f} s of processor time), "
         f"peak {result['peak_gib']:.2f} GiB (limit 2), of which {result['before_gib']:.2f} imports"
     )
-    if options.out is not None:
-        provenance.write_json(options.out, result)
+    keep(options, result, {"seed": 0})
     return 0 if result["seconds"] < 20 and result["peak_gib"] < 2 else 1
 
 

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import flags
 from benchmarks.vllm_engines import (
     CONCURRENCY,
     DRAFTS,
@@ -39,12 +40,8 @@ PARTS = ("agreement", "speed", "overhead", "http")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cpu",), default="cpu")
+    parser = flags(__doc__, ("cpu",), threads=None)
     parser.add_argument("--pair", type=Path, help="folder with drafter/ and verifier/; default: train one")
-    parser.add_argument("--out", type=Path)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=48, help="tokens per request")

@@ -16,8 +16,8 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from deferral_train.errors import InputError, config_errors, missing_extra
 
@@ -83,12 +83,14 @@ def _parse(name: str, module: ModuleType, words: list[str]) -> dict[str, Any]:
     parser = ArgumentParser(prog=f"{PROGRAM} {name}", exit_on_error=False, description=COMMANDS[name])
     parser.add_argument("--config", action="config", help="YAML file with any of the flags below as keys")
     skipped = _add_settings(parser, module)
+    # Annotations that are still text make jsonargparse run the module's imports for type checkers, torch among them.
+    module.run.__annotations__ = get_type_hints(module.run)
     parser.add_function_arguments(module.run, sub_configs=True, skip=skipped)
     for positional in getattr(module, "POSITIONAL", ()):
         words = _name_positional(words, positional)
     with config_errors():
-        words = _switched([_underscored(word) for word in words], _flags(module, ("bool",)))
-        parsed = parser.parse_args(_gathered(words, _flags(module, ("list[", "tuple["))))
+        words = _switched([_underscored(word) for word in words], _flags(module, (bool,)))
+        parsed = parser.parse_args(_gathered(words, _flags(module, (list, tuple))))
         settings = parser.instantiate(parsed).as_dict()
     settings.pop("config", None)
     return settings
@@ -116,12 +118,19 @@ def _underscored(word: str) -> str:
     return flag.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
 
 
-def _flags(module: ModuleType, kinds: tuple[str, ...]) -> set[str]:
-    """Flags of parameters or fields whose annotation begins with one of ``kinds``."""
-    annotated = dict(module.run.__annotations__)
+def _flags(module: ModuleType, kinds: tuple[type, ...]) -> set[str]:
+    """Flags of parameters or fields whose type is one of ``kinds``, or one of these and None."""
+    annotated = get_type_hints(module.run)
     if hasattr(module, "SETTINGS"):
-        annotated |= {field.name: field.type for field in fields(module.SETTINGS)}
-    return {f"--{name}" for name, kind in annotated.items() if str(kind).startswith(kinds)}
+        annotated |= get_type_hints(module.SETTINGS)
+    return {f"--{name}" for name, hint in annotated.items() if _kind(hint) in kinds}
+
+
+def _kind(hint: Any) -> Any:
+    """The plain type of a type hint, of the first where there are several: ``list`` of ``list[str] | None``."""
+    if get_origin(hint) in (Union, UnionType):
+        hint = get_args(hint)[0]
+    return get_origin(hint) or hint
 
 
 def _switched(words: list[str], switches: set[str]) -> list[str]:
@@ -165,7 +174,7 @@ def _record(name: str, settings: dict[str, Any]) -> None:
     from deferral_train import provenance
 
     seeds = {key: value for key, value in settings.items() if key.endswith("seed") and isinstance(value, int)}
-    record = {"command": name, "config": provenance.plain(settings), **provenance.collect(seeds)}
+    record = {"command": name, "config": provenance.record_of(settings), **provenance.collect(seeds)}
     provenance.write_json(Path(out) / f"{name}.provenance.json", record)
 
 
@@ -173,9 +182,11 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # Two notes of Lightning's about itself that no user of this tool can act on.
+    # Notes of Lightning's about itself that no user of this tool can act on.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", message=r".*is smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=r".*could not find the monitored key in the returned metrics.*")
+    warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty.*")
 
 
 def _help() -> str:
@@ -206,6 +217,13 @@ def _os_error(name: str, error: OSError) -> int:
         errno.EACCES: "check the permissions or choose another folder",
         errno.EROFS: "choose a folder on a writable disk",
         errno.ENOSPC: "free some disk space and run the same command again",
+        errno.EDQUOT: "free some of your share of the disk and run the same command again",
+        errno.EFBIG: "raise the limit on the size of files and run the same command again",
+        errno.EIO: "the disk failed; name a folder on another one",
+        errno.ENAMETOOLONG: "name a shorter path",
+        errno.ELOOP: "the links at that path go in circles; name another",
+        errno.EINVAL: "check the path",
+        errno.EPERM: "check the permissions or choose another folder",
         errno.EEXIST: "choose another path",
         errno.ENOTDIR: "a folder was expected",
         errno.EISDIR: "a file was expected",

@@ -1,10 +1,12 @@
-"""One-line errors. Knows nothing about the rest of the package."""
+"""One-line errors, without secrets. Knows nothing about the rest of the package."""
 
 from __future__ import annotations
 
 import contextlib
 from argparse import ArgumentError
 from collections.abc import Iterator
+
+from deferral_train.redaction import redacted_text
 
 LONGEST = 1000
 # Import name -> the extra that brings it.
@@ -28,6 +30,9 @@ EXTRAS = {
     "onnxscript": "onnx",
     "onnxruntime": "onnx",
     "vllm": "vllm",
+    "accelerate": "accelerate",
+    "peft": "peft",
+    "gguf": "gguf",
 }
 
 
@@ -49,7 +54,7 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
+        super().__init__(one_line(redacted_text(message)))
 
 
 class MissingExtraError(InputError):

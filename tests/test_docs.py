@@ -105,6 +105,7 @@ def test_code_blocks_run(page, place, monkeypatch, capsys):
             continue
         if "file" in block.notes:
             (place / block.notes["file"]).write_text(block.code)
+            monkeypatch.syspath_prepend(place)  # as for a Python that is started there
             # In sys.modules for this page only: a module of that name from elsewhere goes, and so does this one.
             monkeypatch.setitem(sys.modules, Path(block.notes["file"]).stem, ModuleType("replaced"))
             monkeypatch.delitem(sys.modules, Path(block.notes["file"]).stem)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from deferral_train.errors import InputError
 from deferral_train.heads.rules import rule_from_spec
 from deferral_train.pairs.load import ModelPair, load_models
 from deferral_train.pairs.prompts import Prompt
+from deferral_train.provenance import one_writer
 from deferral_train.traces import Manifest, open_traces
-from deferral_train.traces.folder import open_folder
+from deferral_train.traces.folder import Folder, open_folder
 from deferral_train.traces.manifest import SEQUENCE_LABELS
-from deferral_train.traces.writer import refuse_changes
+from deferral_train.traces.writer import clear_folder, refuse_changes
 
 
 def collect(
@@ -38,6 +40,7 @@ def collect(
     quality: Quality | None = None,
     scores: Mapping[str, Any] | None = None,
     plan_only: bool = False,
+    existing: str = "resume",
 ) -> Manifest:
     """Run both models over prompts and log their token distributions as traces; resumes what is unfinished.
 
@@ -51,6 +54,8 @@ def collect(
             ``config.label_metric`` names is looked up by the command.
         scores: for ``labels="sequence"`` a scorer (:data:`~deferral_train.collecting.sequence.Score`) of each metric.
         plan_only: for ``labels="sequence"``: say what it would take, and write nothing.
+        existing: traces in ``out``: ``resume`` goes on with them and refuses those of other settings or inputs,
+            ``replace`` removes these, ``fresh`` removes any.
 
     Returns:
         The manifest of the finished folder; with ``plan_only`` of the one that would be written.
@@ -68,11 +73,13 @@ def collect(
         raise InputError("labels='autojudge': pass quality=, which scores finished texts against references")
     pair, teacher = _models(config, models)
     given = list(prompts) if prompts is not None else read_any_prompts(config)
-    plan = make_plan(config, pair, given[: config.limit], teacher, pair.device.type)
-    third = teacher.verifier if teacher else None
+    plan = make_plan(
+        config, pair, given[: config.limit], teacher, pair.device.type, handed_over=models is not None
+    )
     source = make_source(config)
     if config.labels == "autojudge" and quality is not None:
         source = Mined(config.new_tokens or ON_POLICY_TOKENS, quality, config.label_tolerance)
+    third = teacher.verifier if teacher else None
     collector = BatchCollector(pair, third, source, plan.manifest, plan.prompts)
     if config.labels == SEQUENCE_LABELS:
         plan = label_sequences(
@@ -80,27 +87,52 @@ def collect(
         )
         if plan_only:
             return plan.manifest
-    # Every process looks for itself, so that none is left waiting for one that gave up.
-    refuse_changes(open_folder(out), plan.manifest)
-    check_room(plan, out, config.max_bytes)
-    if progress:
-        _say_left_out(plan)
-    run_engine(
-        pair, third, collector, plan, out,
-        devices=devices, num_nodes=num_nodes, max_bytes=config.max_bytes, progress=progress,
-    )  # fmt: skip
-    if collector.sequence is not None:
-        collector.sequence.unscored.check()
-    if _rank() == 0:
-        _report(out, progress)
+    with one_writer(out, "collect") if _rank() == 0 else nullcontext():
+        if _rank() == 0:
+            _make_way(open_folder(out), plan.manifest, existing)
+        # Every process looks for itself, so that none is left waiting for one that gave up.
+        if existing == "resume":
+            refuse_changes(open_folder(out), plan.manifest)
+        check_room(plan, out, config.max_bytes)
+        if progress:
+            _say_left_out(plan)
+        run_engine(
+            pair, collector, plan, out,
+            devices=devices, num_nodes=num_nodes, max_bytes=config.max_bytes, progress=progress,
+        )  # fmt: skip
+        if collector.sequence is not None:
+            collector.sequence.unscored.check()
+        if _rank() == 0:
+            _report(out, progress)
     return plan.manifest
+
+
+def _make_way(folder: Folder, manifest: Manifest, existing: str) -> None:
+    """Remove traces that are not to be gone on with; nothing but a trace folder's own files is touched."""
+    if existing not in ("resume", "replace", "fresh"):
+        raise InputError(f"existing={existing!r}: use resume, replace or fresh")
+    if existing == "replace":
+        try:
+            refuse_changes(folder, manifest)
+            return
+        except InputError as error:
+            tqdm.write(f"collect: {error.args[0].partition('; use')[0]}; collected anew")
+    if existing != "resume":
+        clear_folder(folder)
 
 
 def _models(config: CollectConfig, models: ModelPair | None) -> tuple[ModelPair, ModelPair | None]:
     if models is None and not (config.drafter and config.verifier):
         raise InputError("drafter, verifier: name both checkpoints")
-    device = _device(config.device)
-    pair = models or load_models(config.drafter, config.verifier, device, config.dtype)
+    device = config.device if config.device_map else _device(config.device)
+    pair = models or load_models(
+        config.drafter,
+        config.verifier,
+        device,
+        config.dtype,
+        drafter_device=config.drafter_device,
+        device_map=config.device_map,
+    )
     if config.teacher is None:
         return pair, None
     # Loaded beside the drafter, so that its tokenizer is checked against the pair's.

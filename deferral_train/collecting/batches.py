@@ -63,7 +63,7 @@ class BatchCollector:
     """Collects one batch: continue the prompts, score them with both models, measure.
 
     Args:
-        pair: the models; their device is where the work is done.
+        pair: the models, each on its own device; the rest of the work is done on the verifier's.
         teacher: a third model for the truth group, or None.
         source: where prefixes come from.
         manifest: says what is logged.
@@ -132,13 +132,15 @@ class BatchCollector:
         if self.teacher is not None:
             models["teacher"] = self.teacher
         ids = [prompt.input_ids for prompt in prompts]
-        device = self.pair.verifier.device
+        device = self.pair.device
         scores = {}
         for role, model in models.items():
-            inputs = make_inputs(model, ids, continuations.tokens, device)
-            judges = role == "verifier" and bool(self.manifest.labels)  # their passes start from its cache
-            scores[role] = score(model, inputs, judges or role in self.manifest.hidden, keep_past=judges)
-        return scores, inputs.rows
+            inputs = make_inputs(model, ids, continuations.tokens, model.device)
+            judges = role == "verifier" and bool(self.manifest.labels)
+            found = score(model, inputs, judges or role in self.manifest.hidden, keep_past=judges)
+            hidden = None if found.hidden is None else found.hidden.to(device)
+            scores[role] = Scores(found.logits.to(device), hidden, found.past)
+        return scores, inputs.rows.to(device)
 
     def _labels(
         self,

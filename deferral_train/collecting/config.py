@@ -49,7 +49,7 @@ class CollectConfig:
         limit: use only the first so many prompts.
         seed: base seed; every chunk has its own, derived from it.
         devices, num_nodes: processes per node and machines; under torchrun or srun what was started.
-        device: ``auto``, ``cpu`` or ``cuda``. dtype: as ``load_models`` takes it.
+        device, dtype, drafter_device, device_map: as ``load_models`` takes them.
         chat, template, prompt_format, reference_path, prompt_field, reference_field, subset, split: see
             ``read_prompts`` and ``encode_prompts``.
     """
@@ -84,6 +84,8 @@ class CollectConfig:
     num_nodes: int = 1
     device: str = "auto"
     dtype: str = "auto"
+    drafter_device: str | None = None
+    device_map: str | None = None
     chat: str = "auto"
     template: str = "{prompt}"
     prompt_format: str | None = None

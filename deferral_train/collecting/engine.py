@@ -63,11 +63,12 @@ def _first(items: Sequence[int]) -> int:
 
 
 class CollectModule(pl.LightningModule):
-    """Holds the models, so that Lightning places them, and collects one batch per step."""
+    """Collects one batch per step. The models are where they were loaded, and not this module's to move: each may have
+    its own device, or be spread over several.
+    """
 
-    def __init__(self, pair: ModelPair, teacher: Any | None, collector: BatchCollector) -> None:
+    def __init__(self, collector: BatchCollector) -> None:
         super().__init__()
-        self.drafter, self.verifier, self.teacher = pair.drafter, pair.verifier, teacher
         self.collector = collector
         self.work: list[tuple[Chunk, int]] = []
         self.budget: Budget | None = None
@@ -129,7 +130,7 @@ class ShardWriter(BasePredictionWriter):
             module.budget = Budget(self.plan, self.shelf, self._share(trainer))
         if self.show and trainer.is_global_zero:
             self.progress = Progress(self.plan, self.out, data.done_before, trainer.world_size)
-            self.progress.begin(module)
+            self.progress.begin(module.work, module.collector)
 
     def _share(self, trainer: pl.Trainer) -> int:
         """This process's part of what is left of the byte limit."""
@@ -186,7 +187,6 @@ def tidy(out: str) -> None:
 
 def run_engine(
     pair: ModelPair,
-    teacher: Any | None,
     collector: BatchCollector,
     plan: Plan,
     out: str,
@@ -202,7 +202,9 @@ def run_engine(
         warnings.simplefilter("ignore")
         _quiet()
         trainer = pl.Trainer(
-            accelerator="cpu" if pair.device.type == "cpu" else "gpu",
+            accelerator="gpu"
+            if pair.device.type == "cuda"
+            else "cpu",  # of the processes; the models are placed
             devices=devices,
             num_nodes=num_nodes,
             strategy="ddp" if several else "auto",
@@ -214,7 +216,7 @@ def run_engine(
             use_distributed_sampler=False,
             inference_mode=True,
         )
-        module, data = CollectModule(pair, teacher, collector), CollectData(plan, out)
+        module, data = CollectModule(collector), CollectData(plan, out)
         trainer.predict(module, datamodule=data, return_predictions=False)
 
 

@@ -15,9 +15,12 @@ import numpy as np
 from deferral_train import provenance
 from deferral_train.collecting.config import HIDDEN, CollectConfig
 from deferral_train.errors import InputError, MissingExtraError
+from deferral_train.pairs.checkpoint import contents_of
 from deferral_train.pairs.encode import EncodedPrompt, encode_prompts
 from deferral_train.pairs.fingerprint import model_facts
 from deferral_train.pairs.load import ModelPair
+from deferral_train.pairs.overlap import content_hash
+from deferral_train.pairs.positions import Room, room_of
 from deferral_train.pairs.prompts import Prompt, read_prompts
 from deferral_train.traces import Chunk, Manifest
 from deferral_train.traces.folder import open_folder
@@ -98,9 +101,17 @@ def _local(path: str, scratch: Path) -> str:
 
 
 def make_plan(
-    config: CollectConfig, pair: ModelPair, prompts: Sequence[Prompt], teacher: ModelPair | None, device: str
+    config: CollectConfig,
+    pair: ModelPair,
+    prompts: Sequence[Prompt],
+    teacher: ModelPair | None,
+    device: str,
+    handed_over: bool = False,
 ) -> Plan:
     """Encode the prompts, leave out and name what cannot be used, and fix chunks, seeds and batches.
+
+    Args:
+        handed_over: the pair was in memory before, so that ``config``'s folders do not say what it holds.
 
     Raises:
         InputError: no prompt can be used.
@@ -119,6 +130,7 @@ def make_plan(
         pair=_describe(pair, teacher),
         prefixes=config.prefix_name,
         prompt_ids=tuple(prompt.id for prompt in kept),
+        prompt_hashes=_text_hashes(prompts, kept),
         chunks=chunks,
         temperature=float(config.temperature),
         top_k=min(config.log_top_k, pair.vocab_size),
@@ -128,7 +140,7 @@ def make_plan(
         seed=config.seed,
         chunking={"chunk_prompts": config.chunk_prompts, "batch_tokens": batch_tokens},
         prompts={"sha256": prompts_hash(kept, not texts_decide), "given": len(prompts), **notices},
-        settings=config.deciding(),
+        settings=config.deciding() | {"contents": contents(config, pair if handed_over else None)},
         provenance=provenance.collect({"seed": config.seed})
         | {"models": {role: model_facts(getattr(pair, role)) for role in ("drafter", "verifier")}},
     )
@@ -144,13 +156,23 @@ def _unit_scales(config: CollectConfig) -> dict[str, Any]:
     return {"scales": [float(one) for one in config.label_scales or [1.0] * len(config.metrics)]}
 
 
+def contents(config: CollectConfig, pair: ModelPair | None = None) -> dict[str, Any]:
+    """Content keys of the models and of a cascade's rule, see :func:`deferral_train.pairs.checkpoint.contents_of`.
+
+    Args:
+        pair: models in memory; without, what lies in the config's folders.
+    """
+    named: dict[str, Any] = {role: getattr(config, role) for role in ("drafter", "verifier", "teacher")}
+    if pair is not None:
+        named |= {"drafter": pair.drafter, "verifier": pair.verifier}
+    return contents_of(named, config.rule)
+
+
 def _encode(
     config: CollectConfig, pair: ModelPair, prompts: Sequence[Prompt]
 ) -> tuple[list[EncodedPrompt], dict[str, Any]]:
-    room = None if pair.is_encoder_decoder else _positions(pair)
-    most = config.max_prompt_tokens
-    if room is not None:
-        most = min(most or room, room - (config.new_tokens or 1 if config.on_policy else 1))
+    room = room_of((pair.drafter, pair.verifier))
+    most = _longest_prompt(config, pair, room)
     encoded = encode_prompts(
         pair.tokenizer,
         prompts,
@@ -162,7 +184,7 @@ def _encode(
     )
     kept, skipped = [], [[notice.id, notice.reason] for notice in encoded.skipped]
     for prompt in encoded.kept:
-        reason = None if config.on_policy else _unusable_reference(prompt, room)
+        reason = None if config.on_policy else _unusable_reference(prompt, room, pair.is_encoder_decoder)
         if reason:
             skipped.append([prompt.id, reason])
         else:
@@ -175,23 +197,40 @@ def _encode(
     return kept, {"skipped": skipped, "cut": [[notice.id, notice.reason] for notice in encoded.cut]}
 
 
-def _unusable_reference(prompt: EncodedPrompt, room: int | None) -> str | None:
+def _text_hashes(prompts: Sequence[Prompt], kept: Sequence[EncodedPrompt]) -> tuple[str, ...]:
+    """Hash of each kept prompt's text alone: a prompt that was learned from is known by what it asks."""
+    texts = {prompt.id: prompt.prompt for prompt in prompts}
+    return tuple(content_hash(texts[prompt.id]) for prompt in kept)
+
+
+def _longest_prompt(config: CollectConfig, pair: ModelPair, room: Room) -> int | None:
+    """Most tokens of a prompt that leave room for what follows; None for no bound.
+
+    Raises:
+        InputError: more new tokens than the models can place.
+    """
+    new = config.new_tokens or 1 if config.on_policy else 1
+    if room.text is not None and new >= room.text + pair.is_encoder_decoder:
+        raise InputError(
+            f"max_new_tokens={new}: the models place {room.text} tokens; use at most "
+            f"{room.text - (not pair.is_encoder_decoder)}"
+        )
+    if pair.is_encoder_decoder:
+        bound = room.prompt
+    else:
+        bound = None if room.text is None else room.text - new
+    known = [size for size in (config.max_prompt_tokens, bound) if size is not None]
+    return min(known, default=None)
+
+
+def _unusable_reference(prompt: EncodedPrompt, room: Room, is_encoder_decoder: bool) -> str | None:
     if not prompt.reference_ids:
         return "empty reference"
-    total = len(prompt.input_ids) + len(prompt.reference_ids)
-    if room is not None and total - 1 > room:
-        return f"{total} tokens with its reference, more than the models' {room} positions"
+    total = len(prompt.reference_ids) + (0 if is_encoder_decoder else len(prompt.input_ids))
+    # The last token is predicted, never fed; an encoder-decoder model is fed a start token besides.
+    if room.text is not None and total - (not is_encoder_decoder) > room.text:
+        return f"{total} tokens with its reference, more than the models' {room.text} positions"
     return None
-
-
-def _positions(pair: ModelPair) -> int | None:
-    """Positions that both decoder-only models can place; None where neither says."""
-    known = [
-        size
-        for model in (pair.drafter, pair.verifier)
-        if (size := getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None))
-    ]
-    return min(known, default=None)
 
 
 def hidden_width(model: Any) -> int:

@@ -72,8 +72,7 @@ class FromModel:
         model = getattr(pair, self.role)
         inputs = _prompt_inputs(pair, prompts, model.device)
         settings = _settings(pair, model, self.temperature, self.max_new_tokens)
-        with _only(model, settings), torch.random.fork_rng(devices=_cuda_devices(model.device)):
-            torch.manual_seed(seed)
+        with _only(model, settings), _seeded(model.device, seed):
             ids = model.generate(**inputs, generation_config=settings, logits_processor=_known_tokens(pair))
         return Continuations(_new_tokens(pair, ids, _prompt_width(pair, inputs)), gold=False)
 
@@ -248,5 +247,11 @@ def _new_tokens(pair: ModelPair, sequences: Tensor, start: int) -> list[list[int
     return rows
 
 
-def _cuda_devices(device: torch.device) -> list[int]:
-    return [device.index or 0] if device.type == "cuda" else []
+@contextlib.contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Torch's own generators of the CPU and of ``device``, seeded within; afterwards they go on as before."""
+    own = device.type not in ("cpu", "mps")  # MPS has one generator, whose state is not kept by device
+    forked = {"devices": [device.index or 0], "device_type": device.type} if own else {"devices": []}
+    with torch.random.fork_rng(**forked):
+        torch.manual_seed(seed)
+        yield

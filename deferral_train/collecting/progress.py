@@ -1,17 +1,15 @@
-"""What a collect run says: beforehand how much it will be, then how fast it goes."""
+"""Console of a collect run: beforehand how much it will be, then how fast it goes."""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from deferral_train.collecting.plan import Plan, announcement, refuse_small_disk, size_text
-
-if TYPE_CHECKING:
-    from deferral_train.collecting.engine import CollectModule
 
 
 class Progress:
@@ -28,22 +26,29 @@ class Progress:
         self.plan, self.out, self.done, self.processes = plan, out, done, processes
         self._bar: Any | None = None
 
-    def begin(self, module: CollectModule) -> None:
-        """Time one batch, say what lies ahead, start the bar."""
-        seconds = self._seconds_per_token(module)
+    def begin(self, work: Sequence[tuple[Any, Any]], collector: Callable[..., Any]) -> None:
+        """Time one batch, say what lies ahead, start the bar.
+
+        Args:
+            work: this process's batches, each with its chunk.
+            collector: makes the rows of one of them.
+        """
+        seconds = self._seconds_per_token(work, collector)
         tqdm.write(announcement(self.plan, self.out, self.done, seconds))
-        mine = sum(self.plan.rows[number] for number in {chunk.id for chunk, _ in module.work})
+        mine = sum(self.plan.rows[number] for number in {chunk.id for chunk, _ in work})
         label = "collect" if self.processes == 1 else f"collect (process 1 of {self.processes})"
         self._bar = tqdm(total=mine, desc=label, unit="tok", unit_scale=True, dynamic_ncols=True)
 
-    def _seconds_per_token(self, module: CollectModule) -> float | None:
+    def _seconds_per_token(
+        self, work: Sequence[tuple[Any, Any]], collector: Callable[..., Any]
+    ) -> float | None:
         """From the first batch, collected once more than needed; every batch has its own seed."""
-        if not module.work or module.collector.sequence is not None:  # whose cost a first look tells
+        if not work or getattr(collector, "sequence", None) is not None:  # whose cost a first look tells
             return None
         with torch.inference_mode():
-            module.collector(*module.work[0])
+            collector(*work[0])
             start = time.perf_counter()
-            rows = module.collector(*module.work[0])
+            rows = collector(*work[0])
             count = len(rows.finite.cpu())
         return (time.perf_counter() - start) / count / self.processes
 

@@ -135,7 +135,8 @@ def score(model: Any, inputs: Inputs, want_hidden: bool = False, keep_past: bool
         hidden = None
         if tap is not None and tap.states is not None:
             states = tap.states[:, -inputs.keep :]
-            hidden = half(states.reshape(-1, states.shape[-1]).index_select(0, inputs.rows))
+            rows = inputs.rows.to(states.device)  # of a spread model another device than its inputs'
+            hidden = half(states.reshape(-1, states.shape[-1]).index_select(0, rows))
     past = None
     if keep_past:
         states = getattr(output, "encoder_last_hidden_state", None)

@@ -110,14 +110,21 @@ class Shelf:
 
 
 def _to_host(rows: Rows) -> tuple[Rows, Any]:
-    """Copies to pinned memory that run beside the next forward pass, and when they are complete."""
+    """Copies on the host; from CUDA to pinned memory, beside the next forward pass, with what tells when they are
+    complete.
+    """
+    beside = rows.finite.device.type == "cuda"
 
     def copy(tensor: Tensor) -> Tensor:
+        if not beside:
+            return tensor.cpu()
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
     columns = {name: copy(tensor) for name, tensor in rows.columns.items()}
     suspects = {name: copy(tensor) for name, tensor in rows.suspects.items()}
     host = Rows(columns, copy(rows.finite), suspects)
+    if not beside:
+        return host, None
     event = torch.cuda.Event()
     event.record()
     return host, event

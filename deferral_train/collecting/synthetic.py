@@ -51,10 +51,14 @@ def _manifest(
     starts = range(0, sequences, CHUNK_SEQUENCES)
     work = [tuple(range(start, min(start + CHUNK_SEQUENCES, sequences))) for start in starts]
     names = {role: f"synthetic-{role}-{provenance.hash_of(config)}" for role in ("drafter", "verifier")}
+    ids = tuple(f"synthetic-{seed}:{number}" for number in range(sequences))
     return Manifest(
         pair={**names, "vocab_size": language.config.vocab_size},
         prefixes="reference",
-        prompt_ids=tuple(f"synthetic-{seed}:{number}" for number in range(sequences)),
+        prompt_ids=ids,
+        prompt_hashes=tuple(
+            provenance.hash_of([config, name]) for name in ids
+        ),  # a drawn sequence is its place
         chunks=tuple(Chunk(number, seed, (prompts,)) for number, prompts in enumerate(work)),
         top_k=top_k,
         truth="exact" if truth else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from deferral_train.errors import InputError
 
 if TYPE_CHECKING:
     from deferral_train.evaluation.choose import Choice
+    from deferral_train.evaluation.evidence import Evidence
 
 
 def run(
@@ -60,6 +60,7 @@ def run(
     """
     from deferral_train import provenance
     from deferral_train.evaluation.choose import choose_from_outputs, choose_from_traces
+    from deferral_train.evaluation.evidence import read_evidence
     from deferral_train.evaluation.quality import check_metric
 
     if stop is not None:
@@ -79,12 +80,14 @@ def run(
         check_metric(metric)
     if (outputs is None) == (traces is None):
         raise InputError("give either outputs (a decode folder) or traces, the evidence to choose from")
+    evidence: Evidence | None = None
     if outputs is not None:
         if max_token_risk is not None:
             raise InputError("max_token_risk is chosen from traces; from outputs give metric and max_loss")
+        evidence = read_evidence(outputs)
         choice = choose_from_outputs(
-            _rows(Path(outputs)),
-            dials=_dials(Path(outputs)),
+            evidence.rows,
+            dials=evidence.dials,
             metric=metric,
             max_loss=max_loss,
             max_verifier_calls=max_verifier_calls,
@@ -92,7 +95,11 @@ def run(
             rule=rule,
             seed=seed,
         )
-        conditions = _conditions(Path(outputs))
+        conditions = evidence.conditions
+        if evidence.record is None:
+            print(
+                f"note: {outputs} holds no run.json: nothing says which models and weights these outputs are of"
+            )
     else:
         from deferral_train.traces import open_traces
 
@@ -101,6 +108,8 @@ def run(
             raise InputError(
                 "from traces give max_token_risk and a rule or a head; loss per prompt needs outputs"
             )
+        if head is not None:
+            _check_same_head(spec, head)
         opened = [open_traces(folder) for folder in traces or ()]
         choice = choose_from_traces(
             opened,
@@ -115,12 +124,13 @@ def run(
             "engine": "traces",
             "temperature": manifest.temperature if temperature is None else temperature,
             "dtype": manifest.pair.get("dtype"),
+            "pair": {role: manifest.pair[role] for role in ("drafter", "verifier") if role in manifest.pair},
         }
     certificate = choice.certificate() | {
         name: value for name, value in conditions.items() if value is not None
     }
     if head is not None:
-        _store(head, choice, certificate)
+        _store(head, choice, certificate, evidence)
     if out is not None:
         provenance.write_json(Path(out) / "choice.json", certificate | {"label": choice.setting.label})
     print(describe(choice))
@@ -190,39 +200,29 @@ def _fit_stop(
     return 0
 
 
-def _rows(folder: Path) -> list[dict]:
-    from deferral_train.decoding.outputs import OUTPUTS, read_lines
+def _check_same_head(spec: str, head: str) -> None:
+    """Refuse a rule whose head has other weights than the one that would get its certificate."""
+    from deferral_train.heads.artifact import load_head
+    from deferral_train.heads.fingerprint import weights_key
+    from deferral_train.heads.rules import parse_spec
 
-    if not (folder / OUTPUTS).is_file():
-        raise InputError(f"outputs={folder} holds no {OUTPUTS}; give the --out of a decode run")
-    return list(read_lines(folder / OUTPUTS))
-
-
-def _dials(folder: Path) -> dict | None:
-    """What the summary says about each label; None where decoding did not come to its end."""
-    from deferral_train.evaluation.settings import dials_of
-
-    path = folder / "summary.json"
-    return dials_of(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    named = parse_spec(spec)[1].get("head")
+    if named is not None and weights_key(load_head(str(named))) != weights_key(load_head(head)):
+        raise InputError(
+            f"rule={spec} has another head than head={head}; name one and the same, or leave head out"
+        )
 
 
-def _conditions(folder: Path) -> dict[str, Any]:
-    """Engine, number formats and temperature that the outputs were decoded with: the claim holds for these."""
-    path = folder / "summary.json"
-    if not path.is_file():
-        return {}
-    conditions = json.loads(path.read_text(encoding="utf-8")).get("conditions", {})
-    return {name: conditions.get(name) for name in ("engine", "temperature", "dtype", "quantization")}
-
-
-def _store(head: str, choice: Choice, certificate: Mapping[str, Any]) -> None:
-    from deferral_train.heads.artifact import set_operating_point
+def _store(head: str, choice: Choice, certificate: Mapping[str, Any], evidence: Evidence | None) -> None:
+    from deferral_train.heads.artifact import load_head, set_operating_point
 
     if choice.setting.rule not in ("learned", "learned_token", "judge"):
         raise InputError(
             f"the chosen setting is {choice.setting.label}, no setting of the head {head}; "
             "nothing was stored: leave head out, or choose with rule=learned or judge"
         )
+    if evidence is not None:
+        evidence.check_head(load_head(head), choice.setting.label, head)
     set_operating_point(head, choice.setting.value, certificate)
 
 

@@ -41,6 +41,8 @@ def run(
     num_nodes: int = 1,
     device: str = "auto",
     dtype: str = "auto",
+    drafter_device: str | None = None,
+    device_map: str | None = None,
     chat: str = "auto",
     template: str = "{prompt}",
     prompt_format: str | None = None,
@@ -51,6 +53,7 @@ def run(
     split: str = "train",
     engine: str = "transformers",
     progress: bool = True,
+    fresh: bool = False,
 ) -> int:
     """Run both models over prompts and log their token distributions as traces; run again to resume.
 
@@ -89,8 +92,11 @@ def run(
         seed: base seed; every shard has one of its own, derived from it.
         devices: processes per node; under torchrun or srun as many as were started.
         num_nodes: machines; under torchrun or srun those used.
-        device: auto, cpu or cuda.
+        device: auto, cpu, cuda, cuda:N or mps.
         dtype: auto, float32, float16 or bfloat16.
+        drafter_device: device of the drafter, where it is not the verifier's.
+        device_map: auto spreads the verifier over several GPUs and the CPU (needs accelerate); also balanced,
+            balanced_low_0, sequential.
         chat: auto (the tokenizer's chat template where it has one), on or off.
         template: text around each prompt, with {prompt} in it.
         prompt_format: jsonl, csv, tsv, parquet, text, mmlu or dataset; default by suffix.
@@ -101,6 +107,7 @@ def run(
         split: split of a data set.
         engine: transformers, or vllm: what a cascade emits in the serving engine (docs/serving_vllm.md).
         progress: announce the work and show a progress bar.
+        fresh: remove the traces that lie in ``out`` and start over.
     """
     from deferral_train.collecting import CollectConfig, collect
     from deferral_train.errors import InputError
@@ -112,22 +119,35 @@ def run(
         if labels is not None:
             raise InputError(f"labels={labels!r}: engine 'vllm' makes none; use engine transformers")
         from deferral_train.collecting.plan import read_any_prompts
+        from deferral_train.provenance import one_writer
         from deferral_train.serving.offline import collect_with_engine
+        from deferral_train.traces.folder import open_folder
+        from deferral_train.traces.writer import clear_folder
 
-        count = collect_with_engine(config, out, read_any_prompts(config)[: config.limit])
+        with one_writer(out, "collect"):
+            if fresh:
+                clear_folder(open_folder(out))
+            count = collect_with_engine(config, out, read_any_prompts(config)[: config.limit])
         print(f"collect: {count:,} prompts in {out}")
         return 0
     if engine != "transformers":
         raise InputError(f"engine={engine!r}: use transformers or vllm")
     if plan and labels != "sequence":
         raise InputError(f"plan: it tells the cost of labels 'sequence', not of {labels!r}; leave it out")
-    quality = _quality(config.metrics[0]) if labels == "autojudge" else None
     scores = None
     if labels == "sequence":
         from deferral_train.evaluation.scorers import make_scorers
 
         scores = make_scorers(config.metrics)
-    collect(config, out, progress, quality=quality, scores=scores, plan_only=plan)
+    collect(
+        config,
+        out,
+        progress,
+        quality=_quality(config.metrics[0]) if labels == "autojudge" else None,
+        scores=scores,
+        plan_only=plan,
+        existing="fresh" if fresh else "resume",
+    )
     return 0
 
 

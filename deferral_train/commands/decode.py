@@ -48,7 +48,10 @@ def run(
     accept_mismatch: bool = False,
     device: str = "auto",
     dtype: str = "auto",
+    drafter_device: str | None = None,
+    device_map: str | None = None,
     compile: str = "auto",
+    fresh: bool = False,
 ) -> int:
     """Decode prompts with a drafter and a verifier under any rules, side by side.
 
@@ -94,8 +97,12 @@ def run(
         accept_mismatch: serve a head made for other weights, dtype or temperature; recorded in the summary.
         device: auto, cpu, cuda, cuda:N or mps.
         dtype: auto, float32, float16 or bfloat16.
+        drafter_device: device of the drafter, where it is not the verifier's.
+        device_map: auto spreads the verifier over several GPUs and the CPU (needs accelerate); also balanced,
+            balanced_low_0, sequential.
         compile: passes of fixed shape: auto (CUDA graphs on CUDA where the models allow it), off, static, or a backend
             of torch.compile: inductor, aot_eager, eager.
+        fresh: remove the outputs of another run from ``out`` and start over.
     """
     from deferral_train.decoding.decode import DecodeConfig, decode
     from deferral_train.decoding.pair import Settings, load_pair
@@ -119,8 +126,11 @@ def run(
         reference_field=reference_field, template=template, split=split, start=start, limit=limit,
     )  # fmt: skip
     check_metrics(metrics, texts)
-    pair = load_pair(drafter, verifier, device, dtype, smaller=spec.smaller if spec is not None else ())
-    summary = decode(pair, texts, named, config, out)
+    pair = load_pair(
+        drafter, verifier, device, dtype, smaller=spec.smaller if spec is not None else (),
+        drafter_device=drafter_device, device_map=device_map,
+    )  # fmt: skip
+    summary = decode(pair, texts, named, config, out, fresh)
     if metrics:
         summary = score_outputs(out, metrics, pair.models, texts, chat=chat)
     for line in table(summary, metrics):

@@ -102,7 +102,7 @@ def _device(cuda: str | None, available: bool, version: str) -> Finding:
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether the operating system shows an NVIDIA GPU, asked without torch."""
+    """True where the operating system shows an NVIDIA GPU; asked without torch."""
     return Path("/proc/driver/nvidia/gpus").is_dir() or shutil.which("nvidia-smi") is not None
 
 
@@ -130,7 +130,7 @@ def _disk(folder: Path) -> Finding:
 
 
 def pair(drafter: str | None, verifier: str | None) -> Iterator[Finding]:
-    """Whether two checkpoints make a pair: tokenizers, architectures, vocabularies."""
+    """Check that two checkpoints make a pair: tokenizers, architectures, vocabularies."""
     if drafter is None or verifier is None:
         raise InputError("--drafter and --verifier are checked together; name both")
     from deferral_train.pairs import load_models
@@ -150,7 +150,7 @@ def pair(drafter: str | None, verifier: str | None) -> Iterator[Finding]:
 
 
 def trace_folder(folder: str) -> Iterator[Finding]:
-    """Whether a trace folder is whole: every shard present, every checksum right; and what was left out of it."""
+    """Check that a trace folder is whole: every shard present, every checksum right; and say what was left out."""
     from deferral_train.traces import open_traces
 
     opened = open_traces(folder, verify=True)
@@ -173,7 +173,7 @@ def trace_folder(folder: str) -> Iterator[Finding]:
 
 
 def head_folder(folder: str) -> Iterator[Finding]:
-    """Whether an exported head loads, and what it needs to see."""
+    """Load an exported head and say what it needs to see."""
     from deferral_train.heads import DeferralHead
 
     loaded = DeferralHead.from_pretrained(folder)

@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deferral_train import provenance
+from deferral_train.errors import InputError
+
 if TYPE_CHECKING:
+    from deferral_train.evaluation.breakdowns import Breakdowns
+    from deferral_train.evaluation.table import ScoreTable
     from deferral_train.traces import Traces
 
-RULES = ["opt", "chow", "diff", "token_v3"]
 
-
-def run(
-    traces: list[str] = [],  # noqa: B006 - read only
-    rules: list[str] = RULES,
-    out: str = "runs/evaluation",
-    loss: str = "zero_one",
-    truth: str = "reference",
-    grid: int = 40,
-    bootstrap: int = 1000,
-    seed: int = 0,
-    confidence: float = 0.95,
-    temperature: float | None = None,
-    num_draft_tokens: int = 5,
-    drafter_seconds: float | None = None,
-    verifier_seconds: float | None = None,
-    decode: str | None = None,
-    metric: str = "bleu",
-    baseline: str = "opt",
-    figures: bool = True,
-    prefixes: int = 20,
-    breakdown: list[str] = [],  # noqa: B006
-    prompts: list[str] = [],  # noqa: B006
-    tokenizer: list[str] = [],  # noqa: B006
-    domain: str = "folder",
-    decoded: list[str] = [],  # noqa: B006
-    prompt_format: str | None = None,
-    prompt_field: str | None = None,
-    split: str = "train",
-) -> int:
+@dataclass(frozen=True)
+class EvaluateConfig:
     """Risk, deferral, rejection, acceptance length and predicted latency of any rules over their dials.
 
     Writes scores.json, scores.csv, the curves as png and svg, prefixes.json for the report's slider, and with
@@ -48,7 +27,7 @@ def run(
     within its latency. With ``breakdown`` also breakdowns.json and breakdowns.csv; then traces may be of several
     pairs, whose rules are not scored together.
 
-    Args:
+    Attributes:
         traces: trace folders of one pair; for breakdowns of any pairs.
         rules: names or specs: opt, learned:head=FOLDER, my_pkg.mine:MyRule; opt:alpha=0.2 marks that point.
         out: folder for the results; runs/NAME/evaluation is where `report` looks.
@@ -60,7 +39,7 @@ def run(
         bootstrap: redraws of prompts for the intervals, 0 for none.
         seed: of the redraws.
         confidence: of the intervals.
-        temperature: of the sampling laws: 0, 1, or the one that the traces were made for (default).
+        temperature: of the sampling distributions: 0, 1, or the one that the traces were made for (default).
         num_draft_tokens: drafted tokens in a block.
         drafter_seconds: measured seconds of one drafter step, for the predicted latency.
         verifier_seconds: measured seconds of one verifying pass.
@@ -82,104 +61,167 @@ def run(
         prompt_format: of prompts: jsonl, csv, tsv, parquet, text, mmlu or dataset; default by suffix.
         prompt_field: field or column of the prompt.
         split: split of a data set.
+
     """
-    from deferral_train import provenance
-    from deferral_train.errors import InputError
-    from deferral_train.evaluation import score_rules
-    from deferral_train.evaluation.breakdowns import check_names, make_breakdowns, read_part
-    from deferral_train.pairs.load import load_tokenizer
+
+    traces: list[str] = field(default_factory=list)
+    rules: list[str] = field(default_factory=lambda: ["opt", "chow", "diff", "token_v3"])
+    out: str = "runs/evaluation"
+    loss: str = "zero_one"
+    truth: str = "reference"
+    grid: int = 40
+    bootstrap: int = 1000
+    seed: int = 0
+    confidence: float = 0.95
+    temperature: float | None = None
+    num_draft_tokens: int = 5
+    drafter_seconds: float | None = None
+    verifier_seconds: float | None = None
+    decode: str | None = None
+    metric: str = "bleu"
+    baseline: str = "opt"
+    figures: bool = True
+    prefixes: int = 20
+    breakdown: list[str] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    tokenizer: list[str] = field(default_factory=list)
+    domain: str = "folder"
+    decoded: list[str] = field(default_factory=list)
+    prompt_format: str | None = None
+    prompt_field: str | None = None
+    split: str = "train"
+
+    @property
+    def costs(self) -> dict[str, float] | None:
+        """Measured seconds of the two models' passes; None where they were not given."""
+        if (self.drafter_seconds is None) != (self.verifier_seconds is None):
+            raise InputError("give both drafter_seconds and verifier_seconds, or neither")
+        if self.drafter_seconds is None or self.verifier_seconds is None:
+            return None
+        return {"drafter": self.drafter_seconds, "verifier": self.verifier_seconds}
+
+
+# The command line takes every field of the config as a flag and a YAML key.
+SETTINGS = EvaluateConfig
+
+
+def run(config: EvaluateConfig) -> int:
+    """Score the rules, and make the breakdowns and the comparison with decoding that were asked for."""
+    from deferral_train.evaluation.breakdowns import check_names
     from deferral_train.traces import open_traces
 
-    if (drafter_seconds is None) != (verifier_seconds is None):
-        raise InputError("give both drafter_seconds and verifier_seconds, or neither")
-    costs = None
-    if drafter_seconds is not None and verifier_seconds is not None:
-        costs = {"drafter": drafter_seconds, "verifier": verifier_seconds}
+    costs = config.costs
     check_names(
-        breakdown,
-        traces=bool(traces),
-        prompts=bool(prompts),
-        tokenizer=bool(tokenizer),
-        decoded=bool(decoded),
+        config.breakdown,
+        traces=bool(config.traces),
+        prompts=bool(config.prompts),
+        tokenizer=bool(config.tokenizer),
+        decoded=bool(config.decoded),
     )
-    if not traces and not breakdown:
+    if not config.traces and not config.breakdown:
         raise InputError("traces is empty; give trace folders of a pair")
-    opened = [open_traces(place) for place in traces]
-    folder = Path(out)
-    if loss == "sequence":
-        from deferral_train.evaluation.sequence_scores import score_sequences, write_pairs
-
-        scored = score_sequences(
-            opened, rules, grid=grid, bootstrap=bootstrap, seed=seed, confidence=confidence
-        )
-        print(f"{scored.text()}\n\n{scored.write(folder)}")
-        for name in tokenizer[:1]:
-            print(f"\n{write_pairs(opened, rules, load_tokenizer(name), folder)}")
+    opened = [open_traces(folder) for folder in config.traces]
+    folder = Path(config.out)
+    if config.loss == "sequence":
+        return _score_sequences(config, opened, folder)
+    breakdowns = _break_down(config, opened) if config.breakdown else None
+    if breakdowns is not None and (reason := _apart(opened)) is not None:
+        breakdowns.write(folder)
+        print(f"{breakdowns.text()}\n\n{reason}; {folder / 'breakdowns.json'}")
         return 0
-    tables = None
-    if breakdown:
-        files = _one_each(prompts, traces)
-        tokenizers = [load_tokenizer(place) for place in tokenizer]
-        parts = [
-            read_part(
-                part,
-                name,
-                file,
-                tokenizers,
-                domain,
-                format=prompt_format,
-                prompt_field=prompt_field,
-                split=split,
-            )
-            for part, name, file in zip(opened, _names(traces), files)
-        ]
-        tables = make_breakdowns(
-            parts, breakdown, rules, decode_folders=decoded, num_draft_tokens=num_draft_tokens,
-            temperature=temperature, bootstrap=bootstrap, seed=seed, confidence=confidence,
-        )  # fmt: skip
-        apart = _apart(opened)
-        if apart is not None:
-            tables.write(folder)
-            print(f"{tables.text()}\n\n{apart}; {folder / 'breakdowns.json'}")
-            return 0
-    table = score_rules(
-        opened,
-        rules,
-        prefixes=prefixes,
-        loss=loss,
-        truth=truth,
-        grid=grid,
-        bootstrap=bootstrap,
-        seed=seed,
-        confidence=confidence,
-        temperature=temperature,
-        num_draft_tokens=num_draft_tokens,
-        costs=costs,
-    )
-    if tables is not None:
-        tables.write(folder)
-    table.to_json(folder / "scores.json", baseline)
-    table.to_csv(folder / "scores.csv")
-    provenance.write_json(folder / "prefixes.json", table.prefixes)
-    if figures:
-        table.figures(folder)
-    if decode is not None:
-        rows = compare_with_decode(
-            opened, rules, Path(decode), temperature, num_draft_tokens, bootstrap, seed
-        )
-        provenance.write_json(folder / "skew.json", rows)
-        write_frontier(Path(decode), folder, metric)
-    print(table.text(baseline))
-    if tables is not None:
-        print(f"\n{tables.text()}")
+    table = _score(config, opened, costs)
+    if breakdowns is not None:
+        breakdowns.write(folder)
+    if config.decode is not None:
+        provenance.write_json(folder / "skew.json", _compare_with_decode(config, opened, Path(config.decode)))
+        _write_frontier(Path(config.decode), folder, config.metric)
+    print(table.text(config.baseline))
+    if breakdowns is not None:
+        print(f"\n{breakdowns.text()}")
     print(f"\n{folder / 'scores.json'}")
     return 0
 
 
+def _score_sequences(config: EvaluateConfig, opened: Sequence[Traces], folder: Path) -> int:
+    """Score the rules by sequence labels; with a tokenizer also what heads hold of pairs of tokens."""
+    from deferral_train.evaluation.sequence_scores import score_sequences, write_pairs
+    from deferral_train.pairs.load import load_tokenizer
+
+    scored = score_sequences(
+        opened,
+        config.rules,
+        grid=config.grid,
+        bootstrap=config.bootstrap,
+        seed=config.seed,
+        confidence=config.confidence,
+    )
+    print(f"{scored.text()}\n\n{scored.write(folder)}")
+    for name in config.tokenizer[:1]:
+        print(f"\n{write_pairs(opened, config.rules, load_tokenizer(name), folder)}")
+    return 0
+
+
+def _score(config: EvaluateConfig, opened: Sequence[Traces], costs: dict[str, float] | None) -> ScoreTable:
+    """Score the rules and write their table, curves and the slider's prefixes."""
+    from deferral_train.evaluation import score_rules
+    from deferral_train.evaluation.figures import draw_scores
+
+    table = score_rules(
+        opened,
+        config.rules,
+        prefixes=config.prefixes,
+        loss=config.loss,
+        truth=config.truth,
+        grid=config.grid,
+        bootstrap=config.bootstrap,
+        seed=config.seed,
+        confidence=config.confidence,
+        temperature=config.temperature,
+        num_draft_tokens=config.num_draft_tokens,
+        costs=costs,
+    )
+    folder = Path(config.out)
+    table.to_json(folder / "scores.json", config.baseline)
+    table.to_csv(folder / "scores.csv")
+    provenance.write_json(folder / "prefixes.json", table.prefixes)
+    if config.figures:
+        draw_scores(table, folder)
+    return table
+
+
+def _break_down(config: EvaluateConfig, opened: Sequence[Traces]) -> Breakdowns:
+    from deferral_train.evaluation.bootstrap import Redraws
+    from deferral_train.evaluation.breakdowns import make_breakdowns, read_part
+    from deferral_train.pairs.load import load_tokenizer
+
+    files = _one_each(config.prompts, config.traces)
+    tokenizers = [load_tokenizer(folder) for folder in config.tokenizer]
+    parts = [
+        read_part(
+            part,
+            name,
+            file,
+            tokenizers,
+            config.domain,
+            format=config.prompt_format,
+            prompt_field=config.prompt_field,
+            split=config.split,
+        )
+        for part, name, file in zip(opened, _names(config.traces), files)
+    ]
+    return make_breakdowns(
+        parts,
+        config.breakdown,
+        config.rules,
+        decode_folders=config.decoded,
+        num_draft_tokens=config.num_draft_tokens,
+        temperature=config.temperature,
+        redraws=Redraws(config.bootstrap, config.seed, config.confidence),
+    )
+
+
 def _one_each(prompts: Sequence[str], traces: Sequence[str]) -> list[str | None]:
     """The prompts file of each trace folder."""
-    from deferral_train.errors import InputError
-
     if len(prompts) not in (0, 1, len(traces)):
         raise InputError(
             f"prompts names {len(prompts)} files for {len(traces)} trace folders; one for each, or one for all"
@@ -189,10 +231,10 @@ def _one_each(prompts: Sequence[str], traces: Sequence[str]) -> list[str | None]
 
 def _names(traces: Sequence[str]) -> list[str]:
     """A name per folder: its last part, or as much of its end as tells it from the others."""
-    places = [Path(folder).resolve().parts for folder in traces]
-    most = max(map(len, places), default=1)
+    paths = [Path(folder).resolve().parts for folder in traces]
+    most = max(map(len, paths), default=1)
     for length in range(1, most + 1):
-        names = ["/".join(parts[-length:]) for parts in places]
+        names = ["/".join(parts[-length:]) for parts in paths]
         if len(set(names)) == len(names):
             break
     return names if traces else []
@@ -200,7 +242,6 @@ def _names(traces: Sequence[str]) -> list[str]:
 
 def _apart(opened: Sequence[Traces]) -> str | None:
     """Why the rules cannot be scored on these traces together; None where they can."""
-    from deferral_train.errors import InputError
     from deferral_train.evaluation.positions import check_same
 
     if not opened:
@@ -212,25 +253,16 @@ def _apart(opened: Sequence[Traces]) -> str | None:
     return None
 
 
-def compare_with_decode(
-    traces: Sequence[Traces],
-    specs: Sequence[str],
-    decode: Path,
-    temperature: float | None,
-    num_draft_tokens: int,
-    bootstrap: int,
-    seed: int,
-) -> dict[str, Any]:
+def _compare_with_decode(config: EvaluateConfig, traces: Sequence[Traces], decode: Path) -> dict[str, Any]:
     """Predicted against counted for every spec at a fixed dial value that was decoded under its label."""
     from deferral_train.decoding.decode import rule_label
     from deferral_train.decoding.outputs import OUTPUTS, read_lines
-    from deferral_train.errors import InputError
     from deferral_train.evaluation import skew
     from deferral_train.heads.rules import rule_from_spec
 
     outputs = list(read_lines(decode / OUTPUTS))
     labels = {row["rule"] for row in outputs}
-    known = [rule_from_spec(spec, typed=specs) for spec in [*specs, "lossless"]]
+    known = [rule_from_spec(spec, typed=config.rules) for spec in [*config.rules, "lossless"]]
     rules = {rule_label(rule): rule for rule in known}
     shared = {label: rule for label, rule in rules.items() if label in labels}
     if not shared:
@@ -238,30 +270,23 @@ def compare_with_decode(
             f"decode={decode} holds {', '.join(sorted(labels)) or 'no outputs'}, none of the rules "
             f"{', '.join(rules)}; name the decoded rules with their dial, e.g. opt:alpha=0.2"
         )
-    rows = []
-    for part in traces:
-        for label, rule in shared.items():
-            rows += skew.compare(
-                part,
-                label,
-                rule,
-                outputs,
-                temperature=temperature,
-                num_draft_tokens=num_draft_tokens,
-                bootstrap=bootstrap,
-                seed=seed,
-            )
+    options = {
+        name: getattr(config, name) for name in ("temperature", "num_draft_tokens", "bootstrap", "seed")
+    }
+    rows = [
+        row
+        for part in traces
+        for label, rule in shared.items()
+        for row in skew.compare(part, label, rule, outputs, **options)
+    ]
     return skew.table_of(rows)
 
 
-def write_frontier(decode: Path, out: Path, metric: str) -> None:
-    """Quality against cost of the decoded settings, where the verifier alone and references are among
-    them.
-    """
-    import json
-
+def _write_frontier(decode: Path, out: Path, metric: str) -> None:
+    """Quality against cost of the decoded settings, where the verifier alone and references are among them."""
     from deferral_train.decoding.outputs import BATCHES, read_lines
     from deferral_train.evaluation import frontier
+    from deferral_train.evaluation.figures import draw_frontier
 
     path = decode / "summary.json"
     summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rules": {}}
@@ -269,3 +294,4 @@ def write_frontier(decode: Path, out: Path, metric: str) -> None:
         return
     entry = frontier.frontier_of(summary, metric, list(read_lines(decode / BATCHES)))
     frontier.write_frontier([entry], out)
+    draw_frontier(entry, out / "frontier")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deferral_train.errors import InputError
+
+if TYPE_CHECKING:
+    from deferral_train.heads.base import DeferralHead
 
 
 def run(
@@ -16,6 +20,7 @@ def run(
     traces: str | None = None,
     push_to_hub: str | None = None,
     token: str | None = None,
+    head_class: str | None = None,
 ) -> int:
     """Write config.json, model.safetensors, README.md (and model.onnx) for a fitted head.
 
@@ -28,26 +33,55 @@ def run(
         traces: trace folder for the ONNX comparison; required with ``onnx``.
         push_to_hub: repository ``owner/name`` to upload the folder to.
         token: access token for the upload; without it the stored login is used.
+        head_class: class of the head where it is your own, as ``fit`` named it: my_heads.MyHead.
     """
+    from deferral_train.heads.artifact import foreign_files
     from deferral_train.heads.artifact import push_to_hub as upload
     from deferral_train.heads.base import DeferralHead
     from deferral_train.heads.export import export_head
+    from deferral_train.heads.own import import_head_class
+    from deferral_train.provenance import one_writer
 
     if onnx and traces is None:
         raise InputError("--onnx needs --traces: the exported graph is compared with torch on real rows")
+    own = None if head_class is None else import_head_class(head_class)
     if Path(checkpoint).is_dir():
-        head = DeferralHead.from_pretrained(checkpoint)
+        head = (own or DeferralHead).from_pretrained(checkpoint)
     else:
         from deferral_train.training.checkpoint import read_checkpoint
 
-        head, _ = read_checkpoint(checkpoint)
-    export_head(head, out, alpha, threshold)
-    print(f"{head.head_type} head, {head.num_parameters} parameters: {out}")
-    if onnx:
-        _onnx(head, out, str(traces))
+        head, _ = read_checkpoint(checkpoint, own)
+    with one_writer(out, "export"):
+        lost = _lost_certificate(out, head, alpha if alpha is not None else threshold)
+        export_head(head, out, alpha, threshold)
+        print(f"{head.head_type} head, {head.num_parameters} parameters: {out}")
+        if lost is not None:
+            print(
+                f"the certificate that {out} held ({lost}) was of another head or setting, and is gone; choose anew"
+            )
+        if others := foreign_files(out):
+            print(
+                f"kept what is not of this head: {', '.join(others[:5])}{' ...' if len(others) > 5 else ''}"
+            )
+        if onnx:
+            _onnx(head, out, str(traces))
     if push_to_hub is not None:
         print(upload(head, out, push_to_hub, token))
     return 0
+
+
+def _lost_certificate(out: str, head: DeferralHead, point: float | None) -> str | None:
+    """The certificate of the head in ``out``, in a few words, where exporting ``head`` takes it away."""
+    from deferral_train.heads.artifact import CONFIG, current_file
+    from deferral_train.heads.config import read_config
+
+    try:
+        before = read_config(current_file(Path(out), CONFIG)).get("certificate")
+    except InputError:
+        return None
+    if not isinstance(before, dict) or (point is None and head.metadata.get("certificate") == before):
+        return None
+    return ", ".join(f"{name} {before[name]}" for name in ("metric", "limit", "value") if name in before)
 
 
 def _onnx(head: object, out: str, traces: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from deferral_train.rules import RULES
-from deferral_train.rules.base import Rule
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deferral_train.rules.base import Rule
 
 
 def run(markdown: bool = False) -> int:
@@ -12,6 +14,8 @@ def run(markdown: bool = False) -> int:
     Args:
         markdown: print a table for documents instead of columns.
     """
+    from deferral_train.rules import RULES
+
     header = ("rule", "dial", "range", "lossless at", "drafter at", "stage", "reads")
     rows = [header, *(_row(name, rule) for name, rule in RULES.items())]
     if markdown:

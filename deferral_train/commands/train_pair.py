@@ -11,6 +11,7 @@ def run(
     pair: PairConfig = PairConfig(),  # noqa: B008 - frozen
     min_nats: float = 0.2,
     min_cost_ratio: float = 3.0,
+    fresh: bool = False,
 ) -> int:
     """Train a drafter and a verifier on text or parallel text and check that they make a pair worth using.
 
@@ -21,12 +22,13 @@ def run(
         pair: text, sizes and schedules; flags such as ``--pair.kind t5`` or a YAML file.
         min_nats: refuse a verifier that is not better by this many nats a token on held-out text.
         min_cost_ratio: refuse a verifier whose pass costs less than this many drafter passes.
+        fresh: remove the pair that lies in ``out`` and train anew.
     """
     from deferral_train.pairs.scratch.progress import TrainingBars
     from deferral_train.pairs.scratch.train import train_pair
 
     with TrainingBars() as bars:
-        result = train_pair(pair, out, bars)
+        result = train_pair(pair, out, bars, fresh)
     gate = result.gate
     state = "reused" if result.reused else "trained"
     print(f"{state} {result.verifier} and {result.drafter}; what they saw is in {result.training_ids}")

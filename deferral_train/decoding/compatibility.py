@@ -10,6 +10,7 @@ from typing import Any
 
 from deferral_train.decoding.stopping import StopDrafting
 from deferral_train.errors import InputError
+from deferral_train.heads.artifact import certificate_problem
 from deferral_train.heads.pairing import check_vocabulary, different
 from deferral_train.rules.base import Rule
 
@@ -46,14 +47,20 @@ def check_head(
     metadata = getattr(head, "metadata", None) or {}
     recorded = dict(metadata.get("pair") or {})
     check_vocabulary(head, {**fingerprints, **facts})
-    loose = [*_roles_differ(recorded, fingerprints), *different(recorded, facts, ("dtype", "quantization"))]
+    certificate = metadata.get("certificate")
+    certified = certificate.get("pair") if isinstance(certificate, Mapping) else None
+    loose = [*roles_differ(recorded, fingerprints), *different(recorded, facts, ("dtype", "quantization"))]
+    if isinstance(certified, Mapping):
+        loose += [f"certified {text}" for text in roles_differ(certified, fingerprints) if text not in loose]
     loose += list(_temperature_differs(metadata, facts))
+    loose += [problem] if (problem := certificate_problem(head)) else []
     if loose and not accept_mismatch:
         raise InputError(f"head: {'; '.join(loose)}; re-fit it, or accept with --accept-mismatch")
     return loose
 
 
-def _roles_differ(recorded: Mapping[str, Any], fingerprints: Mapping[str, Any]) -> Iterator[str]:
+def roles_differ(recorded: Mapping[str, Any], fingerprints: Mapping[str, Any]) -> Iterator[str]:
+    """Models whose config or weights are not those recorded, in words; what one side does not state is not compared."""
     for role in ROLES:
         theirs, ours = recorded.get(role), fingerprints.get(role)
         if not isinstance(theirs, Mapping) or not isinstance(ours, Mapping):
@@ -61,6 +68,8 @@ def _roles_differ(recorded: Mapping[str, Any], fingerprints: Mapping[str, Any]) 
         for part in ("config", "weights"):
             if part in theirs and part in ours and theirs[part] != ours[part]:
                 yield f"{role} {part} is {ours[part]}, the head's {theirs[part]}"
+        if theirs.get("adapter") != ours.get("adapter"):
+            yield f"{role} adapter is {ours.get('adapter')}, the head's {theirs.get('adapter')}"
 
 
 def _temperature_differs(metadata: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[str]:

@@ -13,6 +13,7 @@ from deferral_train import provenance
 from deferral_train.decoding.compatibility import Consulted, check_consulted, with_counting
 from deferral_train.decoding.outputs import BATCHES, OutputFolder, read_lines
 from deferral_train.decoding.pair import BatchResult, Pair, Settings
+from deferral_train.decoding.reuse import identity
 from deferral_train.decoding.stopping import StopDrafting
 from deferral_train.decoding.summary import summarize_rule
 from deferral_train.decoding.token_log import TokenLog
@@ -64,6 +65,7 @@ def decode(
     rules: Mapping[str, Rule] | Sequence[Rule | str],
     config: DecodeConfig | None = None,
     out: str | Path = "runs/decode",
+    fresh: bool = False,
 ) -> dict[str, Any]:
     """Decode all prompts with all rules and write ``outputs.jsonl``, ``batches.jsonl`` and ``summary.json``.
 
@@ -73,6 +75,7 @@ def decode(
     Args:
         rules: rules by label, or a list of rules or names (labelled by name and dial).
         out: folder for the outputs.
+        fresh: remove the outputs of another run from it and start over.
 
     Returns:
         the content of ``summary.json``.
@@ -88,22 +91,25 @@ def decode(
     mismatches = {label: pair.check(rule, config.settings) for label, rule in named.items()}
     encoded = pair.encode(prompts, config.settings)
     references = {prompt.id: prompt.reference for prompt in prompts}
-    folder = OutputFolder(out, _identity(pair, prompts, named, config))
-    contestants = [_Contestant(label, *_counted(rule, config)) for label, rule in named.items()]
-    try:
-        _run(pair, encoded, references, contestants, config, folder)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise InputError(
-            f"out of memory at batch_size={config.settings.batch_size}; {len(folder.finished)} finished "
-            f"batches stay in {folder.folder}; decode again into another folder with a smaller batch_size"
-        ) from error
-    for contestant in contestants:
-        check_consulted(contestant.counters, contestant.drafted)
-    summary = _summary(folder, named, mismatches, config) | {
-        "conditions": pair.facts(config.settings),
-        "models": {role: model_facts(getattr(pair.models, role)) for role in ("drafter", "verifier")},
-    }
-    provenance.write_json(folder.folder / "summary.json", summary)
+    more = {name: getattr(config, name) for name in ("repetitions", "log_tokens", "sort_by_length")}
+    record = identity(pair, prompts, named, config.settings, more)
+    with provenance.one_writer(out, "decode"):
+        folder = OutputFolder(out, record, fresh)
+        contestants = [_Contestant(label, *_counted(rule, config)) for label, rule in named.items()]
+        try:
+            _run(pair, encoded, references, contestants, config, folder)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise InputError(
+                f"out of memory at batch_size={config.settings.batch_size}; {len(folder.finished)} finished "
+                f"batches stay in {folder.folder}; decode again into another folder with a smaller batch_size"
+            ) from error
+        for contestant in contestants:
+            check_consulted(contestant.counters, contestant.drafted)
+        summary = _summary(folder, named, mismatches, config) | {
+            "conditions": pair.facts(config.settings),
+            "models": {role: model_facts(getattr(pair.models, role)) for role in ("drafter", "verifier")},
+        }
+        provenance.write_json(folder.folder / "summary.json", summary)
     return summary
 
 
@@ -128,33 +134,6 @@ def rule_label(rule: Rule) -> str:
 
 def _counted(rule: Rule, config: DecodeConfig) -> tuple[Rule, StopDrafting | None, list[Consulted]]:
     return with_counting(rule, config.settings.stop)
-
-
-def _identity(
-    pair: Pair, prompts: Sequence[Prompt], named: Mapping[str, Rule], config: DecodeConfig
-) -> dict[str, Any]:
-    settings = config.settings.described()
-    return {
-        "prompts": provenance.hash_of([[p.id, p.prompt, p.reference] for p in prompts]),
-        "rules": {label: _describe(rule) for label, rule in named.items()},
-        "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()},
-        "repetitions": config.repetitions,
-        "log_tokens": config.log_tokens,
-        "sort_by_length": config.sort_by_length,
-        "pair": pair.models.fingerprints,
-    }
-
-
-def _describe(rule: Rule) -> str:
-    head = getattr(rule, "head", None)
-    weights = "" if head is None else provenance.hash_of(_weights(head))
-    return f"{rule.name}:{rule.dial_value}:{weights}" if head is not None else repr(rule)
-
-
-def _weights(head: Any) -> Any:
-    if not isinstance(head, torch.nn.Module):
-        return repr(head)
-    return [[name, tensor.flatten().tolist()] for name, tensor in sorted(head.state_dict().items())]
 
 
 def _dial(rule: Rule) -> dict[str, Any] | None:

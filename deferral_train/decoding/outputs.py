@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from deferral_train.errors import InputError
-from deferral_train.provenance import hash_of, write_json, write_text
+from deferral_train.provenance import append_text, refuse_reuse, write_json, write_text
+from deferral_train.redaction import redacted
 
 OUTPUTS, BATCHES, RUN = "outputs.jsonl", "batches.jsonl", "run.json"
+SUMMARY, METRICS = "summary.json", "metrics.jsonl"
 Key = tuple[str, int, int]  # rule, repetition, batch
 
 
@@ -25,30 +27,34 @@ class OutputFolder:
     Args:
         folder: made if absent.
         identity: everything that decides what is written; kept in ``run.json``.
+        fresh: remove the outputs of another run rather than refuse.
 
     Raises:
         InputError: the folder holds finished batches of another run.
     """
 
-    def __init__(self, folder: str | Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str | Path, identity: Mapping[str, Any], fresh: bool = False) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            for name in (SUMMARY, METRICS, BATCHES, OUTPUTS, RUN):
+                (self.folder / name).unlink(missing_ok=True)
         self._adopt(dict(identity))
         self.finished: dict[Key, dict[str, Any]] = {}
         self._recover()
 
     def _adopt(self, identity: dict[str, Any]) -> None:
         path = self.folder / RUN
-        if not path.exists() or not any(read_lines(self.folder / BATCHES)):  # refused in its first batch, say
-            write_json(path, identity)
-            return
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if hash_of(before) != hash_of(json.loads(json.dumps(identity))):
-            changed = sorted(k for k in {*before, *identity} if before.get(k) != identity.get(k))
-            raise InputError(
-                f"out={self.folder} holds a run with other {', '.join(changed) or 'settings'}; "
-                "use another folder"
+        if any(read_lines(self.folder / BATCHES)):  # none where it was refused in its first batch, say
+            refuse_reuse(
+                f"out={self.folder}",
+                read_record(path),
+                identity,
+                "use another folder, or --fresh to start over",
             )
+            return
+        (self.folder / SUMMARY).unlink(missing_ok=True)
+        write_json(path, redacted(identity))
 
     def _recover(self) -> None:
         """Keep what is whole: rows of finished batches."""
@@ -58,7 +64,7 @@ class OutputFolder:
         counts: dict[Key, int] = {}
         for row in rows:
             counts[_key(row)] = counts.get(_key(row), 0) + 1
-        self.finished = {k: v for k, v in self.finished.items() if counts.get(k) == v["rows"]}
+        self.finished = {k: v for k, v in self.finished.items() if counts.get(k) == v.get("rows")}
         rows = [row for row in rows if _key(row) in self.finished]
         if (self.folder / OUTPUTS).exists():
             write_text(self.folder / OUTPUTS, "".join(_line(row) for row in rows))
@@ -75,6 +81,23 @@ class OutputFolder:
         return read_lines(self.folder / OUTPUTS)
 
 
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The JSON object of a file; None where there is none.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({str(error)[:100]}); decode again with --fresh") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is damaged (no object); decode again with --fresh")
+    return found
+
+
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """JSON lines of a file; a last line cut short by a crash is left out.
 
@@ -83,18 +106,26 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """
     if not path.exists():
         return
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 continue
             try:
-                yield json.loads(line)
-            except ValueError as error:
+                found = json.loads(line)
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}, line {number} is no JSON ({error}); decode again") from None
+            if not isinstance(found, dict):
+                raise InputError(f"{path}, line {number} is no JSON object; decode again")
+            yield found
 
 
 def _key(line: Mapping[str, Any]) -> Key:
-    return line["rule"], line["repetition"], line["batch"]
+    rule, repetition, batch = (line.get(name) for name in ("rule", "repetition", "batch"))
+    if not isinstance(rule, str) or not isinstance(repetition, int) or not isinstance(batch, int):
+        raise InputError(
+            f"outputs: a line names no rule, repetition and batch ({str(dict(line))[:80]}); decode again with --fresh"
+        )
+    return rule, repetition, batch
 
 
 def _line(value: Mapping[str, Any]) -> str:
@@ -102,6 +133,5 @@ def _line(value: Mapping[str, Any]) -> str:
 
 
 def _append(path: Path, text: str) -> None:
-    # No fsync: a batch whose rows went with the machine's power is found by its count and decoded again.
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(text)
+    # Not waited for: a batch whose rows went with the machine's power is found by its count and decoded again.
+    append_text(path, text, durable=False)

@@ -314,11 +314,21 @@ def load_pair(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     smaller: Sequence[str] = (),
+    drafter_device: str | None = None,
+    device_map: Any = None,
 ) -> Pair:
     """Load two checkpoints as a :class:`Pair`, and the drafters below; arguments and errors as for
     ``load_models``.
     """
-    models = load_models(drafter, verifier, device, dtype, trust_remote_code)
+    models = load_models(
+        drafter,
+        verifier,
+        device,
+        dtype,
+        trust_remote_code,
+        drafter_device=drafter_device,
+        device_map=device_map,
+    )
     return Pair(models, load_smaller(smaller, models, dtype, trust_remote_code))
 
 

@@ -7,7 +7,7 @@ together and their difference has a paired interval.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -105,3 +105,35 @@ class PromptBootstrap:
     def mean(self, values: np.ndarray) -> Interval:
         """Interval of the mean over prompts of ``values`` [P]."""
         return self.ratio(values, np.ones(self.prompts))
+
+
+@dataclass(frozen=True)
+class Redraws:
+    """How numbers of any prompts get their intervals; below ``MIN_PROMPTS`` prompts there are no limits.
+
+    Attributes:
+        replicates: redraws B, 0 for no intervals.
+        seed: of the redraws.
+        confidence: of the intervals.
+    """
+
+    replicates: int = 1000
+    seed: int = 0
+    confidence: float = 0.95
+
+    def over(self, prompts: int) -> PromptBootstrap:
+        """The bootstrap over so many prompts, without replicates where they are too few."""
+        replicates = self.replicates if prompts >= MIN_PROMPTS else 0
+        return _bootstrap(prompts, replicates, self.seed, self.confidence)
+
+    def ratio(self, numerator: np.ndarray, denominator: np.ndarray) -> Interval | None:
+        """sum(numerator) / sum(denominator) over the prompts [P] where the denominator is not 0; None without any."""
+        own = denominator > 0
+        if not own.any():
+            return None
+        return self.over(int(own.sum())).ratio(numerator[own], denominator[own])
+
+
+@lru_cache(maxsize=16)
+def _bootstrap(prompts: int, replicates: int, seed: int, confidence: float) -> PromptBootstrap:
+    return PromptBootstrap(prompts, replicates, seed, confidence)

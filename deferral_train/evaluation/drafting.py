@@ -20,10 +20,10 @@ from deferral_train.drafting.plan import Plan
 from deferral_train.drafting.replay import UNKNOWN, Path, fit_ending, replay
 from deferral_train.drafting.spec import drafting_from_spec
 from deferral_train.errors import InputError
-from deferral_train.evaluation.bootstrap import MIN_PROMPTS, Interval, PromptBootstrap
+from deferral_train.evaluation.bootstrap import Interval, PromptBootstrap, Redraws
 from deferral_train.evaluation.laws import deferral_and_rejection
-from deferral_train.evaluation.loop_costs import LoopCosts, measure
 from deferral_train.evaluation.positions import read_positions
+from deferral_train.evaluation.speed import SpeedModel, measure_speed
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.rules.base import Rule
 from deferral_train.traces import Traces
@@ -65,16 +65,17 @@ def propose_for(
     num_draft_tokens: int = 5,
     temperature: float = 0.0,
     counted: Mapping[str, int] | None = None,
-    bootstrap: int = 1000,
-    seed: int = 0,
+    redraws: Redraws = Redraws(),  # noqa: B008 - frozen
 ) -> dict[str, Any]:
-    """:func:`propose` for a pair on this machine: its texts from traces, its costs timed now.
+    """:func:`propose` for a pair on this machine: its texts from traces, its speed measured now.
 
     Args:
-        prompts: of the traces, or some of them. traces: best of the rule's own prefixes (``cascade:<rule>``).
+        prompts: of the traces, or some of them.
+        traces: best of the rule's own prefixes (``cascade:<rule>``).
         num_draft_tokens: in use, to compare with.
         counted: drafter passes by prompt id with these draft tokens, where they were decoded; they say how readily
             the drafter ends a text behind a wrong token.
+        redraws: of prompts, for intervals; its seed also draws acceptances where the temperature is not 0.
 
     Raises:
         InputError: texts that such decoding does not write; a prompt that does not fit, no prompt in common, or a
@@ -86,19 +87,19 @@ def propose_for(
     encoded = pair.encode(prompts, Settings(max_new_tokens=room))
     ids = {one.id: one.input_ids for one in encoded if one.id in here}
     separate, eos = pair.models.is_encoder_decoder, pair.models.eos_ids
-    paths = paths_of(traces, rule, ids, separate, temperature=temperature, seed=seed)
+    paths = paths_of(traces, rule, ids, separate, temperature=temperature, seed=redraws.seed)
     ending = 0.0
     if counted is not None and all(name in counted for name in ids):
         ending = fit_ending(_alone(num_draft_tokens).plan, paths, eos, sum(counted[name] for name in ids))
     found = propose(
         paths,
         rule,
-        measure(pair, prompts, rule, temperature),
+        measure_speed(pair, prompts, rule, temperature),
         eos,
         used=num_draft_tokens,
         ending=[ending],
-        bootstrap=bootstrap,
-        seed=seed,
+        bootstrap=redraws.replicates,
+        seed=redraws.seed,
     )
     conditions = {
         "device": str(pair.models.device),
@@ -137,8 +138,9 @@ def paths_of(
 
     Args:
         traces: best of the rule's own prefixes (``cascade:<rule>``).
-        prompts: ids of each prompt that is wanted.
-        separate: encoder-decoder.
+        rule: decides which drafted tokens stand.
+        prompts: token ids of each prompt that is wanted.
+        separate: encoder-decoder: the text does not continue the prompt.
         seed: of acceptances, which are drawn where the temperature is not 0.
 
     Raises:
@@ -177,7 +179,7 @@ def paths_of(
 def propose(
     paths: Sequence[Path],
     rule: Rule,
-    costs: LoopCosts,
+    speed_model: SpeedModel,
     eos: Sequence[int],
     *,
     used: int | None = None,
@@ -189,6 +191,8 @@ def propose(
 
     Args:
         paths: of at least two prompts; the even ones choose, the odd ones judge.
+        speed_model: what replayed work is priced with.
+        eos: ids that end a text.
         used: draft tokens in use, to compare with.
         ending: see :func:`deferral_train.drafting.replay.replay`.
         bootstrap: redraws of prompts for intervals.
@@ -204,14 +208,14 @@ def propose(
     if len(paths) < 2:
         raise InputError(f"drafting: {len(paths)} prompt(s); give at least two, to choose on and to judge on")
     choosing, judging = paths[::2], paths[1::2]
-    price = _Price(costs, eos, ending)
+    price = _Price(speed_model, eos, ending)
     rated = [(price.speed(way, choosing), way) for way in ways(rule)]
     families: dict[str, tuple[float, Way]] = {}
     for speed, way in rated:
         if way.family not in families or speed > families[way.family][0]:
             families[way.family] = (speed, way)
     best = max(families.values(), key=lambda pair: pair[0])[1]
-    redraws = PromptBootstrap(len(judging), bootstrap if len(judging) >= MIN_PROMPTS else 0, seed)
+    redraws = Redraws(bootstrap, seed).over(len(judging))
     speed = price.interval(best, judging, redraws)
     found: dict[str, Any] = {
         "num_draft_tokens": best.num_draft_tokens,
@@ -240,7 +244,7 @@ def _alone(tokens: int) -> Way:
 class _Price:
     """Replays ways to draft and says what they cost."""
 
-    costs: LoopCosts
+    speed_model: SpeedModel
     eos: Sequence[int]
     ending: Sequence[float]
 
@@ -248,8 +252,8 @@ class _Price:
         """Of each prompt, by the verifier alone and by the cascade."""
         cascade = way.num_draft_tokens is None
         work = [replay(way.plan, path, self.eos, self.ending) for path in paths]
-        own = np.array([self.costs.of(one, cascade) for one in work])
-        return np.array([self.costs.alone(one.tokens) for one in work]), own
+        own = np.array([self.speed_model.of(one, cascade) for one in work])
+        return np.array([self.speed_model.alone(one.tokens) for one in work]), own
 
     def speed(self, way: Way, paths: Sequence[Path]) -> float:
         """Against the verifier alone."""

@@ -1,4 +1,4 @@
-"""What `--rules` and `score_rules(rules=...)` accept: names, specs, rules; each swept over its dial."""
+"""Rules as `--rules` and `score_rules(rules=...)` take them (names, specs, rules), each swept over its dial."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _parse(spec: str) -> tuple[Rule, bool]:
     from deferral_train.heads.rules import rule_from_spec
 
     if spec.startswith("learned:") and "alpha=" not in spec:
-        rule = rule_from_spec(f"{spec},alpha=0.0")
+        rule = rule_from_spec(f"{spec},alpha=0.0", typed=[spec])
         own = rule.head.metadata.get("alpha")  # type: ignore[attr-defined]
         return (rule, False) if own is None else (rule.with_dial(float(own)), True)
     rule = rule_from_spec(spec, typed=[spec])

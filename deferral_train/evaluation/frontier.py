@@ -20,7 +20,7 @@ from deferral_train.evaluation.online import speed_table
 from deferral_train.evaluation.settings import dials_of, setting_of
 
 VERIFIER = "verifier_only"
-# Cost on the x axis of each figure: key of a rule's summary, and its label.
+# Cost on the x axis of each figure: field of a point, and its label.
 COSTS = {
     "deferral_rate": "deferrals per drafted token (Figure 1)",
     "rejection_rate": "rejection rate (Figure 3)",
@@ -163,39 +163,6 @@ def frontier_of(
     }
 
 
-def write_frontier(entries: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """``frontier.json``, and the figures of every temperature in ``frontier/``; returns the figures."""
+def write_frontier(entries: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """``frontier.json``; its figures are drawn by :func:`deferral_train.evaluation.figures.draw_frontier`."""
     provenance.write_json(folder / "frontier.json", {"entries": list(entries)})
-    return [path for entry in entries for path in draw_figures(entry, folder / "frontier")]
-
-
-def draw_figures(entry: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Quality against each of :data:`COSTS`, as png and svg; returns the files."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    folder.mkdir(parents=True, exist_ok=True)
-    metric, temperature, written = entry["metric"], entry["temperature"], []
-    for cost, label in COSTS.items():
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        FigureCanvasAgg(figure)
-        _draw(figure.subplots(), entry, cost)
-        figure.axes[0].set(
-            xlabel=label, ylabel=metric, title=f"T = {temperature:g}, {entry['prompts']} prompts"
-        )
-        end = f"_t{temperature:g}"
-        for suffix in ("png", "svg"):
-            path = folder / f"{metric.split(':')[0]}_against_{cost}{end}.{suffix}"
-            figure.savefig(path, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
-            written.append(path)
-    return written
-
-
-def _draw(axes: Any, entry: Mapping[str, Any], cost: str) -> None:
-    for name, line in entry["points"].items():
-        ordered = sorted(line, key=lambda point: point[cost])
-        style = {"marker": "*", "ms": 11, "linestyle": "none"} if len(line) == 1 else {"marker": "o", "ms": 4}
-        axes.plot([p[cost] for p in ordered], [p["quality"] for p in ordered], label=name, **style)
-    axes.axhline(entry["points"][VERIFIER][0]["quality"], color="gray", linestyle=":", linewidth=1)
-    axes.legend(fontsize=7)
-    axes.grid(alpha=0.3)

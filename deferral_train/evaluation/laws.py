@@ -1,4 +1,4 @@
-"""What one rule does on a block of rows; token and law rules from the logged candidates."""
+"""Deferral, rejection and loss of one rule on a block of rows; token and law rules from the logged candidates."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from deferral_train.evaluation.positions import Block
+from deferral_train.evaluation.positions import PromptBlock
 from deferral_train.rules.base import Rule
 from deferral_train.rules.offline import deferral_rate, emitted_gold_risk, rejection_rate
 
 
-def law_sums(settings: Sequence[Rule], block: Block) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def law_sums(settings: Sequence[Rule], block: PromptBlock) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Sums per prompt [S, P'] and the rejection probability D_TV(q, pi) [S, n].
 
     ``candidate_bound`` sums the most by which the unlogged tail can change the rejection probability. The
@@ -40,7 +40,7 @@ def law_sums(settings: Sequence[Rule], block: Block) -> tuple[dict[str, np.ndarr
 
 
 def deferral_and_rejection(
-    rule: Rule, block: Block, tails: Sequence[float] = (0.0,)
+    rule: Rule, block: PromptBlock, tails: Sequence[float] = (0.0,)
 ) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities [n, T] that a drafted token is deferred, and rejected, of any rule.
 

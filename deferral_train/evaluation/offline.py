@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from deferral_train.evaluation.families import Family, make_families
 from deferral_train.evaluation.positions import Positions, read_positions
 from deferral_train.evaluation.prefixes import slider_prefixes
 from deferral_train.evaluation.scan import FamilySums, Oracle, scan
-from deferral_train.evaluation.survival import relative_latency
+from deferral_train.evaluation.speed import SpeedModel
 from deferral_train.evaluation.table import RuleScores, ScoreTable
 from deferral_train.heads.pairing import check_vocabulary
 from deferral_train.rules.base import PositionRule, Rule
@@ -34,7 +35,7 @@ METRICS = {
     "calls": "calls_per_token",
     "candidate_bound": "rejection_bound",
 }
-COST_KEYS = frozenset({"drafter", "verifier", "num_draft_tokens", "verifier_token", "head"})
+COST_KEYS = frozenset({"drafter", "verifier", "verifier_token", "head"})
 
 
 def score_rules(
@@ -70,7 +71,7 @@ def score_rules(
         bootstrap: redraws of prompts for intervals; 0 for none. seed: of the redraws.
         costs: measured seconds ``drafter``, ``verifier`` (one block) and optionally ``verifier_token``,
             ``head``; gives the latency relative to the verifier alone.
-        temperature: of the sampling laws: 0, 1, or the one that the traces were made for (default).
+        temperature: of the sampling distributions: 0, 1, or the one that the traces were made for (default).
         num_draft_tokens: drafted tokens in a block.
         confidence: of the intervals.
         prefixes: prompts whose tokens are kept for the report's alpha slider.
@@ -80,7 +81,19 @@ def score_rules(
         InputError: traces of different pairs, a head of another vocabulary, too few prompts for the bootstrap, a
             truth or a field that the traces do not hold, an unknown rule.
     """
-    _check_request(grid, bootstrap, num_draft_tokens, confidence)
+    settings = ScoreSettings(
+        loss,
+        truth,
+        grid,
+        bootstrap,
+        seed,
+        costs,
+        temperature,
+        num_draft_tokens,
+        confidence,
+        prefixes,
+        workers,
+    )
     families = _with_anchors(make_families(rules, grid))
     _check_heads(families, [traces] if isinstance(traces, Traces) else traces)
     part = read_positions(
@@ -94,33 +107,76 @@ def score_rules(
     redraws = PromptBootstrap(part.prompts, bootstrap, seed, confidence)
     oracle = Family("oracle", Oracle(), tuple(np.linspace(-2, 2, 81)))
     scanned = scan([*families, oracle], part, num_draft_tokens=num_draft_tokens, workers=workers)
-    priced = _checked_costs(costs, num_draft_tokens)
-    exact = truth != "reference"
-    scores = {sums.family.name: _scores(sums, part, redraws, priced) for sums in scanned}
+    scores = {sums.family.name: _scores(sums, part, redraws, settings) for sums in scanned}
     _add_agreement(scores, {sums.family.name: sums for sums in scanned}, len(part))
-    meta = {
-        "loss": loss,
-        "truth": truth,
-        "oracle": "the optimal rule" if exact else "decides in hindsight, not attainable",
-        "num_draft_tokens": num_draft_tokens,
-        "bootstrap": {"replicates": bootstrap, "seed": seed, "confidence": confidence, "unit": "prompt"},
-        "costs": None if priced is None else dict(priced),
-        **part.meta,
-    }
     slider = slider_prefixes(families, part, prefixes) if prefixes else None
     calibration = _calibration(families, part, redraws)
-    return ScoreTable(meta, scores, redraws, part.rows_per_prompt, calibration, slider)
+    return ScoreTable(
+        settings.header() | part.meta, scores, redraws, part.rows_per_prompt, calibration, slider
+    )
 
 
-def _check_request(grid: Any, bootstrap: int, num_draft_tokens: int, confidence: float) -> None:
-    if isinstance(grid, int) and grid < 1:
-        raise InputError(f"grid is {grid}; give at least 1 dial point, or leave it out for 40")
-    if bootstrap < 0:
-        raise InputError(f"bootstrap is {bootstrap}; give a number of redraws, 0 for none")
-    if num_draft_tokens < 1:
-        raise InputError(f"num_draft_tokens is {num_draft_tokens}; give at least 1")
-    if not 0 < confidence < 1:
-        raise InputError(f"confidence is {confidence}; give a number between 0 and 1, for example 0.95")
+@dataclass(frozen=True)
+class ScoreSettings:
+    """Settings of one :func:`score_rules` call, checked; the fields are its arguments."""
+
+    loss: str
+    truth: str
+    grid: int | Sequence[float] | Mapping[str, Sequence[float]] | None
+    bootstrap: int
+    seed: int
+    costs: Mapping[str, float] | None
+    temperature: float | None
+    num_draft_tokens: int
+    confidence: float
+    prefixes: int
+    workers: int | None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.grid, int) and self.grid < 1:
+            raise InputError(f"grid is {self.grid}; give at least 1 dial point, or leave it out for 40")
+        if self.bootstrap < 0:
+            raise InputError(f"bootstrap is {self.bootstrap}; give a number of redraws, 0 for none")
+        if self.num_draft_tokens < 1:
+            raise InputError(f"num_draft_tokens is {self.num_draft_tokens}; give at least 1")
+        if not 0 < self.confidence < 1:
+            raise InputError(
+                f"confidence is {self.confidence}; give a number between 0 and 1, for example 0.95"
+            )
+        if self.costs is None:
+            return
+        unknown, missing = set(self.costs) - COST_KEYS, {"drafter", "verifier"} - set(self.costs)
+        if unknown or missing:
+            raise InputError(
+                f"costs has unknown {sorted(unknown)} and lacks {sorted(missing)}; give seconds as "
+                "{'drafter': .., 'verifier': ..} with optional verifier_token and head"
+            )
+        if min(self.costs.values()) < 0 or min(self.costs["drafter"], self.costs["verifier"]) <= 0:
+            raise InputError(f"costs must be positive seconds, got {dict(self.costs)}")
+
+    @property
+    def speed_model(self) -> SpeedModel | None:
+        """Of the costs; None without."""
+        return None if self.costs is None else SpeedModel.of_passes(**self.costs)
+
+    def header(self) -> dict[str, Any]:
+        """The table's header, as far as it does not depend on the traces."""
+        costs = None if self.costs is None else {**self.costs, "num_draft_tokens": self.num_draft_tokens}
+        return {
+            "loss": self.loss,
+            "truth": self.truth,
+            "oracle": "decides in hindsight, not attainable"
+            if self.truth == "reference"
+            else "the optimal rule",
+            "num_draft_tokens": self.num_draft_tokens,
+            "bootstrap": {
+                "replicates": self.bootstrap,
+                "seed": self.seed,
+                "confidence": self.confidence,
+                "unit": "prompt",
+            },
+            "costs": costs,
+        }
 
 
 def _check_heads(families: Sequence[Family], traces: Sequence[Traces]) -> None:
@@ -136,7 +192,7 @@ def _with_anchors(families: list[Family]) -> list[Family]:
 
 
 def _scores(
-    sums: FamilySums, part: Positions, redraws: PromptBootstrap, costs: Mapping[str, float] | None
+    sums: FamilySums, part: Positions, redraws: PromptBootstrap, settings: ScoreSettings
 ) -> RuleScores:
     """Ratios of sums over prompts, and their redraws."""
     metrics: dict[str, np.ndarray] = {}
@@ -150,8 +206,9 @@ def _scores(
             redrawn[metric] = redraws.sums(sums.sums[name]) / redrawn_rows
     for table in (metrics, redrawn):
         table["acceptance_length"] = 1 / table["calls_per_token"]
-        if costs is not None:
-            table["relative_latency"] = relative_latency(table["calls_per_token"], costs)
+        if settings.speed_model is not None:
+            calls = table["calls_per_token"]
+            table["relative_latency"] = settings.speed_model.relative(calls, settings.num_draft_tokens)
     family = sums.family
     return RuleScores(
         family.name,
@@ -184,20 +241,6 @@ def _differing(sums: FamilySums, judge: FamilySums, settings: np.ndarray) -> np.
         assert other is not None
         total += np.bitwise_count(own ^ other[settings]).sum(axis=1, dtype=np.int64)
     return total
-
-
-def _checked_costs(costs: Mapping[str, float] | None, num_draft_tokens: int) -> dict[str, float] | None:
-    if costs is None:
-        return None
-    unknown, missing = set(costs) - COST_KEYS, {"drafter", "verifier"} - set(costs)
-    if unknown or missing:
-        raise InputError(
-            f"costs has unknown {sorted(unknown)} and lacks {sorted(missing)}; give seconds as "
-            "{'drafter': .., 'verifier': ..} with optional verifier_token and head"
-        )
-    if min(costs.values()) < 0 or min(costs["drafter"], costs["verifier"]) <= 0:
-        raise InputError(f"costs must be positive seconds, got {dict(costs)}")
-    return {**costs, "num_draft_tokens": num_draft_tokens}
 
 
 def _calibration(families: list[Family], part: Positions, redraws: PromptBootstrap) -> dict[str, Any]:

@@ -8,10 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from deferral_train.evaluation.bootstrap import MIN_PROMPTS, Interval, PromptBootstrap
+from deferral_train.evaluation.bootstrap import Interval, Redraws
 from deferral_train.evaluation.quality import per_prompt
-
-REPLICATES = 1000
 
 
 def online_table(
@@ -65,7 +63,7 @@ def _against_base(
     ids = [name for name in own if name in base] if base else []
     if not ids:
         return {}
-    redraws = _redraws(len(ids), seed)
+    redraws = Redraws(seed=seed).over(len(ids))
     lengths = [_column(part[name]["counts"]["emitted"] for name in ids) for part in (own, base)]
     found = {"length_ratio": redraws.ratio(*lengths)}
     if all(own[name].get("reference") is not None for name in ids):
@@ -88,13 +86,11 @@ def _median_seconds(batches: Iterable[Mapping[str, Any]]) -> dict[str, dict[int,
 
 def _ratio(above: Mapping[int, float], below: Mapping[int, float], seed: int) -> Interval:
     shared = sorted(set(above) & set(below))
-    return _redraws(len(shared), seed).ratio(
-        _column(above[number] for number in shared), _column(below[number] for number in shared)
+    return (
+        Redraws(seed=seed)
+        .over(len(shared))
+        .ratio(_column(above[number] for number in shared), _column(below[number] for number in shared))
     )
-
-
-def _redraws(units: int, seed: int) -> PromptBootstrap:
-    return PromptBootstrap(units, REPLICATES if units >= MIN_PROMPTS else 0, seed)
 
 
 def _column(values: Iterable[float]) -> np.ndarray:

@@ -12,7 +12,6 @@ import torch
 
 from deferral_train.errors import InputError
 from deferral_train.evaluation.losses import Losses, make_losses
-from deferral_train.evaluation.survival import Layout
 from deferral_train.rules.offline import Candidates
 from deferral_train.rules.summary import HIDDEN_FIELDS, TOKEN_FIELDS, Summary
 from deferral_train.traces import Traces
@@ -28,19 +27,53 @@ _ALWAYS = frozenset(
 
 
 @dataclass(frozen=True)
-class Block:
+class PromptRows:
+    """Where the rows of each prompt lie: rows are sorted by prompt, and by position within a prompt.
+
+    Attributes:
+        starts: [P] first row of each prompt.
+        lengths: [P] rows of each prompt.
+    """
+
+    starts: np.ndarray
+    lengths: np.ndarray
+
+    @classmethod
+    def of(cls, prompt: np.ndarray) -> PromptRows:
+        """From sorted prompt numbers [N]; every number from 0 to the last must occur."""
+        starts = np.flatnonzero(np.r_[True, prompt[1:] != prompt[:-1]]) if len(prompt) else np.zeros(0, int)
+        return cls(starts, np.diff(np.r_[starts, len(prompt)]))
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Sums over the rows of each prompt: [.., N] to [.., P]."""
+        return np.add.reduceat(values, self.starts, axis=-1)
+
+    @cached_property
+    def longest_first(self) -> np.ndarray:
+        """Prompts in order of falling length, [P]."""
+        return np.argsort(-self.lengths, kind="stable")
+
+
+@dataclass(frozen=True)
+class PromptBlock:
     """Consecutive rows of whole prompts; n rows, P' prompts.
 
     Attributes:
-        summary: fields that the rules need, [n]. tv: D_TV of the sampling laws, float32 [n].
-        gold: [n] int64, -1 where there is none. candidates: logged top tokens, None where none are needed.
+        summary: fields that the rules need, [n].
+        tv: D_TV of the sampling distributions, float32 [n].
+        losses: of both models, [n].
+        layout: where each prompt's rows are, within the block.
+        gold: [n] int64, -1 where there is none.
+        candidates: logged top tokens, None where none are needed.
         rows, prompts: which of the table.
+        temperature: of the sampling distributions.
+        truth: of the losses.
     """
 
     summary: Summary
     tv: np.ndarray
     losses: Losses
-    layout: Layout
+    layout: PromptRows
     gold: torch.Tensor
     candidates: Candidates | None
     rows: slice
@@ -54,9 +87,13 @@ class Positions:
     """Rows sorted by prompt, rows of a prompt in order of position; N rows, P prompts.
 
     Attributes:
-        columns: stored columns [N, ..] by name, numpy. losses: under the truth.
-        prompt: [N] 0..P-1, sorted. prompt_ids: [P].
-        temperature: of the sampling laws. with_candidates: whether blocks carry logged tokens.
+        columns: stored columns [N, ..] by name, numpy.
+        losses: of both models under the truth, [N].
+        prompt: [N] 0..P-1, sorted.
+        prompt_ids: [P].
+        temperature: of the sampling distributions.
+        loss, truth: of the losses, by name.
+        with_candidates: blocks carry logged tokens.
         meta: what goes into a table's header.
     """
 
@@ -83,7 +120,7 @@ class Positions:
         """[P]."""
         return np.bincount(self.prompt, minlength=self.prompts)
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[PromptBlock]:
         """All rows in order, see :meth:`block`."""
         return map(self.block, self.spans())
 
@@ -101,24 +138,24 @@ class Positions:
             first = last
 
     @cached_property
-    def layout(self) -> Layout:
+    def layout(self) -> PromptRows:
         """Where each prompt's rows are."""
-        return Layout.of(self.prompt)
+        return PromptRows.of(self.prompt)
 
     def summary(self, rows: slice = slice(None)) -> Summary:
         """The fields that the rules need, as float32 and int64 tensors."""
         stored = (name for name in self.columns if name not in {*TOP_IDS, *TOP_LOGPROBS, "gold"})
         return Summary({name: _tensor(self.columns[name][rows]) for name in stored})
 
-    def block(self, prompts: slice) -> Block:
+    def block(self, prompts: slice) -> PromptBlock:
         """The rows of some prompts."""
         starts, lengths = self.layout.starts[prompts], self.layout.lengths[prompts]
         rows = slice(int(starts[0]), int(starts[-1] + lengths[-1]))
-        return Block(
+        return PromptBlock(
             self.summary(rows),
             self.columns["tv"][rows],
             self.losses.select(rows),
-            Layout(starts - starts[0], lengths),
+            PromptRows(starts - starts[0], lengths),
             _tensor(self.columns["gold"][rows]),
             self._candidates(rows) if self.with_candidates else None,
             rows,

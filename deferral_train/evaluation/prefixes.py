@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from deferral_train.evaluation.families import Family
-from deferral_train.evaluation.positions import Block, Positions
+from deferral_train.evaluation.positions import Positions, PromptBlock
 from deferral_train.rules.learned import LearnedRule
 
 
@@ -56,7 +56,7 @@ def _has_gap(family: Family) -> bool:
     return not callable(getattr(rule.head, "defer", None))
 
 
-def _gap(family: Family, block: Block) -> np.ndarray:
+def _gap(family: Family, block: PromptBlock) -> np.ndarray:
     assert isinstance(family.rule, LearnedRule)
     return family.rule.head.gap(block.summary).numpy()
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from deferral_train.evaluation.families import Family
 from deferral_train.evaluation.laws import law_sums
-from deferral_train.evaluation.positions import Block, Positions
+from deferral_train.evaluation.positions import Positions, PromptBlock
 from deferral_train.evaluation.survival import expected_calls
 from deferral_train.rules.base import Dial, PositionRule, Rule
 from deferral_train.rules.learned import LearnedRule
@@ -46,7 +46,7 @@ class Oracle(PositionRule):
 
 @dataclass
 class FamilySums:
-    """What the pass keeps of one rule.
+    """Sums of one rule over all rows.
 
     Attributes:
         sums: name in :data:`SUMS` to float32 [S, P]; a statistic without a meaning for the rule is absent.
@@ -64,13 +64,13 @@ class FamilySums:
 
 @dataclass(frozen=True)
 class Effects:
-    """What one rule does on a block: sums over rows by prompt [S, P'], and packed decisions."""
+    """One rule on one block: sums over rows by prompt [S, P'], and packed decisions."""
 
     sums: dict[str, np.ndarray]
     decisions: np.ndarray | None
 
 
-def effects(family: Family, block: Block, num_draft_tokens: int) -> Effects:
+def effects(family: Family, block: PromptBlock, num_draft_tokens: int) -> Effects:
     """Apply one rule at all its dial values to one block."""
     if isinstance(family.rule, PositionRule):
         defer = decide(family, block)
@@ -84,7 +84,7 @@ def effects(family: Family, block: Block, num_draft_tokens: int) -> Effects:
     return Effects(sums, packed)
 
 
-def decide(family: Family, block: Block) -> np.ndarray:
+def decide(family: Family, block: PromptBlock) -> np.ndarray:
     """Deferrals of a position rule, bool [S, n]. A head's gap is computed once for all its alphas."""
     rule = family.rule
     if isinstance(rule, Oracle):
@@ -96,7 +96,7 @@ def decide(family: Family, block: Block) -> np.ndarray:
     return np.stack([_deferral(setting, block) for setting in family.settings])
 
 
-def _deferral(rule: Rule, block: Block) -> np.ndarray:
+def _deferral(rule: Rule, block: PromptBlock) -> np.ndarray:
     if rule.is_lossless:
         return np.ones(len(block.tv), dtype=bool)
     assert isinstance(rule, PositionRule)
@@ -108,7 +108,7 @@ def _column(values: Sequence[float | None]) -> np.ndarray:
 
 
 def _position_sums(
-    family: Family, block: Block, defer: np.ndarray
+    family: Family, block: PromptBlock, defer: np.ndarray
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Sums per prompt [S, P'], and the rejection probability r * D_TV (Lemma 3) [S, n]."""
     losses, by_prompt = block.losses, block.layout.sums

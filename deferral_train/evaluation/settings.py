@@ -1,4 +1,4 @@
-"""Decoded settings: what a label of ``decode`` outputs stands for, and the order in which a dial is tried."""
+"""Labels of ``decode`` outputs read as settings of a dial, and the order in which a dial is tried."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ class Setting:
     """One decoded setting.
 
     Attributes:
-        label: its name in the outputs. family: settings of one family differ in the dial alone.
-        rule: the rule's own name. parameter, value: of its dial.
+        label: its name in the outputs.
+        family: settings of one family differ in the dial alone.
+        rule: the rule's own name.
+        parameter, value: of its dial.
     """
 
     label: str
@@ -52,7 +54,7 @@ def setting_of(label: str, dials: Dials | None = None) -> Setting | None:
 
 
 def dials_of(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any] | None]:
-    """What ``summary.json`` of a decode run recorded about each label's dial."""
+    """Dials by label, as ``summary.json`` of a decode run recorded them."""
     return {label: rule.get("dial") for label, rule in summary["rules"].items()}
 
 

@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 
 from deferral_train.errors import InputError
-from deferral_train.evaluation.bootstrap import MIN_PROMPTS, Interval, PromptBootstrap
-from deferral_train.evaluation.laws import deferral_and_rejection
+from deferral_train.evaluation.bootstrap import Interval, PromptBootstrap, Redraws
 from deferral_train.evaluation.positions import read_positions
 from deferral_train.evaluation.settings import parse_label
-from deferral_train.evaluation.survival import block_chain
+from deferral_train.evaluation.survival import expected_work
 from deferral_train.rules.base import LawRule, Rule
 from deferral_train.traces import Traces
 
@@ -38,16 +37,21 @@ QUANTITIES = {
 
 
 @dataclass(frozen=True)
-class Work:
-    """Sums per prompt [P], predicted or counted, by name; ``prompt_ids`` [P]."""
+class WorkSums:
+    """Sums per prompt, predicted or counted.
+
+    Attributes:
+        prompt_ids: [P].
+        sums: [P] by name: calls, judged, passed, deferred, tokens.
+    """
 
     prompt_ids: tuple[str, ...]
     sums: dict[str, np.ndarray]
 
     def select(self, ids: Sequence[str]) -> dict[str, np.ndarray]:
         """The sums of some prompts, in their order."""
-        place = {name: number for number, name in enumerate(self.prompt_ids)}
-        rows = np.array([place[name] for name in ids], dtype=np.int64)
+        number_of = {name: number for number, name in enumerate(self.prompt_ids)}
+        rows = np.array([number_of[name] for name in ids], dtype=np.int64)
         return {name: values[rows] for name, values in self.sums.items()}
 
 
@@ -58,59 +62,47 @@ def predict(
     temperature: float | None = None,
     num_draft_tokens: int = 5,
     tails: Sequence[float] = (0.0,),
-) -> list[Work]:
-    """Expected work per prompt if ``rule`` decoded the logged sequences, under the limit of tokens that they
-    had.
+) -> list[WorkSums]:
+    """Expected work per prompt if ``rule`` decoded the logged sequences, under the limit of tokens that they had.
 
     Args:
-        tails: what the candidates that were not logged do: 0 the middle of what they can, 1 reject most, -1 least.
+        tails: where the candidates that were not logged put the rejection: 0 the middle of its bounds, 1 the most, -1
+            the least.
 
     Returns:
         one for each of ``tails``.
     """
-    limit = traces.manifest.settings.get("max_new_tokens")
     table = read_positions(
         traces, rule.needs, truth="verifier", temperature=temperature, with_candidates=True
     )
-    parts = []
-    for block in table.blocks():
-        deferral, rejection = deferral_and_rejection(rule, block, tails)
-        cut = None if limit is None else block.layout.lengths == limit
-        work = block_chain(1 - rejection, block.layout, num_draft_tokens, deferral, cut)
-        assert work.deferred is not None
-        parts.append((work.calls, work.judged, work.rejected, work.deferred))
-    calls, judged, rejected, deferred = (np.concatenate(columns) for columns in zip(*parts))
-    sums = {"calls": calls, "judged": judged, "passed": judged - rejected, "deferred": deferred}
-    tokens = table.rows_per_prompt.astype(np.float64)
+    limit = traces.manifest.settings.get("max_new_tokens")
+    work = expected_work(table, [rule], num_draft_tokens, limit=limit, tails=tails)
+    assert work.deferred is not None
+    sums = {
+        "calls": work.calls,
+        "judged": work.judged,
+        "passed": work.judged - work.rejected,
+        "deferred": work.deferred,
+    }
+    tokens = {"tokens": table.rows_per_prompt.astype(np.float64)}
     return [
-        Work(
-            tuple(table.prompt_ids),
-            {name: values[:, side] for name, values in sums.items()} | {"tokens": tokens},
-        )
+        WorkSums(tuple(table.prompt_ids), {name: values[:, side] for name, values in sums.items()} | tokens)
         for side in range(len(tails))
     ]
 
 
-def count(rows: Iterable[Mapping[str, Any]]) -> Work:
+def count(rows: Iterable[Mapping[str, Any]]) -> WorkSums:
     """Counted work per prompt from one rule's rows of ``outputs.jsonl``, repetitions added up."""
     totals: dict[str, np.ndarray] = {}
     for row in rows:
         counts = row["counts"]
-        line = np.array(
-            [
-                counts["verifier_calls"],
-                counts["decided"],
-                counts["decided"] - counts["rejected"],
-                counts["deferred"],
-                counts["emitted"],
-            ],
-            dtype=np.float64,
-        )
-        totals[str(row["id"])] = totals.get(str(row["id"]), 0) + line
+        passed = counts["decided"] - counts["rejected"]
+        line = (counts["verifier_calls"], counts["decided"], passed, counts["deferred"], counts["emitted"])
+        totals[str(row["id"])] = totals.get(str(row["id"]), 0) + np.array(line, dtype=np.float64)
     if not totals:
         raise InputError("no outputs of this rule to count; decode it first")
     columns = np.stack(list(totals.values())).T
-    return Work(tuple(totals), dict(zip(("calls", "judged", "passed", "deferred", "tokens"), columns)))
+    return WorkSums(tuple(totals), dict(zip(("calls", "judged", "passed", "deferred", "tokens"), columns)))
 
 
 def compare(
@@ -150,7 +142,7 @@ def compare(
             f"traces and outputs of {label} share no prompt id; decode the prompts that were collected"
         )
     before, after = predicted.select(ids), counted.select(ids)
-    redraws = PromptBootstrap(len(ids), bootstrap if len(ids) >= MIN_PROMPTS else 0, seed)
+    redraws = Redraws(bootstrap, seed).over(len(ids))
     return [
         {
             "rule": label,
@@ -168,7 +160,7 @@ def compare(
 
 
 def is_on_policy(prefixes: str, rule: Rule) -> bool:
-    """Whether prefixes of this manifest entry were produced by the very rule, dial value included."""
+    """True where prefixes of this manifest entry were produced by the very rule, dial value included."""
     if not prefixes.startswith("cascade:"):
         return False
     spec = prefixes.removeprefix("cascade:")
@@ -209,7 +201,7 @@ def _difference(
 
 
 def table_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What ``evaluation/skew.json`` holds."""
+    """The contents of ``evaluation/skew.json``: a header, and the rows of :func:`compare`."""
     prefixes = sorted({row["prefixes"] for row in rows})
     on_policy = all(row["on_policy"] for row in rows)
     note = ON_POLICY if on_policy else OFF_POLICY

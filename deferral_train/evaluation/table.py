@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +16,7 @@ from deferral_train.evaluation.curves import SHARES, Curve, area_difference, dif
 from deferral_train.rules.registry import short_label
 
 SCHEMA = 1
-# What a curve may be drawn against, and what it may show; all are ratios of sums over prompts.
+# Axes of the curves: costs on x, losses on y; all are ratios of sums over prompts.
 COSTS = ("rejection_rate", "calls_per_token", "relative_latency")
 LOSSES = ("risk", "emitted_risk")
 
@@ -28,8 +26,11 @@ class RuleScores:
     """One rule over its dial.
 
     Attributes:
-        name, rule, parameter: as shown, the rule's own name, the dial's parameter (None without a dial).
-        values: dial values [S]; ``chosen`` the one that the caller spelled out, or None.
+        name: as shown.
+        rule: the rule's own name.
+        parameter: of its dial, None without one.
+        values: dial values [S].
+        chosen: the one of them that the caller spelled out, or None.
         metrics: name to estimates [S].
         redrawn: name to bootstrap redraws [S, B].
         agreement: with OPT and the exact rule at matched rejection rate: name to share of positions [S].
@@ -167,13 +168,10 @@ class ScoreTable:
 
     def to_csv(self, path: str | Path) -> Path:
         """Write :meth:`points` as one flat table; an interval becomes three columns."""
-        rows = [_flat(row) for row in self.points()]
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        provenance.write_text(path, text.getvalue())
+        import pandas
+
+        table = pandas.DataFrame([dict(_columns(row)) for row in self.points()])
+        provenance.write_text(path, table.to_csv(index=False, lineterminator="\n"))
         return Path(path)
 
     def text(self, baseline: str = "opt", shares: Sequence[float] = (0.25, 0.5, 0.75)) -> str:
@@ -193,12 +191,6 @@ class ScoreTable:
                 lines.append(f"{short_label(name, 31):<32}" + "".join(f"{_cell(cell):>26}" for cell in cells))
         return "\n".join(lines)
 
-    def figures(self, folder: str | Path) -> list[Path]:
-        """Draw the curves as png and svg, see :mod:`figures`."""
-        from deferral_train.evaluation.figures import draw
-
-        return draw(self, Path(folder))
-
 
 def _cell(row: Mapping[str, Any]) -> str:
     """``0.512 (-0.010, -0.014..-0.005)``: value, and the difference to the baseline with its interval."""
@@ -208,11 +200,13 @@ def _cell(row: Mapping[str, Any]) -> str:
     return f"{row['value']:.3f} ({gap['low']:+.3f}..{gap['high']:+.3f})"
 
 
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _columns(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in row.items():
         if isinstance(value, dict):
-            flat |= {name: value["value"], f"{name}_low": value["low"], f"{name}_high": value["high"]}
+            yield from (
+                (name, value["value"]),
+                (f"{name}_low", value["low"]),
+                (f"{name}_high", value["high"]),
+            )
         else:
-            flat[name] = value
-    return {name: "" if value is None else value for name, value in flat.items()}
+            yield name, value

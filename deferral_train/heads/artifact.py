@@ -1,10 +1,19 @@
 """The exported head: config.json + model.safetensors + README.md in one folder, or the same on the Hub.
 
 Loading needs torch and safetensors alone. No pickle is read, and an artifact can name neither code nor paths.
+
+A folder holds one head. Its files are replaced together: all are written under hidden names, then one small file says
+that they are complete, then they take their names. Whenever that is interrupted, the folder holds the head from before
+or the new one, whole, and readers find it. Files that are not of a head are left alone.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,31 +25,180 @@ from safetensors.torch import load, save
 from deferral_train.errors import InputError, MissingExtraError
 from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.card import make_card
-from deferral_train.heads.config import FORMAT_VERSION, METADATA, head_from_config, read_config
-from deferral_train.provenance import write_bytes, write_json, write_text
+from deferral_train.heads.config import (
+    FORMAT_VERSION,
+    METADATA,
+    check_metadata,
+    head_from_config,
+    read_config,
+)
+from deferral_train.heads.fingerprint import weights_key
+from deferral_train.provenance import json_bytes, naming, sha256, sync_folder, write_bytes, write_json
+from deferral_train.redaction import WITHHELD, redacted
 
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+CONFIG, WEIGHTS, CARD, ONNX = "config.json", "model.safetensors", "README.md", "model.onnx"
+COMPLETE = ".complete.json"  # says that all new files lie beside the old ones under hidden names
 SLACK = 1 << 20  # bytes that a safetensors header may take
 
 
 def full_config(head: DeferralHead) -> dict[str, Any]:
-    """The head's config with what marks and explains the artifact: version, ``"lossy": true``, metadata."""
+    """The head's config with what marks and explains the artifact: version, ``"lossy": true``, metadata.
+
+    Raises:
+        InputError: metadata of an unknown name, or out of the range that a reader takes.
+    """
     unknown = sorted(set(head.metadata) - set(METADATA))
     if unknown:
         raise InputError(f"head metadata {', '.join(unknown)} is unknown; known: {', '.join(METADATA)}")
-    return {"format_version": FORMAT_VERSION, "lossy": True, **head.config, **head.metadata}
+    check_metadata(head.metadata)
+    return {"format_version": FORMAT_VERSION, "lossy": True, **head.config, **redacted(head.metadata)}
 
 
 def save_head(head: DeferralHead, folder: str | Path, card: str | None = None) -> Path:
-    """Write the three files; config.json is written last, so that a folder without it is not a head."""
+    """Write the three files in place of a head that lies there; a certificate of other weights is dropped, out loud.
+
+    Raises:
+        InputError: the folder holds the config of something that is no head.
+    """
     folder = Path(folder)
+    refuse_foreign(folder)
+    drop_foreign_certificate(head)
     config = full_config(head)
-    (folder / CONFIG).unlink(missing_ok=True)
+    refuse_not_finite(folder, head.state_dict())
     tensors = {name: t.detach().cpu().contiguous() for name, t in head.state_dict().items()}
-    write_bytes(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    write_text(folder / CARD, card if card is not None else make_card(config))
-    write_json(folder / CONFIG, config)
+    text = card if card is not None else make_card(config)
+    replace_files(
+        folder,
+        {
+            WEIGHTS: save(tensors, metadata={"format": "pt"}),
+            CARD: text.encode("utf-8"),
+            CONFIG: json_bytes(config),
+        },
+        stale=(ONNX,),
+    )
     return folder
+
+
+def replace_files(folder: Path, files: Mapping[str, bytes], stale: tuple[str, ...] = ()) -> None:
+    """Put ``files`` in place of those of the same names, all or none of them.
+
+    Args:
+        stale: removed where the weights change: they were made of the ones before.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    finish_replacing(folder)
+    changed = (
+        _digest_of(folder / WEIGHTS) != hashlib.sha256(files[WEIGHTS]).hexdigest()
+        if WEIGHTS in files
+        else False
+    )
+    try:
+        for name, data in files.items():
+            write_bytes(folder / _hidden(name), data)
+        removed = [name for name in stale if changed and (folder / name).is_file()]
+        write_json(folder / COMPLETE, {"files": sorted(files), "removed": removed})
+    except OSError:
+        for name in (*files, COMPLETE):
+            with contextlib.suppress(OSError):
+                (folder / (name if name == COMPLETE else _hidden(name))).unlink(missing_ok=True)
+        raise
+    finish_replacing(folder)
+
+
+def finish_replacing(folder: Path) -> None:
+    """Give complete new files their names; does nothing where none wait."""
+    record = _complete(folder)
+    if record is None:
+        return
+    for name in record["removed"]:
+        (folder / name).unlink(missing_ok=True)
+    for name in record["files"]:
+        if (folder / _hidden(name)).is_file():
+            with naming(folder / name):
+                os.replace(folder / _hidden(name), folder / name)
+    (folder / COMPLETE).unlink(missing_ok=True)
+    sync_folder(folder)
+
+
+def current_file(folder: Path, name: str) -> Path:
+    """Where a head's file is to be read: under its hidden name while an interrupted replacement is complete."""
+    hidden = folder / _hidden(name)
+    return hidden if _complete(folder) is not None and hidden.is_file() else folder / name
+
+
+def _complete(folder: Path) -> dict[str, Any] | None:
+    """What an interrupted replacement recorded, of our own file names alone."""
+    try:
+        record = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
+        names = {name: [str(item) for item in record[name]] for name in ("files", "removed")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    ours = {CONFIG, WEIGHTS, CARD, ONNX}
+    return {key: [name for name in items if name in ours] for key, items in names.items()}
+
+
+def _hidden(name: str) -> str:
+    return f".{name}.new"
+
+
+def _digest_of(path: Path) -> str | None:
+    return sha256(path) if path.is_file() else None
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuse a folder whose config.json or weights are not a head's: a model would be overwritten.
+
+    Raises:
+        InputError: names the folder.
+    """
+    if folder.is_file():
+        raise InputError(f"out: {folder} is a file; name a folder")
+    path = current_file(folder, CONFIG)
+    if path.is_file():
+        try:
+            ours = "deferral_head_type" in json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, TypeError, RecursionError):
+            ours = (folder / CARD).is_file()  # a damaged head may be written again
+        if not ours:
+            raise InputError(
+                f"out: {folder} holds the {CONFIG} of something else than a head; name another folder"
+            )
+    elif (folder / WEIGHTS).is_file() and not (folder / CARD).is_file():
+        raise InputError(f"out: {folder} holds {WEIGHTS} that are not of a head; name another folder")
+
+
+def foreign_files(folder: str | Path) -> list[str]:
+    """Names in a head folder that are not of a head and that nothing of ours wrote."""
+    ours = {CONFIG, WEIGHTS, CARD, ONNX}
+    return sorted(
+        entry.name
+        for entry in Path(folder).iterdir()
+        if entry.name not in ours
+        and not entry.name.endswith(".provenance.json")
+        and not entry.name.startswith(".")
+    )
+
+
+def drop_foreign_certificate(head: DeferralHead) -> None:
+    """Take away a certificate that was given to other weights, with a warning."""
+    problem = certificate_problem(head)
+    if problem is not None:
+        head.metadata = {name: value for name, value in head.metadata.items() if name != "certificate"}
+        warnings.warn(f"head: {problem}; its certificate is dropped", stacklevel=3)
+
+
+def certificate_problem(head: Any) -> str | None:
+    """Why the certificate in a head's metadata is not about these weights; None where it is, or where none is there.
+
+    Certificates of earlier releases do not say which weights they are about: they are believed.
+    """
+    certificate = (getattr(head, "metadata", None) or {}).get("certificate")
+    if not isinstance(certificate, Mapping) or "weights" not in certificate:
+        return None
+    key = weights_key(head)
+    if certificate["weights"] == key:
+        return None
+    return f"weights are {key[:12]}, the certified ones {str(certificate['weights'])[:12]}"
 
 
 def load_head(folder: str | Path, cls: type[DeferralHead] | None = None) -> DeferralHead:
@@ -50,12 +208,12 @@ def load_head(folder: str | Path, cls: type[DeferralHead] | None = None) -> Defe
     that do not fit the config.
     """
     path = Path(folder) if Path(folder).is_dir() else _download(str(folder))
-    config = read_config(path / CONFIG)
+    config, weights = read_config(current_file(path, CONFIG)), current_file(path, WEIGHTS)
     if cls is None:  # a class of one's own may not build on the meta device
         with torch.device("meta"):
-            _check_size(path / WEIGHTS, head_from_config(config).state_dict())
+            _check_size(weights, head_from_config(config).state_dict())
     head = head_from_config(config, cls)
-    _load_weights(head, path / WEIGHTS)
+    _load_weights(head, weights)
     return head.eval()
 
 
@@ -102,8 +260,17 @@ def check_tensors(
                 f"{path}: tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, "
                 f"config.json asks for {wanted.dtype} {list(wanted.shape)}"
             )
+    refuse_not_finite(path, tensors)
+
+
+def refuse_not_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights that are NaN or infinite, by name: a head of them decides nothing that can be relied on."""
+    for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise InputError(f"{path}: tensor {name!r} holds values that are not finite")
+            raise InputError(
+                f"{path}: tensor {name!r} holds values that are not finite: training diverged; "
+                "fit again with a lower lr"
+            )
 
 
 def set_operating_point(
@@ -115,7 +282,7 @@ def set_operating_point(
     head.metadata = {**head.metadata, dial: float(alpha)}
     head.metadata.pop("certificate", None)
     if certificate is not None:
-        head.metadata["certificate"] = dict(certificate)
+        head.metadata["certificate"] = {**certificate, "weights": weights_key(head)}
     save_head(head, folder)
 
 
@@ -127,15 +294,19 @@ def push_to_hub(head: DeferralHead, folder: str | Path, repo_id: str, token: str
     hub = _hub()
     save_head(head, folder)
     api = hub.HfApi(token=token)
-    patterns = [CONFIG, WEIGHTS, CARD, "*.onnx"]
+    patterns = [CONFIG, WEIGHTS, CARD, ONNX]
     try:
         api.create_repo(repo_id, exist_ok=True)
         return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder), allow_patterns=patterns))
     except Exception as error:  # refusals, no network, a bad name: each its own class
         raise InputError(
-            f"{repo_id}: the hub did not take the head ({' '.join(str(error).split())[:160]}); "
+            f"{repo_id}: the hub did not take the head ({_without(token, ' '.join(str(error).split()))[:160]}); "
             f"the files are in {folder}; check the name and that the token may write"
         ) from None
+
+
+def _without(token: str | None, text: str) -> str:
+    return text.replace(token, WITHHELD) if token else text
 
 
 def _download(repo_id: str) -> Path:

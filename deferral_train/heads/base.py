@@ -6,8 +6,9 @@ gap > alpha * tv (docs/equations.md, Lemma 4).
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +25,15 @@ LOSSES = ("zero_one", "log", "prob", "sequence", "sequence_sampled")
 SEQUENCE_LOSSES = ("sequence", "sequence_sampled")
 # Losses whose gap is 0 where the argmaxes agree, because nothing is drafted but the argmax.
 GATED = ("zero_one", "sequence")
+
+
+@contextlib.contextmanager
+def decisions(x: Tensor) -> Iterator[None]:
+    """Context in which a head answers for columns ``x``: no gradients, and float32 where the caller's models run
+    under autocast.
+    """
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        yield
 
 
 class DeferralHead(nn.Module):
@@ -127,8 +137,19 @@ class DeferralHead(nn.Module):
     def columns(self, summary: Summary, leave_out: Tensor | None = None) -> Tensor:
         """Raw columns ``[.., C]`` that :meth:`forward` takes, from a summary; ``leave_out`` as in
         :meth:`FeatureSet.columns`.
+
+        Everything that a head is asked goes through here, and so the head follows the summary to its device: a head
+        is loaded on the CPU, and decides where the verifier is.
         """
+        self._follow(summary)
         return self.inputs.columns(summary, leave_out)
+
+    def _follow(self, summary: Summary) -> None:
+        """Move to the device of the summary, once; the next summary there finds the head in place."""
+        device = next((summary[name].device for name in self.features), self.mean.device)
+        if device != self.mean.device:
+            with torch.inference_mode(False):  # weights made in inference mode could not be trained any more
+                self.to(device)
 
     def gap(self, summary: Summary) -> Tensor:
         """Estimated gap ``[..]`` in units of the loss; not-a-number inputs give +inf, which defers."""
@@ -149,7 +170,7 @@ class DeferralHead(nn.Module):
 
     def _predict(self, summary: Summary, name: str) -> Tensor:
         x = self.columns(summary)
-        with torch.no_grad():
+        with decisions(x):
             outputs = self(x.reshape(-1, x.shape[-1]))
         return outputs[name].reshape(x.shape[:-1])
 

@@ -1,13 +1,11 @@
-"""Bodies: what lies between normalised features ``[N, F]`` and the numbers a head needs ``[N, O]``."""
+"""Bodies: layers from normalised features ``[N, F]`` to the numbers that a head needs ``[N, O]``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 from deferral_train.errors import InputError
 
@@ -33,22 +31,7 @@ def make_body(kind: str, inputs: int, outputs: int, hidden: Sequence[int] = (64,
     assert isinstance(last, nn.Linear)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
-    return Body(*layers[:-1])
-
-
-class Body(nn.Sequential):
-    """Layers in a row; without gradients they are run as plain functions, which halves the price of a small one."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[N, F]`` to ``[N, O]``."""
-        if torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling():
-            return super().forward(x)
-        for layer in self:
-            if isinstance(layer, nn.Linear):
-                x = functional.linear(x, layer.weight, layer.bias)
-            else:
-                x = functional.silu(x, inplace=True)
-        return x
+    return nn.Sequential(*layers[:-1])
 
 
 def _check_sizes(widths: Sequence[int]) -> None:

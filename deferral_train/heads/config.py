@@ -112,7 +112,7 @@ def head_from_config(config: Mapping[str, Any], cls: type[DeferralHead] | None =
     )
     _check_schema(config, head)
     head.metadata = {key: config[key] for key in METADATA if config.get(key) is not None}
-    _check_metadata(head.metadata)
+    check_metadata(head.metadata)
     return head
 
 
@@ -122,7 +122,10 @@ def _head_class(name: str, cls: type[DeferralHead] | None) -> type[DeferralHead]
             raise InputError(f"this folder holds a {name!r} head, not a {cls.head_type!r} one")
         return cls
     if name not in HEADS:
-        raise InputError(f"deferral_head_type {name[:80]!r} is unknown; known: {', '.join(HEADS)}")
+        raise InputError(
+            f"deferral_head_type {name[:80]!r} is unknown; known: {', '.join(HEADS)}; for a class of your own name it: "
+            "export --head_class MODULE.CLASS, or learned:head=FOLDER,class=MODULE.CLASS"
+        )
     return HEADS[name]
 
 
@@ -169,7 +172,12 @@ def _feature_text(row: Any) -> str:
     return repr(text[:80]) + (f" of width {str(width)[:20]}" if width != 1 else "")
 
 
-def _check_metadata(metadata: Mapping[str, Any]) -> None:
+def check_metadata(metadata: Mapping[str, Any]) -> None:
+    """Refuse metadata that a reader would not take; writers ask first, so that every head written can be loaded.
+
+    Raises:
+        InputError: alpha or threshold out of range, or a part of another type.
+    """
     alpha = metadata.get("alpha", 0)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= MAX_ALPHA:
         raise InputError(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.heads.base import DeferralHead
+from deferral_train.heads.base import DeferralHead, decisions
 from deferral_train.rules.summary import Summary
 
 BISECTIONS = 20
@@ -47,7 +47,7 @@ class CostSensitiveHead(DeferralHead):
         """Decision ``[..]`` at a scalar alpha; not-a-number scores defer."""
         x = self.columns(summary)
         flat = x.reshape(-1, x.shape[-1])
-        with torch.no_grad():
+        with decisions(x):
             score = self.score(flat, torch.full_like(flat[:, 0], alpha))
         return ~(score <= 0).reshape(x.shape[:-1])
 
@@ -62,7 +62,7 @@ class CostSensitiveHead(DeferralHead):
         x = self.columns(summary)
         flat = x.reshape(-1, x.shape[-1])
         low, high = torch.full_like(flat[:, 0], -1.0), torch.full_like(flat[:, 0], 2.0)
-        with torch.no_grad():
+        with decisions(x):
             for _ in range(BISECTIONS):
                 middle = (low + high) / 2
                 defers = ~(self.score(flat, middle) <= 0)

@@ -7,6 +7,7 @@ from pathlib import Path
 from deferral_train.errors import InputError
 from deferral_train.heads.artifact import save_head
 from deferral_train.heads.base import DeferralHead
+from deferral_train.heads.config import MAX_ALPHA
 from deferral_train.heads.cost import measure_cost
 from deferral_train.heads.judge import JudgeHead
 
@@ -23,7 +24,7 @@ def export_head(
         threshold: the same for a judge head, 0 to 1.
 
     Raises:
-        InputError: a threshold out of range, or for another head; alpha for a judge head.
+        InputError: alpha or threshold out of range, or for another head; alpha for a judge head.
     """
     judges = isinstance(head, JudgeHead)
     if (alpha if judges else threshold) is not None:
@@ -31,6 +32,8 @@ def export_head(
         raise InputError(f"{other}: the dial of a {head.head_type} head is {dial}; give that")
     if threshold is not None and not 0 <= threshold <= 1:
         raise InputError(f"threshold is {threshold}; give a number from 0 to 1")
+    if alpha is not None and not abs(alpha) <= MAX_ALPHA:
+        raise InputError(f"alpha is {alpha:g}; give a number up to {MAX_ALPHA:g} in size")
     given = {"alpha": alpha, "threshold": threshold}
     point = {name: float(value) for name, value in given.items() if value is not None}
     if point:

@@ -27,7 +27,7 @@ TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
     "log": lambda x: x.clamp_min(1e-10).log(),
     "log1p": lambda x: x.clamp_min(0).log1p(),
-    "logit": lambda x: (lambda p: (p / (1 - p)).log())(x.clamp(1e-6, 1 - 1e-6)),
+    "logit": lambda x: torch.logit(x, eps=1e-6),
     "sqrt": lambda x: x.clamp_min(0).sqrt(),
     "square": lambda x: x * x,
 }
@@ -118,6 +118,7 @@ class FeatureSet(nn.Module):
 
     memory: memory.Memory | None
     lookups: lookups.Lookups | None
+    order: Tensor
 
     def __init__(
         self,
@@ -154,7 +155,7 @@ class FeatureSet(nn.Module):
         return self.widths[name]
 
     def _lay_out(self) -> None:
-        """Assign columns, and group the features by transform so that one call serves a group."""
+        """Assign raw columns, and order the features by transform, so that one call serves all of a transform."""
         self.start: dict[str, int] = {}
         width = 0
         for name in self.names:
@@ -163,12 +164,13 @@ class FeatureSet(nn.Module):
         if width > MAX_COLUMNS:
             raise InputError(f"{width} feature columns; at most {MAX_COLUMNS} are allowed")
         self.width = width
-        self.groups: list[tuple[str, str]] = []
+        self.groups: list[tuple[str, int]] = []  # transform, number of its columns
+        order: list[int] = []
         for transform in dict.fromkeys(f.transform for f in self.features):
             columns = [c for f in self.features if f.transform == transform for c in self._columns_of(f.name)]
-            buffer = f"columns_{transform}"
-            self.register_buffer(buffer, torch.tensor(columns), persistent=False)
-            self.groups.append((transform, buffer))
+            self.groups.append((transform, len(columns)))
+            order += columns
+        self.register_buffer("order", torch.tensor(order), persistent=False)
         self.out_features = sum(self.width_of(f.name) for f in self.features)
 
     def _columns_of(self, name: str) -> range:
@@ -201,7 +203,8 @@ class FeatureSet(nn.Module):
 
         ``leave_out`` holds the gold tokens of rows that the memory was fitted on, see :meth:`Memory.columns`.
         """
-        return torch.cat([self._raw(summary, name, leave_out) for name in self.names], dim=-1)
+        columns = [self._raw(summary, name, leave_out) for name in self.names]
+        return torch.cat(columns, dim=-1).float()  # integers and booleans join the float32 columns here
 
     def _raw(self, summary: Summary, name: str, leave_out: Tensor | None) -> Tensor:
         if self.memory is not None and name in memory.ORDERS:
@@ -209,14 +212,16 @@ class FeatureSet(nn.Module):
         if self.lookups is not None and name in lookups.FIELDS_READ:
             return self.lookups.columns(summary, name)
         value = DERIVED[name].compute(summary) if name in DERIVED else summary[name]
+        # Half precision would round the integers that join it.
+        value = value.float() if value.is_floating_point() else value
         if name not in HIDDEN_FIELDS:
-            return value.unsqueeze(-1).float()
+            return value.unsqueeze(-1)
         if value.shape[-1] != self.widths[name]:
             raise InputError(
                 f"{name} has width {value.shape[-1]} here, the head was made for {self.widths[name]}; "
                 "use the pair it was trained on"
             )
-        return value.float()
+        return value
 
     def column(self, x: Tensor, name: str) -> Tensor:
         """The single raw column ``name`` of ``x [.., C]``, shape ``[..]``."""
@@ -224,7 +229,6 @@ class FeatureSet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transformed features ``[N, F]`` of raw columns ``x [N, C]``."""
-        parts = [
-            TRANSFORMS[name](x.index_select(-1, self.get_buffer(buffer))) for name, buffer in self.groups
-        ]
+        ordered = x.index_select(-1, self.order).split([width for _, width in self.groups], dim=-1)
+        parts = [TRANSFORMS[name](part) for (name, _), part in zip(self.groups, ordered)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from deferral_train.errors import InputError
 from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.judge import JudgeHead
+from deferral_train.heads.own import import_head_class
 from deferral_train.heads.truth import TruthHead
 from deferral_train.rules import make_rule
 from deferral_train.rules.base import Dial, Rule, TokenRule
@@ -20,7 +22,10 @@ from deferral_train.rules.summary import Summary
 
 # P^(v_p) comes by two ways, from the summary and from log p, log q; rounding must not break the tie for v_p.
 TIE = 1e-6
-HEAD_PARAMETERS = {"learned": ("head", "alpha", "tokenwise", "priced"), "judge": ("head", "threshold")}
+HEAD_PARAMETERS = {
+    "learned": ("head", "alpha", "tokenwise", "priced", "class"),
+    "judge": ("head", "threshold", "class"),
+}
 ROUNDS = 4  # eight raise the objective by 2e-6 of 0.2 on the Multi30k pair
 
 
@@ -136,12 +141,14 @@ def rule_from_spec(spec: str, typed: Collection[str] = ()) -> Rule:
     ``learned:head=FOLDER,alpha=0.1``.
 
     ``learned`` takes ``head`` (folder or hub id), ``alpha`` (default: stored in the head), ``tokenwise``
-    and ``priced``; ``judge`` takes ``head`` and ``threshold`` (default: stored in the head).
+    and ``priced``; ``judge`` takes ``head`` and ``threshold`` (default: stored in the head). Both take ``class``, the
+    head's class where it is the user's own.
 
     Args:
         spec: the rule. It may have been read from a file.
-        typed: specs that the user typed, on the command line or in their own config. ``module:Class`` is imported
-            where one of these names it and refused otherwise, so that no file can name code to import.
+        typed: specs that the user typed, on the command line or in their own config. ``module:Class`` and
+            ``class=module.Class`` are imported where one of these names them and refused otherwise, so that no file
+            can name code to import.
     """
     name, parameters = parse_spec(spec)
     if name not in HEAD_PARAMETERS:
@@ -155,11 +162,28 @@ def rule_from_spec(spec: str, typed: Collection[str] = ()) -> Rule:
             "judge": "judge:head=FOLDER,threshold=0.5",
         }
         raise InputError(f"rule {spec!r}: {problem}; write {known[name]}")
-    head = DeferralHead.from_pretrained(str(parameters["head"]))
+    for key in ("alpha", "threshold"):
+        value = parameters.get(key)
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value)
+        ):
+            raise InputError(f"rule {spec!r}: {key} is {value}; give a number, such as 0.1")
+    head = _head_class(parameters, typed).from_pretrained(str(parameters["head"]))
     if name == "judge":
         return judge_rule(head, parameters.get("threshold"))
     chosen = {key: parameters[key] for key in ("tokenwise", "priced") if key in parameters}
     return learned_rule(head, parameters.get("alpha"), **chosen)
+
+
+def _head_class(parameters: dict[str, Any], typed: Collection[str]) -> type[DeferralHead]:
+    named = parameters.get("class")
+    if named is None:
+        return DeferralHead
+    if named not in {parse_spec(text)[1].get("class") for text in typed}:
+        raise InputError(
+            f"class={named} would import code, and names from files never do; type the rule yourself"
+        )
+    return import_head_class(str(named))
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
@@ -176,7 +200,8 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
         key, equals, value = item.partition("=")
         if not equals or not key.strip().isidentifier():
             raise InputError(f"rule {spec!r}: {item!r} is no key=value")
-        parameters[key.strip()] = _value(value.strip())
+        # A folder stays a text, also where it is called 007 or true.
+        parameters[key.strip()] = value.strip() if key.strip() == "head" else _value(value.strip())
     return head.strip(), parameters
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.heads.base import DeferralHead
+from deferral_train.heads.base import DeferralHead, decisions
 from deferral_train.rules.summary import Summary
 
 FLOOR = 1e-10
@@ -84,7 +84,7 @@ class TruthHead(DeferralHead):
         """
         x = self.columns(summary)
         shape = drafter_logprobs.shape
-        with torch.no_grad():
+        with decisions(x):
             logs = [
                 t.reshape(-1, shape[-1]).float().clamp_min(LOG_FLOOR)
                 for t in (drafter_logprobs, verifier_logprobs)

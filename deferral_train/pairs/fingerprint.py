@@ -42,6 +42,13 @@ def checkpoint_fingerprint(folder: str | Path) -> dict[str, Any]:
     }
 
 
+def file_fingerprint(path: str | Path) -> dict[str, Any]:
+    """The same of one file that holds config and weights (GGUF), or weights alone (an adapter's)."""
+    path = Path(path)
+    weights = provenance.hash_of([[path.name, _sampled(path)]])
+    return {"name": path.resolve().name, "revision": None, "config": None, "weights": weights}
+
+
 def model_facts(model: Any) -> dict[str, Any]:
     """What a loaded model is, for tables: ``{"model_type", "parameters"}``."""
     return {
@@ -77,11 +84,16 @@ def _hub_name(folder: Path) -> tuple[str, str | None]:
 
 
 def _sampled(path: Path) -> str:
-    """SHA-256 over a safetensors file's header, size and ``SAMPLES`` evenly spread stretches of its data."""
+    """SHA-256 over a file's size, header and ``SAMPLES`` evenly spread stretches of its data.
+
+    The header of a safetensors file is as long as its first eight bytes say; of another file it is one stretch.
+    """
     digest = hashlib.sha256()
     size = path.stat().st_size
     with open(path, "rb") as file:
-        header = min(int.from_bytes(file.read(8), "little"), size)
+        header = (
+            min(int.from_bytes(file.read(8), "little"), size) if path.suffix == ".safetensors" else STRETCH
+        )
         digest.update(str(size).encode())
         digest.update(file.read(header))
         first = 8 + header

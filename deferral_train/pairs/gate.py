@@ -108,13 +108,12 @@ def _score(pair: ModelPair, texts: Sequence[Prompt], context: int, max_tokens: i
     sums = torch.zeros(4, dtype=torch.float64)
     tokens = 0
     for batch in _batches(pair, texts, context):
-        batch = {name: value.to(pair.device) for name, value in batch.items()}
         wanted = batch["labels"] != IGNORED
         drafter, verifier = (
-            next_token_logits(model, batch)[wanted][:, : pair.vocab_size].float().log_softmax(-1)
+            _logprobs(model, batch, wanted, pair.vocab_size).to(pair.device)
             for model in (pair.drafter, pair.verifier)
         )
-        labels = batch["labels"][wanted]
+        labels = batch["labels"][wanted].to(pair.device)
         sums += torch.stack(
             [
                 F.nll_loss(drafter, labels, reduction="sum"),
@@ -132,6 +131,12 @@ def _score(pair: ModelPair, texts: Sequence[Prompt], context: int, max_tokens: i
         )
     names = ("drafter_nats", "verifier_nats", "mean_tv", "agreement")
     return {**{name: float(value) / tokens for name, value in zip(names, sums)}, "tokens": tokens}
+
+
+def _logprobs(model: Any, batch: Mapping[str, Tensor], wanted: Tensor, vocab_size: int) -> Tensor:
+    """Log-probabilities [N, V] of the wanted places, on the model's device."""
+    here = {name: value.to(model.device) for name, value in batch.items()}
+    return next_token_logits(model, here)[wanted.to(model.device)][:, :vocab_size].float().log_softmax(-1)
 
 
 def _batches(pair: ModelPair, texts: Sequence[Prompt], context: int) -> Iterator[Mapping[str, Tensor]]:

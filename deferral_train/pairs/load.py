@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deferral_train.errors import InputError, MissingExtraError
-from deferral_train.pairs.fingerprint import checkpoint_fingerprint, tokenizer_fingerprint
+from deferral_train.errors import InputError
+from deferral_train.pairs.checkpoint import (
+    ADAPTER_CONFIG,
+    Checkpoint,
+    apply_adapter,
+    find_checkpoint,
+    need,
+    one_line_errors,
+    without_bars,
+)
+from deferral_train.pairs.fingerprint import tokenizer_fingerprint
 
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class ModelPair:
-    """Two models over one vocabulary, in eval mode on one device.
+    """Two models over one vocabulary, in eval mode; each on its device, or the verifier spread over several.
 
     ``vocab_size`` is the number of ids that both models can emit and the tokenizer knows; logits beyond it
     are padding columns of either model and must be masked. ``eos_ids`` end a text for the verifier.
@@ -35,7 +45,16 @@ class ModelPair:
 
     @property
     def device(self) -> torch.device:
+        """Where the verifier's inputs go, and where texts are decoded."""
         return self.verifier.device
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one model goes: a device, or a map by which accelerate spreads it over several."""
+
+    device: torch.device
+    device_map: Any = None
 
 
 def load_models(
@@ -44,34 +63,41 @@ def load_models(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    *,
+    drafter_device: str | None = None,
+    device_map: Any = None,
 ) -> ModelPair:
-    """Load two transformers checkpoints and check that they make a pair.
+    """Load two checkpoints and check that they make a pair.
 
     Args:
-        drafter: folder or hub id of the small model.
-        verifier: folder or hub id of the large model; its tokenizer is used.
+        drafter: the small model: a folder, a hub id, a ``.gguf`` file (dequantised), or a PEFT adapter's folder (its
+            base is loaded and the adapter merged).
+        verifier: the same of the large model; its tokenizer is used.
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         dtype: ``auto`` (as stored; on CPU half becomes float32), ``float32``, ``float16``, ``bfloat16``.
         trust_remote_code: run Python code that comes with a checkpoint. Off, and best left off.
+        drafter_device: of the drafter, where it is not the verifier's.
+        device_map: spreads the verifier over several devices, see :func:`resolve_placement`.
 
     Raises:
-        InputError: folder missing, not a checkpoint, unlike tokenizers or architectures, no such device.
+        InputError: folder missing, not a checkpoint, unlike tokenizers or architectures, no such device, an adapter for
+            another base, a library that a quantised or GGUF checkpoint needs and that is not installed.
     """
-    place = resolve_device(device)
+    places = resolve_placement(device, drafter_device, device_map)
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"dtype={dtype!r}: use auto, {', '.join(DTYPES)}")
-    folders = {
-        role: resolve_checkpoint(name, role) for role, name in (("drafter", drafter), ("verifier", verifier))
+    found = {
+        role: find_checkpoint(name, role) for role, name in (("drafter", drafter), ("verifier", verifier))
     }
-    configs = {role: _load_config(folder, role, trust_remote_code) for role, folder in folders.items()}
+    configs = {role: _load_config(one, trust_remote_code) for role, one in found.items()}
     _check_architectures(configs["drafter"], configs["verifier"])
-    tokenizers = {role: load_tokenizer(folder, role, trust_remote_code) for role, folder in folders.items()}
+    tokenizers = {role: load_tokenizer(one, role, trust_remote_code) for role, one in found.items()}
     check_same_tokenizer(tokenizers["drafter"], tokenizers["verifier"])
     models = {
-        role: _load_model(folder, role, configs[role], place, dtype, trust_remote_code)
-        for role, folder in folders.items()
+        role: _load_model(one, configs[role], places[role], dtype, trust_remote_code)
+        for role, one in found.items()
     }
-    fingerprints: dict[str, Any] = {role: checkpoint_fingerprint(folder) for role, folder in folders.items()}
+    fingerprints: dict[str, Any] = {role: one.fingerprint() for role, one in found.items()}
     fingerprints["tokenizer"] = tokenizer_fingerprint(tokenizers["verifier"])
     return make_pair(models["drafter"], models["verifier"], tokenizers["verifier"], fingerprints)
 
@@ -79,7 +105,7 @@ def load_models(
 def load_smaller(
     names: Sequence[str | Path], pair: ModelPair, dtype: str = "auto", trust_remote_code: bool = False
 ) -> list[Any]:
-    """Further drafters for a pair, checked like its own; on the pair's device, in eval mode, and among its
+    """Further drafters for a pair, checked like its own; on the drafter's device, in eval mode, and among the pair's
     fingerprints.
 
     Raises:
@@ -87,12 +113,13 @@ def load_smaller(
     """
     models = []
     for name in names:
-        folder = resolve_checkpoint(name, "drafter")
-        config = _load_config(folder, "drafter", trust_remote_code)
+        found = find_checkpoint(name, "drafter")
+        config = _load_config(found, trust_remote_code)
         _check_architectures(config, pair.verifier.config)
-        check_same_tokenizer(load_tokenizer(folder, "drafter", trust_remote_code), pair.tokenizer)
-        models.append(_load_model(folder, "drafter", config, pair.device, dtype, trust_remote_code).eval())
-        pair.fingerprints.setdefault("smaller", []).append(checkpoint_fingerprint(folder))
+        check_same_tokenizer(load_tokenizer(found, "drafter", trust_remote_code), pair.tokenizer)
+        place = Placement(pair.drafter.device)
+        models.append(_load_model(found, config, place, dtype, trust_remote_code))
+        pair.fingerprints.setdefault("smaller", []).append(found.fingerprint())
     return models
 
 
@@ -125,153 +152,177 @@ def make_pair(
 
 def output_size(model: Any) -> int:
     """Number of logit columns of a model, padding included."""
-    return int(model.get_output_embeddings().weight.shape[0])
+    head = model.get_output_embeddings()
+    size = getattr(
+        head, "out_features", None
+    )  # packed and dynamically quantised weights have another shape, or none
+    return int(head.weight.shape[0] if size is None else size)
 
 
 def output_matrix(verifier: str | Path, recorded: Mapping[str, Any] | None = None) -> Tensor:
     """Rows of a checkpoint's output matrix, float32 [V, D]: the embeddings that a token's logit is a product with.
 
     Args:
-        verifier: folder or hub id.
+        verifier: what a checkpoint is named by.
         recorded: fingerprint of the checkpoint that it must be; empty accepts any.
 
     Raises:
         InputError: no such checkpoint, or another one.
     """
-    folder = resolve_checkpoint(verifier, "verifier")
-    wanted = (recorded or {}).get("weights")
-    found = checkpoint_fingerprint(folder)["weights"]
-    if wanted is not None and found != wanted:
-        raise InputError(f"verifier: {folder} has weights {found}, the traces were collected with {wanted}")
-    model = _load_model(
-        folder, "verifier", _load_config(folder, "verifier", False), torch.device("cpu"), "float32", False
-    )
+    found = find_checkpoint(verifier, "verifier")
+    wanted, own = (recorded or {}).get("weights"), found.fingerprint().get("weights")
+    if wanted is not None and own != wanted:
+        raise InputError(f"verifier: {verifier} has weights {own}, the traces were collected with {wanted}")
+    place = Placement(torch.device("cpu"))
+    model = _load_model(found, _load_config(found, False), place, "float32", False)
     matrix: Tensor = model.get_output_embeddings().weight.detach()
     return matrix
 
 
-def resolve_device(device: str) -> torch.device:
-    """``auto`` becomes a GPU where there is one; a device that is not there is refused."""
+def resolve_device(device: str, field: str = "device") -> torch.device:
+    """``auto`` becomes a GPU where there is one; a device that is not there is refused.
+
+    Args:
+        field: what the value is called in messages.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
     except RuntimeError as error:
-        raise InputError(f"device={device!r}: use auto, cpu, cuda, cuda:N or mps") from error
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"device={device!r}: {torch.cuda.device_count()} CUDA devices visible; use auto or cpu"
-        )
-    if place.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError("device='mps': not available here; use auto or cpu")
+        raise InputError(f"{field}={device!r}: use auto, cpu, cuda, cuda:N or mps") from error
+    if place.type == "cpu":
+        return place
+    count = _devices_of(place.type)
+    if (place.index or 0) >= count:
+        raise InputError(f"{field}={device!r}: {count} {place.type.upper()} devices visible; use auto or cpu")
     return place
 
 
-def resolve_checkpoint(name: str | Path, role: str) -> Path:
-    """Local folder of a checkpoint; a hub id is fetched (or found in the cache) first.
+def _devices_of(kind: str) -> int:
+    """Devices of a type that this process can use; 0 for a type that torch was built without."""
+    try:
+        module = torch.get_device_module(kind)
+        return int(module.device_count()) if kind == "mps" or module.is_available() else 0
+    except (RuntimeError, AttributeError):
+        return 0
+
+
+def resolve_placement(
+    device: str = "auto", drafter_device: str | None = None, device_map: Any = None
+) -> dict[str, Placement]:
+    """Where the drafter and the verifier go, by role.
+
+    Args:
+        device: of both models.
+        drafter_device: of the drafter, where it is another.
+        device_map: how accelerate spreads the verifier over devices: ``auto``, ``balanced``, ``balanced_low_0``,
+            ``sequential`` or, from Python, a dictionary of module and device; ``device`` must then be ``auto``.
 
     Raises:
-        InputError: no such folder, no checkpoint in it, or the hub has no such model or is out of reach.
+        InputError: a device that is not there, an unknown map, or accelerate is not installed.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise InputError(f"{role}: {name} holds no config.json; give a folder written by save_pretrained")
-        if not list(folder.glob("*.safetensors")):
-            raise InputError(f"{role}: {name} holds no .safetensors weights; save them with save_pretrained")
-        return folder
-    if folder.exists() or folder.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1:
-        raise InputError(
-            f"{role}: {name} is not a folder; give a checkpoint folder or a hub id such as org/model"
-        )
-    return _from_hub(str(name), role)
+    if device_map is not None:
+        if not isinstance(device_map, dict) and device_map not in DEVICE_MAPS:
+            raise InputError(f"device_map={device_map!r}: use {', '.join(DEVICE_MAPS)}")
+        if device != "auto":
+            raise InputError(
+                f"device_map={device_map!r}, device={device!r}: give one of the two, a map places the verifier"
+            )
+        need("accelerate")
+    place = resolve_device(device)
+    drafter = place if drafter_device is None else resolve_device(drafter_device, "drafter_device")
+    return {"drafter": Placement(drafter), "verifier": Placement(place, device_map)}
 
 
-def _from_hub(name: str, role: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise MissingExtraError("transformers", "train") from error
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # refusals, no such model, no network, no disk: each its own class
-        raise InputError(
-            f"{role}: {name} is neither a folder nor a model that the hub gives ({type(error).__name__}); "
-            "check the name, or download it first"
-        ) from error
-
-
-@contextmanager
-def _one_line(role: str, folder: Path, what: str) -> Iterator[None]:
-    """Turn whatever transformers raises on a damaged checkpoint into one line that names it."""
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("transformers", "train") from error
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(f"{role}: {folder}: {what} cannot be loaded: {reason}") from error
-
-
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """Within, transformers shows no progress bar for each file that it reads or writes."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _load_config(folder: Path, role: str, trust_remote_code: bool) -> Any:
-    with _one_line(role, folder, "config.json"):
-        from transformers import AutoConfig
-
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-
-
-def load_tokenizer(folder: str | Path, role: str = "tokenizer", trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a checkpoint folder; one clear line where it has none."""
-    with _one_line(role, Path(folder), "tokenizer"):
+def load_tokenizer(
+    source: str | Path | Checkpoint, role: str = "tokenizer", trust_remote_code: bool = False
+) -> Any:
+    """The tokenizer of a checkpoint, or of a folder that holds one; one clear line where there is none."""
+    if not isinstance(source, Checkpoint):
+        own = (Path(source) / ADAPTER_CONFIG).is_file() or str(source).endswith(".gguf")
+        source = find_checkpoint(source, role) if own else Checkpoint(role, Path(source))
+    where = source.source
+    if source.adapter and (source.adapter / "tokenizer_config.json").is_file():
+        where = {
+            "pretrained_model_name_or_path": source.adapter
+        }  # saved beside the adapter, perhaps with a template
+    with one_line_errors(role, source.path, "tokenizer"):
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        found = AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
+        return _as_in_the_file(found) if source.gguf else found
+
+
+def _as_in_the_file(tokenizer: Any) -> Any:
+    """A tokenizer made from GGUF without the tokens that the file does not have.
+
+    transformers builds it as a GPT2Tokenizer, whose own end of text is added to a vocabulary without one, as an id
+    beyond the model's.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    kept = [token for token in state["added_tokens"] if token["id"] < len(state["model"]["vocab"])]
+    if len(kept) == len(state["added_tokens"]):
+        return tokenizer
+    names = (
+        "bos_token",
+        "eos_token",
+        "unk_token",
+        "pad_token",
+        "chat_template",
+        "model_max_length",
+        "padding_side",
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state | {"added_tokens": kept})),
+        **{name: getattr(tokenizer, name) for name in names},
+    )
+
+
+def _load_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    part = checkpoint.gguf or "config.json"
+    with one_line_errors(checkpoint.role, checkpoint.folder, part), without_bars():
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(**checkpoint.source, trust_remote_code=trust_remote_code)
 
 
 def _load_model(
-    folder: Path, role: str, config: Any, device: torch.device, dtype: str, trust_remote_code: bool
+    checkpoint: Checkpoint, config: Any, placement: Placement, dtype: str, trust_remote_code: bool
 ) -> Any:
-    with _one_line(role, folder, "weights"), without_bars():
+    """The model in eval mode where it is to run, its adapter merged."""
+    with one_line_errors(checkpoint.role, checkpoint.path, "weights"), without_bars():
         from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+        quantised = getattr(config, "quantization_config", None) is not None
+        if quantised:
+            need("accelerate")  # which puts packed weights in their place
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        kind: Any = DTYPES.get(dtype, "auto")
-        loaded: Any = auto.from_pretrained(
-            folder,
-            config=config,
-            dtype=kind,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        given: dict[str, Any] = {"dtype": DTYPES.get(dtype, "auto"), "trust_remote_code": trust_remote_code}
+        given |= {"config": config, "output_loading_info": True}
+        if not checkpoint.gguf:
+            given["use_safetensors"] = True
+        mapped = placement.device_map or ({"": placement.device} if quantised else None)
+        if mapped is not None:
+            given["device_map"] = mapped
+        loaded: Any = auto.from_pretrained(**checkpoint.source, **given)
         model, info = loaded
         missing = sorted(info["missing_keys"])
         if missing:
             raise InputError(
-                f"{role}: {folder} lacks {len(missing)} weights, first {missing[0]}; save it again"
+                f"{checkpoint.role}: {checkpoint.folder} lacks {len(missing)} weights, first {missing[0]}; "
+                "save it again"
             )
-        if dtype == "auto" and device.type == "cpu" and model.dtype in (torch.float16, torch.bfloat16):
+        model = apply_adapter(model, checkpoint)
+        if quantised:  # its packed weights can be neither cast nor moved
+            return model.eval()
+        only_cpu = placement.device.type == "cpu" and {p.device.type for p in model.parameters()} == {"cpu"}
+        if dtype == "auto" and only_cpu and model.dtype in (torch.float16, torch.bfloat16):
             model = model.float()  # half precision is emulated, slowly, on most CPUs
-        return model.to(device).eval()
+        return (model if mapped is not None else model.to(placement.device)).eval()
 
 
 def _check_architectures(drafter: Any, verifier: Any) -> None:

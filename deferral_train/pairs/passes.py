@@ -49,7 +49,7 @@ def pass_seconds(
 
 def _pass(pair: ModelPair, model: Any, prefix: list[int], width: int) -> Callable[[], float]:
     """A function that runs one pass over ``width`` tokens behind the prefix and returns its seconds."""
-    ids = torch.tensor([prefix], device=pair.device)
+    ids = torch.tensor([prefix], device=model.device)
     tokens = ids[:, -1:].expand(1, width)
     inputs: dict[str, Any] = {"input_ids": tokens}
     with torch.inference_mode():
@@ -63,16 +63,17 @@ def _pass(pair: ModelPair, model: Any, prefix: list[int], width: int) -> Callabl
     @torch.inference_mode()
     def run() -> float:
         cache = copy.deepcopy(start.past_key_values)  # a pass lengthens it
-        begun = now(pair.device)
+        begun = now(model.device)
         model(**inputs, past_key_values=cache, use_cache=True)
-        return now(pair.device) - begun
+        return now(model.device) - begun
 
     return run
 
 
 def now(device: torch.device) -> float:
-    """Seconds on the clock that everything here is timed with, after what runs on a GPU is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-    return time.thread_time()
+    """Seconds on the clock that everything here is timed with, after what runs on an accelerator is done."""
+    if device.type == "cpu":
+        return time.thread_time()
+    synchronize = torch.get_device_module(device).synchronize
+    synchronize(device) if device.type == "cuda" else synchronize()
+    return time.perf_counter()

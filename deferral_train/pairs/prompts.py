@@ -6,12 +6,16 @@ when prompts are encoded (``pairs/encode.py``), so that a data set is never sile
 
 from __future__ import annotations
 
+import bz2
+import codecs
 import csv
 import gzip
 import io
 import json
+import lzma
+import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,6 +28,11 @@ FORMATS = ("jsonl", "csv", "tsv", "parquet", "text", "mmlu", "dataset")
 PROMPT_FIELDS = ("prompt", "question", "source", "input", "instruction", "text")
 REFERENCE_FIELDS = ("reference", "answer", "target", "completion", "output", "response")
 CHOICES = ("A", "B", "C", "D")
+# Of several fields that could be the prompt or the reference, these settle it; otherwise one must be named.
+PLAIN_NAMES = frozenset({"prompt", "question", "reference", "answer"})
+LARGEST_CELL = 2**31 - 1  # characters of a csv cell; the csv module's own limit is 131,072
+CONTAINERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig"}
 _SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 
 
@@ -53,11 +62,13 @@ def read_prompts(
     """Read prompts in file order; ids are ``id_field`` (or a field ``id``), else ``<name>:<row, from 1>``.
 
     Args:
-        path: a file (``.gz`` of any kind too), a folder with a data set, or a name for ``datasets``.
+        path: a file (also as ``.gz``, ``.bz2`` or ``.xz``), a folder with a data set, or a name for ``datasets``.
         format: one of ``FORMATS``; default by suffix, ``text`` (a prompt per line) for unknown ones.
         reference_path: second file of parallel text, line by line the reference of the prompt.
-        prompt_field: field or column, ``a.b`` for a nested one; default the first of ``PROMPT_FIELDS``.
-        reference_field: the same for references; default the first of ``REFERENCE_FIELDS``, or none.
+        prompt_field: field or column, ``a.b`` for a nested one and ``a.0`` for an entry of a list
+            (``messages.0.content``). Default: the one of ``PROMPT_FIELDS`` that a row has, and of several the first
+            if it is ``prompt`` or ``question``; other rows are refused until the field is named.
+        reference_field: the same for references, among ``REFERENCE_FIELDS``, or none.
         template: text around every prompt, for example ``"translate English to German: {prompt}"``.
         subset: configuration of a named data set.
         split: split of a data set.
@@ -88,7 +99,7 @@ def read_prompts(
 
 
 def write_prompts(path: str | Path, prompts: Iterable[Prompt]) -> None:
-    """Write jsonl with ``id``, ``prompt``, ``reference`` (absent where None), atomically; also ``.gz``."""
+    """Write jsonl with ``id``, ``prompt``, ``reference`` (absent where None), atomically; also compressed."""
     rows = []
     for prompt in prompts:
         row = {"id": prompt.id, "prompt": prompt.prompt}
@@ -96,8 +107,9 @@ def write_prompts(path: str | Path, prompts: Iterable[Prompt]) -> None:
             row["reference"] = prompt.reference
         rows.append(json.dumps(row, ensure_ascii=False))
     data = "".join(row + "\n" for row in rows).encode("utf-8")
-    if str(path).endswith(".gz"):
-        data = gzip.compress(data, mtime=0)
+    packed = {".gz": lambda: gzip.compress(data, mtime=0), ".bz2": lambda: bz2.compress(data)}
+    packed[".xz"] = lambda: lzma.compress(data)
+    data = packed.get(Path(path).suffix.lower(), lambda: data)()
     provenance.write_bytes(path, data)
 
 
@@ -118,36 +130,81 @@ class _Fields:
             tried = self.prompt or ", ".join(PROMPT_FIELDS)
             raise InputError(f"{where}: no {tried} in {_names(row)}; name the field with prompt_field")
         reference = self._value(row, self.reference, REFERENCE_FIELDS, where, "reference_field")
-        identifier = row.get(self.id or "id")
-        if identifier is None and self.id is not None:
+        return Prompt(
+            self._identifier(row, number, where), self.template.replace("{prompt}", prompt), reference
+        )
+
+    def _identifier(self, row: Mapping[str, Any], number: int, where: str) -> str:
+        value = row.get("id") if self.id is None else _reach(row, self.id, where, "id_field")
+        if value is None and self.id is not None:
             raise InputError(
-                f"{where}: no field {self.id!r} in {_names(row)}; correct id_field or leave it out"
+                f"{where}: field {self.id!r} is null; give every row an id, or leave id_field out"
             )
-        identifier = f"{self.name}:{number}" if identifier is None else str(identifier)
-        return Prompt(identifier, self.template.replace("{prompt}", prompt), reference)
+        identifier = f"{self.name}:{number}" if value is None else str(value)
+        _refuse_surrogates(identifier, where, self.id or "id")
+        return identifier
 
     @staticmethod
     def _value(
         row: Mapping[str, Any], field: str | None, defaults: tuple[str, ...], where: str, flag: str
     ) -> str | None:
         if field is None:
-            field = next((name for name in defaults if name in row), None)
+            field = _default_field(row, defaults, where, flag)
             if field is None:
                 return None
-        value: Any = row
-        for part in (field,) if field in row else field.split("."):
-            if not isinstance(value, Mapping) or part not in value:
-                raise InputError(f"{where}: no field {field!r} in {_names(row)}; correct {flag}")
-            value = value[part]
-        if value is None and flag == "reference_field":
-            return None
-        if not isinstance(value, str):
+        value = _reach(row, field, where, flag)
+        if value is None:  # an empty prompt is left out by id when prompts are encoded
+            return None if flag == "reference_field" else ""
+        text = _as_text(value, numbers=flag == "reference_field")
+        if text is None:
+            entry = f", such as {field}.0" if _is_list(value) else ""
             raise InputError(
-                f"{where}: field {field!r} is {type(value).__name__}, needs text; name another with {flag}"
+                f"{where}: field {field!r} is {type(value).__name__}, needs text; name another with {flag}{entry}"
             )
-        if not value.isascii():
-            _refuse_surrogates(value, where, field)
+        if not text.isascii():
+            _refuse_surrogates(text, where, field)
+        return text
+
+
+def _default_field(row: Mapping[str, Any], names: tuple[str, ...], where: str, flag: str) -> str | None:
+    """The one field of ``names`` that the row has; of several, the first if its name leaves no doubt.
+
+    ``source`` beside ``text`` may be where a text comes from, ``input`` beside ``instruction`` half of a question.
+    """
+    found = [name for name in names if name in row]
+    if len(found) > 1 and found[0] not in PLAIN_NAMES:
+        raise InputError(
+            f"{where}: {' and '.join(found)} could each be what is wanted; name one of them with {flag}"
+        )
+    return found[0] if found else None
+
+
+def _reach(row: Mapping[str, Any], field: str, where: str, flag: str) -> Any:
+    """The value at ``a.b`` or ``a.0``; null where something on the way is null, or the list there is empty."""
+    value: Any = row
+    for part in (field,) if field in row else field.split("."):
+        if value is None or (_is_list(value) and len(value) == 0):
+            return None
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif _is_list(value) and part.isascii() and part.isdigit() and int(part[:9]) < len(value):
+            value = value[int(part[:9])]
+        else:
+            raise InputError(f"{where}: no field {field!r} in {_names(row)}; correct {flag}")
+    return value
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _as_text(value: Any, numbers: bool) -> str | None:
+    """A text as it is; with ``numbers`` one as JSON writes it, since answers are often numbers and prompts never."""
+    if isinstance(value, str):
         return value
+    if not numbers or isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return json.dumps(value) if math.isfinite(value) else None
 
 
 def _refuse_surrogates(text: str, where: str, field: str) -> None:
@@ -172,18 +229,25 @@ def _resolve(path: str | Path, format: str | None) -> tuple[Path | str, str]:
     if place.is_dir() or (format == "dataset" and not place.exists()):
         return str(path), "dataset"
     if place.is_file():
-        suffixes = [suffix for suffix in place.suffixes if suffix != ".gz"]
-        return place, format or (_SUFFIXES.get(suffixes[-1], "text") if suffixes else "text")
+        return place, format or format_of(place)
     looks_like_file = (
-        place.suffix in {*_SUFFIXES, ".gz", ".txt"} or place.is_absolute() or len(place.parts) > 2
+        place.suffix in {*_SUFFIXES, *CONTAINERS, ".txt"} or place.is_absolute() or len(place.parts) > 2
     )
     if format is not None or looks_like_file:
         raise InputError(f"prompts: {path} does not exist; give a file, a folder or the name of a data set")
     return str(path), "dataset"
 
 
+def format_of(path: str | Path) -> str:
+    """Format of a file by its suffix, below that of a container; ``text`` for unknown ones."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes if suffix.lower() not in CONTAINERS]
+    return _SUFFIXES.get(suffixes[-1], "text") if suffixes else "text"
+
+
 def _stem(name: str) -> str:
-    stem = Path(name).name.removesuffix(".gz")
+    stem = Path(name).name
+    for suffix in CONTAINERS:
+        stem = stem.removesuffix(suffix)
     return stem.rsplit(".", 1)[0] if stem.endswith((*_SUFFIXES, ".txt")) else stem
 
 
@@ -196,7 +260,10 @@ def _refuse_repeated(prompts: list[Prompt], path: str | Path) -> None:
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """Lines of a UTF-8 text file or its ``.gz``, without line ends, which are ``\\n`` or ``\\r\\n``."""
+    """Lines of a text file, also compressed, without line ends, which are ``\\n`` or ``\\r\\n``.
+
+    UTF-8, or UTF-16 with a byte order mark; the mark is no part of the first line.
+    """
     with _open(path) as file:
         return [line.rstrip("\r\n") for line in _guard(file, path)]
 
@@ -204,27 +271,41 @@ def read_lines(path: str | Path) -> list[str]:
 def _open(path: str | Path) -> io.TextIOBase:
     if not Path(path).is_file():
         raise InputError(f"text file {path} does not exist; check the path")
-    if str(path).endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8", newline="\n")
-    return open(path, encoding="utf-8-sig", newline="\n")
+    opened = CONTAINERS.get(Path(path).suffix.lower(), open)
+    with opened(path, "rb") as file:
+        try:
+            start = file.read(3)
+        except _DAMAGED as error:
+            raise _damaged(path, error) from error
+    encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8")
+    return opened(path, "rt", encoding=encoding, newline="\n")
+
+
+_DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError)
+
+
+def _damaged(path: str | Path, error: Exception) -> InputError:
+    return InputError(f"{path}: cannot be read ({error}); the file is damaged or cut short")
 
 
 def _guard(lines: Iterable[Any], path: str | Path) -> Iterator[Any]:
     """Pass lines on; what a damaged file raises becomes one line that names it."""
     try:
         yield from lines
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
+        where = f"{error.reason} at byte {error.start}" if isinstance(error, UnicodeDecodeError) else error
         raise InputError(
-            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it"
+            f"{path}: not UTF-8 text ({where}); convert it: iconv -f ENCODING -t UTF-8"
         ) from error
-    except (EOFError, OSError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read ({error}); the file is damaged or cut short") from error
+    except _DAMAGED as error:
+        raise _damaged(path, error) from error
     except csv.Error as error:
         raise InputError(f"{path}: not a readable table ({error}); check quotes and separators") from error
 
 
 def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     for number, line in enumerate(read_lines(path), 1):
+        line = line.lstrip("\ufeff")  # of a file that another was appended to
         if not line.strip():
             continue
         try:
@@ -239,8 +320,11 @@ def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _table_rows(path: Path, separator: str = ",") -> Iterator[Mapping[str, Any]]:
+    csv.field_size_limit(LARGEST_CELL)
     with _open(path) as file:
-        for number, row in enumerate(_guard(csv.DictReader(file, delimiter=separator), path), 1):
+        reader = csv.DictReader(file, delimiter=separator)
+        for number, row in enumerate(_guard(reader, path), 1):
+            _refuse_repeated_columns(reader.fieldnames or (), path)
             if None in row or None in row.values():
                 raise InputError(
                     f"{path}, row {number}: number of cells differs from the header; mend the row"
@@ -248,8 +332,15 @@ def _table_rows(path: Path, separator: str = ",") -> Iterator[Mapping[str, Any]]
             yield row
 
 
+def _refuse_repeated_columns(names: Sequence[str], path: Path) -> None:
+    twice = [name for place, name in enumerate(names) if name in names[:place]]
+    if twice:
+        raise InputError(f"{path}: column {twice[0]!r} appears twice in the header; rename one")
+
+
 def _choice_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     """MMLU's tables: no header; question, four choices, the letter of the right one."""
+    csv.field_size_limit(LARGEST_CELL)
     with _open(path) as file:
         for number, cells in enumerate(_guard(csv.reader(file), path), 1):
             if len(cells) != 6 or cells[5].strip() not in CHOICES:
@@ -272,12 +363,26 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     except ImportError as error:
         raise MissingExtraError("pandas", "train") from error
     try:
-        data: Any = io.BytesIO(gzip.decompress(path.read_bytes())) if path.suffix == ".gz" else path
-        frame = pandas.read_parquet(data)
+        opened = CONTAINERS.get(path.suffix.lower(), open)
+        with opened(path, "rb") as file:
+            # Arrow's own types keep null apart from a number, and a whole number beside null what it is.
+            frame = pandas.read_parquet(io.BytesIO(file.read()), dtype_backend="pyarrow")
     except Exception as error:  # what a Parquet reader raises on damaged bytes is not ours to list
         raise InputError(f"{path}: not a readable Parquet file ({str(error)[:100]})") from error
     for row in frame.to_dict("records"):
-        yield {str(name): None if value is pandas.NA else value for name, value in row.items()}
+        yield {str(name): _plain(value) for name, value in row.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A cell of a table as JSON would hold it: lists for arrays, None for what is missing."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if _is_list(value):
+        return [_plain(item) for item in value]
+    missing = value is None or type(value).__name__ in ("NAType", "NaTType") or value != value
+    return None if missing else value
 
 
 def _parallel_rows(path: Path | str, reference_path: str | Path, kind: str) -> Iterator[Mapping[str, Any]]:

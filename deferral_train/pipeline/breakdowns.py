@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from deferral_train.evaluation.bootstrap import Redraws
 from deferral_train.evaluation.breakdowns import Breakdowns, make_breakdowns, read_part
 from deferral_train.pairs.load import load_tokenizer
 from deferral_train.pipeline.config import RunConfig
@@ -17,7 +18,7 @@ NAMES = ("position", "copy_rate", "max_gram")
 def break_down(
     traces: Traces, prompts: Path, verifier: str, chosen: Mapping[str, Rule], config: RunConfig
 ) -> Breakdowns:
-    """Acceptance and deferral of lossless and the chosen point by place and copy rate; Max-Gram's failures.
+    """Acceptance and deferral of lossless and the chosen point by draft index and copy rate; Max-Gram's failures.
 
     Args:
         prompts: what the traces were collected from. verifier: a checkpoint with the tokenizer.
@@ -28,6 +29,5 @@ def break_down(
         NAMES,
         chosen,
         num_draft_tokens=config.decode.num_draft_tokens,
-        bootstrap=config.bootstrap,
-        seed=config.seed,
+        redraws=Redraws(config.bootstrap, config.seed),
     )

@@ -67,7 +67,7 @@ class PairSection:
     Attributes:
         drafter, verifier: checkpoint folders or hub ids.
         train: how to train a pair instead; see ``deferral-train train-pair``.
-        device, dtype: as ``pairs.load_models`` takes them.
+        device, dtype, drafter_device, device_map: as ``pairs.load_models`` takes them.
     """
 
     drafter: str = ""
@@ -75,6 +75,8 @@ class PairSection:
     train: PairConfig | None = None
     device: str = "auto"
     dtype: str = "auto"
+    drafter_device: str | None = None
+    device_map: str | None = None
 
     def __post_init__(self) -> None:
         if self.train is None and not (self.drafter and self.verifier):

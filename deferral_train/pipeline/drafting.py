@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from deferral_train import provenance
 from deferral_train.decoding import Pair
 from deferral_train.decoding.outputs import OUTPUTS, read_lines
+from deferral_train.evaluation.bootstrap import Redraws
 from deferral_train.evaluation.drafting import propose_for
 from deferral_train.heads.rules import rule_from_spec
 from deferral_train.pipeline.online import ON_POLICY
@@ -47,8 +48,7 @@ def propose_drafting(run: Run, results: Mapping[str, Any]) -> dict[str, Any] | N
                 for row in read_lines(run.folder / "decode" / OUTPUTS)
                 if row["rule"] == chosen["label"] and row["repetition"] == 0
             },
-            bootstrap=run.config.bootstrap,
-            seed=run.config.seed,
+            redraws=Redraws(run.config.bootstrap, run.config.seed),
         )
         found["rule"] = chosen["name"]
         found["text"] = sentence(found)

@@ -10,6 +10,7 @@ from typing import Any
 from deferral_train.decoding.decode import DecodeConfig, decode
 from deferral_train.decoding.outputs import BATCHES, read_lines
 from deferral_train.decoding.pair import Pair, Settings
+from deferral_train.evaluation.figures import draw_frontier
 from deferral_train.evaluation.frontier import VERIFIER, frontier_of, write_frontier
 from deferral_train.evaluation.outputs import check_metrics, score_outputs
 from deferral_train.heads.rules import rule_from_spec
@@ -73,6 +74,8 @@ def decode_frontier(
         entry = frontier_of(_with_times(judged.summary, timed.summary), config.metric, timed.batches)
         entries.append({**entry, "batch_size": 1, "timed_prompts": min(config.timed, len(prompts))})
     write_frontier(entries, run / "evaluation")
+    for entry in entries:
+        draw_frontier(entry, run / "evaluation" / "frontier")
     return {f"{entry['temperature']:g}": entry["table2"] for entry in entries}
 
 

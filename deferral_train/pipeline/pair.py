@@ -43,7 +43,19 @@ def prepare_pair(config: PairSection, gate: GateConfig, run: Path, console: RunC
 
 def open_pair(config: PairSection, result: dict[str, Any]) -> ModelPair:
     """The models that the pair stage settled on."""
-    return load_models(result["drafter"], result["verifier"], config.device, config.dtype)
+    return _load(config, result["drafter"], result["verifier"])
+
+
+def _load(config: PairSection, drafter: str, verifier: str) -> ModelPair:
+    """Two checkpoints where the config wants them."""
+    return load_models(
+        drafter,
+        verifier,
+        config.device,
+        config.dtype,
+        drafter_device=config.drafter_device,
+        device_map=config.device_map,
+    )
 
 
 def _trained(config: PairSection, run: Path) -> dict[str, Any]:
@@ -61,7 +73,7 @@ def _trained(config: PairSection, run: Path) -> dict[str, Any]:
 def _brought(config: PairSection, run: Path) -> dict[str, Any]:
     """Score and time a pair once; timings are noisy, so a rerun reads what was measured first."""
     record = run / FOLDER / GATE_FILE
-    pair = load_models(config.drafter, config.verifier, config.device, config.dtype)
+    pair = _load(config, config.drafter, config.verifier)
     wanted = {"fingerprints": pair.fingerprints, "device": str(pair.device)}
     if record.is_file() and (stored := json.loads(record.read_text())).get("for") == wanted:
         gate = stored["gate"]

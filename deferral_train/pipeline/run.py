@@ -6,13 +6,11 @@ Every stage writes below the run folder and is reused while its settings and inp
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from deferral_train import provenance
 from deferral_train.collecting import CollectConfig, collect
@@ -26,6 +24,7 @@ from deferral_train.pipeline.breakdowns import break_down
 from deferral_train.pipeline.closing import close
 from deferral_train.pipeline.config import PARTS, RunConfig
 from deferral_train.pipeline.console import RunConsole
+from deferral_train.pipeline.contents import check_values, pair_inputs, spec_inputs, text_inputs
 from deferral_train.pipeline.heads import BEST, LEARNED, fit_candidates
 from deferral_train.pipeline.learning import ROUNDS, learn_in_rounds
 from deferral_train.pipeline.pair import prepare_pair
@@ -33,15 +32,12 @@ from deferral_train.pipeline.stages import Stage, StageRunner, open_run
 from deferral_train.pipeline.text import part_path, prepare_text
 from deferral_train.pipeline.verdict import make_verdict
 from deferral_train.pipeline.wish import FOLDER
-from deferral_train.provenance import plain
 from deferral_train.rules.base import Rule
 from deferral_train.serving.paste import engine_line
 from deferral_train.traces import Traces, open_traces
 
 TRACES = tuple(f"traces/{part}" for part in PARTS)
 PROBE = "probe/traces"
-# Stages that decode or collect for one setting: under another one nothing of them can be used.
-DECODED = ("decode", "frontier", "skew")
 SLIDER_PROMPTS = 20
 Results = Mapping[str, Any]
 # What a run writes besides the user's own pair; small runs need far less.
@@ -65,15 +61,10 @@ def run(config: RunConfig, *, fresh: bool = False, probe: bool = False) -> dict[
         raise InputError(
             f"out: {folder} has {free >> 20} MiB free, a run needs {MIN_FREE_BYTES >> 20}; free some disk"
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder.parent / f".{folder.name}.lock", timeout=0):
-            work = Run(config, open_run(folder, config, fresh))
-            return work.probe() if probe else work.execute()
-    except Timeout:
-        raise InputError(
-            f"out: another run is working in {folder}; wait for it or name another folder"
-        ) from None
+    check_values(config)
+    with provenance.one_writer(folder, "run"):
+        work = Run(config, open_run(folder, config, fresh))
+        return work.probe() if probe else work.execute()
 
 
 class Run:
@@ -84,18 +75,36 @@ class Run:
 
     def execute(self) -> dict[str, Any]:
         """Run all stages; returns the verdict."""
-        runner = StageRunner(self.folder, self.console.announce)
-        records = runner.run(self.stages())
+        records = self.runner().run(self.stages())
         close(self.console, records, self.folder)
         return dict(records["verdict"].result)
+
+    def runner(self) -> StageRunner:
+        """Runs stages in this folder and says so on the console."""
+        return StageRunner(self.folder, self.console.announce, self.console.line)
 
     def probe(self) -> dict[str, Any]:
         """Prompts, pair and a hundred prompts; returns and prints the ceiling."""
         c, first = self.config, [stage for stage in self.stages() if stage.name in ("text", "pair")]
-        settings = [c.traces, c.rules, c.point, c.decode.num_draft_tokens, c.seed]
+        settings = {
+            "traces": c.traces,
+            "rules": c.rules,
+            "point": c.point,
+            "num_draft_tokens": c.decode.num_draft_tokens,
+            "seed": c.seed,
+        }
         title = f"the ceiling on {ceilings.PROMPTS} prompts"
-        stage = Stage("probe", title, plain(settings), ("text", "pair"), ("probe",), self.ceiling, True)
-        records = StageRunner(self.folder, self.console.announce).run([*first, stage])
+        stage = Stage(
+            "probe",
+            title,
+            settings,
+            ("text", "pair"),
+            ("probe",),
+            self.ceiling,
+            inputs=spec_inputs(c.rules),
+            replace=True,
+        )
+        records = self.runner().run([*first, stage])
         found = dict(records["probe"].result)
         ceilings.show(self.console, found)
         return found
@@ -133,87 +142,123 @@ class Run:
             "evaluation/breakdowns.csv",
             "evaluation/figures",
         )
-        table: list[tuple[str, str, Any, tuple[str, ...], tuple[str, ...], Callable[[Results], Any]]] = [
-            ("text", "prompts in four parts that never overlap", c.text, (), ("data",), self.text),
-            ("pair", "a drafter and a verifier", [c.pair, c.gate], ("text",), ("pair",), self.pair),
-            (
-                "traces",
-                "both models' token distributions",
-                [c.traces, c.seed],
-                ("text", "pair"),
-                TRACES,
-                self.traces,
-            ),
-            ("fit", "heads learn the loss gap", [c.heads, c.seed], ("traces",), ("fit",), self.fit),
-            (
-                "point",
-                "dials set on calibration",
-                [c.point, c.rules, c.decode.num_draft_tokens if not wish else c.decode, c.seed],
-                ("fit",),
-                ("point.json", "head", *wish),
-                self.point,
-            ),
-            (
-                "evaluate",
-                "all rules on the test traces",
-                [c.rules, c.decoded, c.bootstrap, c.decode.num_draft_tokens, c.seed],
-                ("point",),
-                evaluated,
-                self.evaluate,
-            ),
-            (
-                "decode",
-                "the cascade on test prompts",
-                [c.decode, c.decoded, c.seed],
-                ("point",),
-                ("decode",),
-                partial(online.decode_rules, self),
-            ),
-            (
-                "frontier",
-                "quality against cost of whole rules",
-                [c.frontier, c.decode, c.seed],
-                ("point",),
-                ("frontier", "evaluation/frontier.json", "evaluation/frontier"),
-                partial(online.decode_frontiers, self),
-            ),
-            (
-                "skew",
-                "offline against online",
-                [c.bootstrap, c.seed],
-                ("decode",),
-                (online.ON_POLICY, "evaluation/skew.json"),
-                partial(online.compare_skew, self),
-            ),
-            (
-                "drafting",
-                "how to draft on this machine",
-                [c.decode, c.bootstrap, c.seed],
-                ("skew",),
-                (drafting.FILE,),
-                partial(drafting.propose_drafting, self),
-            ),
-            (
-                "verdict",
-                "what is gained and lost",
-                c.point,
-                ("evaluate", "skew", "frontier", "drafting"),
-                ("verdict.json",),
-                self.verdict,
-            ),
-            ("report", "one page", {}, ("verdict",), ("report.html", "tensorboard"), self.report),
-        ]
+        rules = spec_inputs([*c.rules, *c.decoded])
+        cascades = (*c.frontier.rules, *c.frontier.token_cascades, *c.frontier.sequence_cascades)
+        wished = c.decode if wish else c.decode.num_draft_tokens
         return [
             Stage(
-                name,
-                title,
-                plain(settings),
-                after,
-                out,
-                do,
-                replace=name in (*DECODED, *(["point"] if wish else [])),
-            )
-            for name, title, settings, after, out, do in table
+                name="text",
+                title="prompts in four parts that never overlap",
+                settings={"text": c.text},
+                after=(),
+                outputs=("data",),
+                work=self.text,
+                inputs=text_inputs(c.text),
+            ),
+            Stage(
+                name="pair",
+                title="a drafter and a verifier",
+                settings={"pair": c.pair, "gate": c.gate},
+                after=("text",),
+                outputs=("pair",),
+                work=self.pair,
+                inputs=pair_inputs(c.pair),
+            ),
+            Stage(
+                name="traces",
+                title="both models' token distributions",
+                settings={"traces": c.traces, "seed": c.seed},
+                after=("text", "pair"),
+                outputs=TRACES,
+                work=self.traces,
+            ),
+            Stage(
+                name="fit",
+                title="heads learn the loss gap",
+                settings={"heads": c.heads, "seed": c.seed},
+                after=("traces",),
+                outputs=("fit",),
+                work=self.fit,
+                replace=True,
+            ),
+            Stage(
+                name="point",
+                title="dials set on calibration",
+                settings={"point": c.point, "rules": c.rules, "decode": wished, "seed": c.seed},
+                after=("fit",),
+                outputs=("point.json", "head", *wish),
+                work=self.point,
+                inputs=rules,
+                replace=bool(wish),
+            ),
+            Stage(
+                name="evaluate",
+                title="all rules on the test traces",
+                settings={
+                    "rules": c.rules,
+                    "decoded": c.decoded,
+                    "bootstrap": c.bootstrap,
+                    "num_draft_tokens": c.decode.num_draft_tokens,
+                    "seed": c.seed,
+                },
+                after=("point",),
+                outputs=evaluated,
+                work=self.evaluate,
+                inputs=rules,
+            ),
+            Stage(
+                name="decode",
+                title="the cascade on test prompts",
+                settings={"decode": c.decode, "decoded": c.decoded, "seed": c.seed},
+                after=("point",),
+                outputs=("decode",),
+                work=partial(online.decode_rules, self),
+                inputs=rules,
+                replace=True,
+            ),
+            Stage(
+                name="frontier",
+                title="quality against cost of whole rules",
+                settings={"frontier": c.frontier, "decode": c.decode, "seed": c.seed},
+                after=("point",),
+                outputs=("frontier", "evaluation/frontier.json", "evaluation/frontier"),
+                work=partial(online.decode_frontiers, self),
+                inputs=spec_inputs(cascades),
+                replace=True,
+            ),
+            Stage(
+                name="skew",
+                title="offline against online",
+                settings={"bootstrap": c.bootstrap, "seed": c.seed},
+                after=("decode",),
+                outputs=(online.ON_POLICY, "evaluation/skew.json"),
+                work=partial(online.compare_skew, self),
+                replace=True,
+            ),
+            Stage(
+                name="drafting",
+                title="how to draft on this machine",
+                settings={"decode": c.decode, "bootstrap": c.bootstrap, "seed": c.seed},
+                after=("skew",),
+                outputs=(drafting.FILE,),
+                work=partial(drafting.propose_drafting, self),
+            ),
+            Stage(
+                name="verdict",
+                title="what is gained and lost",
+                settings={"point": c.point},
+                after=("evaluate", "skew", "frontier", "drafting"),
+                outputs=("verdict.json",),
+                work=self.verdict,
+            ),
+            Stage(
+                name="report",
+                title="one page",
+                settings={},
+                after=("verdict",),
+                outputs=("report.html", "tensorboard"),
+                work=self.report,
+            ),
         ]
 
     def text(self, _: Results) -> Any:
@@ -227,7 +272,7 @@ class Run:
         rows = {}
         for part in PARTS:
             settings = CollectConfig(**self.collecting(results["pair"], part), **asdict(self.config.traces))
-            collect(settings, self.trace_folder(part))
+            collect(settings, self.trace_folder(part), existing="replace")
             rows[part] = len(self.open(part))
         return rows
 
@@ -274,6 +319,7 @@ class Run:
     def evaluate(self, results: Results) -> Any:
         """Curves, areas and matched comparisons on the test traces; the loss bound of the chosen point."""
         from deferral_train.evaluation import score_rules
+        from deferral_train.evaluation.figures import draw_scores
 
         table = score_rules(
             self.open("test"),
@@ -288,7 +334,7 @@ class Run:
         table.to_json(out / "scores.json")
         table.to_csv(out / "scores.csv")
         provenance.write_json(out / "prefixes.json", table.prefixes)
-        table.figures(out / "figures")
+        draw_scores(table, out / "figures")
         shares = ("area", self.config.point.rejection_share)
         chosen = rule_from_spec(self.chosen(results)["spec"], typed=self.config.rules)
         break_down(

@@ -1,8 +1,8 @@
 """Resumable stages: a stage counts as finished only when its marker says so, and its marker is written last.
 
-A marker holds a key (hash of the settings and of what earlier stages produced), the size and checksum of
-every output file, and a small JSON result. A stage whose key or outputs no longer agree is run again;
-what it left behind unfinished is its own to resume or replace.
+A marker holds what the stage was made from (settings, contents of its inputs, what earlier stages produced), a content
+key of every output file, and a small JSON result. A stage whose marker no longer agrees is run again, and the
+terminal says why; what it left behind unfinished is its own to resume or replace.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from typing import Any
 import deferral_train
 from deferral_train import provenance
 from deferral_train.errors import InputError
+from deferral_train.redaction import redacted
 
-# Larger files are trusted by size alone: a rerun must not read 100 GB of traces twice (they carry checksums).
-HASHED_BYTES = 64 << 20
 MARKERS = "stages"
 RUN_FILE = "run.json"
 
@@ -36,6 +35,7 @@ class Stage:
         after: names of the stages whose outputs it reads.
         outputs: files or folders below the run folder that it writes.
         work: does it; gets the results of all earlier stages by name, returns a JSON-like result.
+        inputs: files and folders from outside of the run that it reads, by name; their contents decide, too.
         replace: what the stage left under other settings is removed before it works; without, its own work
             decides what of it can be used.
     """
@@ -46,18 +46,25 @@ class Stage:
     after: tuple[str, ...]
     outputs: tuple[str, ...]
     work: Callable[[Mapping[str, Any]], Any]
+    inputs: Mapping[str, str | Path | None] = field(default_factory=dict)
     replace: bool = False
 
 
 @dataclass
 class StageRecord:
-    """What a finished stage left: its result, how long it took and whether this run reused it."""
+    """A finished stage: its result, how long it took and whether this run reused it.
+
+    Attributes:
+        digest: of what it was made from and of its outputs; later stages depend on it.
+        why: what changed since the stage was last finished, so that it was run again; empty where nothing is to tell.
+    """
 
     name: str
     result: Any
     seconds: float
     reused: bool
     digest: str = ""
+    why: str = ""
 
 
 @dataclass
@@ -67,21 +74,26 @@ class StageRunner:
     Args:
         folder: the run folder; created where absent.
         announce: called with (index, count, stage, record or None): None before work starts.
+        explain: called with a line that says why a stage that was finished is run again.
     """
 
     folder: Path
     announce: Callable[[int, int, Stage, StageRecord | None], None] = lambda *_: None
+    explain: Callable[[str], None] = lambda _: None
     records: dict[str, StageRecord] = field(default_factory=dict)
 
     def run(self, stages: Iterable[Stage]) -> dict[str, StageRecord]:
         """Run every stage that is not finished; returns the records by name."""
         planned = list(stages)
         for index, stage in enumerate(planned, start=1):
-            key = self._key(stage)
-            record = self._finished(stage, key)
-            if record is None:
+            source = self._source(stage)
+            record = self._finished(stage, source)
+            if record is None or not record.reused:
+                why = "" if record is None else record.why
                 self.announce(index, len(planned), stage, None)
-                record = self._work(stage, key)
+                if why:
+                    self.explain(f"       {stage.name} was finished before and is made anew: {why}")
+                record = self._work(stage, source, why)
             self.records[stage.name] = record
             self.announce(index, len(planned), stage, record)
         return self.records
@@ -90,63 +102,92 @@ class StageRunner:
         """Result of every stage so far."""
         return {name: record.result for name, record in self.records.items()}
 
-    def _key(self, stage: Stage) -> str:
+    def _source(self, stage: Stage) -> dict[str, Any]:
+        """Everything the outcome depends on, as JSON-like values."""
         upstream = {name: self.records[name].digest for name in stage.after}
-        return provenance.hash_of([deferral_train.__version__, stage.name, stage.settings, upstream])
+        source = {
+            "release": deferral_train.__version__,
+            "settings": stage.settings,
+            "inputs": provenance.content_keys(stage.inputs),
+            "after": upstream,
+        }
+        return dict(json.loads(json.dumps(provenance.plain(source))))
 
     def _marker(self, stage: Stage) -> Path:
         return self.folder / MARKERS / f"{stage.name}.json"
 
-    def _finished(self, stage: Stage, key: str) -> StageRecord | None:
+    def _finished(self, stage: Stage, source: Mapping[str, Any]) -> StageRecord | None:
+        """The stage as it was finished; not ``reused``, with a reason, where it cannot be; None where it never was."""
         try:
             marker = json.loads(self._marker(stage).read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+            key, outputs, result = marker["key"], marker["outputs"], marker["result"]
+            before, seconds = marker.get("source"), float(marker["seconds"])
+        except FileNotFoundError:
             return None
-        if marker.get("key") != key or marker.get("outputs") != self._outputs(stage):
-            return None
-        return StageRecord(stage.name, marker["result"], marker["seconds"], True, _digest(marker))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return StageRecord(stage.name, None, 0.0, False, why="its marker is damaged")
+        if key == _key(stage, source) and outputs == self._outputs(stage):
+            return StageRecord(stage.name, result, seconds, True, _digest(key, outputs))
+        return StageRecord(stage.name, None, 0.0, False, why=_reason(before, source))
 
-    def _work(self, stage: Stage, key: str) -> StageRecord:
+    def _work(self, stage: Stage, source: Mapping[str, Any], why: str) -> StageRecord:
         self._marker(stage).unlink(missing_ok=True)
+        key = _key(stage, source)
         if stage.replace:
             self._clear(stage, key)
         start = time.perf_counter()
         result = provenance.plain(stage.work(self.results()))
         seconds = round(time.perf_counter() - start, 3)
+        outputs = self._outputs(stage)
         marker = {
             "stage": stage.name,
             "key": key,
-            "outputs": self._outputs(stage),
+            "source": redacted(source),
+            "outputs": outputs,
             "result": result,
             "seconds": seconds,
         }
         provenance.write_json(self._marker(stage), marker)
-        return StageRecord(stage.name, result, seconds, False, _digest(marker))
+        return StageRecord(stage.name, result, seconds, False, _digest(key, outputs), why)
 
     def _clear(self, stage: Stage, key: str) -> None:
         """Remove outputs that were begun under another key, and note the key that begins now."""
         begun = self.folder / MARKERS / f"{stage.name}.begun"
-        if not begun.is_file() or begun.read_text(encoding="utf-8") != key:
+        if not begun.is_file() or begun.read_text(encoding="utf-8", errors="replace") != key:
             for output in stage.outputs:
                 path = self.folder / output
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         provenance.write_text(begun, key)
 
     def _outputs(self, stage: Stage) -> dict[str, list[Any]]:
-        """Relative path -> [bytes, checksum] of every file a stage wrote."""
+        """Relative path -> [bytes, content key] of every file a stage wrote."""
         files: dict[str, list[Any]] = {}
         for output in stage.outputs:
             root = self.folder / output
             for path in [root] if root.is_file() else sorted(root.rglob("*")):
-                if path.is_file() and not path.is_symlink():
-                    size = path.stat().st_size
-                    checksum = provenance.sha256(path) if size <= HASHED_BYTES else None
-                    files[path.relative_to(self.folder).as_posix()] = [size, checksum]
+                if path.is_file() and not path.is_symlink() and not provenance.is_scratch(path.name):
+                    name = path.relative_to(self.folder).as_posix()
+                    files[name] = [path.stat().st_size, provenance.content_key(path)]
         return files
 
 
-def _digest(marker: Mapping[str, Any]) -> str:
-    return provenance.hash_of([marker["key"], marker["outputs"]])
+def _key(stage: Stage, source: Mapping[str, Any]) -> str:
+    return provenance.hash_of([stage.name, source])
+
+
+def _digest(key: str, outputs: Mapping[str, Any]) -> str:
+    return provenance.hash_of([key, outputs])
+
+
+def _reason(before: Any, now: Mapping[str, Any]) -> str:
+    """Why a finished stage is run again, in words."""
+    if not isinstance(before, Mapping):
+        return "an earlier release finished it, without a record of what it was made from"
+    found = provenance.changes(before, redacted(now))
+    own = [text for text in found if not text.startswith("after.")]
+    if own:
+        return provenance.told([text.removeprefix("settings.").removeprefix("inputs.") for text in own])
+    return "an earlier stage was run again" if found else "its outputs were changed"
 
 
 def open_run(folder: Path, config: Any, fresh: bool) -> Path:
@@ -165,5 +206,5 @@ def open_run(folder: Path, config: Any, fresh: bool) -> Path:
     if fresh and ours:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    provenance.write_json(folder / RUN_FILE, {"config": provenance.plain(config), **provenance.collect()})
+    provenance.write_json(folder / RUN_FILE, {"config": provenance.record_of(config), **provenance.collect()})
     return folder

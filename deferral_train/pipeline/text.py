@@ -43,7 +43,7 @@ def refuse_shared(parts: Mapping[str, Sequence[Prompt]]) -> None:
     owner: dict[str, str] = {}
     for part, prompts in parts.items():
         for prompt in prompts:
-            digest = content_hash(prompt.prompt, prompt.reference)
+            digest = content_hash(prompt.prompt)  # as fit compares traces
             if owner.setdefault(digest, part) != part:
                 raise InputError(
                     f"text: prompt {prompt.id!r} of part {part} is also in part {owner[digest]}; "

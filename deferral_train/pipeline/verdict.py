@@ -74,7 +74,25 @@ def make_verdict(
         "snippet": snippet(chosen),
         "engine_line": engine[0],
         "engine_reason": engine[1],
+        "engine_certificate": engine_certificate(chosen),
+        "engine_note": None if engine[0] is None else _engine_note(chosen),
     }
+
+
+def engine_certificate(chosen: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The chosen setting's certificate where it was measured in the serving engine; None where it was not."""
+    certificate = chosen.get("certificate")
+    measured = str((certificate or {}).get("engine", ""))
+    return certificate if measured.startswith("vllm") else None
+
+
+def _engine_note(chosen: Mapping[str, Any]) -> str:
+    """What the engine line may claim."""
+    if engine_certificate(chosen) is not None:
+        return "Its certificate was measured in this engine."
+    measured = (chosen.get("certificate") or {}).get("engine")
+    where = f"{measured} measured it" if measured else "nothing was certified"
+    return f"This line comes without a certificate: {where}, and not in this engine."
 
 
 def loss_bound(rows: Sequence[Mapping[str, Any]], label: str, confidence: float) -> dict[str, Any] | None:

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from deferral_train.decoding.decode import DecodeConfig, decode
-from deferral_train.decoding.outputs import OUTPUTS, read_lines
 from deferral_train.decoding.pair import Pair, Settings
 from deferral_train.errors import InputError
 from deferral_train.evaluation.choose import check_reachable, choose_from_outputs
-from deferral_train.evaluation.settings import dials_of
+from deferral_train.evaluation.evidence import read_evidence
 from deferral_train.heads.rules import rule_from_spec
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.pipeline import operate
@@ -72,13 +71,14 @@ def certified_point(
         seed=seed,
     )
     tried = {"lossless": rule_from_spec("lossless"), **operate.labelled(rules, dials)}
-    summary = decode(pair, prompts, tried, DecodeConfig(settings), run / FOLDER)
+    decode(pair, prompts, tried, DecodeConfig(settings), run / FOLDER)
+    evidence = read_evidence(run / FOLDER)
     choice = choose_from_outputs(
-        list(read_lines(run / FOLDER / OUTPUTS)),
+        evidence.rows,
         metric=METRIC,
         max_loss=config.max_loss,
         confidence=config.confidence,
-        dials=dials_of(summary),
+        dials=evidence.dials,
         seed=seed,
     )
     found = choice.setting
@@ -86,5 +86,6 @@ def certified_point(
         "name": found.family,
         "parameter": found.parameter,
         "value": found.value,
-        "certificate": choice.certificate() | {"temperature": section.temperature},
+        "certificate": choice.certificate()
+        | {name: value for name, value in evidence.conditions.items() if value is not None},
     }

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from deferral_train.report.load import Run
-from deferral_train.report.numbers import limits, signed
-from deferral_train.report.svg import nice
+from deferral_train.report.load import RunFolder
+from deferral_train.report.numbers import limits, nice, signed
 
 
-def answer(run: Run) -> dict[str, Any]:
+def answer(run: RunFolder) -> dict[str, Any]:
     """The first screen: headline, gain, loss, chosen point, trust, what to paste."""
     verdict = run.verdict or {}
     return {
@@ -33,6 +32,7 @@ def answer(run: Run) -> dict[str, Any]:
         "snippet": verdict.get("snippet"),
         "engine_line": verdict.get("engine_line"),
         "engine_reason": verdict.get("engine_reason"),
+        "engine_note": verdict.get("engine_note"),
     }
 
 

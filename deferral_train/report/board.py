@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deferral_train.report.load import Run
+from deferral_train.report.load import RunFolder
 
 FOLDER = "tensorboard"
 THOUSANDTHS = 1000
 
 
-def write_board(run: Run, folder: str | Path | None = None) -> Path | None:
+def write_board(run: RunFolder, folder: str | Path | None = None) -> Path | None:
     """Write an event file with every curve that the run holds; None where it holds none.
 
     Args:
@@ -42,7 +42,7 @@ def write_board(run: Run, folder: str | Path | None = None) -> Path | None:
 Lines = Mapping[str, Sequence[tuple[float, float]]]
 
 
-def _curves(run: Run) -> Iterator[tuple[str, tuple[str, str], Lines]]:
+def _curves(run: RunFolder) -> Iterator[tuple[str, tuple[str, str], Lines]]:
     """(title, labels of the axes, rule to points in order of cost)."""
     if run.scores is not None:
         for loss in ("risk", "emitted_risk"):

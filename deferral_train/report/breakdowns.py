@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from deferral_train.report.load import Run
-from deferral_train.report.svg import nice
+from deferral_train.report.load import RunFolder
+from deferral_train.report.numbers import nice
 
 
-def breakdowns(run: Run) -> dict[str, Any] | None:
+def breakdowns(run: RunFolder) -> dict[str, Any] | None:
     """One entry per table: title, heads, rows; None where none was made."""
     if run.breakdowns is None or not run.breakdowns["tables"]:
         return None

@@ -8,15 +8,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deferral_train.evaluation.frontier import COSTS
-from deferral_train.report.load import Run
+from deferral_train.report.load import RunFolder
+from deferral_train.report.numbers import nice
 from deferral_train.report.sections import colours
-from deferral_train.report.svg import Series, line_chart, nice
+from deferral_train.report.svg import Series, line_chart
 
 # In the order of the page: what a user pays first.
 SHOWN = ("latency", "calls_per_token", "deferral_rate", "rejection_rate")
 
 
-def frontier(run: Run) -> list[dict[str, Any]] | None:
+def frontier(run: RunFolder) -> list[dict[str, Any]] | None:
     """One block per temperature: charts, legend and Table 2."""
     if run.frontier is None:
         return None

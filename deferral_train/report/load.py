@@ -5,16 +5,17 @@ Every file is optional; a file that is there must be right.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from deferral_train.errors import InputError
 from deferral_train.evaluation.frontier import VERIFIER, Point, table2
-from deferral_train.report.events import read_training
+from deferral_train.redaction import redacted
 from deferral_train.report.shadow import Sums, find_shadow
 
 TOLERANCE = 1e-4  # of sums of float32 columns
@@ -24,19 +25,23 @@ PROPOSED = ("kept", "accepted", "unverified", "rejected", "discarded")
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a run folder holds; None or empty where a part was not run.
+class RunFolder:
+    """The files of a run folder, read; None or empty where a part was not run.
 
     Attributes:
         folder: the run's folder.
-        verdict, scores, skew, frontier, breakdowns, summary, provenance: ``verdict.json``,
-            ``evaluation/scores.json``, ``evaluation/skew.json``, ``evaluation/frontier.json``,
-            ``evaluation/breakdowns.json``, ``decode/summary.json``, ``run.json`` (or what the `decode` command left,
-            where there was no whole run).
+        verdict: ``verdict.json``.
+        scores: ``evaluation/scores.json``.
+        skew: ``evaluation/skew.json``.
+        frontier: ``evaluation/frontier.json``.
+        breakdowns: ``evaluation/breakdowns.json``.
+        shadow: counts of a serving engine's shadow mode, by rule.
         prefixes: ``evaluation/prefixes.json``, logged prefixes for the alpha slider.
         rounds: ``rounds/rounds.json`` of a run, or ``rounds.json`` of the `rounds` command.
-        shadow: what a serving engine's shadow mode counted, by rule.
-        outputs, batches: rows of ``decode/outputs.jsonl`` and ``decode/batches.jsonl``.
+        summary: ``decode/summary.json``.
+        provenance: ``run.json``, or the record of the `decode` command where there was no whole run.
+        outputs: rows of ``decode/outputs.jsonl``.
+        batches: rows of ``decode/batches.jsonl``.
         training: scalar curves of the fit, tag to [(step, value)].
     """
 
@@ -56,7 +61,7 @@ class Run:
     training: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
 
-def load_run(folder: str | Path, shadow: str | Path | None = None) -> Run:
+def load_run(folder: str | Path, shadow: str | Path | None = None) -> RunFolder:
     """Read a run folder.
 
     Args:
@@ -70,7 +75,7 @@ def load_run(folder: str | Path, shadow: str | Path | None = None) -> Run:
     if not root.is_dir():
         raise InputError(f"run folder {root} does not exist; give the --out of `run` or `quickstart`")
     verdict = _json(root / "verdict.json")
-    run = Run(
+    run = RunFolder(
         root,
         verdict=verdict,
         scores=_json(root / "evaluation" / "scores.json"),
@@ -81,10 +86,10 @@ def load_run(folder: str | Path, shadow: str | Path | None = None) -> Run:
         shadow=find_shadow(root, shadow),
         prefixes=_json(root / "evaluation" / "prefixes.json"),
         summary=_json(root / "decode" / "summary.json"),
-        provenance=_json(root / "run.json") or _json(root / "decode" / "decode.provenance.json"),
+        provenance=redacted(_json(root / "run.json") or _json(root / "decode" / "decode.provenance.json")),
         outputs=list(_lines(root / "decode" / "outputs.jsonl")),
         batches=list(_lines(root / "decode" / "batches.jsonl")),
-        training=read_training(root / ((verdict or {}).get("training") or "fit")),
+        training=read_training(root / _training_folder(verdict)),
     )
     if not any(
         (
@@ -107,17 +112,32 @@ def load_run(folder: str | Path, shadow: str | Path | None = None) -> Run:
     return run
 
 
-def check(run: Run) -> None:
+def _training_folder(verdict: Mapping[str, Any] | None) -> str:
+    """Where the event file lies, below the run folder whatever a verdict from elsewhere says."""
+    named = str((verdict or {}).get("training") or "fit")
+    return (
+        named
+        if Path(named).parts and ".." not in Path(named).parts and not Path(named).is_absolute()
+        else "fit"
+    )
+
+
+def check(run: RunFolder) -> None:
     """Assert every identity; raises InputError naming file and identity."""
-    if run.scores is not None:
-        check_scores(run.scores, run.folder / "evaluation" / "scores.json")
-    if run.frontier is not None:
-        check_frontier(run.frontier, run.folder / "evaluation" / "frontier.json")
-    if run.breakdowns is not None:
-        check_breakdowns(run.breakdowns, run.folder / "evaluation" / "breakdowns.json")
-    check_outputs(run.outputs, run.folder / "decode" / "outputs.jsonl")
+    evaluation, decode = run.folder / "evaluation", run.folder / "decode"
+    checks = [
+        (run.scores, check_scores, evaluation / "scores.json"),
+        (run.frontier, check_frontier, evaluation / "frontier.json"),
+        (run.breakdowns, check_breakdowns, evaluation / "breakdowns.json"),
+        (run.outputs, check_outputs, decode / "outputs.jsonl"),
+    ]
+    for found, checked, path in checks:
+        if found is not None:
+            with readable(path):
+                checked(found, path)  # type: ignore[operator]
     if run.summary is not None and run.outputs:
-        check_summary(run.summary, run.outputs, run.folder / "decode" / "summary.json")
+        with readable(decode / "summary.json"):
+            check_summary(run.summary, run.outputs, decode / "summary.json")
 
 
 def check_scores(scores: Mapping[str, Any], path: Path) -> None:
@@ -233,19 +253,58 @@ def _json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no JSON ({error}); run that stage again") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds no JSON object; run that stage again")
+    return found
 
 
 def _lines(path: Path) -> Iterable[dict[str, Any]]:
     if not path.is_file():
         return
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines):
+    for number, line in enumerate(path.read_bytes().split(b"\n")):
         if not line.strip():
             continue
         try:
-            yield json.loads(line)
-        except ValueError as error:
+            found = json.loads(line)
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {number + 1} is no JSON ({error}); run decode again") from error
+        if not isinstance(found, dict):
+            raise InputError(f"{path}, line {number + 1} is no JSON object; run decode again")
+        yield found
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Within, a field that is absent or of another kind is one line that names the file: files may come from elsewhere.
+
+    Raises:
+        InputError: naming ``path``.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except OSError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:120]
+        raise InputError(f"{path} is damaged ({reason}); run that stage again") from error
+
+
+def read_training(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Tag to [(step, value)] of the newest event folder under ``folder``; empty where there is none."""
+    events = sorted(folder.rglob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime)
+    if not events:
+        return {}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(
+        str(events[-1].parent), size_guidance={"scalars": 0, "images": 1, "histograms": 1}
+    )
+    reader.Reload()
+    return {
+        tag: [(event.step, event.value) for event in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]
+    }

@@ -1,11 +1,20 @@
-"""Numbers with intervals as text."""
+"""Numbers and their intervals as text."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from deferral_train.report.svg import nice
+
+def nice(value: float | None) -> str:
+    """A number for reading: about three digits."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value == 0 or isinstance(value, int):
+        return str(int(value))
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:.{min(digits, 6)}f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
 def interval(number: Mapping[str, Any] | None, scale: float = 1.0, sign: bool = False) -> str:

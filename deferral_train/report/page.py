@@ -13,7 +13,7 @@ from deferral_train.report.answer import answer
 from deferral_train.report.board import write_board
 from deferral_train.report.breakdowns import breakdowns
 from deferral_train.report.frontier import frontier
-from deferral_train.report.load import Run, load_run
+from deferral_train.report.load import RunFolder, load_run, readable
 from deferral_train.report.rounds import rounds
 from deferral_train.report.sections import calibration, curves, length, online, skew, training
 from deferral_train.report.shadow import shadow as shadow_section
@@ -28,7 +28,7 @@ def write_report(
     """Check a run folder and write its page, and its curves for TensorBoard in ``tensorboard/`` of the run folder.
 
     Args:
-        run_dir: folder of a run, see :class:`deferral_train.report.load.Run` for what is read.
+        run_dir: folder of a run, see :class:`deferral_train.report.load.RunFolder` for what is read.
         out: where to write; default ``report.html`` inside the run folder.
         shadow: file or folder of a serving engine's shadow mode, beside what the folder holds itself.
 
@@ -40,12 +40,14 @@ def write_report(
     """
     run = load_run(run_dir, shadow)
     path = Path(out) if out is not None else run.folder / "report.html"
-    write_board(run)
-    provenance.write_text(path, render(run))
+    with readable(run.folder):
+        write_board(run)
+        page = render(run)
+    provenance.write_text(path, page)
     return path
 
 
-def render(run: Run) -> str:
+def render(run: RunFolder) -> str:
     """The page as text. Everything from outside is escaped by the template; data for scripts by
     :func:`embed`.
     """
@@ -93,5 +95,5 @@ def _embedded(value: Any) -> Markup | None:
     return None if value is None else embed(value)
 
 
-def _provenance(run: Run) -> str | None:
+def _provenance(run: RunFolder) -> str | None:
     return None if run.provenance is None else json.dumps(run.provenance, indent=1, ensure_ascii=False)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from deferral_train.report.load import Run
+from deferral_train.report.load import RunFolder
 from deferral_train.report.sections import colours
 from deferral_train.report.svg import Series, line_chart, nice
 
 
-def rounds(run: Run) -> dict[str, Any] | None:
+def rounds(run: RunFolder) -> dict[str, Any] | None:
     """Chart, legend and a row per round; None where there were none."""
     if run.rounds is None:
         return None

@@ -1,4 +1,4 @@
-"""What the page's sections show, as plain values and charts; None where a run did not measure it."""
+"""The page's sections as plain values and charts; None where a run did not measure it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from markupsafe import Markup
 
 from deferral_train.evaluation.bootstrap import Interval
 from deferral_train.evaluation.online import online_table
-from deferral_train.report.load import Run
-from deferral_train.report.numbers import interval, limits, signed
-from deferral_train.report.svg import Series, bar_chart, line_chart, nice
+from deferral_train.report.load import RunFolder
+from deferral_train.report.numbers import interval, limits, nice, signed
+from deferral_train.report.svg import Series, bar_chart, line_chart
 
 ENDS = ("drafter_only", "lossless", "verifier_only")
 # Curves that are not drawn as rules of their own: the two ends are points, the oracle is a dashed bound.
@@ -40,11 +40,11 @@ def colours(names: Sequence[str]) -> dict[str, int]:
 
 
 def is_head(name: str) -> bool:
-    """Whether a rule's name says that it is a learned one."""
+    """True where a rule's name says that it is a learned one."""
     return name.startswith(("learned", "head"))
 
 
-def curves(run: Run) -> dict[str, Any] | None:
+def curves(run: RunFolder) -> dict[str, Any] | None:
     """Offline curves of all rules, and the table at matched cost."""
     if run.scores is None:
         return None
@@ -143,8 +143,8 @@ def _share(share: float | str) -> str:
     return "whole curve" if share == "area" else f"{share:.0%}"
 
 
-def online(run: Run) -> dict[str, Any] | None:
-    """What decoding counted, one row per rule, and quality against verifier calls."""
+def online(run: RunFolder) -> dict[str, Any] | None:
+    """Counts of decoding, one row per rule, and quality against verifier calls."""
     if run.summary is None:
         return None
     rules = run.summary["rules"]
@@ -215,7 +215,7 @@ def _online_chart(rules: Mapping[str, Any], metric: str) -> Markup:
     )
 
 
-def training(run: Run) -> list[dict[str, Any]] | None:
+def training(run: RunFolder) -> list[dict[str, Any]] | None:
     """Regret and loss over training, from the log of the fit."""
     wanted = {
         "Regret on validation": ("val/regret", "val/exact_regret", "val/excess_over_opt"),
@@ -236,7 +236,7 @@ def training(run: Run) -> list[dict[str, Any]] | None:
     return charts or None
 
 
-def calibration(run: Run) -> list[dict[str, Any]] | None:
+def calibration(run: RunFolder) -> list[dict[str, Any]] | None:
     """Predicted against observed loss gap of each estimator."""
     found = (run.scores or {}).get("calibration") or {}
     palette = colours(list(found))
@@ -265,7 +265,7 @@ def calibration(run: Run) -> list[dict[str, Any]] | None:
     return charts or None
 
 
-def skew(run: Run) -> dict[str, Any] | None:
+def skew(run: RunFolder) -> dict[str, Any] | None:
     """Predicted from traces against counted by decoding."""
     if run.skew is None:
         return None
@@ -284,7 +284,7 @@ def skew(run: Run) -> dict[str, Any] | None:
     return {"meta": run.skew["meta"], "rows": rows}
 
 
-def length(run: Run) -> dict[str, Any] | None:
+def length(run: RunFolder) -> dict[str, Any] | None:
     """Mean output length of each rule, and its ratio to lossless."""
     if run.summary is None:
         return None

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from deferral_train.errors import InputError
-from deferral_train.report.svg import nice
+from deferral_train.report.numbers import nice
 
 FILES = ("shadow.json", "shadow-*.json", "shadow/*.json")  # of a run folder
 SCHEMA_VERSION = 1

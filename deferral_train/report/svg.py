@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
+from deferral_train.report.numbers import nice
+
 WIDTH, HEIGHT = 640, 400
 LEFT, RIGHT, TOP, BOTTOM = 104, 16, 14, 62
 
@@ -122,16 +124,6 @@ def bar_chart(
             f"{escape(label)}</text>"
         )
     return _svg(title, [_frame(Axis("", 0, 1), axis, x_numbers=False), *bars])
-
-
-def nice(value: float | None) -> str:
-    """A number for reading: about three digits."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    if value == 0 or isinstance(value, int):
-        return str(int(value))
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:.{min(digits, 6)}f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _svg(title: str, parts: Sequence[str]) -> Markup:

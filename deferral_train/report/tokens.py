@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deferral_train.report.load import Run
+from deferral_train.report.load import RunFolder
 
 PROMPTS = 12  # shown in the token view
 CANDIDATES = 5
@@ -23,7 +23,7 @@ class Texts:
     tokenizer: Any | None
 
     @classmethod
-    def of(cls, run: Run) -> Texts:
+    def of(cls, run: RunFolder) -> Texts:
         """The tokenizer of the run's own pair, of the one that it was given, or of a hub pair in the local cache."""
         from transformers import AutoTokenizer
 
@@ -56,14 +56,14 @@ class Texts:
         return self.tokenizer.decode([token], clean_up_tokenization_spaces=False) or f"<{token}>"
 
 
-def _configured(run: Run) -> list[str]:
+def _configured(run: RunFolder) -> list[str]:
     """Folders or hub ids of the pair that the run's or the `decode` command's config names."""
     config = (run.provenance or {}).get("config") or {}
     described = config.get("pair", config)
     return [described[role] for role in ("verifier", "drafter") if described.get(role)]
 
 
-def token_data(run: Run, texts: Texts) -> dict[str, Any] | None:
+def token_data(run: RunFolder, texts: Texts) -> dict[str, Any] | None:
     """Texts with token origins, per prompt and rule; None where nothing was decoded."""
     rows = [row for row in run.outputs if row["repetition"] == 0]
     if not rows:
@@ -122,7 +122,7 @@ def _percent(logprob: float) -> float:
     return round(100 * math.exp(logprob), 1)
 
 
-def slider_data(run: Run, texts: Texts) -> dict[str, Any] | None:
+def slider_data(run: RunFolder, texts: Texts) -> dict[str, Any] | None:
     """Logged prefixes with gap and D_TV per token; None where the evaluation kept none."""
     if run.prefixes is None:
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,8 +23,19 @@ from deferral_train.serving.counters import VARIABLE, Counters
 from deferral_train.serving.seam import Seam, log
 
 
-def attach(worker: Any, vllm_config: Any, config: ServingConfig, rule: Rule, mismatch: list[str]) -> Seam:
+def attach(
+    worker: Any,
+    vllm_config: Any,
+    config: ServingConfig,
+    rule: Rule,
+    mismatch: list[str],
+    conditions: Sequence[str] = (),
+) -> Seam:
     """Put the plug-in into a worker whose device is ready and whose weights are not loaded yet.
+
+    Args:
+        mismatch: why the rule's head is not for this pair: then every request is served lossless.
+        conditions: what differs from what the head was certified on: served, said, counted.
 
     Raises:
         InputError: a runner that has not the parts we replace.
@@ -56,17 +68,18 @@ def attach(worker: Any, vllm_config: Any, config: ServingConfig, rule: Rule, mis
         logger = TraceLog(config, describe_pair(vllm_config), counters, label, widths)
     seed = vllm_config.model_config.seed or 0
     seam = Seam(runner, config, rule, mismatch, counters, logger, seed, label if first else None)
+    seam.requests.conditions = list(conditions)
     seam.sampler = DeferralSampler(runner.sampler, vllm_config.speculative_config, runner.device, seam)
     runner.rejection_sampler = seam.sampler
     _wrap_runner(runner, seam)
     if hasattr(runner.drafter, "_sample_draft_tokens"):
         runner.drafter._sample_draft_tokens = _kept_draft(runner.drafter, seam)
     _close_with(worker, seam)
-    announce(config, rule, mismatch)
+    announce(config, rule, mismatch, conditions)
     return seam
 
 
-def announce(config: ServingConfig, rule: Rule, mismatch: list[str]) -> None:
+def announce(config: ServingConfig, rule: Rule, mismatch: list[str], conditions: Sequence[str] = ()) -> None:
     """Say once what is in force."""
     if config.mode == "shadow":
         log.warning("deferral: shadow mode; served lossless, counting what %s would do", config.spec)
@@ -77,6 +90,8 @@ def announce(config: ServingConfig, rule: Rule, mismatch: list[str]) -> None:
             'deferral: %s, "lossy": true: outputs differ from the verifier\'s; a request may say deferral_lossless',
             config.spec,
         )
+    if conditions and not mismatch:
+        log.warning("deferral: served, but the certificate does not speak of it: %s", "; ".join(conditions))
     if mismatch:
         log.warning(
             "deferral: every request is served lossless: the head is for another pair: %s",

@@ -5,10 +5,14 @@ Reads the engine's config by attribute; imports vLLM only to ask for its version
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from deferral_train.decoding.compatibility import roles_differ
 from deferral_train.errors import InputError
+from deferral_train.heads.artifact import certificate_problem
+from deferral_train.heads.pairing import check_vocabulary
 from deferral_train.rules import Rule
 from deferral_train.rules.summary import FIELDS, PREVIOUS_TOKENS
 from deferral_train.serving.blocks import needs_law
@@ -171,12 +175,8 @@ def describe_pair(vllm_config: Any) -> dict[str, Any]:
     model, drafter = vllm_config.model_config, vllm_config.speculative_config.draft_model_config
     tokenizer = AutoTokenizer.from_pretrained(model.tokenizer)
     pair: dict[str, Any] = {}
-    dtypes = {}
     for role, config in (("drafter", drafter), ("verifier", model)):
-        if config is None:
-            continue
-        dtypes[role] = str(config.dtype).removeprefix("torch.")
-        if Path(config.model).is_dir():
+        if config is not None and Path(config.model).is_dir():
             pair[role] = checkpoint_fingerprint(config.model)
     size = min(len(tokenizer), model.get_vocab_size())
     return {
@@ -184,27 +184,112 @@ def describe_pair(vllm_config: Any) -> dict[str, Any]:
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "vocab_size": size,
         "is_encoder_decoder": False,
-        "dtype": dtypes,
+        "dtype": _dtypes(vllm_config),
     }
 
 
 def check_heads(rule: Rule, vllm_config: Any) -> list[str]:
     """Why the rule's head is not for the served pair, in words; empty where it is, or where nothing was recorded.
 
+    A head of other weights than its certificate's, or a certificate of another pair, counts: every request is then
+    served lossless. What a head records of engine and number formats does not, see :func:`check_conditions`.
+
     Raises:
         InputError: a head for another vocabulary.
     """
-    from deferral_train.decoding.compatibility import check_head, heads_of
-
     found: list[str] = []
-    for head in heads_of(rule):
-        if not (getattr(head, "metadata", None) or {}).get("pair"):
+    for head, certificate, recorded in _recorded(rule):
+        problem = certificate_problem(head)
+        if problem is not None:
+            found.append(problem)
+        if not recorded and not certificate.get("pair"):
             continue
         pair = describe_pair(vllm_config)
-        facts = {
-            "vocab_size": pair["vocab_size"],
-            "dtype": pair["dtype"],
+        check_vocabulary(head, pair)
+        found += roles_differ(recorded, pair)
+        certified = certificate.get("pair")
+        if isinstance(certified, Mapping):
+            found += [f"certified {text}" for text in roles_differ(certified, pair)]
+    return list(dict.fromkeys(found))
+
+
+def check_conditions(rule: Rule, vllm_config: Any, engine: str) -> list[str]:
+    """What differs here from what a certificate, or a head, was made under, as ``certified on X, running Y``.
+
+    Requests are served with the rule, since nothing says that it is wrong; the claim of the certificate is not made.
+
+    Args:
+        engine: name and version of the one that runs.
+    """
+    found: list[str] = []
+    for _, certificate, recorded in _recorded(rule):
+        here = {
+            "engine": engine,
+            "dtype": _dtypes(vllm_config),
             "quantization": vllm_config.model_config.quantization,
         }
-        found += check_head(head, pair, facts, accept_mismatch=True)
+        if certificate:
+            for name, value in here.items():
+                if name == "quantization" and certificate.get(name) is None and value is None:
+                    continue
+                if not _same(certificate.get(name), value):
+                    found.append(
+                        f"certified on {name} {_text(certificate.get(name))}, running {_text(value)}"
+                    )
+            parameter, value = certificate.get("parameter"), certificate.get("value")
+            if rule.dial is not None and parameter == rule.dial.parameter and value != rule.dial_value:
+                found.append(f"certified on {parameter} {_text(value)}, running {rule.dial_value:g}")
+        else:
+            found += [
+                f"fitted on {name} {_text(recorded[name])}, running {_text(here[name])}"
+                for name in ("dtype", "quantization")
+                if name in recorded and not _same(recorded[name], here[name])
+            ]
     return found
+
+
+def _recorded(rule: Rule) -> Iterator[tuple[Any, Mapping[str, Any], Mapping[str, Any]]]:
+    """Each head of a rule, with its certificate and the pair that it was fitted for; empty where it has none."""
+    from deferral_train.decoding.compatibility import heads_of
+
+    for head in heads_of(rule):
+        metadata = getattr(head, "metadata", None) or {}
+        certificate, pair = metadata.get("certificate"), metadata.get("pair")
+        yield (
+            head,
+            certificate if isinstance(certificate, Mapping) else {},
+            pair if isinstance(pair, Mapping) else {},
+        )
+
+
+def _dtypes(vllm_config: Any) -> dict[str, str]:
+    """Number format by role, as heads and certificates record it."""
+    speculative = vllm_config.speculative_config
+    models = {
+        "drafter": getattr(speculative, "draft_model_config", None),
+        "verifier": vllm_config.model_config,
+    }
+    return {
+        role: str(config.dtype).removeprefix("torch.")
+        for role, config in models.items()
+        if config is not None
+    }
+
+
+def _same(recorded: Any, here: Any) -> bool:
+    """True where both state the same; of formats by role the roles that both have decide."""
+    if isinstance(recorded, Mapping) and isinstance(here, Mapping):
+        shared = recorded.keys() & here.keys()
+        return bool(shared) and all(recorded[role] == here[role] for role in shared)
+    if isinstance(recorded, str) and isinstance(here, Mapping):
+        return all(value == recorded for value in here.values())
+    return bool(recorded == here)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "nothing recorded"
+    if isinstance(value, Mapping):
+        different = sorted(set(map(str, value.values())))
+        return different[0] if len(different) == 1 else ", ".join(f"{k} {v}" for k, v in value.items())
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -38,6 +38,7 @@ OTHER_COUNTERS = {
     "head_seconds": "time spent in the head",
     "shadow_seconds": "time spent on what the rule would have done",
     "requests": "requests seen",
+    "uncertified": "requests served by a head in an engine, number format or setting that it was not certified on",
     "limited": "blocks of requests that had reached their loss limit",
     "log_rows": "trace rows written",
     "log_bytes": "trace bytes written",

@@ -98,14 +98,18 @@ def _admit(processor: Any, params: Any) -> None:
 def _attached_device(original: Any) -> Any:
     def init_device(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
-        from deferral_train.serving.checks import check_engine, check_heads, configured
+        from deferral_train.serving.checks import check_conditions, check_engine, check_heads, configured
 
         config = configured(self.vllm_config)
         if config is not None:
+            import vllm
+
             from deferral_train.serving.attach import attach
 
             rule = check_engine(self.vllm_config, config)
-            attach(self.worker, self.vllm_config, config, rule, check_heads(rule, self.vllm_config))
+            conditions = check_conditions(rule, self.vllm_config, f"vllm {vllm.__version__}")
+            mismatch = check_heads(rule, self.vllm_config)
+            attach(self.worker, self.vllm_config, config, rule, mismatch, conditions)
         return result
 
     return init_device

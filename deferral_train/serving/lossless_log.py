@@ -5,7 +5,8 @@ Nothing is done for requests that are not logged. R logged rows with drafts, T d
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,17 +15,33 @@ from torch import Tensor
 from deferral_train.rules import Origin
 from deferral_train.serving.blocks import Outcome, Rows
 from deferral_train.serving.layout import Step, places_of
+from deferral_train.serving.proposals import Proposals
+from deferral_train.serving.requests import Request
 
-if TYPE_CHECKING:
-    from deferral_train.serving.seam import Seam
+
+class StepReader(Protocol):
+    """Reads a step of the engine: the half of :class:`~deferral_train.serving.seam.Seam` that decides nothing."""
+
+    runner: Any
+    logger: Any | None
+    proposals: Proposals
+    sample_hidden: Tensor | None
+
+    def request(self, name: str) -> Request:
+        """A request of the batch."""
+
+    def positions_of(self, at: Tensor, names: Sequence[str]) -> Tensor:
+        """Tokens generated before each drafted one, [R, T]."""
 
 
-def log_step(seam: Seam, metadata: Any, logits: Tensor, tokens: Tensor) -> None:
+def log_step(seam: StepReader, metadata: Any, logits: Tensor, tokens: Tensor) -> None:
     """Hand over the blocks of logged requests.
 
     Args:
-        logits: the verifier's, as the engine's sampler got them. tokens: what it emitted, [B, max T + 1], -1 after the
-            last of a row.
+        seam: of this worker.
+        metadata: of the engine's rejection sampler.
+        logits: the verifier's, as the engine's sampler got them.
+        tokens: emitted by it, [B, max T + 1], -1 after the last of a row.
     """
     names = seam.runner.input_batch.req_ids
     members = [
@@ -62,7 +79,7 @@ def log_step(seam: Seam, metadata: Any, logits: Tensor, tokens: Tensor) -> None:
 
 
 def _outcome(step: Step, said: np.ndarray) -> Outcome:
-    """What the engine's tokens [R, max T + 1] say of the blocks."""
+    """Verdicts read off the engine's tokens ``said`` [R, max T + 1]."""
     accepted = (said >= 0).sum(axis=1) - 1
     rejected = accepted < step.lengths
     outcome = Outcome.empty(*step.drafted.shape)

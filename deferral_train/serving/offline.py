@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deferral_train.errors import InputError, MissingExtraError
+from deferral_train.pairs.checkpoint import contents_of
 from deferral_train.pairs.encode import encode_prompts
 from deferral_train.pairs.prompts import Prompt
+from deferral_train.provenance import hash_of
 from deferral_train.serving.config import PREFIX
 from deferral_train.serving.resume import finished_part
 from deferral_train.traces.folder import open_folder
@@ -36,7 +38,14 @@ def collect_with_engine(config: Any, out: str, prompts: Sequence[Prompt]) -> int
     """
     _check(config)
     before = finished_part(open_folder(out))
+    texts = hash_of([[prompt.id, prompt.prompt] for prompt in prompts])
     settings = {name: getattr(config, name) for name in SETTINGS}
+    settings["contents"] = hash_of(
+        {
+            "prompts": texts,
+            **contents_of({"drafter": config.drafter, "verifier": config.verifier}, config.rule),
+        }
+    )
     done: frozenset[str] = frozenset()
     if before is not None:
         _check_settings(out, before[0].settings, settings)

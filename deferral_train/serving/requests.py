@@ -57,6 +57,7 @@ class Requests:
     def __init__(self, config: ServingConfig, rule: Rule, mismatch: Iterable[str] = ()) -> None:
         self.config, self.rule, self.mismatch = config, rule, list(mismatch)
         self.certified = _certified_temperature(rule)
+        self.conditions: list[str] = []  # what differs from what the head was certified on
         self._known: dict[str, Request] = {}
         self._dialled: dict[float, Rule] = {}
 

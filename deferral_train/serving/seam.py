@@ -111,6 +111,8 @@ class Seam:
             self.counters.add("requests")
             if request.refused is not None:
                 self.counters.add(f"refused_{request.refused}")
+            elif self.requests.conditions:
+                self.counters.add("uncertified")
             if self.logger is not None and request.logged:
                 self._start_log(name, request)
         return request

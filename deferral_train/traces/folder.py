@@ -87,24 +87,22 @@ class Folder:
     def write_with(self, name: str, fill: Callable[[Sink], None]) -> Sink:
         """Write a file through a sink, so that it is never held in memory whole: tmp, fsync, rename."""
         temporary = self.path / f".{name}.{os.getpid()}.tmp"
-        try:
-            with open(temporary, "wb") as file:
-                sink = Sink(file)
-                fill(sink)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with provenance.naming(self.path / name):
+            try:
+                with open(temporary, "wb") as file:
+                    sink = Sink(file)
+                    fill(sink)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, self.path / name)
+            finally:
+                temporary.unlink(missing_ok=True)
         provenance.sync_folder(self.path)
         return sink
 
     def append_line(self, name: str, line: str) -> None:
         """Add one line durably; a line cut by a crash is what readers of these files pass over."""
-        with open(self.path / name, "ab") as file:
-            file.write(line.encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        provenance.append_text(self.path / name, line + "\n")
 
     def remove(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)

@@ -23,7 +23,8 @@ SEQUENCE_LABELS = "sequence"
 MOST_METRICS = 64
 WIDEST = 1 << 20  # most candidates or hidden numbers of a row
 # Say how an output came to be or where a checkpoint lies, not what it is: free to differ between runs.
-FREE = frozenset({"provenance", "name", "revision"})
+# Hashes of texts are new in a folder that was begun without them; that the prompts are the same, `prompts` says.
+FREE = frozenset({"provenance", "name", "revision", "prompt_hashes"})
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Manifest:
         seed: base seed; each chunk's own is derived from it.
         chunking: prompts per chunk and padded tokens per batch.
         prompt_ids: ids of the prompts that are logged; a row's ``prompt`` is an index into them.
+        prompt_hashes: hash of each prompt's text, in the order of ``prompt_ids``; empty where the texts are unknown.
         chunks: the work, complete: the folder is finished when each has a line in the ledger.
         prompts: hash of the encoded prompts, and what was left out or cut, with reasons.
         settings: everything else that decides the bytes (token limits, rule, teacher, ...).
@@ -86,6 +88,7 @@ class Manifest:
     prompts: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    prompt_hashes: tuple[str, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -108,7 +111,8 @@ class Manifest:
         value = asdict(self)
         value["chunks"] = [[chunk.seed, chunk.batches] for chunk in self.chunks]
         order = ["schema_version", "prefixes", "temperature", "top_k", "hidden", "truth", "labels", "seed"]
-        order += ["chunking", "settings", "pair", "provenance", "prompts", "prompt_ids", "chunks"]
+        order += ["chunking", "settings", "pair", "provenance", "prompts", "prompt_ids"]
+        order += [*(["prompt_hashes"] if self.prompt_hashes else []), "chunks"]
         return {name: value[name] for name in order}
 
     @classmethod
@@ -127,7 +131,8 @@ class Manifest:
             for number, (seed, batches) in enumerate(value["chunks"])
         )
         _check_chunks(chunks, len(value["prompt_ids"]))
-        return cls(**{**value, "chunks": chunks, "prompt_ids": tuple(value["prompt_ids"])})
+        lists = {name: tuple(value.get(name, ())) for name in ("prompt_ids", "prompt_hashes")}
+        return cls(**{**value, "chunks": chunks, **lists})
 
 
 def require(holds: bool, problem: str) -> None:
@@ -158,6 +163,11 @@ def _check_header(value: Mapping[str, Any]) -> None:
     ids = value["prompt_ids"]
     require(isinstance(ids, list) and all(isinstance(i, str) for i in ids), "prompt_ids is no list of texts")
     require(len(set(ids)) == len(ids), "prompt_ids repeat")
+    hashes = value.get("prompt_hashes", [])
+    texts = isinstance(hashes, list) and all(isinstance(digest, str) for digest in hashes)
+    require(
+        texts and len(hashes) in (0, len(ids)), "prompt_hashes is no list of one text for each of prompt_ids"
+    )
 
 
 def _check_labels(labels: Mapping[str, Any]) -> None:
@@ -196,7 +206,7 @@ def write_header(folder: Folder, manifest: Manifest) -> None:
 
 
 def _block(name: str, item: Any) -> str:
-    if name in ("prompt_ids", "chunks"):
+    if name in ("prompt_ids", "prompt_hashes", "chunks"):
         return json.dumps(item, separators=(",", ":"))
     return json.dumps(item, indent=2, ensure_ascii=False).replace("\n", "\n  ")
 

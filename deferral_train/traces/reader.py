@@ -211,6 +211,12 @@ class Traces:
         present = {self.manifest.chunks[shard.record.id] for shard in self._shards}
         return tuple(ids[n] for n in sorted(number for chunk in present for number in chunk.prompts))
 
+    @cached_property
+    def prompt_hashes(self) -> dict[str, str]:
+        """Hash of the text of each of `prompt_ids`, by id; empty for traces that were collected without."""
+        recorded = dict(zip(self.manifest.prompt_ids, self.manifest.prompt_hashes))
+        return {name: recorded[name] for name in self.prompt_ids if name in recorded}
+
     def select_prompts(self, ids: Iterable[str]) -> Traces:
         """The rows of some prompts, without copying anything yet.
 

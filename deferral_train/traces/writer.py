@@ -141,8 +141,15 @@ def refuse_changes(folder: Folder, manifest: Manifest) -> None:
         more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
         raise InputError(
             f"{folder} was collected with other settings: {'; '.join(changed[:3])}{more}; "
-            "use the same ones to resume, or another --out"
+            "use the same ones to resume, another --out, or --fresh to start over"
         )
+
+
+def clear_folder(folder: Folder) -> None:
+    """Remove header, ledgers and shards of a trace folder, the header last; other files stay."""
+    shards = [name for name in folder.names() if name.startswith("shard-") and name.endswith(".arrow")]
+    for name in [*shards, *ledger_files(folder), HEADER]:
+        folder.remove(name)
 
 
 def sound_records(folder: Folder) -> dict[int, ChunkRecord]:

@@ -16,12 +16,16 @@ from deferral_train.heads.gap import GapHead
 from deferral_train.training.metadata import evaluation_metadata
 
 
-def read_checkpoint(path: str | Path) -> tuple[DeferralHead, dict[str, float]]:
+def read_checkpoint(
+    path: str | Path, cls: type[DeferralHead] | None = None
+) -> tuple[DeferralHead, dict[str, float]]:
     """Head of a Lightning checkpoint, read with ``weights_only=True``, and the scalars logged when it was
     saved. A linear head that reads embeddings comes folded: with a table of one number per token.
+
+    ``cls`` is a class of the caller's own, needed where the head is of one.
     """
-    checkpoint = _read(path)
-    head = head_from_config(checkpoint["deferral_head"])
+    checkpoint = load_checkpoint(path)
+    head = head_from_config(checkpoint["deferral_head"], cls)
     prefix = "head."
     tensors = {k[len(prefix) :]: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     check_tensors(Path(path), tensors, head.state_dict())
@@ -33,8 +37,12 @@ def read_checkpoint(path: str | Path) -> tuple[DeferralHead, dict[str, float]]:
     return head.eval(), scalars
 
 
-def _read(path: str | Path) -> dict[str, Any]:
-    """The checkpoint's dictionary, with the parts that we read of the right kind."""
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The checkpoint's dictionary, with the parts that we read of the right kind.
+
+    Raises:
+        InputError: an absent file, or one that is damaged or no checkpoint of a fit.
+    """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -47,7 +55,9 @@ def _read(path: str | Path) -> dict[str, Any]:
         and _is_mapping(checkpoint.get("state_dict"), torch.Tensor)
         and _is_mapping(checkpoint.get("deferral_scalars", {}), (int, float))
     ):
-        raise InputError(f"{path} is no checkpoint of deferral-train fit; give its checkpoints/best.ckpt")
+        raise InputError(
+            f"{path} is no checkpoint of deferral-train fit, or damaged; give its checkpoints/best.ckpt"
+        )
     return checkpoint
 
 

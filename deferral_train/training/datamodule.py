@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,11 +11,13 @@ from torch import Tensor
 
 from deferral_train.errors import InputError
 from deferral_train.heads.base import DeferralHead
+from deferral_train.heads.objectives import needs_candidates
 from deferral_train.pairs.load import output_matrix
 from deferral_train.traces import Traces, open_traces, split_prompts
 from deferral_train.traces.judged import check_labels, is_judge, judges_sequences, resolve_truth
 from deferral_train.traces.sequence import check_one_kind, is_sequence, labelled_rows, sequence_gap
 from deferral_train.training import baselines
+from deferral_train.training.belonging import refuse_other_candidates, refuse_shared_prompts, refuse_strangers
 from deferral_train.training.loader import TableLoader
 from deferral_train.training.metrics import check_alphas
 from deferral_train.training.preparation import fit_memory
@@ -91,36 +93,17 @@ class TraceDataModule(pl.LightningDataModule):
                 part.select_prompts([i for i in part.prompt_ids if i not in aside]) for part in self.further
             ]
         given.setdefault("test", given["val"])
-        self._refuse_other_vocabularies(given)
-        self._refuse_shared_prompts(given)
+        refuse_strangers(given["train"], self._others(given), self.truth, self.temperature)
+        judged = {name: given[name] for name in ("val", "test")}
+        refuse_shared_prompts([given["train"], *self.further], judged)
         if self.pair_training is not None:
             every = [*given.values(), *self.further]
             refuse_pair_training(self.pair_training, every)
         return given
 
-    def _refuse_other_vocabularies(self, traces: dict[str, Traces]) -> None:
-        ours = traces["train"].manifest.pair
-        others = [(name, traces[name]) for name in ("val", "test")] + [
-            ("train", part) for part in self.further
-        ]
-        for name, part in others:
-            theirs = part.manifest.pair
-            for key in ("tokenizer", "vocab_size"):
-                if key in ours and key in theirs and ours[key] != theirs[key]:
-                    raise InputError(
-                        f"data.{name}: traces of another pair, {key} is {theirs[key]}, the first train traces' "
-                        f"{ours[key]}; collect all with one pair"
-                    )
-
-    def _refuse_shared_prompts(self, traces: dict[str, Traces]) -> None:
-        fitted = {name for part in (traces["train"], *self.further) for name in part.prompt_ids}
-        for name in ("val", "test"):
-            shared = fitted & set(traces[name].prompt_ids)
-            if shared:
-                raise InputError(
-                    f"{len(shared)} prompts are in both train and {name} traces, first {min(shared)}; "
-                    "split by prompt: a head must not be judged on what it was fitted on"
-                )
+    def _others(self, traces: Mapping[str, Traces]) -> list[tuple[str, Traces]]:
+        """Every set but the first to fit on, with the name of its flag."""
+        return [("train", part) for part in self.further] + [(name, traces[name]) for name in ("val", "test")]
 
     def prepare(self, head: DeferralHead) -> None:
         """Load the columns that ``head`` needs; checks everything before training starts."""
@@ -139,6 +122,8 @@ class TraceDataModule(pl.LightningDataModule):
             raise InputError(
                 "memory features count one trace folder; leave them out or give one --data.train"
             )
+        if needs_candidates(head):
+            refuse_other_candidates(fit, self._others(self.traces))
         fit_memory(head, fit)
         parts = [fit_table(part, head, self.truth, self.temperature) for part in (fit, *self.further)]
         names = baselines.DRAFT_PLUG_INS if head.stage == "draft" else baselines.PLUG_INS
@@ -200,7 +185,8 @@ class TraceDataModule(pl.LightningDataModule):
             seed,
             trainer.global_rank,
             trainer.world_size,
-            lambda: trainer.current_epoch,
+            # Overfitting some batches on purpose means the same ones in every epoch.
+            lambda: 0 if trainer.overfit_batches else trainer.current_epoch,
         )
 
     def train_dataloader(self) -> TableLoader:
@@ -218,10 +204,17 @@ def _opened(source: Any) -> Traces:
 
 
 def refuse_pair_training(record: str, traces: Sequence[Traces]) -> None:
-    """Raise InputError where a trace's prompt was in the pair's training text (by id)."""
+    """Raise InputError where a trace's prompt was in the pair's training text: by id, or by a text of its own there."""
     from deferral_train.pairs.overlap import check_no_overlap, read_training_ids
     from deferral_train.pairs.prompts import Prompt
 
     seen = read_training_ids(record)
+    content = set(seen["content"])
     for part in traces:
         check_no_overlap(seen, [Prompt(id=name, prompt="", reference=None) for name in part.prompt_ids])
+        known = [name for name, digest in part.prompt_hashes.items() if digest in content]
+        if known:
+            raise InputError(
+                f"{len(known)} of {len(part.prompt_ids)} prompts were in the pair's training text, first {known[0]}; "
+                "use other prompts"
+            )

@@ -11,16 +11,19 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
-from pytorch_lightning.loggers import TensorBoardLogger
 
 from deferral_train import provenance
 from deferral_train.heads.base import DeferralHead
-from deferral_train.training.checkpoint import read_checkpoint
+from deferral_train.training.checkpoint import load_checkpoint, read_checkpoint
 from deferral_train.training.config import FitConfig, make_head, plain_settings
 from deferral_train.training.datamodule import TraceDataModule
+from deferral_train.training.divergence import DivergedError
+from deferral_train.training.flags import check_trainer_flags, lightning_errors
+from deferral_train.training.log import LogOften, OneCurve, curve_logger
 from deferral_train.training.metadata import evaluation_metadata, training_metadata
 from deferral_train.training.module import HEADLINE, DeferralModule
 from deferral_train.training.preparation import fit_recalibration
+from deferral_train.training.resuming import made_from, take_up
 from deferral_train.training.ridge import RIDGE
 from deferral_train.training.scoring import score
 from deferral_train.training.sklearn_heads import SklearnHead
@@ -52,20 +55,28 @@ def fit(
 
     Args:
         config: settings.
-        out_dir: gets ``checkpoints/``, ``log/`` (TensorBoard), ``fit.json`` (settings, metrics, provenance).
-        resume: continue from ``checkpoints/last.ckpt`` where it exists.
+        out_dir: gets ``checkpoints/``, ``log/`` (TensorBoard), ``fit.json`` (settings, metrics, provenance) and
+            ``made_from.json`` (settings and contents that decide the weights).
+        resume: continue from ``checkpoints/last.ckpt`` where it exists and was made from the same settings, traces and
+            initial weights; False starts over.
         initial: start from this head's weights instead of fresh ones (refitting on new prefixes).
 
     Raises:
-        InputError: bad settings or traces, by name.
+        InputError: bad settings or traces, by name; a folder that holds a fit of others.
     """
     out = Path(out_dir)
+    with provenance.one_writer(out, "fit"):
+        return _fit(config, out, resume, initial)
+
+
+def _fit(config: FitConfig, out: Path, resume: bool, initial: DeferralHead | None) -> FitResult:
     with quiet_lightning():
         pl.seed_everything(config.seed, verbose=False)
     data = _data(config)
     head = make_head(config, data.traces["train"], data.matrix_width)
     if initial is not None and config.objective != RIDGE:
         head.load_state_dict(initial.state_dict())
+    take_up(out, made_from(plain_settings(config), data, head), resume)
     data.prepare(head)
     if config.head == "plug_in" or isinstance(head, SklearnHead):
         result = _closed_form(config, data, head)
@@ -103,12 +114,16 @@ def _train(
         seed=config.seed,
         figure_every=config.figure_every,
     )
-    logger = TensorBoardLogger(str(out), name="log", version="", default_hp_metric=False)
     best = best_checkpoint(out)
     last = out / "checkpoints" / "last.ckpt"
-    with quiet_lightning():
-        trainer = make_trainer(config, logger, [best, EarlyStopping(HEADLINE, patience=config.patience)])
-        start = str(last) if resume and last.exists() else None
+    start = str(last) if resume and last.exists() else None
+    logger = curve_logger(out, None if start is None else int(load_checkpoint(last)["global_step"]))
+    check_trainer_flags({"precision": config.precision, "strategy": config.strategy})
+    stop = early_stopping(config.patience)
+    with quiet_lightning(), lightning_errors():
+        trainer = make_trainer(
+            config, logger, [best, stop, KeepLast(last), OneCurve(out, start is not None), LogOften()]
+        )
         trainer.fit(module, data, ckpt_path=start, weights_only=True)
     head, scalars = read_checkpoint(best.best_model_path)
     return FitResult(head, Path(best.best_model_path), scalars, Path(logger.log_dir), trainer.current_epoch)
@@ -127,15 +142,40 @@ def quiet_lightning() -> Iterator[None]:
 
 
 def best_checkpoint(out: Path) -> ModelCheckpoint:
-    """Keeps ``checkpoints/best.ckpt`` by val/regret, and ``last.ckpt``, also when training is broken off."""
+    """Keeps ``checkpoints/best.ckpt`` by val/regret, and ``last.ckpt`` beside it."""
     return ModelCheckpoint(
         out / "checkpoints",
         filename="best",
         monitor=HEADLINE,
         save_last=True,
-        save_on_exception=True,
         enable_version_counter=False,
     )
+
+
+def early_stopping(patience: int) -> EarlyStopping:
+    """Stops after ``patience`` validations without a better val/regret; asked only where there was a validation."""
+    return EarlyStopping(HEADLINE, patience=patience, check_on_train_epoch_end=False)
+
+
+class KeepLast(Callback):
+    """Writes ``last.ckpt`` when training is broken off, and leaves ``best.ckpt`` what it is.
+
+    ModelCheckpoint's own ``save_on_exception`` would write the weights of that moment over the best ones. Weights that
+    went wrong are not kept: the file then stays that of the last validation.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        begun = trainer.global_step > 0 and not trainer.sanity_checking
+        if begun and trainer.world_size == 1 and not isinstance(exception, DivergedError):
+            trainer.save_checkpoint(self.path)
 
 
 def make_trainer(config: FitConfig, logger: Any, callbacks: list[Callback]) -> pl.Trainer:
@@ -152,7 +192,6 @@ def make_trainer(config: FitConfig, logger: Any, callbacks: list[Callback]) -> p
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        log_every_n_steps=20,
         use_distributed_sampler=False,
     )
 

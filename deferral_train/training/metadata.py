@@ -4,6 +4,7 @@ scores.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,6 @@ def training_metadata(data: TraceDataModule, settings: Mapping[str, Any]) -> dic
 
 
 def evaluation_metadata(scalars: Mapping[str, float]) -> dict[str, Any]:
-    """The part ``evaluation``: the scalars that matter, rounded."""
-    kept = {name: round(scalars[name], 8) for name in REPORTED if name in scalars}
+    """The part ``evaluation``: the scalars that matter, rounded; what is not finite has no place in JSON."""
+    kept = {name: round(scalars[name], 8) for name in REPORTED if math.isfinite(scalars.get(name, math.nan))}
     return {"evaluation": {"dataset": "validation traces", "metrics": kept}}

@@ -31,7 +31,7 @@ def check_alphas(alphas: Sequence[float]) -> list[float]:
 
 
 def defer_at(gap: Tensor, tv: Tensor, alphas: Tensor) -> Tensor:
-    """1[gap > alpha tv] for every alpha, ``[N, A]``."""
+    """1[gap > alpha tv] for every alpha, ``[N, A]``; False for a gap of NaN, which the caller counts."""
     return gap.unsqueeze(-1) > alphas.to(gap) * tv.unsqueeze(-1)
 
 
@@ -184,6 +184,24 @@ class Calibration(Metric):
         full = self.count > 0
         means = self.sums[full] / self.count[full].unsqueeze(-1)
         return means[:, 0], means[:, 1], self.count[full]
+
+
+class Count(Metric):
+    """Number of rows that are marked."""
+
+    full_state_update = False
+    higher_is_better = False
+    count: Tensor
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, marked: Tensor) -> None:
+        self.count += marked.sum()
+
+    def compute(self) -> Tensor:
+        return self.count
 
 
 class WeightedMean(Metric):

@@ -16,10 +16,12 @@ from deferral_train.heads.artifact import full_config
 from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.objectives import OBJECTIVES, objective_for
 from deferral_train.training.datamodule import TraceDataModule
+from deferral_train.training.divergence import refuse_loss, refuse_scores, refuse_weights
 from deferral_train.training.figures import draw
 from deferral_train.training.loader import step_seed
 from deferral_train.training.metadata import training_metadata
 from deferral_train.training.preparation import prepare_head
+from deferral_train.training.resuming import traces_keys
 from deferral_train.training.ridge import RIDGE, fit_ridge
 from deferral_train.training.scoring import label_range
 from deferral_train.training.tracking import Tracker, predict
@@ -93,9 +95,14 @@ class DeferralModule(pl.LightningModule):
 
     def on_fit_end(self) -> None:
         """Settings beside the final scores; at the start there is no score that would not mislead."""
-        if isinstance(self.logger, TensorBoardLogger) and self.scalars:
+        logger = self._tensorboard()
+        if logger is not None and self.scalars:
             names = ("regret", "excess_over_opt", "excess_over_plug_in", "hindsight_excess")
-            self.logger.log_hyperparams(self._facts(), {f"hp/{name}": self.scalars[name] for name in names})
+            logger.log_hyperparams(self._facts(), {f"hp/{name}": self.scalars[name] for name in names})
+
+    def _tensorboard(self) -> TensorBoardLogger | None:
+        """The logger that takes figures, among any others."""
+        return next((each for each in self.loggers if isinstance(each, TensorBoardLogger)), None)
 
     def _facts(self) -> dict[str, Any]:
         """Flat settings of head, data and training for the log's table of hyper-parameters."""
@@ -110,6 +117,7 @@ class DeferralModule(pl.LightningModule):
             return None
         self.generator.manual_seed(step_seed(self.seed + 1, self.global_step * 4096 + self.global_rank))
         loss = OBJECTIVES[self.objective](self.head, batch, self.generator)
+        refuse_loss(self.trainer, loss, self.lr)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -141,6 +149,8 @@ class DeferralModule(pl.LightningModule):
     def _report(self, split: str) -> None:
         tracker = self._tracker(split)
         scalars = tracker.compute()
+        if split == "val":  # before anything calls these scores the best
+            refuse_scores(self.trainer, scalars, self.lr)
         if not self.trainer.sanity_checking:
             self.log_dict({f"{split}/{name}": value for name, value in scalars.items()}, rank_zero_only=False)
             self._draw(split, tracker, scalars)
@@ -149,14 +159,15 @@ class DeferralModule(pl.LightningModule):
 
     def _draw(self, split: str, tracker: Tracker, scalars: dict[str, float]) -> None:
         due = self.figure_every > 0 and self.current_epoch % self.figure_every == 0
-        last = split == "test" or self.current_epoch + 1 == self.trainer.max_epochs
-        if not isinstance(self.logger, TensorBoardLogger) or not self.figure_every or not (due or last):
+        last = self.trainer.state.fn != "fit" or self.current_epoch + 1 == self.trainer.max_epochs
+        logger = self._tensorboard()
+        if logger is None or not self.figure_every or not (due or last):
             return
         if self.trainer.is_global_zero:
             for tag, figure in draw(tracker, scalars).items():
-                self.logger.experiment.add_figure(f"{split}/{tag}", figure, self.global_step)
+                logger.experiment.add_figure(f"{split}/{tag}", figure, self.global_step)
             if split == "val" and hasattr(self, "_last_gap"):
-                self.logger.experiment.add_histogram("val/gap", self._last_gap, self.global_step)
+                logger.experiment.add_histogram("val/gap", self._last_gap, self.global_step)
 
     def configure_optimizers(self) -> Any:
         parameters = [p for p in self.head.parameters() if p.requires_grad]
@@ -164,21 +175,28 @@ class DeferralModule(pl.LightningModule):
             raise InputError(f"a {self.head.head_type} head has nothing to train; use it without fit")
         classes = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop}
         optimizer = classes[self.optimizer](parameters, lr=self.lr, weight_decay=self.weight_decay)
-        total = self._total_steps()
+        total = self.total_steps()
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._rate(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _total_steps(self) -> int:
-        """Optimiser steps of the whole run.
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run; without an end, more than any run takes.
 
         Counted here because Trainer.estimated_stepping_batches sets the loaders up before a checkpoint is
         restored, and the loader's place in the epoch would be lost.
         """
         trainer = self.trainer
-        if trainer.max_steps > 0:
-            return trainer.max_steps
-        per_epoch = -(-len(self.data.train_dataloader()) // trainer.accumulate_grad_batches)
-        return max(1, per_epoch * max(trainer.max_epochs or 1, 1))
+        limit, batches = trainer.limit_train_batches, len(self.data.train_dataloader())
+        batches = min(batches, limit) if isinstance(limit, int) else max(1, int(batches * limit))
+        epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
+        steps = -(-batches // trainer.accumulate_grad_batches) * epochs
+        bounds = [bound for bound in (steps, trainer.max_steps) if bound > 0]
+        if not bounds and self.schedule != "constant":
+            raise InputError(
+                f"schedule={self.schedule!r} ends with the run, and max_epochs={epochs} sets no end; give "
+                "trainer.max_epochs or trainer.max_steps, or use schedule constant"
+            )
+        return min(bounds, default=1 << 30)
 
     def _rate(self, step: int, total: int) -> float:
         """Factor of the peak rate after ``step`` of ``total`` steps."""
@@ -189,8 +207,10 @@ class DeferralModule(pl.LightningModule):
         return {"constant": 1.0, "linear": left, "cosine": cosine}[self.schedule]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        refuse_weights(self.trainer, self.head.state_dict(), self.lr)
         checkpoint["deferral_head"] = full_config(self.head)
         checkpoint["deferral_scalars"] = self.scalars
+        checkpoint["deferral_traces"] = traces_keys(self.data)
 
 
 def _flat(value: Any) -> Any:

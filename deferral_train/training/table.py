@@ -150,7 +150,12 @@ def _shared(
         summary = summary.select(rows)
     x = head.columns(summary, own)
     _refuse_nan(head, summary)
-    z = _chosen(truth.label(traces, label, head.loss, temperature).float(), rows)
+    z = truth.label(traces, label, head.loss, temperature).float()
+    known = traces if rows is None else None
+    if known is not None:
+        _refuse_not_finite(f"the label of the gap (truth={label!r}, loss={head.loss!r})", z, traces, label)
+        _refuse_not_finite("tv", summary["tv"], traces, label)
+    z = _chosen(z, rows)
     return {"x": x, "z": z, "tv": summary["tv"].float()}
 
 
@@ -188,6 +193,19 @@ def _refuse_nan(head: DeferralHead, summary: Summary) -> None:
                 raise InputError(
                     f"feature {field} is not finite in {bad} of {len(value)} rows; collect again"
                 )
+
+
+def _refuse_not_finite(what: str, values: Tensor, traces: Traces, label: str) -> None:
+    wrong = ~torch.isfinite(values.float())
+    if is_judge(label):  # the other rows of a judge have no label
+        wrong &= judged_rows(traces)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        prompt = traces.manifest.prompt_ids[int(traces.prompt_of_row[row])]
+        raise InputError(
+            f"{what} is {float(values[row]):g} in {int(wrong.sum())} of {len(values)} rows, first in prompt {prompt}; "
+            "collect again, or use another truth"
+        )
 
 
 def _gold_columns(traces: Traces, head: DeferralHead) -> dict[str, Tensor]:

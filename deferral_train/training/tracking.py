@@ -10,6 +10,7 @@ where the head beats OPT. A judge head knows no price: its headline is the log l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -23,19 +24,31 @@ from deferral_train.heads.objectives import judge_losses
 from deferral_train.training import metrics as m
 
 BASELINES = ("opt", "plug_in")
+OF_RULES = ("rejection_rate", "relative_risk", "exact_regret")  # metrics that exist for each baseline, too
 
 
 def predict(head: DeferralHead, batch: Mapping[str, Tensor], alphas: Tensor) -> dict[str, Tensor]:
-    """``defer [N, A]`` and, where the head has them, ``gap tv reject [N]`` for a batch of a score table."""
+    """Predictions for a batch of a score table: ``defer [N, A]``, ``finite [N]`` (every number that the head gave for
+    the row is), and where the head has them ``gap tv reject [N]``.
+    """
     x = batch["x"]
     if isinstance(head, CostSensitiveHead):
         scores = [head.score(x, torch.full_like(x[:, 0], float(alpha))) for alpha in alphas]
-        return {"defer": torch.stack(scores, dim=-1) > 0}
+        score = torch.stack(scores, dim=-1)
+        return {"defer": score > 0, "finite": torch.isfinite(score).all(dim=-1)}
     out = {name: value.float() for name, value in head(x).items()}
+    each = [torch.isfinite(value).reshape(len(x), -1).all(dim=1) for value in out.values()]
+    finite = torch.stack(each).all(dim=0)
     if isinstance(head, JudgeHead):
         out["judge_loss"], out["judge_weight"] = judge_losses(head, batch)
     tv = out["tv"] if head.stage == "draft" else batch["tv"]
-    return {**out, "defer": m.defer_at(out["gap"], tv, alphas)}
+    return {**out, "defer": m.defer_at(out["gap"], tv, alphas), "finite": finite}
+
+
+def _of_rules(name: str) -> bool:
+    """True for a scalar that says nothing about the head: of a fixed rule alone, or how often the head failed."""
+    metric = name.rpartition("/")[2].partition("@")[0]
+    return metric == "not_finite" or metric in {f"{kind}_{rule}" for kind in OF_RULES for rule in BASELINES}
 
 
 class Tracker(nn.Module):
@@ -62,6 +75,7 @@ class Tracker(nn.Module):
             found[f"excess_over_{name}"] = m.ExcessRisk(alphas)
             found[f"rejection_rate_{name}"] = m.RejectionRate(alphas)
             found[f"relative_risk_{name}"] = m.RelativeRisk(alphas)
+        found["not_finite"] = m.Count()
         found["disagreement_with_opt"] = m.Disagreement(alphas)
         if exact:
             found |= {f"exact_regret{suffix}": m.Regret(alphas) for suffix in ("", "_opt", "_plug_in")}
@@ -80,6 +94,7 @@ class Tracker(nn.Module):
     def update(self, out: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> None:
         """Add a batch: predictions of :func:`predict` and the score table's columns."""
         z, tv, defer, position = batch["z"], batch["tv"], out["defer"], batch["position"]
+        self._add("not_finite", ~out["finite"])
         self._add("hindsight_excess", z, tv, defer, position)
         for suffix, decided in (("", defer), *((f"_{name}", batch[name]) for name in BASELINES)):
             self._add(f"rejection_rate{suffix}", tv, decided, position)
@@ -113,12 +128,15 @@ class Tracker(nn.Module):
         """All scalars by name, synchronised across processes; ``regret`` is the headline.
 
         ``alpha/NAME@A`` is per alpha, ``position/NAME@FROM`` per position bucket, ``stage/STAGE/regret`` the
-        headline under the head's stage.
+        headline under the head's stage. ``not_finite`` counts the rows for which the head gave NaN or infinity; where
+        there are any, every scalar of the head is NaN: a comparison with NaN would call it a decision to keep.
         """
         scalars: dict[str, float] = {}
         for name, metric in self.metrics.items():
             with metric.sync_context():
                 scalars |= self._scalars(name, metric)
+        if scalars["not_finite"]:
+            scalars = {name: value if _of_rules(name) else math.nan for name, value in scalars.items()}
         scalars["regret"] = scalars[self.headline]
         scalars[f"stage/{self.stage}/regret"] = scalars["regret"]
         return scalars
@@ -134,6 +152,8 @@ class Tracker(nn.Module):
         if isinstance(metric, m.Calibration):
             ece, brier = m.calibration(metric.sums, metric.count, metric.square)
             return {f"{name}_ece": float(ece), f"{name}_brier": float(brier)}
+        if isinstance(metric, m.Count):
+            return {name: float(metric.count)}
         if isinstance(metric, m.WeightedMean):
             return {name: float(metric.sums[0] / metric.sums[1].clamp_min(1))}
         assert isinstance(metric, m.BinnedAUROC)

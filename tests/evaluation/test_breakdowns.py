@@ -15,9 +15,14 @@ from deferral_train import cli, provenance
 from deferral_train.collecting import CollectConfig, collect
 from deferral_train.drafting.max_gram import MaxGram
 from deferral_train.errors import InputError
+from deferral_train.evaluation.bootstrap import Redraws
 from deferral_train.evaluation.breakdowns import make_breakdowns, read_part
-from deferral_train.evaluation.breakdowns.copies import copy_rates, logged_texts, quantile_bins, replay
-from deferral_train.evaluation.breakdowns.tables import Redraws
+from deferral_train.evaluation.breakdowns.copies import (
+    copy_rates,
+    count_failures,
+    logged_texts,
+    quantile_bins,
+)
 from deferral_train.traces import Traces, open_traces
 
 COUNT, TOKENS = 24, 10
@@ -78,7 +83,9 @@ def test_places_are_what_decoding_counts(place: Path, kind: str) -> None:
     assert cli.main(["decode", *(f"--{name}={value}" for name, value in flags.items()), "--device=cpu"]) == 0
     summary = json.loads((out / "summary.json").read_text())
     counted = summary["rules"]["lossless"]
-    made = make_breakdowns([part(place, kind)], ["position", "architecture"], num_draft_tokens=3, bootstrap=0)
+    made = make_breakdowns(
+        [part(place, kind)], ["position", "architecture"], num_draft_tokens=3, redraws=Redraws(0)
+    )
     positions, architecture = made.tables
     places = counted["positions"]
     for row, judged, rejected in zip(positions.rows, places["decided"], places["rejected"], strict=True):
@@ -105,7 +112,7 @@ def test_copies_against_plain_searches(place: Path, kind: str) -> None:
     parts = [part(place, kind)]
     texts = logged_texts(parts)
     assert [text.prompt for text in texts] == list(parts[0].traces.prompt_ids)
-    found, rates = replay(parts, texts, MaxGram()), copy_rates(parts, texts)
+    found, rates = count_failures(parts, texts, MaxGram()), copy_rates(parts, texts)
     assert found.asked.sum() == len(parts[0].traces)
     assert (found.asked.sum(0) > 0).all()
     for number, text in enumerate(texts):
@@ -135,7 +142,7 @@ def test_bins_are_of_equal_counts_and_survive_ties() -> None:
 def test_groups_add_up_and_intervals_hold_them(place: Path) -> None:
     parts = [part(place, kind, "topic") for kind in ("llama", "t5")]
     names = ["domain", "architecture", "copy_rate", "max_gram"]
-    made = make_breakdowns(parts, names, ["opt:alpha=0.2", "chow"], bootstrap=50)
+    made = make_breakdowns(parts, names, ["opt:alpha=0.2", "chow"], redraws=Redraws(50))
     assert [table.name for table in made.tables] == [*names, "max_gram:copy_rate", "max_gram:domain"]
     domain, architecture, copies, failures, *_ = made.tables
     assert {row.rule for row in domain.rows} == {"lossless", "opt at alpha=0.2"}
@@ -153,7 +160,7 @@ def test_groups_add_up_and_intervals_hold_them(place: Path) -> None:
     assert asked["no match", None, "failure rate"] == 1
     shares = [asked[row.group, None, "share of positions"] for row in failures.rows]
     assert sum(shares[:3]) == pytest.approx(shares[3]) == pytest.approx(1)
-    by_id = make_breakdowns([part(place, "llama", "id")], ["domain"], bootstrap=0).tables[0]
+    by_id = make_breakdowns([part(place, "llama", "id")], ["domain"], redraws=Redraws(0)).tables[0]
     assert [row.group for row in by_id.rows] == ["a", "b"]
 
 

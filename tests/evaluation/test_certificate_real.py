@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from benchmarks.certificate import violations
+from benchmarks.studies.certificate import violations
 from deferral_train.collecting import CollectConfig, collect
 from deferral_train.decoding.decode import DecodeConfig, decode
 from deferral_train.decoding.outputs import OUTPUTS, read_lines

@@ -16,17 +16,17 @@ from deferral_train.drafting.replay import UNKNOWN, Path, Work
 from deferral_train.drafting.spec import drafting_from_spec
 from deferral_train.errors import InputError
 from deferral_train.evaluation.drafting import propose, propose_for, ways
-from deferral_train.evaluation.loop_costs import LoopCosts, Parts, _fit
+from deferral_train.evaluation.speed import LoopSeconds, SpeedModel, _fit
 from deferral_train.pairs.load import make_pair
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.rules import make_rule
 from deferral_train.traces import open_traces
 
 
-def costs(step: float, width: float = 0.0) -> LoopCosts:
+def costs(step: float, width: float = 0.0) -> SpeedModel:
     """A verifier pass takes a second and ``width`` more for each further token, a drafter's ``step``."""
-    free = Parts(0.0, 0.0, step)
-    return LoopCosts({1: 1.0, 16: 1.0 + 15 * width}, free, free, prompt=0.0, token=1.0)
+    free = LoopSeconds(0.0, 0.0, step)
+    return SpeedModel({1: 1.0, 16: 1.0 + 15 * width}, free, free, prompt=0.0, token=1.0)
 
 
 def texts(count: int, right: float, copies: bool, length: int = 40) -> list[Path]:
@@ -102,9 +102,9 @@ def test_texts_that_decoding_does_not_write_are_refused(
 def test_what_the_loop_adds_to_its_passes_is_found_again() -> None:
     """Prompts, verifier calls, drafter calls, drafted tokens of three short decodings, and their seconds."""
     table = {1: 0.010, 2: 0.012, 4: 0.013, 16: 0.025}
-    blank = LoopCosts(table, Parts(0, 0, 0), Parts(0, 0, 0), 0.0, 0.0)
+    blank = SpeedModel(table, LoopSeconds(0, 0, 0), LoopSeconds(0, 0, 0), 0.0, 0.0)
     assert blank.passes([1, 3, 10, 20]) == pytest.approx([0.010, 0.0125, 0.019, 0.029])
-    known, measured = Parts(0.004, 0.002, 0.003), []
+    known, measured = LoopSeconds(0.004, 0.002, 0.003), []
     for row in ([3, 40, 40, 40], [3, 20, 160, 160], [3, 3, 0, 0]):
         passes = row[1] * float(blank.passes([row[3] / row[1] + 1])[0])
         seconds = passes + row[0] * known.prompt + row[1] * known.round + row[2] * known.step
@@ -112,6 +112,6 @@ def test_what_the_loop_adds_to_its_passes_is_found_again() -> None:
     found = _fit(blank, measured)
     assert (found.prompt, found.round, found.step) == pytest.approx((0.004, 0.002, 0.003))
     # The time of a text: its prompt, its rounds by their width, its drafter steps.
-    whole = LoopCosts(table, found, found, 0.0, 0.0)
+    whole = SpeedModel(table, found, found, 0.0, 0.0)
     work = Work(9, 3, (4,), 0, (Counter({1: 1, 4: 2}), Counter({1: 4})))
     assert whole.of(work, cascade=False) == pytest.approx(0.004 + 0.010 + 2 * 0.013 + 3 * 0.002 + 4 * 0.003)

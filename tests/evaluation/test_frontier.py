@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from deferral_train.errors import InputError
+from deferral_train.evaluation.figures import draw_frontier
 from deferral_train.evaluation.frontier import decoded_points, frontier_of, table2, write_frontier
 
 
@@ -37,7 +38,8 @@ def test_table_2_by_hand() -> None:
 
 def test_figures_are_written(tmp_path: Path) -> None:
     entries = [frontier_of({**SUMMARY, "settings": {"temperature": t}}, "bleu") for t in (0.0, 0.5)]
-    files = write_frontier(entries, tmp_path)
+    write_frontier(entries, tmp_path)
+    files = [path for entry in entries for path in draw_frontier(entry, tmp_path / "frontier")]
     assert len(files) == len(set(files)) == 16
     assert all(path.stat().st_size > 1000 for path in files)
     stored = json.loads((tmp_path / "frontier.json").read_text())["entries"]

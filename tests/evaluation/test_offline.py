@@ -13,6 +13,7 @@ import torch
 from deferral_train import make_rule
 from deferral_train.errors import InputError
 from deferral_train.evaluation import score_rules
+from deferral_train.evaluation.figures import draw_scores
 from deferral_train.rules import TokenRule
 from deferral_train.traces import Traces, open_traces
 from evaluation.language import VOCABULARY, Language
@@ -191,7 +192,7 @@ def test_files_hold_the_table(traces: Traces, tmp_path: Path) -> None:
     assert len(rows) == len(points)
     opt = next(row for row in rows if row["rule"] == "opt")
     assert float(opt["risk_low"]) <= float(opt["risk"]) <= float(opt["risk_high"])
-    files = table.figures(tmp_path / "figures")
+    files = draw_scores(table, tmp_path / "figures")
     assert {path.suffix for path in files} == {".png", ".svg"}
     assert all(path.stat().st_size > 1000 for path in files)
     assert [len(prompt["tokens"]) for prompt in table.prefixes["prompts"]] == [

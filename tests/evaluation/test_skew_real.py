@@ -1,5 +1,5 @@
 """Offline meets online on the shared pair, at temperature 0, 0.5 and 1: a few prompts of real text, a few rules of
-every family. The whole table is `python -m benchmarks.offline_online`.
+every family. The whole table is `python -m benchmarks.studies.offline_online`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.offline_online import compare
+from benchmarks.studies.offline_online import compare
 from deferral_train.pairs.prompts import read_prompts
 
 PROMPTS = 32
@@ -39,7 +39,7 @@ def test_own_prefixes_predict_what_is_counted(rows: list[dict[str, Any]]) -> Non
     """Within 3%, or the 95% interval over prompts holds no difference; greedy decoding is predicted exactly.
 
     An interval misses one time in twenty, so seeds are fixed and a change of random numbers may fail this by chance:
-    then look at `python -m benchmarks.offline_online` over more prompts before anything else.
+    then look at `python -m benchmarks.studies.offline_online` over more prompts before anything else.
     """
     own = [row for row in rows if row["on_policy"]]
     assert {row["rule"] for row in own} == set(RULES[rows[0]["temperature"]])

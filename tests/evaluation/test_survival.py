@@ -5,13 +5,9 @@ from functools import lru_cache
 import numpy as np
 import pytest
 
-from deferral_train.evaluation.survival import (
-    Layout,
-    acceptance_given_token,
-    block_chain,
-    expected_calls,
-    relative_latency,
-)
+from deferral_train.evaluation.positions import PromptRows
+from deferral_train.evaluation.speed import SpeedModel
+from deferral_train.evaluation.survival import block_chain, expected_calls
 
 
 def calls_by_recursion(acceptance: np.ndarray, block: int) -> float:
@@ -35,7 +31,7 @@ def calls_by_recursion(acceptance: np.ndarray, block: int) -> float:
 def test_calls_equal_the_definition_on_ragged_prompts(block: int) -> None:
     generator = np.random.default_rng(0)
     lengths = [7, 1, 12, 4]
-    layout = Layout.of(np.repeat(np.arange(4), lengths))
+    layout = PromptRows.of(np.repeat(np.arange(4), lengths))
     acceptance = generator.uniform(size=(sum(lengths), 3))
     deferral = np.clip(2 * (1 - acceptance), 0, 1)
     blocks = block_chain(acceptance, layout, block, deferral)
@@ -53,14 +49,14 @@ def test_calls_equal_the_definition_on_ragged_prompts(block: int) -> None:
 
 def test_constant_acceptance_gives_the_textbook_length_on_long_sequences() -> None:
     a, block, n = 0.8, 5, 3000
-    blocks = block_chain(np.full((n, 1), a), Layout.of(np.zeros(n, dtype=int)), block)
+    blocks = block_chain(np.full((n, 1), a), PromptRows.of(np.zeros(n, dtype=int)), block)
     assert n / blocks.calls[0, 0] == pytest.approx((1 - a ** (block + 1)) / (1 - a), rel=3e-3)
 
 
 def test_iid_formula_is_off_where_acceptance_varies() -> None:
     """The reason for this module: half the positions always accepted, half never, in long runs."""
     acceptance = np.tile(np.r_[np.ones(60), np.zeros(60)], 20)
-    layout = Layout.of(np.zeros(len(acceptance), dtype=int))
+    layout = PromptRows.of(np.zeros(len(acceptance), dtype=int))
     calls = expected_calls(acceptance[:, None], layout, 5)[0, 0]
     iid = (1 - 0.5**6) / 0.5
     assert len(acceptance) / calls == pytest.approx(2 / (1 + 1 / 6), rel=0.01)
@@ -87,8 +83,8 @@ def test_conditioning_on_the_token_is_unbiased_for_sampled_sequences() -> None:
                 place = place + 1 if drafted else 0
             tokens[row, t], state = token, token
     before = np.c_[np.zeros(n, dtype=int), tokens[:, :-1]]
-    given = acceptance_given_token(q[before, tokens], p[before, tokens]).ravel()
-    layout = Layout.of(np.repeat(np.arange(n), length))
+    given = np.minimum(q[before, tokens] / p[before, tokens], 1.0).ravel()
+    layout = PromptRows.of(np.repeat(np.arange(n), length))
     predicted = expected_calls(given[:, None], layout, block)[:, 0]
     error = np.std(counted - predicted) / np.sqrt(n)
     assert abs(counted.mean() - predicted.mean()) < 4 * error  # fails by chance once in 16,000
@@ -96,5 +92,5 @@ def test_conditioning_on_the_token_is_unbiased_for_sampled_sequences() -> None:
 
 
 def test_latency_counts_drafting_and_verifying() -> None:
-    costs = {"drafter": 0.1, "verifier": 1.0, "num_draft_tokens": 5}
-    assert relative_latency(np.array(0.25), costs) == pytest.approx(0.375)
+    model = SpeedModel.of_passes(drafter=0.1, verifier=1.0)
+    assert model.relative(np.array(0.25), 5) == pytest.approx(0.375)

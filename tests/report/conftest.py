@@ -16,6 +16,7 @@ from deferral_train import provenance
 from deferral_train.decoding.decode import DecodeConfig, decode
 from deferral_train.decoding.pair import Pair, Settings
 from deferral_train.evaluation import score_rules
+from deferral_train.evaluation.bootstrap import Redraws
 from deferral_train.evaluation.breakdowns import make_breakdowns, read_part
 from deferral_train.pairs.load import load_models
 from deferral_train.pairs.prompts import Prompt
@@ -75,7 +76,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table.to_json(root / "evaluation" / "scores.json")
     provenance.write_json(root / "evaluation" / "prefixes.json", table.prefixes)
     part = read_part(traces, HOSTILE.format("domain"))
-    make_breakdowns([part], ["position", "domain"], bootstrap=0).write(root / "evaluation")
+    make_breakdowns([part], ["position", "domain"], redraws=Redraws(0)).write(root / "evaluation")
     provenance.write_json(root / "verdict.json", VERDICT)
     return root
 

@@ -1,4 +1,4 @@
-"""Where acceptance comes from: by place in the block, copy rate, domain, architecture; Max-Gram's failures by class
+"""Where acceptance comes from: by index in the block, copy rate, domain, architecture; Max-Gram's failures by class
 of input; drafting settings side by side.
 """
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from deferral_train.drafting.max_gram import MaxGram
 from deferral_train.errors import InputError
+from deferral_train.evaluation.bootstrap import Redraws
 from deferral_train.evaluation.breakdowns.prompts import Part
-from deferral_train.evaluation.breakdowns.tables import Redraws, Row
+from deferral_train.evaluation.breakdowns.tables import Row
 
 BINS = 4
 MATCHES = ("no match", "matched 1 token", "matched 2 or more")
@@ -19,7 +20,13 @@ FAILURE, SHARE = "failure rate", "share of positions"
 
 @dataclass(frozen=True)
 class Text:
-    """The logged text of one prompt, in order: ``tokens``, and where it was logged (``part``, ``prompt`` id)."""
+    """The logged text of one prompt.
+
+    Attributes:
+        part: number of the folder that it was logged in.
+        prompt: id.
+        tokens: in order.
+    """
 
     part: int
     prompt: str
@@ -54,21 +61,25 @@ def quantile_bins(rates: np.ndarray, bins: int = BINS) -> list[str]:
     """The bin of each rate, named by its limits: equal counts as far as ties allow; sorted by the caller's rates."""
     edges = np.unique(np.quantile(rates, np.linspace(0, 1, bins + 1)))
     inner = edges[1:-1]
-    place = np.searchsorted(inner, rates, side="right")
+    numbers = np.searchsorted(inner, rates, side="right")
     names = [f"{low:.2f} to {high:.2f}" for low, high in zip([edges[0], *inner], [*inner, edges[-1]])]
-    return [names[int(where)] for where in place]
+    return [names[int(number)] for number in numbers]
 
 
 @dataclass(frozen=True)
-class Replay:
-    """Max-Gram asked for one token at every logged position; per prompt [U] and kind of match [U, 3]: how often, and
-    how often its proposal was another token, or none."""
+class MaxGramFailures:
+    """Max-Gram asked for one token at every logged position, counted per prompt and kind of match.
+
+    Attributes:
+        asked: [U, 3] how often.
+        failed: [U, 3] how often its proposal was another token, or none.
+    """
 
     asked: np.ndarray
     failed: np.ndarray
 
 
-def replay(parts: Sequence[Part], texts: Sequence[Text], settings: MaxGram) -> Replay:
+def count_failures(parts: Sequence[Part], texts: Sequence[Text], settings: MaxGram) -> MaxGramFailures:
     """Propose, compare with the token that follows, read it, go on."""
     asked, failed = (np.zeros((len(texts), len(MATCHES))) for _ in range(2))
     for number, text in enumerate(texts):
@@ -80,10 +91,10 @@ def replay(parts: Sequence[Part], texts: Sequence[Text], settings: MaxGram) -> R
             asked[number, kind] += 1
             failed[number, kind] += proposal != [token]
             reader.follow(size, [token])
-    return Replay(asked, failed)
+    return MaxGramFailures(asked, failed)
 
 
-def by_match(found: Replay, redraws: Redraws) -> list[Row]:
+def by_match(found: MaxGramFailures, redraws: Redraws) -> list[Row]:
     """A row per kind of match and one for all."""
     positions = found.asked.sum(1)
     kinds = [(name, found.asked[:, kind], found.failed[:, kind]) for kind, name in enumerate(MATCHES)]
@@ -91,11 +102,11 @@ def by_match(found: Replay, redraws: Redraws) -> list[Row]:
     rows = []
     for name, asked, failed in (*kinds, every):
         numbers = {SHARE: redraws.ratio(asked, positions), FAILURE: redraws.ratio(failed, asked)}
-        rows.append(_row(name, asked, numbers))
+        rows.append(Row.of(name, None, asked, numbers))
     return rows
 
 
-def by_class(found: Replay, groups: Sequence[str], redraws: Redraws) -> list[Row]:
+def by_class(found: MaxGramFailures, groups: Sequence[str], redraws: Redraws) -> list[Row]:
     """A row per group of prompts: failures, and how often each kind of match came up."""
     names, rows = np.array(groups, dtype=object), []
     for name in dict.fromkeys(groups):
@@ -104,13 +115,8 @@ def by_class(found: Replay, groups: Sequence[str], redraws: Redraws) -> list[Row
         positions = asked.sum(1)
         numbers = {FAILURE: redraws.ratio(failed.sum(1), positions)}
         numbers |= {kind: redraws.ratio(asked[:, k], positions) for k, kind in enumerate(MATCHES)}
-        rows.append(_row(name, positions, numbers))
+        rows.append(Row.of(name, None, positions, numbers))
     return rows
-
-
-def _row(group: str, asked: np.ndarray, numbers: Mapping) -> Row:
-    found = {name: number for name, number in numbers.items() if number is not None}
-    return Row(group, None, int((asked > 0).sum()), float(asked.sum()), found)
 
 
 def _prompt(part: Part, prompt: str) -> list[int]:

@@ -11,9 +11,9 @@ import numpy as np
 
 from deferral_train.decoding.outputs import BATCHES, OUTPUTS, read_lines
 from deferral_train.errors import InputError
-from deferral_train.evaluation.bootstrap import Interval
+from deferral_train.evaluation.bootstrap import Interval, Redraws
 from deferral_train.evaluation.breakdowns.prompts import size_words
-from deferral_train.evaluation.breakdowns.tables import Redraws, Row
+from deferral_train.evaluation.breakdowns.tables import Row
 from deferral_train.evaluation.online import speed_table
 from deferral_train.evaluation.quality import per_prompt
 
@@ -86,7 +86,7 @@ def _per_prompt(outputs: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
 
 
 def describe(summary: Mapping[str, Any]) -> str:
-    """What drafts, in words: ``380k, K 4 0 / 0 10, lenience 2``."""
+    """The drafting settings in words: ``380k, K 4 0 / 0 10, lenience 2``."""
     settings = summary.get("settings", {})
     size = ((summary.get("models") or {}).get("drafter") or {}).get("parameters")
     words = [size_words(size)] if size else []

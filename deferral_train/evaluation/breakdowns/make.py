@@ -7,9 +7,10 @@ from pathlib import Path
 
 from deferral_train.drafting.max_gram import MaxGram
 from deferral_train.errors import InputError
+from deferral_train.evaluation.bootstrap import Redraws
 from deferral_train.evaluation.breakdowns import copies, decoded, rates
 from deferral_train.evaluation.breakdowns.prompts import Part
-from deferral_train.evaluation.breakdowns.tables import Breakdowns, Redraws, Row, Table
+from deferral_train.evaluation.breakdowns.tables import Breakdowns, Row, Table
 from deferral_train.evaluation.families import make_families
 from deferral_train.rules import make_rule
 from deferral_train.rules.base import Rule
@@ -62,9 +63,7 @@ def make_breakdowns(
     decode_folders: Sequence[str | Path] = (),
     num_draft_tokens: int = 5,
     temperature: float | None = None,
-    bootstrap: int = 1000,
-    seed: int = 0,
-    confidence: float = 0.95,
+    redraws: Redraws = Redraws(),  # noqa: B008 - frozen
     max_gram: MaxGram | None = None,
 ) -> Breakdowns:
     """Tables of acceptance and deferral, of Max-Gram's failures, and of decode runs side by side.
@@ -74,7 +73,9 @@ def make_breakdowns(
         names: of :data:`BREAKDOWNS`.
         rules: those with a fixed dial value are shown beside ``lossless``; others are left out.
         decode_folders: of ``decode``, for ``drafting``.
-        temperature: of the sampling laws, None for each folder's own.
+        num_draft_tokens: drafted tokens in a block.
+        temperature: of the sampling distributions, None for each folder's own.
+        redraws: of prompts, for intervals.
         max_gram: how it proposes, default as published, without bigrams.
 
     Raises:
@@ -84,7 +85,6 @@ def make_breakdowns(
     check_names(
         names, traces=bool(parts), prompts=with_prompts, tokenizer=with_prompts, decoded=bool(decode_folders)
     )
-    redraws = Redraws(bootstrap, seed, confidence)
     tables = []
     fixed: dict[str, Rule] = {}
     if FROM_TRACES & set(names):
@@ -99,11 +99,17 @@ def make_breakdowns(
     order = {name: place for place, name in enumerate(names)}
     tables.sort(key=lambda table: order[table.name.partition(":")[0]])
     meta = {
-        "rules": list(fixed), "num_draft_tokens": num_draft_tokens,
-        "temperature": [part.traces.manifest.temperature if temperature is None else temperature for part in parts],
+        "rules": list(fixed),
+        "num_draft_tokens": num_draft_tokens,
+        "temperature": [
+            part.traces.manifest.temperature if temperature is None else temperature for part in parts
+        ],
         "prefixes": [part.traces.manifest.prefixes for part in parts],
-        "traces": [part.name for part in parts], "bootstrap": bootstrap, "seed": seed, "confidence": confidence,
-    }  # fmt: skip
+        "traces": [part.name for part in parts],
+        "bootstrap": redraws.replicates,
+        "seed": redraws.seed,
+        "confidence": redraws.confidence,
+    }
     return Breakdowns(tables, meta)
 
 
@@ -116,16 +122,15 @@ def _trace_tables(
     redraws: Redraws,
     max_gram: MaxGram,
 ) -> list[Table]:
-    work = rates.expected_work(parts, rules, num_draft_tokens, temperature)
+    work = rates.work_by_prompt(parts, rules, num_draft_tokens, temperature)
     pairs = [parts[number].architecture for number in work.part]
     several = len(set(pairs)) > 1
-    domains = [
-        f"{pair}: {domain}" if several else domain
-        for pair, domain in zip(pairs, (_domain(parts, work, unit) for unit in range(len(work.prompt))))
-    ]
+    domains = [parts[part].domains[prompt] for part, prompt in zip(work.part, work.prompt)]
+    if several:
+        domains = [f"{pair}: {domain}" for pair, domain in zip(pairs, domains)]
     tables = []
     if "position" in names:
-        rows = rates.by_place(work, redraws)
+        rows = rates.by_draft_index(work, redraws)
         note = f"{EXPECTED} Reached: share of blocks that draft and judge this place."
         tables.append(Table("position", "Acceptance by place in the block", "place", rows, note))
     if "domain" in names:
@@ -142,7 +147,7 @@ def _trace_tables(
 def _copy_tables(
     parts: Sequence[Part],
     names: Sequence[str],
-    work: rates.Work,
+    work: rates.WorkByPrompt,
     domains: Sequence[str],
     redraws: Redraws,
     max_gram: MaxGram,
@@ -160,22 +165,18 @@ def _copy_tables(
         )
         tables.append(Table("copy_rate", "Acceptance by copy rate", "copy rate", rows, note))
     if "max_gram" in names:
-        replay = copies.replay(parts, texts, max_gram)
+        failures = copies.count_failures(parts, texts, max_gram)
         note = "Max-Gram proposes one token at every logged position; no proposal counts as a failure."
         title = "Max-Gram's failures by class of input"
-        tables.append(Table("max_gram", title, "what it matched", copies.by_match(replay, redraws), note))
+        tables.append(Table("max_gram", title, "what it matched", copies.by_match(failures, redraws), note))
         tables.append(
-            Table("max_gram:copy_rate", title, "copy rate", _sorted(copies.by_class(replay, bins, redraws)))
+            Table("max_gram:copy_rate", title, "copy rate", _sorted(copies.by_class(failures, bins, redraws)))
         )
         if len(set(domains)) > 1:
             tables.append(
-                Table("max_gram:domain", title, "domain", copies.by_class(replay, domains, redraws))
+                Table("max_gram:domain", title, "domain", copies.by_class(failures, domains, redraws))
             )
     return tables
-
-
-def _domain(parts: Sequence[Part], work: rates.Work, unit: int) -> str:
-    return parts[int(work.part[unit])].domains[work.prompt[unit]]
 
 
 def _sorted(rows: Sequence[Row]) -> list[Row]:

@@ -28,9 +28,13 @@ class Part:
     """One trace folder.
 
     Attributes:
-        name: of the folder. architecture: of its pair, in words. drafter_size: parameters, None where unknown.
+        name: of the folder.
+        traces: opened.
+        architecture: of its pair, in words.
+        drafter_size: parameters, None where unknown.
         prompt_ids: token ids of each prompt by its id; None where the prompts were not read.
-        special: ids that are no text. domains: of each prompt by its id.
+        special: ids that are no text.
+        domains: of each prompt by its id.
     """
 
     name: str
@@ -43,7 +47,7 @@ class Part:
 
     @property
     def separate(self) -> bool:
-        """Whether the text does not continue the prompt (encoder-decoder)."""
+        """True for encoder-decoder models, whose text does not continue the prompt."""
         return bool(self.traces.manifest.pair.get("is_encoder_decoder"))
 
 
@@ -177,7 +181,7 @@ def _stem(prompt: str) -> str:
 
 
 def _architecture(traces: Traces) -> tuple[str, int | None]:
-    """What the models are in words, and the drafter's parameters; headers may come from elsewhere and say less."""
+    """The models in words, and the drafter's parameters; headers may come from elsewhere and say less."""
     pair = traces.manifest.pair
     words: list[str] = []
     sizes: list[int | None] = []

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from deferral_train import provenance
-from deferral_train.evaluation.bootstrap import MIN_PROMPTS, Interval, PromptBootstrap
+from deferral_train.evaluation.bootstrap import Interval
 
 FILE, CSV_FILE = "breakdowns.json", "breakdowns.csv"
 
@@ -23,8 +20,10 @@ class Row:
     """One group.
 
     Attributes:
-        group: its name. rule: whose decisions, None where no rule decides.
-        prompts: that the numbers rest on. tokens: of these prompts in this group (expected ones by place).
+        group: its name.
+        rule: whose decisions, None where no rule decides.
+        prompts: that the numbers rest on.
+        tokens: of these prompts in this group (by draft index, expected ones).
         numbers: by name; what a group does not have is left out.
     """
 
@@ -34,42 +33,32 @@ class Row:
     tokens: float
     numbers: Mapping[str, Interval]
 
+    @classmethod
+    def of(
+        cls, group: str, rule: str | None, tokens: np.ndarray, numbers: Mapping[str, Interval | None]
+    ) -> Row:
+        """From the tokens of each prompt [P]; prompts without any do not count, nor do numbers that are None."""
+        known = {name: number for name, number in numbers.items() if number is not None}
+        return cls(group, rule, int((tokens > 0).sum()), float(tokens.sum()), known)
+
 
 @dataclass(frozen=True)
 class Table:
-    """``name``, what is said above it (``title``, ``note``), what its groups are (``by``), its rows."""
+    """One table.
+
+    Attributes:
+        name: in files.
+        title: shown above it.
+        by: heading of the groups.
+        rows: in order.
+        note: shown below it.
+    """
 
     name: str
     title: str
     by: str
     rows: Sequence[Row]
     note: str = ""
-
-
-@dataclass(frozen=True)
-class Redraws:
-    """Bootstrap over the prompts that a number rests on; below ``MIN_PROMPTS`` of them there are no limits."""
-
-    replicates: int = 1000
-    seed: int = 0
-    confidence: float = 0.95
-
-    def ratio(self, numerator: np.ndarray, denominator: np.ndarray) -> Interval | None:
-        """sum(numerator) / sum(denominator) over the prompts [P] where the denominator is not 0; None without any."""
-        own = denominator > 0
-        if not own.any():
-            return None
-        return self._of(int(own.sum())).ratio(numerator[own], denominator[own])
-
-    def _of(self, prompts: int) -> PromptBootstrap:
-        return _bootstrap(
-            prompts, self.replicates if prompts >= MIN_PROMPTS else 0, self.seed, self.confidence
-        )
-
-
-@lru_cache(maxsize=16)
-def _bootstrap(prompts: int, replicates: int, seed: int, confidence: float) -> PromptBootstrap:
-    return PromptBootstrap(prompts, replicates, seed, confidence)
 
 
 @dataclass(frozen=True)
@@ -81,7 +70,7 @@ class Breakdowns:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as in ``breakdowns.json``."""
-        return {"meta": dict(self.meta), "tables": [_plain(table) for table in self.tables]}
+        return {"meta": dict(self.meta), "tables": [asdict(table) for table in self.tables]}
 
     def write(self, folder: str | Path) -> Path:
         """``breakdowns.json`` and ``breakdowns.csv`` (a line per number); returns the first."""
@@ -91,16 +80,27 @@ class Breakdowns:
         return path
 
     def csv(self) -> str:
-        """Table, group, rule, prompts, tokens, quantity, value, low, high."""
-        out = io.StringIO()
-        lines = csv.writer(out, lineterminator="\n")
-        lines.writerow(["table", "group", "rule", "prompts", "tokens", "quantity", "value", "low", "high"])
-        for table in self.tables:
-            for row in table.rows:
-                for name, number in row.numbers.items():
-                    start = [table.name, row.group, row.rule or "", row.prompts, row.tokens]
-                    lines.writerow([*start, name, number.value, number.low, number.high])
-        return out.getvalue()
+        """Table, group, rule, prompts, tokens, quantity, value, low, high; a line per number."""
+        import pandas
+
+        names = ["table", "group", "rule", "prompts", "tokens", "quantity", "value", "low", "high"]
+        lines = [
+            (
+                table.name,
+                row.group,
+                row.rule,
+                row.prompts,
+                row.tokens,
+                name,
+                number.value,
+                number.low,
+                number.high,
+            )
+            for table in self.tables
+            for row in table.rows
+            for name, number in row.numbers.items()
+        ]
+        return pandas.DataFrame(lines, columns=names).to_csv(index=False, lineterminator="\n")
 
     def text(self) -> str:
         """All tables, aligned."""
@@ -110,20 +110,6 @@ class Breakdowns:
 def quantities(rows: Sequence[Row]) -> list[str]:
     """Names of all numbers, in order of appearance."""
     return list(dict.fromkeys(name for row in rows for name in row.numbers))
-
-
-def _plain(table: Table) -> dict[str, Any]:
-    rows = [
-        {
-            "group": row.group,
-            "rule": row.rule,
-            "prompts": row.prompts,
-            "tokens": row.tokens,
-            "numbers": {name: number.as_dict() for name, number in row.numbers.items()},
-        }
-        for row in table.rows
-    ]
-    return {"name": table.name, "title": table.title, "by": table.by, "note": table.note, "rows": rows}
 
 
 def _text(table: Table) -> str:

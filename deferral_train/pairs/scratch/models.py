@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from deferral_train.pairs.load import without_bars
+from deferral_train.pairs.checkpoint import without_bars
 from deferral_train.pairs.scratch.train_config import ModelSize, PairConfig
 
 # The last matrix of an attention or feed-forward branch in Llama and in T5.

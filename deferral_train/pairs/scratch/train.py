@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,8 +17,9 @@ from safetensors import SafetensorError
 from deferral_train import provenance
 from deferral_train.errors import InputError
 from deferral_train.pairs import overlap
+from deferral_train.pairs.checkpoint import without_bars
 from deferral_train.pairs.gate import GateResult, check_pair
-from deferral_train.pairs.load import load_models, load_tokenizer, without_bars
+from deferral_train.pairs.load import load_models, load_tokenizer
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.pairs.scratch.batches import Batches, PairBatches, WindowBatches
 from deferral_train.pairs.scratch.models import load_trained, new_model
@@ -44,21 +46,35 @@ class PairResult:
     reused: bool
 
 
-def train_pair(config: PairConfig, out: str | Path, progress: Progress | None = None) -> PairResult:
+def train_pair(
+    config: PairConfig, out: str | Path, progress: Progress | None = None, fresh: bool = False
+) -> PairResult:
     """Train the pair that ``config`` describes into ``out/drafter`` and ``out/verifier``.
 
     Each folder is a transformers checkpoint with the tokenizer. Beside them: ``training_ids.json`` and
     ``pair.json`` (configuration, losses, held-out quality and cost). What is finished in ``out`` is kept;
     a model that was cut short continues from its checkpoint and ends with the same bits.
 
+    Args:
+        fresh: remove the pair that lies in ``out`` and start over.
+
     Raises:
-        InputError: unreadable text, a folder of another configuration, a loss that is no longer finite.
+        InputError: unreadable text, a folder of another configuration or of other texts, a loss that is no longer
+            finite.
     """
-    out = Path(out)
+    with provenance.one_writer(out, "train-pair"):
+        return _taken_up(config, Path(out), progress, fresh)
+
+
+def _taken_up(config: PairConfig, out: Path, progress: Progress | None, fresh: bool) -> PairResult:
+    if fresh:
+        for name in ("drafter", "verifier", "work"):
+            shutil.rmtree(out / name, ignore_errors=True)
+        (out / RECORD).unlink(missing_ok=True)
     finished = _finished(config, out)
     if finished is not None:
         return finished
-    provenance.write_json(out / "work" / "config.json", {"outcome": config.outcome_hash(), **asdict(config)})
+    provenance.write_json(out / "work" / "config.json", made_from(config) | asdict(config))
     before = torch.get_num_threads()
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -68,17 +84,60 @@ def train_pair(config: PairConfig, out: str | Path, progress: Progress | None = 
         torch.set_num_threads(before)
 
 
+def made_from(config: PairConfig) -> dict[str, Any]:
+    """What decides the weights: the hash of the settings, and the contents of the texts.
+
+    The interpreter's own sources are its version.
+    """
+    named = {
+        "files": config.text.files,
+        "targets": config.text.targets,
+        "heldout": config.text.heldout,
+        "heldout_targets": config.text.heldout_targets,
+    }
+    texts: dict[str, Any] = {
+        f"{name}.{place}": {"path": file, "content": provenance.content_key(file)}
+        for name, files in named.items()
+        for place, file in enumerate(files)
+        if file != "stdlib"
+    }
+    if "stdlib" in config.text.files:
+        texts["python"] = platform.python_version()
+    return {"outcome": config.outcome_hash(), "texts": texts}
+
+
 def _finished(config: PairConfig, out: Path) -> PairResult | None:
-    """The stored result; refuses a folder that another configuration began."""
+    """The stored result; refuses a folder that another configuration or other texts began."""
+    now = made_from(config)
     for path in (out / RECORD, out / "work" / "config.json"):
-        if path.is_file() and json.loads(path.read_text())["outcome"] != config.outcome_hash():
+        record = _read(path)
+        if record is None:
+            continue
+        if record.get("outcome") != now["outcome"]:
             raise InputError(
-                f"{out}: holds a pair of another configuration; choose another folder or delete it"
+                f"{out}: holds a pair of another configuration; choose another folder, or --fresh to start over"
             )
-    if not (out / RECORD).is_file():
+        before = None if "texts" not in record else {name: record[name] for name in now}
+        provenance.refuse_reuse(out, before, now, "choose another folder, or --fresh to train anew")
+    record = _read(out / RECORD)
+    if record is None:
         return None
-    record = json.loads((out / RECORD).read_text())
-    return _result(out, record["losses"], GateResult(**record["gate"]), reused=True)
+    try:
+        return _result(out, record["losses"], GateResult(**record["gate"]), reused=True)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{out / RECORD} is damaged ({error}); --fresh trains anew") from None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no object")
+        return found
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({str(error)[:100]}); --fresh trains anew") from None
 
 
 def _result(out: Path, losses: dict[str, float], gate: GateResult, reused: bool) -> PairResult:
@@ -101,7 +160,7 @@ def _train(config: PairConfig, out: Path, progress: Progress | None) -> PairResu
     gate = check_pair(pair, text.heldout, context=config.context)
     record = {
         "schema_version": 1,
-        "outcome": config.outcome_hash(),
+        **made_from(config),
         "config": asdict(config),
         "losses": losses,
         "gate": asdict(gate),

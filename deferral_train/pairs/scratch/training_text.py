@@ -8,12 +8,11 @@ from pathlib import Path
 
 from deferral_train.errors import InputError
 from deferral_train.pairs.corpora import Document, part_of, stdlib_sources
-from deferral_train.pairs.prompts import Prompt, read_lines, read_prompts
+from deferral_train.pairs.prompts import Prompt, format_of, read_lines, read_prompts
 from deferral_train.pairs.scratch.train_config import PairText
 
 BLOCK = 4000  # characters of consecutive lines that make one text of a plain file
 HELD_OUT = {"heldout": 0.03, "pair": 0.97}
-_TABLES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def _read(files: Sequence[str], targets: Sequence[str], start: int, limit: int |
     for i, file in enumerate(files):
         if targets:
             texts += read_prompts(file, "text", reference_path=targets[i], start=start, limit=limit)
-        elif Path(file.removesuffix(".gz")).suffix in _TABLES:
+        elif format_of(file) != "text":
             texts += read_prompts(file, start=start, limit=limit)
         else:
             texts += _blocks(file, start, limit)

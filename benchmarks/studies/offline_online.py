@@ -1,6 +1,7 @@
-"""Offline meets online: what traces predict against what decoding counts, for every rule, on the same prompts.
+r"""Offline meets online: what traces predict against what decoding counts, for every rule, on the same prompts.
 
-    python -m benchmarks.offline_online --drafter D --verifier V --prompts test.en.gz --reference-path test.de.gz
+    python -m benchmarks.studies.offline_online --drafter D --verifier V --prompts test.en.gz \
+        --reference-path test.de.gz
 
 For each temperature and rule the prompts are decoded and counted, the cascade's own prefixes are logged and its counts
 predicted from them (on-policy), and once more from teacher-forced prefixes of the references. On-policy predictions
@@ -9,14 +10,13 @@ must agree within 3% or their 95% interval over prompts; what teacher forcing pr
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deferral_train import provenance
+from benchmarks.common import flags, keep
 from deferral_train.collecting import CollectConfig, collect
 from deferral_train.decoding.decode import DecodeConfig, decode
 from deferral_train.decoding.outputs import OUTPUTS, read_lines
@@ -81,9 +81,7 @@ def compare(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags(__doc__, ("cpu",), threads=None)
     parser.add_argument("--drafter", required=True)
     parser.add_argument("--verifier", required=True)
     parser.add_argument("--prompts", required=True)
@@ -91,8 +89,6 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--rules", nargs="+", default=list(RULES))
     parser.add_argument("--temperatures", nargs="+", type=float, default=list(TEMPERATURES))
-    parser.add_argument("--device", choices=("cpu",), default="cpu")
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     prompts = read_prompts(options.prompts, reference_path=options.reference_path, limit=options.limit)
     rows = []
@@ -105,8 +101,7 @@ def main() -> int:
     own = [row for row in rows if row["on_policy"]]
     agree = sum(row["agrees"] for row in own)
     print(f"\non-policy: {agree} of {len(own)} quantities agree, {len(prompts)} prompts")
-    if options.out is not None:
-        provenance.write_json(options.out, {"rows": rows, "provenance": provenance.collect({"seed": 0})})
+    keep(options, {"rows": rows}, {"seed": 0})
     return 0 if agree == len(own) else 1
 
 

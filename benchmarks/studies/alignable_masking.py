@@ -1,6 +1,6 @@
 """GRIFFIN's mask in the distillation of an ordinary drafter: does counting what a draft would reach make drafts longer?
 
-    OMP_NUM_THREADS=1 python -m benchmarks.alignable_masking --out benchmarks/results/alignable_masking-DATE-cpu.json
+    OMP_NUM_THREADS=1 python -m benchmarks.studies.alignable_masking --out OUT.json
 
 A T5 drafter of the shared pair's shape (0.38M parameters) is distilled from the shared pair's verifier on lines
 1-23,000 of Multi30k's training part, by `train-pair`'s own loop and the verifier's law alone (distil 1): once counting

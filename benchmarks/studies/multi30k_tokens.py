@@ -1,6 +1,6 @@
 """Learned token rules against the paper's, sampled text: the T5 pair on Multi30k En-De, temperature 1.
 
-    python -m benchmarks.multi30k_tokens [--shared ../shared] [--work runs/multi30k] [--out FILE] [--part test]
+    python -m benchmarks.studies.multi30k_tokens [--shared ../shared] [--work runs/multi30k] [--out FILE] [--part test]
 
 Truth mixtures are fitted on traces of train lines 23,001-28,000 that log 256 candidates of each model, chosen on
 ``val`` by area, reported on ``test_2016_flickr``. Nothing is estimated from logged candidates: both models run over
@@ -20,9 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import study_flags
-from benchmarks.multi30k_heads import COMMON, FEATURES, SHARES, collect_parts, part_prompts
-from deferral_train import provenance
+from benchmarks.common import keep, study_flags
+from benchmarks.studies.multi30k_heads import COMMON, FEATURES, SHARES, collect_parts, part_prompts
 from deferral_train.collecting.scoring import make_inputs, score
 from deferral_train.evaluation.bootstrap import PromptBootstrap
 from deferral_train.evaluation.curves import Curve, area_difference, differences
@@ -201,11 +200,7 @@ def main() -> int:
     found = curves(measure(pair, parts["test"], rules), lengths["test"], boot)
     result = compare(found.pop(best), found, boot)
     print(show(result))
-    if options.out:
-        record = {"choose_areas": areas, "result": result}
-        provenance.write_json(
-            options.out, {**record, "provenance": provenance.collect({"fit": 0, "bootstrap": 0})}
-        )
+    keep(options, {"choose_areas": areas, "result": result}, {"fit": 0, "bootstrap": 0})
     return 0
 
 

@@ -2,12 +2,11 @@
 the pair was trained on (lines 1-23,000 of Multi30k's training part), half on the text and half on the verifier's
 law. Writes a checkpoint with tokenizer.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.smaller_drafter --out runs/smaller
+    OMP_NUM_THREADS=1 python -m benchmarks.studies.smaller_drafter --out runs/smaller
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gzip
 import random
@@ -17,16 +16,14 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from benchmarks.common import SHARED
+from benchmarks.common import SHARED, bare_parser
 
 LINES, WIDTH, BATCH = 23_000, 32, 48
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True)
+    parser = bare_parser(__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

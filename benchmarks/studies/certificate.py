@@ -1,7 +1,7 @@
 """Is the certificate of `choose` valid on real outputs? Violations over many calibration sets of a known population.
 
-    python -m benchmarks.certificate --outputs runs/pool --metric chrf --out results.json
-    python -m benchmarks.certificate --outputs runs/pool --keep tests/evaluation/pool.json
+    python -m benchmarks.studies.certificate --outputs runs/pool --metric chrf --out results.json
+    python -m benchmarks.studies.certificate --outputs runs/pool --keep tests/evaluation/pool.json
 
 The prompts of a `decode` folder (lossless, and one rule at several settings) are treated as the population, so that
 the mean loss of every setting is known. Calibration sets are drawn from them with replacement; a violation is a
@@ -11,7 +11,6 @@ turn, the worst case for the guarantee.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import binom
 
+from benchmarks.common import flags, keep
 from deferral_train import provenance
 from deferral_train.decoding.outputs import OUTPUTS, read_lines
 from deferral_train.evaluation.certificate import fixed_sequence
@@ -75,16 +75,12 @@ def violations(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags(__doc__, ("cpu",), threads=None)
     parser.add_argument("--outputs", type=Path, required=True, help="folder of a decode run")
     parser.add_argument("--metric", default="chrf")
     parser.add_argument("--size", type=int, default=300, help="prompts of a calibration set")
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--keep", type=Path, help="write the pool of losses here")
-    parser.add_argument("--device", choices=("cpu",), default="cpu")
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     labels, losses = read_pool(options.outputs, options.metric)
     if options.keep is not None:
@@ -102,14 +98,7 @@ def main() -> int:
             f"limit at {row['label']} ({row['limit']:.4f}), confidence {row['confidence']:g}: {row['violations']} "
             f"violations of {row['draws']} (at most {row['allowed']} by chance), certified {row['certified_something']}"
         )
-    if options.out is not None:
-        result = {
-            "prompts": losses.shape[1],
-            "metric": options.metric,
-            "rows": found,
-            "provenance": provenance.collect(),
-        }
-        provenance.write_json(options.out, result)
+    keep(options, {"prompts": losses.shape[1], "metric": options.metric, "rows": found})
     return 0 if all(row["valid"] for row in found) else 1
 
 

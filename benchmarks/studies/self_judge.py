@@ -1,6 +1,6 @@
 """Judges on real text: SelfJudge- and AutoJudge-style heads on the shared T5 pair, Multi30k En-De, greedy.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.self_judge [--shared ../shared] [--work runs/self_judge] [--out FILE]
+    OMP_NUM_THREADS=1 python -m benchmarks.studies.self_judge [--shared ../shared] [--work runs/self_judge] [--out FILE]
 
 The pair was trained on lines 1-23,000 of ``train``. Labels are made on the verifier's own greedy text of lines from
 23,001 on (heads are fitted there: 3,000 for SelfJudge, 600 for AutoJudge, whose labels cost more), from 28,001 on
@@ -23,8 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import study_flags
-from deferral_train import provenance
+from benchmarks.common import keep, study_flags
 from deferral_train.collecting import CollectConfig, collect
 from deferral_train.decoding import Pair, load_pair
 from deferral_train.evaluation.judging import choose_threshold, sweep
@@ -116,17 +115,16 @@ def main() -> int:
     decoded |= _matched(pair, prompts, on_val)
     table = {name: _row(rows, decoded["lossless"]) for name, rows in decoded.items()}
     print(text_of(table))
-    if options.out:
-        result = {"heads": heads, "table": table, "prompts": counts}
-        conditions = {
-            "draft_tokens": DRAFT, "max_new_tokens": NEW, "temperature": 0, "tolerance": options.tolerance,
-            "dtype": "float32", "redraws": REDRAWS,
-        }  # fmt: skip
-        record = provenance.collect({"seed": 0})
-        provenance.write_json(
-            options.out,
-            {"benchmark": "self_judge", "conditions": conditions, **result, "provenance": record},
-        )
+    conditions = {
+        "draft_tokens": DRAFT,
+        "max_new_tokens": NEW,
+        "temperature": 0,
+        "tolerance": options.tolerance,
+        "dtype": "float32",
+        "redraws": REDRAWS,
+    }
+    result = {"heads": heads, "table": table, "prompts": counts}
+    keep(options, {"benchmark": "self_judge", "conditions": conditions, **result}, {"seed": 0})
     return 0
 
 

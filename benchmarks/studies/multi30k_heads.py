@@ -1,6 +1,6 @@
 """Heads against the paper's rules on real text: the T5 pair on Multi30k En-De.
 
-    python -m benchmarks.multi30k_heads [--shared ../shared] [--work runs/multi30k] [--out FILE] [--quick]
+    python -m benchmarks.studies.multi30k_heads [--shared ../shared] [--work runs/multi30k] [--out FILE] [--quick]
 
 The pair was trained on lines 1-23,000 of ``train``. Heads are fitted on 23,001-28,000 with early stopping on
 28,001-29,000, chosen on ``val`` and reported on ``test_2016_flickr``. Teacher-forced traces, one gold token
@@ -21,8 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import study_flags
-from deferral_train import provenance
+from benchmarks.common import keep, study_flags
 from deferral_train.collecting.api import collect
 from deferral_train.collecting.config import CollectConfig
 from deferral_train.evaluation.curves import area_difference, differences
@@ -221,9 +220,7 @@ def main() -> int:
         heads = fit_all(traces, COMPARISONS[name].candidates, options.work)
         results[name] = compare(name, traces, heads, options.work, options.redraws)
         print(show(name, results[name]), flush=True)
-    if options.out:
-        seeds = {"fit": 0, "bootstrap": 0}
-        provenance.write_json(options.out, {"results": results, "provenance": provenance.collect(seeds)})
+    keep(options, {"results": results}, {"fit": 0, "bootstrap": 0})
     return 0
 
 

@@ -1,6 +1,6 @@
 """Exact regret on the synthetic language: heads against the plug-in rules, as fit traces grow.
 
-    python -m benchmarks.synthetic_regret [--config configs/synthetic.yaml] [--work runs/synthetic] [--out
+    python -m benchmarks.studies.synthetic_regret [--config configs/synthetic.yaml] [--work runs/synthetic] [--out
     FILE]
 
 At every size all candidates are fitted, the one of least regret on the ``choose`` texts is taken, and it
@@ -10,7 +10,6 @@ memory of the traces. Intervals: bootstrap over texts, rules paired.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from deferral_train import provenance
+from benchmarks.common import flags, keep
 from deferral_train.collecting.synthetic import collect_synthetic
 from deferral_train.evaluation.bootstrap import PromptBootstrap
 from deferral_train.heads.base import DeferralHead
@@ -204,14 +203,10 @@ def verdicts(results: Mapping[str, Any], sizes: Sequence[int], seeds: Sequence[i
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags(__doc__, ("cpu",), threads=None)
     parser.add_argument("--config", type=Path, default=Path("configs/synthetic.yaml"))
     parser.add_argument("--work", type=Path, default=Path("runs/synthetic"))
     parser.add_argument("--variants", nargs="+", help="default: all of the config")
-    parser.add_argument("--device", default="cpu", help="cpu; heads this small gain nothing on a GPU")
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     config = yaml.safe_load(options.config.read_text())
     results = {}
@@ -222,10 +217,8 @@ def main() -> int:
     claims = verdicts(results, list(config["sizes"]), config["fit_seeds"])
     for claim, holds in claims.items():
         print(f"{'holds' if holds else 'FAILS'}: {claim}")
-    if options.out:
-        seeds = {**config["seeds"], **{f"fit {seed}": seed for seed in config["fit_seeds"]}}
-        record = {"config": config, "results": results, "claims": claims}
-        provenance.write_json(options.out, {**record, "provenance": provenance.collect(seeds)})
+    seeds = {**config["seeds"], **{f"fit {seed}": seed for seed in config["fit_seeds"]}}
+    keep(options, {"config": config, "results": results, "claims": claims}, seeds)
     return 0
 
 

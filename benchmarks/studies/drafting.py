@@ -1,7 +1,7 @@
 """Cascade speculative drafting on the shared pair: cost of Max-Gram, drafter passes, SWI, predictions against counts.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.smaller_drafter --out runs/smaller
-    OMP_NUM_THREADS=1 python -m benchmarks.drafting --smaller runs/smaller --out benchmarks/results/drafting.json
+    OMP_NUM_THREADS=1 python -m benchmarks.studies.smaller_drafter --out runs/smaller
+    OMP_NUM_THREADS=1 python -m benchmarks.studies.drafting --smaller runs/smaller --out OUT.json
 
 Greedy and lossless throughout, so that every contestant writes the verifier's own text (checked). Texts: Multi30k
 test captions; the same with long copies (two captions and the first again); GSM8K questions. Max-Gram fills up with
@@ -27,7 +27,7 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.common import SHARED, begin, finish, flags
-from benchmarks.drafting_study import NEW, WITHIN, Contestants, Study
+from benchmarks.studies.drafting_study import NEW, WITHIN, Contestants, Study
 from deferral_train import make_rule
 from deferral_train.drafting import BigramTable, MaxGram
 from deferral_train.evaluation.quality import per_prompt

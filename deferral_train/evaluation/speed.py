@@ -1,4 +1,4 @@
-"""Seconds of the decoding loop on this machine, batch 1: what replayed work is priced with.
+"""The speed model: seconds of decoding from counted passes, and how it is measured on this machine at batch 1.
 
 A verifier pass costs what :mod:`deferral_train.pairs.passes` measures for its width. What the loop adds to it in a
 round, what a drafter's step and a prompt cost is fitted to a few short decodings, by non-negative least squares.
@@ -9,17 +9,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.optimize import nnls
 
-from deferral_train.decoding import Pair
-from deferral_train.drafting.replay import Work
-from deferral_train.drafting.spec import drafting_from_spec
-from deferral_train.pairs.passes import now, pass_seconds
-from deferral_train.pairs.prompts import Prompt
-from deferral_train.rules.base import Rule
+if TYPE_CHECKING:
+    from deferral_train.decoding import Pair
+    from deferral_train.drafting.replay import Work
+    from deferral_train.pairs.prompts import Prompt
+    from deferral_train.rules.base import Rule
 
 WIDTHS, REPETITIONS = (1, 2, 4, 8, 16), 15
 PROMPTS, TOKENS, TURNS = 3, 16, 2  # of the short decodings
@@ -39,9 +37,13 @@ CASCADES: Named = {
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Seconds that the loop spends on a prompt, and on a round besides the verifier's pass, and on a drafter's pass
-    with all that belongs to it.
+class LoopSeconds:
+    """Seconds of the decoding loop besides the verifier's passes.
+
+    Attributes:
+        prompt: of each prompt.
+        round: of each round (a draft and its verification).
+        step: of each drafter pass, with all that belongs to it.
     """
 
     prompt: float
@@ -50,46 +52,72 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class LoopCosts:
-    """Seconds, batch 1.
+class SpeedModel:
+    """Seconds of decoding at batch 1, from counts of what was done.
 
     Attributes:
-        verifier: seconds of a verifier pass by the tokens that go through it; between them linear.
+        verifier: seconds of a verifier pass by the number of tokens that go through it; between them linear.
         plain, cascade: of the loop with one drafter, and with a cascade of drafters.
         prompt, token: of the verifier alone, for each prompt and each token.
     """
 
     verifier: Mapping[int, float]
-    plain: Parts
-    cascade: Parts
+    plain: LoopSeconds
+    cascade: LoopSeconds
     prompt: float
     token: float
+
+    @classmethod
+    def of_passes(
+        cls, drafter: float, verifier: float, verifier_token: float | None = None, head: float = 0.0
+    ) -> SpeedModel:
+        """From seconds of single passes, whatever their width.
+
+        Args:
+            drafter: of one drafter step.
+            verifier: of one verifying pass.
+            verifier_token: of one token by the verifier alone, default ``verifier``.
+            head: of the head, in each round.
+        """
+        loop = LoopSeconds(0.0, head, drafter)
+        return cls({1: verifier}, loop, loop, 0.0, verifier if verifier_token is None else verifier_token)
 
     def alone(self, tokens: int) -> float:
         """Seconds of the verifier alone for a text."""
         return self.prompt + tokens * self.token
 
     def of(self, work: Work, cascade: bool) -> float:
-        """Seconds of a text under a plan."""
-        parts = self.cascade if cascade else self.plain
+        """Seconds of a text under a drafting plan, from its replayed work."""
+        loop = self.cascade if cascade else self.plain
         widths = list(work.widths[0])
-        rounds = float(np.dot(self.passes(widths), [work.widths[0][width] for width in widths]))
-        return parts.prompt + rounds + work.calls * parts.round + sum(work.passes) * parts.step
+        verifying = float(np.dot(self.passes(widths), [work.widths[0][width] for width in widths]))
+        return loop.prompt + verifying + work.calls * loop.round + sum(work.passes) * loop.step
+
+    def relative(self, calls_per_token: np.ndarray, num_draft_tokens: int) -> np.ndarray:
+        """Predicted time against the verifier alone, prompts left out; any shape."""
+        verifying = float(self.passes([num_draft_tokens + 1])[0])
+        return (
+            calls_per_token * (verifying + num_draft_tokens * self.plain.step + self.plain.round) / self.token
+        )
 
     def passes(self, widths: Sequence[float]) -> np.ndarray:
-        """Seconds of verifier passes of these widths."""
+        """Seconds of verifier passes of these widths; beyond the widest known one they go on in a straight line."""
         known = sorted(self.verifier)
-        slope = (self.verifier[known[-1]] - self.verifier[known[0]]) / (known[-1] - known[0])
+        seconds = [self.verifier[width] for width in known]
+        slope = (seconds[-1] - seconds[0]) / (known[-1] - known[0]) if len(known) > 1 else 0.0
         beyond = np.maximum(np.asarray(widths) - known[-1], 0) * max(slope, 0.0)
-        return np.interp(widths, known, [self.verifier[width] for width in known]) + beyond
+        return np.interp(widths, known, seconds) + beyond
 
 
-def measure(pair: Pair, prompts: Sequence[Prompt], rule: Rule, temperature: float = 0.0) -> LoopCosts:
+def measure_speed(pair: Pair, prompts: Sequence[Prompt], rule: Rule, temperature: float = 0.0) -> SpeedModel:
     """Time passes and a few short decodings of some prompts.
 
     Args:
-        prompts: the first :data:`PROMPTS` are decoded. rule: decides, as it will.
+        prompts: the first :data:`PROMPTS` are decoded.
+        rule: decides, as it will.
     """
+    from deferral_train.pairs.passes import pass_seconds
+
     table = {w: seconds[1] for w, seconds in pass_seconds(pair.models, prompts, WIDTHS, REPETITIONS).items()}
     settings = {**ALONE, **PLAIN, **CASCADES}
     room = SECONDS / (len(settings) * TURNS * PROMPTS * 3 * table[1])
@@ -107,23 +135,28 @@ def measure(pair: Pair, prompts: Sequence[Prompt], rule: Rule, temperature: floa
     token = (taken["alone"] - taken["alone, one token"]) / max(whole[1] - first[1], 1.0)
     token = max(float(token), table[1])
     prompt = max(0.0, float(taken["alone, one token"] / first[0]) - token)
-    blank = LoopCosts(table, Parts(0, 0, 0), Parts(0, 0, 0), prompt, token)
+    blank = SpeedModel(table, LoopSeconds(0, 0, 0), LoopSeconds(0, 0, 0), prompt, token)
     plain, cascade = (_fit(blank, [(rows[n], taken[n]) for n in names]) for names in (PLAIN, CASCADES))
-    return LoopCosts(table, plain, cascade, prompt, token)
+    return SpeedModel(table, plain, cascade, prompt, token)
 
 
-def _fit(costs: LoopCosts, measured: Sequence[tuple[np.ndarray, float]]) -> Parts:
-    """Parts that explain measured seconds; rows of prompts, verifier calls, drafter calls, drafted tokens."""
+def _fit(model: SpeedModel, measured: Sequence[tuple[np.ndarray, float]]) -> LoopSeconds:
+    """Loop seconds that explain measured ones; rows of prompts, verifier calls, drafter calls, drafted tokens."""
+    from scipy.optimize import nnls
+
     left = [
-        max(0.0, seconds - calls * float(costs.passes([drafted / calls + 1])[0]))
+        max(0.0, seconds - calls * float(model.passes([drafted / calls + 1])[0]))
         for (_, calls, _, drafted), seconds in measured
     ]
     found, _ = nnls(np.array([row[:3] for row, _ in measured]), np.array(left))
-    return Parts(*map(float, found))
+    return LoopSeconds(*map(float, found))
 
 
 def _decode(pair: Pair, prompt: Prompt, rule: Rule | str, own: Mapping[str, Any]) -> tuple[float, np.ndarray]:
     """Seconds, and (1, verifier calls, drafter calls, drafted tokens)."""
+    from deferral_train.drafting.spec import drafting_from_spec
+    from deferral_train.pairs.passes import now
+
     options = dict(own)
     if "drafting" in options:
         options["drafting"] = drafting_from_spec(options["drafting"]).plan

@@ -1,6 +1,6 @@
 """Training-serving skew before and after learning from the cascade's own prefixes, on the T5 pair, Multi30k En-De.
 
-    python -m benchmarks.dagger [--prompts 2000] [--held-out 500] [--rounds 2] [--work runs/dagger] [--out FILE]
+    python -m benchmarks.studies.dagger [--prompts 2000] [--held-out 500] [--rounds 2] [--work runs/dagger] [--out FILE]
 
 A draft-stage head (gap, D_TV and rejection from the drafter alone) is fitted on reference prefixes of train lines
 from 23,001 on, labels under P := p (exact, no gold tokens needed), then refitted on the union with prefixes of its own
@@ -14,9 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.common import study_flags
-from benchmarks.multi30k_heads import part_prompts
-from deferral_train import provenance
+from benchmarks.common import keep, study_flags
+from benchmarks.studies.multi30k_heads import part_prompts
 from deferral_train.collecting.config import CollectConfig
 from deferral_train.decoding.decode import DecodeConfig
 from deferral_train.decoding.pair import Pair, Settings
@@ -75,8 +74,7 @@ def main() -> int:
     held_out = part_prompts(options.shared, "choose")[: options.held_out]
     records = learn(pair, fit_prompts, held_out, rounds, options.rounds)
     print(show(records))
-    if options.out:
-        provenance.write_json(options.out, {"records": records, "provenance": provenance.collect({"fit": 0})})
+    keep(options, {"records": records}, {"fit": 0})
     return 0
 
 

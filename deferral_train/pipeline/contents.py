@@ -1,0 +1,148 @@
+"""The outside of a run: files, folders and models that its stages read; and its values, checked before any work.
+
+What lies here decides whether a finished stage may be taken up, see :mod:`deferral_train.pipeline.stages`.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from deferral_train.collecting.config import CollectConfig
+from deferral_train.decoding.decode import DecodeConfig
+from deferral_train.decoding.pair import Settings
+from deferral_train.errors import InputError
+from deferral_train.evaluation.quality import check_metric
+from deferral_train.heads.rules import HEAD_PARAMETERS, parse_spec, rule_from_spec
+from deferral_train.pairs.checkpoint import find_checkpoint
+from deferral_train.pairs.load import DTYPES
+from deferral_train.pipeline.config import PARTS, PairSection, RunConfig, TextConfig
+from deferral_train.pipeline.heads import candidate_config
+
+FREE_METRICS = ("bleu", "chrf", "exact_match", "log_likelihood")
+
+
+def text_inputs(config: TextConfig) -> dict[str, str | None]:
+    """Prompt files by part; of the standard library the interpreter's version is what counts."""
+    if config.stdlib:
+        return {f"python {platform.python_version()}": platform.python_version()}
+    found: dict[str, str | None] = {}
+    for part in PARTS:
+        source = getattr(config, part)
+        found |= {f"text.{part}.path": source.path, f"text.{part}.reference_path": source.reference_path}
+    return found
+
+
+def pair_inputs(config: PairSection) -> dict[str, str | None]:
+    """The models, or the texts that they are trained on."""
+    if config.train is None:
+        named = {"drafter": config.drafter, "verifier": config.verifier}
+        found: dict[str, str | None] = {f"pair.{role}": name for role, name in named.items()}
+        for role, name in named.items():
+            base = find_checkpoint(name, role).folder if Path(name).expanduser().exists() else None
+            if base is not None and base != Path(name).expanduser():  # of an adapter
+                found[f"pair.{role}.base"] = str(base)
+        return found
+    text = config.train.text
+    named = {
+        "files": text.files,
+        "targets": text.targets,
+        "heldout": text.heldout,
+        "heldout_targets": text.heldout_targets,
+    }
+    found = {
+        f"pair.train.text.{name}.{place}": file
+        for name, files in named.items()
+        for place, file in enumerate(files)
+    }
+    return found | {f"python {platform.python_version()}": platform.python_version()}
+
+
+def spec_inputs(specs: Sequence[str]) -> dict[str, str | None]:
+    """Folders of heads that rules name."""
+    found: dict[str, str | None] = {}
+    for spec in specs:
+        name, parameters = parse_spec(spec)
+        if name in HEAD_PARAMETERS and "head" in parameters:
+            found[spec] = str(parameters["head"])
+    return found
+
+
+def check_values(config: RunConfig) -> None:
+    """Refuse values that a later stage would stumble over, hours from now.
+
+    Raises:
+        InputError: field, value and remedy in one line.
+    """
+    if config.seed < 0 or config.bootstrap < 0:
+        raise InputError(f"seed={config.seed}, bootstrap={config.bootstrap}: give whole numbers >= 0")
+    for part in () if config.text.stdlib else PARTS:
+        _check_part(part, getattr(config.text, part))
+    if config.pair.dtype not in ("auto", *DTYPES):
+        raise InputError(f"pair.dtype={config.pair.dtype!r}: use auto, {', '.join(DTYPES)}")
+    with _Section("traces"):
+        traces = asdict(config.traces)
+        if traces["prefixes"] == "cascade":
+            raise InputError("prefixes='cascade': a run logs its own cascade in stage skew; use reference")
+        CollectConfig(seed=config.seed, **traces)
+    for name, settings in config.heads.candidates.items():
+        candidate_config(name, settings, config.seed)
+    typed = [*config.rules, *config.decoded]
+    for spec in typed:
+        with _Section("rules"):
+            rule_from_spec(spec, typed)
+    _check_decoding(config)
+
+
+class _Section:
+    """Within, an InputError says which section of the config it is about."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: Any, _: Any) -> None:
+        if isinstance(error, InputError) and not str(error).startswith(f"{self.name}."):
+            raise InputError(f"{self.name}: {error}") from None
+
+
+def _check_part(part: str, source: Any) -> None:
+    if "{prompt}" not in source.template:
+        raise InputError(f"text.{part}.template={source.template!r} has no {{prompt}} in it; write one")
+    if source.start < 0 or (source.limit is not None and source.limit < 1):
+        raise InputError(
+            f"text.{part}: start={source.start}, limit={source.limit}; give start >= 0, limit >= 1"
+        )
+    if source.reference_path and not Path(source.reference_path).expanduser().is_file():
+        raise InputError(f"text.{part}.reference_path={source.reference_path} does not exist; check the path")
+
+
+def _check_decoding(config: RunConfig) -> None:
+    section = asdict(config.decode)
+    limit, repetitions, metrics = (section.pop(name) for name in ("limit", "repetitions", "metrics"))
+    with _Section("decode"):
+        if limit < 1:
+            raise InputError(f"limit={limit}: give at least 1")
+        DecodeConfig(Settings(seed=config.seed, **section), repetitions, log_tokens=5)
+        for metric in metrics:
+            if metric not in FREE_METRICS:
+                check_metric(metric)
+    frontier = config.frontier
+    with _Section("frontier"):
+        for name in ("limit", "batch_size", "timed", "repetitions"):
+            if getattr(frontier, name) < 1:
+                raise InputError(f"{name}={getattr(frontier, name)}: give at least 1")
+        for temperature in frontier.temperatures:
+            Settings(temperature=temperature)
+        if frontier.temperatures:
+            if frontier.metric not in FREE_METRICS:
+                check_metric(frontier.metric)
+            for spec in frontier.rules:
+                rule_from_spec(spec, typed=frontier.rules)
+            for spec in (*frontier.token_cascades, *frontier.sequence_cascades):
+                rule_from_spec(spec, typed=[spec])

@@ -1,0 +1,68 @@
+"""Taking up a fit: only where settings, traces and initial weights are those that its checkpoint was made with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deferral_train import provenance
+from deferral_train.decoding.outputs import read_record
+from deferral_train.heads.base import DeferralHead
+from deferral_train.heads.fingerprint import weights_key
+from deferral_train.traces import Traces
+from deferral_train.training.datamodule import TraceDataModule
+
+RECORD = "made_from.json"
+CHECKPOINTS = "checkpoints"
+# Do not change the weights beyond rounding, or are told by content rather than by place.
+FREE = frozenset({"train", "val", "accelerator", "devices", "strategy", "figure_every", "pair_training"})
+
+
+def traces_key(traces: Traces) -> str:
+    """Content of traces: the rows of which prompts, by the checksums of their shards."""
+    shards = [[record.id, record.rows, record.sha256, dict(record.columns)] for record in traces.records]
+    return provenance.hash_of([shards, list(traces.prompt_ids), len(traces)])
+
+
+def traces_keys(data: TraceDataModule) -> dict[str, Any]:
+    """Content of the traces that a fit learns from and is chosen on."""
+    keys: dict[str, Any] = {name: traces_key(data.traces[name]) for name in ("train", "val")}
+    return keys | {"further": [traces_key(traces) for traces in data.further]}
+
+
+def made_from(settings: Mapping[str, Any], data: TraceDataModule, head: DeferralHead) -> dict[str, Any]:
+    """Everything that decides the fitted weights, as JSON-like values.
+
+    Args:
+        settings: of the fit.
+        data: with its traces; head: untrained, or with the weights that training starts from.
+    """
+    found = {
+        "settings": {name: value for name, value in settings.items() if name not in FREE},
+        "traces": traces_keys(data),
+        "features": head.config,
+        "initial": weights_key(head),
+    }
+    return dict(json.loads(json.dumps(provenance.record_of(found))))
+
+
+def take_up(out: Path, now: Mapping[str, Any], resume: bool) -> None:
+    """Refuse checkpoints that were made from something else, or remove them; then note what is made now.
+
+    Args:
+        out: folder of the fit.
+        resume: False removes the checkpoints and the log that lie there.
+
+    Raises:
+        InputError: with ``resume``, a checkpoint of other settings or inputs; names what changed.
+    """
+    checkpoints = sorted((out / CHECKPOINTS).glob("*.ckpt")) if (out / CHECKPOINTS).is_dir() else []
+    if checkpoints and resume:
+        remedy = "resume=False or --fresh starts over, another folder keeps both"
+        provenance.refuse_reuse(out, read_record(out / RECORD), now, remedy)
+        return
+    for path in (*checkpoints, *(out / "log").glob("events.out.tfevents.*")):
+        path.unlink()
+    provenance.write_json(out / RECORD, now)

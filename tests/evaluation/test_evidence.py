@@ -1,0 +1,132 @@
+"""A certificate belongs to what was measured: whole outputs, of the head's own weights, and their conditions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from decoding.helpers import pair_of
+
+from deferral_train import DeferralHead, cli
+from deferral_train.decoding import DecodeConfig, Pair, Settings, decode
+from deferral_train.heads.fingerprint import weights_key
+from deferral_train.heads.gap import GapHead
+from deferral_train.heads.rules import rule_from_spec
+from deferral_train.pairs.load import make_pair
+from deferral_train.pairs.prompts import Prompt
+
+PROMPTS = [Prompt(f"p{i}", f"w{i % 30} w{(7 * i) % 30} w3", "w1 w2") for i in range(40)]
+WISH = ["--metric", "exact_match", "--max-loss", "0.5"]
+
+
+def head(folder: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    made = GapHead(["drafter_max", "verifier_max"], hidden=[4])
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter)
+    return made.save_pretrained(folder)
+
+
+def decoded(folder: Path, fail_after: int | None = None) -> Path:
+    """A real decode run of lossless and a head at two alphas, broken off after some batches where asked."""
+    pair = Pair(make_pair(*pair_of("llama")))
+    if fail_after is not None:
+        whole, calls = pair.decode_batch, []
+
+        def breaking(*arguments, **named):
+            calls.append(1)
+            if len(calls) > fail_after:
+                raise KeyboardInterrupt
+            return whole(*arguments, **named)
+
+        pair.decode_batch = breaking
+    specs = ["lossless", *(f"learned:head={folder / 'head'},alpha={alpha}" for alpha in (0.0, 0.5))]
+    config = DecodeConfig(Settings(batch_size=8, queue=1, max_new_tokens=5))
+    decode(pair, PROMPTS, {spec: rule_from_spec(spec) for spec in specs}, config, folder / "decode")
+    return folder / "decode"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("evidence")
+    head(folder / "head", 0)
+    decoded(folder)
+    return folder
+
+
+def test_a_killed_run_is_no_evidence(tmp_path, capsys):
+    head(tmp_path / "head", 0)
+    with pytest.raises(KeyboardInterrupt):
+        decoded(tmp_path, fail_after=3 + 9)
+    before = (tmp_path / "head" / "config.json").read_text()
+    words = ["choose", "--outputs", str(tmp_path / "decode"), *WISH, "--head", str(tmp_path / "head")]
+    assert cli.main(words) == 2
+    assert "are not whole: decoding has not come to its end" in capsys.readouterr().err
+    assert (tmp_path / "head" / "config.json").read_text() == before
+    decoded(tmp_path)
+    assert cli.main(words) == 0
+    assert json.loads((tmp_path / "head" / "config.json").read_text())["certificate"]["prompts"] == len(
+        PROMPTS
+    )
+
+
+def test_another_heads_weights_get_no_certificate(whole, tmp_path, capsys):
+    other = head(tmp_path / "other", 1)
+    before = {path.name: path.read_bytes() for path in other.iterdir()}
+    words = ["choose", "--outputs", str(whole / "decode"), *WISH]
+    assert cli.main([*words, "--head", str(other)]) == 2
+    assert "has other weights than those decoded" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in other.iterdir()} == before
+    assert cli.main([*words, "--head", str(whole / "head")]) == 0
+    found = DeferralHead.from_pretrained(whole / "head")
+    certificate = found.metadata["certificate"]
+    assert certificate["weights"] == weights_key(found)
+    assert certificate["engine"].startswith("transformers")
+    assert certificate["decoding"]["num_draft_tokens"] == 5
+
+
+def test_lines_that_are_gone_are_missed(whole, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(whole / "decode", tmp_path / "cut")
+    path = tmp_path / "cut" / "outputs.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-3]))
+    assert cli.main(["choose", "--outputs", str(tmp_path / "cut"), *WISH]) == 2
+    assert "37 of 40 prompts" in capsys.readouterr().err
+
+
+def test_outputs_of_an_earlier_release_certify_no_head(whole, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(whole / "decode", tmp_path / "old")
+    path = tmp_path / "old" / "run.json"
+    record = json.loads(path.read_text())
+    record["rules"] = dict.fromkeys(record["rules"], "learned:0.5:abc")
+    path.write_text(json.dumps(record))
+    words = ["choose", "--outputs", str(tmp_path / "old"), *WISH]
+    assert cli.main([*words, "--head", str(whole / "head")]) == 2
+    assert "do not say which head's weights" in capsys.readouterr().err
+    assert cli.main(words) == 0
+
+
+def test_rows_without_a_run_are_taken_with_a_word(whole, tmp_path, capsys):
+    (tmp_path / "outputs.jsonl").write_bytes((whole / "decode" / "outputs.jsonl").read_bytes())
+    assert cli.main(["choose", "--outputs", str(tmp_path), *WISH]) == 0
+    assert "nothing says which models and weights" in capsys.readouterr().out
+
+
+def test_from_traces_the_rule_and_the_head_must_be_one(whole, tmp_path, capsys):
+    other = head(tmp_path / "other", 1)
+    words = [
+        "choose",
+        "--traces",
+        "nowhere",
+        "--max-token-risk",
+        "0.1",
+        "--rule",
+        f"learned:head={whole / 'head'}",
+    ]
+    assert cli.main([*words, "--head", str(other)]) == 2
+    assert "has another head than" in capsys.readouterr().err

@@ -1,0 +1,83 @@
+"""A fit goes on only under the settings, traces and initial weights that its checkpoint was made with."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from training.trace_maker import small_language, write_traces
+
+from deferral_train import provenance
+from deferral_train.errors import InputError
+from deferral_train.heads.fingerprint import weights_key
+from deferral_train.training.fit import fit
+from deferral_train.training.resuming import RECORD
+
+
+@pytest.fixture
+def folder(fitted, tmp_path) -> Path:
+    shutil.copytree(fitted[1], tmp_path / "fit")
+    return tmp_path / "fit"
+
+
+def checkpoints(folder: Path) -> dict[str, str]:
+    return {path.name: provenance.sha256(path) for path in (folder / "checkpoints").iterdir()}
+
+
+def test_the_same_fit_is_taken_up(fitted, config, folder):
+    assert weights_key(fit(config, folder).head) == weights_key(fitted[0].head)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lr": 0.1}, "settings.lr: 0.01 -> 0.1"),
+        ({"seed": 1}, "settings.seed: 0 -> 1"),
+        ({"hidden": (4,)}, "settings.hidden"),
+        ({"truth": "verifier"}, "settings.truth: reference -> verifier"),
+        ({"epochs": 5}, "settings.epochs: 3 -> 5"),
+    ],
+)
+def test_other_settings_are_refused_and_the_checkpoint_stays(config, folder, changes, said):
+    before = checkpoints(folder)
+    with pytest.raises(
+        InputError, match="resume=False or --fresh starts over, another folder keeps both"
+    ) as caught:
+        fit(replace(config, **changes), folder)
+    assert said in str(caught.value)
+    assert checkpoints(folder) == before
+
+
+def test_starting_over_gives_what_an_empty_folder_gives(config, folder, tmp_path):
+    other = replace(config, lr=0.1)
+    anew = fit(other, folder, resume=False).head
+    assert weights_key(anew) == weights_key(fit(other, tmp_path / "empty").head)
+    assert weights_key(fit(other, folder).head) == weights_key(anew)
+
+
+def test_traces_of_another_content_in_the_same_folder_are_seen(config, folder, tmp_path):
+    shutil.copytree(config.train, tmp_path / "train")
+    moved = replace(config, train=str(tmp_path / "train"))
+    fit(moved, folder)  # elsewhere, the same contents
+    shutil.rmtree(tmp_path / "train")
+    write_traces(tmp_path / "train", small_language(), 120, 25, 7)
+    with pytest.raises(InputError, match=r"traces\.train"):
+        fit(moved, folder)
+
+
+def test_other_initial_weights_are_seen(fitted, config, folder):
+    with pytest.raises(InputError, match="initial"):
+        fit(config, folder, initial=fitted[0].head)
+
+
+def test_a_fit_of_an_earlier_release_is_not_silently_taken(config, folder):
+    (folder / RECORD).unlink()
+    with pytest.raises(InputError, match="does not record what it was made from"):
+        fit(config, folder)
+
+
+def test_a_second_fit_in_the_folder_is_told_at_once(config, folder):
+    with provenance.one_writer(folder, "fit"), pytest.raises(InputError, match="another fit is working"):
+        fit(config, folder)
