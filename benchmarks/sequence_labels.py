@@ -8,7 +8,7 @@ on the prompts that are decoded. At temperature 0 rules that keep the same place
 opt_verifier and token_v2; token_v3 and logit_margin. Reported at 0.85, 0.70 and 0.60 of lossless's verifier calls per
 emitted token: BLEU, chrF and TER of sacrebleu and the length ratio, linear between neighbouring settings, and head
 minus the best rule there, with 95% paired bootstrap intervals over prompts, in which settings are interpolated anew
-in every redraw.
+in every redraw. Texts and calls are those of ``deferral-train decode`` (benchmarks/greedy_tree.py).
 """
 
 from __future__ import annotations

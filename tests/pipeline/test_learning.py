@@ -39,9 +39,8 @@ SETTINGS = RoundsSettings(
 
 
 def prompts(start: int, count: int) -> list[Prompt]:
-    text = [
-        " ".join(f"w{(i * 7 + j * j) % 30}" for j in range(3 + i % 5)) for i in range(start, start + count)
-    ]
+    numbers = [np.random.default_rng(i).integers(0, 30, 3 + i % 5) for i in range(start, start + count)]
+    text = [" ".join(f"w{number}" for number in row) for row in numbers]
     return [Prompt(f"p{start + i}", line, f"{line} w1 w2 w3 w4") for i, line in enumerate(text)]
 
 
@@ -100,7 +99,7 @@ def test_ridge_is_the_least_squares_solution_with_its_penalty(
         if candidate == penalty:
             own = head.body[0].weight[0].detach().numpy()
             assert own == pytest.approx(model.coef_, abs=1e-6)
-            assert float(head.body[0].bias) == pytest.approx(float(model.intercept_), abs=1e-6)
+            assert head.body[0].bias.item() == pytest.approx(float(model.intercept_), abs=1e-6)
     assert errors[penalty] == min(errors.values())
 
 
@@ -236,6 +235,16 @@ def test_rounds_choose_by_decoding_and_resume(pair: Pair, tmp_path: Path) -> Non
 def test_validation_prompts_are_not_fitted_on(pair: Pair, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="10 validation prompts are fitted on"):
         Learning(pair, prompts(0, 20), prompts(10, 20), make_scorers(["chrf1"]), SETTINGS, tmp_path)
+
+
+def test_a_prompt_that_repeats_is_labelled_once(pair: Pair, tmp_path: Path) -> None:
+    twice = [*prompts(0, 5), dataclasses.replace(prompts(2, 1)[0], id="again")]
+    scorers = make_scorers(["chrf1"])
+    assert [
+        one.id for one in Learning(pair, twice, prompts(50, 5), scorers, SETTINGS, tmp_path).fit_prompts
+    ] == [f"p{n}" for n in range(5)]
+    with pytest.raises(InputError, match="1 validation prompts are fitted on, first again"):
+        Learning(pair, prompts(0, 5), twice[5:], scorers, SETTINGS, tmp_path)
 
 
 def test_numbers_at_wished_calls_are_linear_between_points() -> None:
