@@ -22,10 +22,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import study_flags
+from benchmarks.greedy_tree import decode_tree
 from deferral_train import provenance
-from deferral_train.decoding.decode import DecodeConfig, decode
-from deferral_train.decoding.outputs import OUTPUTS, read_lines
-from deferral_train.decoding.pair import Settings, load_pair
+from deferral_train.decoding.pair import load_pair
 from deferral_train.evaluation.bootstrap import PromptBootstrap
 from deferral_train.evaluation.families import make_families
 from deferral_train.evaluation.sequence import quantiles_of_estimates
@@ -219,7 +218,6 @@ def main() -> int:
     parser.add_argument("--prompts", default="val", choices=("val", "test"))
     parser.add_argument("--limit", type=int)
     parser.add_argument("--rules", nargs="+", default=list(RULES))
-    parser.add_argument("--batch-size", type=int, default=250)
     parser.add_argument("--redraws", type=int, default=1000)
     options = parser.parse_args()
     labels = open_traces(options.rounds / "traces" / "round-0")
@@ -230,18 +228,12 @@ def main() -> int:
     models = options.shared / "models" / f"multi30k-{options.pair}"
     pair = load_pair(str(models / "drafter"), str(models / "verifier"), options.device)
     prompts = prompts_of(options.shared, options.pair, options.prompts, options.limit)
-    how = DecodeConfig(Settings(max_new_tokens=64, batch_size=options.batch_size))
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for name, rules in {LOSSLESS: {LOSSLESS: make_rule(LOSSLESS)}, **groups}.items():
-        out = (
-            options.work
-            / f"{options.pair}-{options.prompts}"
-            / (head.parent.name + head.name if name == "head" else name)
-        )
-        decode(pair, prompts, rules, how, out)
-        for row in read_lines(out / OUTPUTS):
-            lines.setdefault(row["rule"], []).append(row)
-        print(f"decoded {name}: {len(rules)} settings", flush=True)
+    every = {LOSSLESS: make_rule(LOSSLESS)} | {
+        k: rule for rules in groups.values() for k, rule in rules.items()
+    }
+    lines: dict[str, list[dict[str, Any]]] = {label: [] for label in every}
+    for row in decode_tree(pair, prompts, every):
+        lines[row.rule].append(row.as_line())
     weights = np.vstack([np.ones(len(prompts)), PromptBootstrap(len(prompts), options.redraws).weights])
     cache: dict[tuple[str, str], Any] = {}
     known = {label: redrawn(counts_of(rows, cache), weights) for label, rows in lines.items()}

@@ -176,9 +176,12 @@ class Learning:
         settings: RoundsSettings,
         out: str | Path,
     ) -> None:
-        self.pair, self.fit_prompts, self.validation = pair, fit_prompts, validation
+        self.pair, self.validation = pair, validation
+        # Once each: a fit sets some aside by prompt, and texts that repeat would be on both sides.
+        self.fit_prompts = list({prompt.prompt: prompt for prompt in reversed(fit_prompts)}.values())[::-1]
         self.scorers, self.settings, self.out = dict(scorers), settings, Path(out)
-        shared = {prompt.id for prompt in fit_prompts} & {prompt.id for prompt in validation}
+        ids, texts = {prompt.id for prompt in fit_prompts}, {prompt.prompt for prompt in fit_prompts}
+        shared = [prompt.id for prompt in validation if prompt.id in ids or prompt.prompt in texts]
         if shared:
             raise InputError(
                 f"{len(shared)} validation prompts are fitted on, first {min(shared)}; use others"
