@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from deferral_train.collecting.mining import Mined, Quality
 from deferral_train.collecting.plan import Plan, make_plan, read_any_prompts, size_text
 from deferral_train.collecting.prefixes import make_source
 from deferral_train.collecting.progress import check_room
+from deferral_train.collecting.sequence_work import label_sequences
 from deferral_train.errors import InputError
 from deferral_train.heads.rules import rule_from_spec
 from deferral_train.pairs.load import ModelPair, load_models
@@ -24,6 +26,7 @@ from deferral_train.pairs.prompts import Prompt
 from deferral_train.provenance import one_writer
 from deferral_train.traces import Manifest, open_traces
 from deferral_train.traces.folder import Folder, open_folder
+from deferral_train.traces.manifest import SEQUENCE_LABELS
 from deferral_train.traces.writer import clear_folder, refuse_changes
 
 
@@ -35,6 +38,8 @@ def collect(
     models: ModelPair | None = None,
     prompts: Sequence[Prompt] | None = None,
     quality: Quality | None = None,
+    scores: Mapping[str, Any] | None = None,
+    plan_only: bool = False,
     existing: str = "resume",
 ) -> Manifest:
     """Run both models over prompts and log their token distributions as traces; resumes what is unfinished.
@@ -47,11 +52,13 @@ def collect(
         prompts: prompts already read, in place of ``config.prompts``.
         quality: scores of finished texts against references, for ``labels="autojudge"``; what
             ``config.label_metric`` names is looked up by the command.
+        scores: for ``labels="sequence"`` a scorer (:data:`~deferral_train.collecting.sequence.Score`) of each metric.
+        plan_only: for ``labels="sequence"``: say what it would take, and write nothing.
         existing: traces in ``out``: ``resume`` goes on with them and refuses those of other settings or inputs,
             ``replace`` removes these, ``fresh`` removes any.
 
     Returns:
-        The manifest of the finished folder.
+        The manifest of the finished folder; with ``plan_only`` of the one that would be written.
 
     Raises:
         InputError: a pair, prompts or settings that cannot work, a folder collected with other
@@ -69,7 +76,18 @@ def collect(
     plan = make_plan(
         config, pair, given[: config.limit], teacher, pair.device.type, handed_over=models is not None
     )
-    with one_writer(out, "collect"):
+    source = make_source(config)
+    if config.labels == "autojudge" and quality is not None:
+        source = Mined(config.new_tokens or ON_POLICY_TOKENS, quality, config.label_tolerance)
+    third = teacher.verifier if teacher else None
+    collector = BatchCollector(pair, third, source, plan.manifest, plan.prompts)
+    if config.labels == SEQUENCE_LABELS:
+        plan = label_sequences(
+            config, collector, plan, given, scores, out, plan_only, progress and _rank() == 0
+        )
+        if plan_only:
+            return plan.manifest
+    with one_writer(out, "collect") if _rank() == 0 else nullcontext():
         if _rank() == 0:
             _make_way(open_folder(out), plan.manifest, existing)
         # Every process looks for itself, so that none is left waiting for one that gave up.
@@ -78,15 +96,12 @@ def collect(
         check_room(plan, out, config.max_bytes)
         if progress:
             _say_left_out(plan)
-        third = teacher.verifier if teacher else None
-        source = make_source(config)
-        if config.labels == "autojudge" and quality is not None:
-            source = Mined(config.new_tokens or ON_POLICY_TOKENS, quality, config.label_tolerance)
-        collector = BatchCollector(pair, third, source, plan.manifest, plan.prompts)
         run_engine(
             pair, collector, plan, out,
             devices=devices, num_nodes=num_nodes, max_bytes=config.max_bytes, progress=progress,
         )  # fmt: skip
+        if collector.sequence is not None:
+            collector.sequence.unscored.check()
         if _rank() == 0:
             _report(out, progress)
     return plan.manifest

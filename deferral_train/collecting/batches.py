@@ -16,6 +16,7 @@ from deferral_train.collecting.judging import judge_columns
 from deferral_train.collecting.measure import Measure
 from deferral_train.collecting.prefixes import Continuations, PrefixSource
 from deferral_train.collecting.scoring import Scores, make_inputs, score
+from deferral_train.collecting.sequence_labels import SequenceLabels
 from deferral_train.pairs.encode import EncodedPrompt
 from deferral_train.pairs.load import ModelPair
 from deferral_train.rules import risks
@@ -67,6 +68,7 @@ class BatchCollector:
         source: where prefixes come from.
         manifest: says what is logged.
         prompts: by number.
+        sequence: makes sequence labels, where the manifest asks for them.
     """
 
     def __init__(
@@ -76,8 +78,9 @@ class BatchCollector:
         source: PrefixSource,
         manifest: Manifest,
         prompts: Sequence[EncodedPrompt],
+        sequence: SequenceLabels | None = None,
     ) -> None:
-        self.pair, self.teacher, self.source = pair, teacher, source
+        self.pair, self.teacher, self.source, self.sequence = pair, teacher, source, sequence
         self.manifest, self.prompts = manifest, prompts
         self.measure = Measure(pair.vocab_size, manifest.top_k, manifest.temperature)
 
@@ -88,8 +91,15 @@ class BatchCollector:
     def score(self, chunk: Chunk, batch: int) -> Scored:
         """The models' part: prefixes and logits."""
         numbers = chunk.batches[batch]
+        return self.follow(numbers, self.continuations(numbers, (chunk.seed + batch) % 2**32))
+
+    def continuations(self, numbers: Sequence[int], seed: int) -> Continuations:
+        """The path of these prompts."""
+        return self.source(self.pair, [self.prompts[number] for number in numbers], seed)
+
+    def follow(self, numbers: Sequence[int], continuations: Continuations) -> Scored:
+        """Both models' passes along a path, and labels."""
         prompts = [self.prompts[number] for number in numbers]
-        continuations = self.source(self.pair, prompts, (chunk.seed + batch) % 2**32)
         scores, rows = self._score(prompts, continuations)
         labels = self._labels(prompts, continuations, scores, rows)
         scores = {role: Scores(one.logits, one.hidden) for role, one in scores.items()}  # the cache may go
@@ -139,9 +149,11 @@ class BatchCollector:
         scores: dict[str, Scores],
         rows: Tensor,
     ) -> dict[str, Tensor]:
-        """Columns of judge labels, which need the verifier once more."""
+        """Columns of labels, which need the verifier once more."""
         if not self.manifest.labels:
             return {}
+        if self.sequence is not None:
+            return self.sequence.columns(prompts, continuations, scores, rows)
         laws = {
             role: scores[role].logits[:, : self.pair.vocab_size].index_select(0, rows)
             for role in ("drafter", "verifier")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from deferral_train.collecting.sequence_sampling import FORMS
 from deferral_train.errors import InputError
-from deferral_train.traces.manifest import JUDGE_LABELS, PREFIX_SOURCES
+from deferral_train.traces.manifest import JUDGE_LABELS, PREFIX_SOURCES, SEQUENCE_LABELS
 
 HIDDEN = {"none": (), "drafter": ("drafter",), "verifier": ("verifier",), "both": ("drafter", "verifier")}
 ON_POLICY_TOKENS = 128
+SEQUENCE_METRICS = ("sentence_bleu", "chrf1")
+LABEL_REFERENCES = ("given", "verifier")
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,16 @@ class CollectConfig:
         log_top_k: K, candidates of each model with both log-probabilities; 0 logs none.
         hidden: whose last hidden states are logged, in 16 bit: none, drafter, verifier, both.
         teacher: a third checkpoint whose law fills the truth group.
-        labels: judge labels of the drafter's favourite tokens, ``selfjudge`` or ``autojudge``; None for none.
+        labels: judge labels of the drafter's favourite tokens, ``selfjudge`` or ``autojudge``; ``sequence``: what the
+            finished text is worth; None for none.
         label_window: tokens after a substitution that SelfJudge rescores.
-        label_metric: what AutoJudge compares finished texts by.
+        label_metric: what AutoJudge compares finished texts by, one metric; of ``sequence`` one or several. Empty:
+            chrf for AutoJudge, `SEQUENCE_METRICS` for ``sequence``.
+        label_share: of the places of each prompt that ``sequence`` labels.
+        label_samples: continuations of each side at temperature > 0.
+        label_reference: ``given``, or ``verifier``: texts are scored against the verifier's own.
+        label_form: at temperature > 0: ``position`` averages over drafts, ``token`` is about one drafted token.
+        label_scales: deviations that the metrics' gaps are divided by; empty takes those of a first look.
         label_tolerance: loss of it, against the verifier's own text, that a swap may cost.
         chunk_prompts: prompts per shard, the unit of work and of resuming.
         batch_tokens: most padded tokens in a batch; None picks by device and vocabulary.
@@ -55,8 +66,13 @@ class CollectConfig:
     teacher: str | None = None
     labels: str | None = None
     label_window: int = 20
-    label_metric: str = "chrf"
+    label_metric: str | Sequence[str] = ()
     label_tolerance: float = 0.0
+    label_share: float = 1.0
+    label_samples: int = 1
+    label_reference: str = "given"
+    label_form: str = "position"
+    label_scales: Sequence[float] = ()
     chunk_prompts: int = 256
     batch_tokens: int | None = None
     max_new_tokens: int | None = None
@@ -92,8 +108,8 @@ class CollectConfig:
             raise InputError(f"temperature={self.temperature}: use a finite number >= 0 (0 is greedy)")
         if self.device_map is not None and self.devices * self.num_nodes > 1:
             raise InputError(
-                f"device_map={self.device_map!r}, devices={self.devices}, num_nodes={self.num_nodes}: a spread verifier "
-                "takes every GPU; use one process"
+                f"device_map={self.device_map!r}, devices={self.devices}, num_nodes={self.num_nodes}: "
+                "a spread verifier takes every GPU; use one process"
             )
         self._check_labels()
         for name, least in _AT_LEAST.items():
@@ -104,8 +120,13 @@ class CollectConfig:
     def _check_labels(self) -> None:
         if self.labels is None:
             return
+        if self.labels == SEQUENCE_LABELS:
+            self._check_sequence()
+            return
         if self.labels not in JUDGE_LABELS:
-            raise InputError(f"labels={self.labels!r}: use {' or '.join(JUDGE_LABELS)}")
+            raise InputError(f"labels={self.labels!r}: use {', '.join(JUDGE_LABELS)} or {SEQUENCE_LABELS}")
+        if len(self.metrics) > 1:
+            raise InputError(f"label_metric={list(self.metrics)}: {self.labels} compares by one metric")
         if self.prefixes != "verifier" or self.temperature != 0:
             raise InputError(
                 f"labels={self.labels!r}: they judge the verifier's greedy text, not prefixes "
@@ -114,13 +135,47 @@ class CollectConfig:
         if not 0 <= self.label_tolerance < float("inf"):
             raise InputError(f"label_tolerance={self.label_tolerance}: use a finite number >= 0")
 
+    def _check_sequence(self) -> None:
+        if not 0 < self.label_share <= 1:
+            raise InputError(f"label_share={self.label_share}: use a share above 0 and up to 1")
+        if self.label_reference not in LABEL_REFERENCES or self.label_form not in FORMS:
+            raise InputError(
+                f"label_reference={self.label_reference!r}, label_form={self.label_form!r}: use "
+                f"{' or '.join(LABEL_REFERENCES)}, and {' or '.join(FORMS)}"
+            )
+        if self.temperature == 0 and (self.label_samples > 1 or self.label_form == "token"):
+            raise InputError(
+                f"label_samples={self.label_samples}, label_form={self.label_form!r}: at temperature 0 there is one "
+                "continuation and one token; use 1 and position, or a temperature above 0"
+            )
+        if len(set(self.metrics)) < len(self.metrics):
+            raise InputError(f"label_metric={list(self.metrics)}: name each metric once")
+        scales = list(self.label_scales)
+        if scales and (len(scales) != len(self.metrics) or not all(0 < one < float("inf") for one in scales)):
+            raise InputError(
+                f"label_scales={scales}: give one number above 0 for each of {list(self.metrics)}"
+            )
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names in ``label_metric``, or the defaults of the labels."""
+        given = (self.label_metric,) if isinstance(self.label_metric, str) else tuple(self.label_metric)
+        default = SEQUENCE_METRICS if self.labels == SEQUENCE_LABELS else ("chrf",)
+        return given or default
+
     @property
     def label_settings(self) -> dict[str, Any]:
         """How labels are made, as the manifest records it; empty for none."""
         if self.labels is None:
             return {}
-        own = ("window",) if self.labels == "selfjudge" else ("metric", "tolerance")
-        return {"kind": self.labels} | {name: getattr(self, f"label_{name}") for name in own}
+        if self.labels == "selfjudge":
+            return {"kind": self.labels, "window": self.label_window}
+        if self.labels == "autojudge":
+            return {"kind": self.labels, "metric": self.metrics[0], "tolerance": self.label_tolerance}
+        own = ("share", "samples", "reference", "form")
+        return {"kind": self.labels, "metrics": list(self.metrics)} | {
+            name: getattr(self, f"label_{name}") for name in own
+        }
 
     @property
     def on_policy(self) -> bool:
@@ -159,4 +214,5 @@ _AT_LEAST = {
     "num_nodes": 1,
     "num_draft_tokens": 1,
     "label_window": 1,
+    "label_samples": 1,
 }

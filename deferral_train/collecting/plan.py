@@ -24,8 +24,12 @@ from deferral_train.pairs.positions import PositionLimits, room_of
 from deferral_train.pairs.prompts import Prompt, read_prompts
 from deferral_train.traces import Chunk, Manifest
 from deferral_train.traces.folder import open_folder
+from deferral_train.traces.manifest import JUDGE_LABELS, SEQUENCE_LABELS
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+TEXTS_TOGETHER = (
+    8  # times as many tokens in a batch whose texts are finished: branches of one column run together
+)
 BATCH_LOGITS = 1 << 28  # most logits of one model in a batch
 
 
@@ -114,11 +118,14 @@ def make_plan(
     """
     kept, notices = _encode(config, pair, prompts)
     batch_tokens = config.batch_tokens or default_batch_tokens(device, pair.vocab_size)
+    if config.labels == SEQUENCE_LABELS and config.batch_tokens is None:
+        batch_tokens *= TEXTS_TOGETHER
     chunks = tuple(
         Chunk(number, _chunk_seed(config.seed, number), _batches(config, kept, numbers, batch_tokens))
         for number, numbers in enumerate(_ranges(len(kept), config.chunk_prompts))
     )
-    texts_decide = not config.on_policy or config.labels == "autojudge"  # references, too
+    texts_decide = not config.on_policy or config.labels in ("autojudge", SEQUENCE_LABELS)  # references, too
+    judged = {"hidden": hidden_width(pair.verifier)} if config.labels in JUDGE_LABELS else {}
     manifest = Manifest(
         pair=_describe(pair, teacher),
         prefixes=config.prefix_name,
@@ -129,7 +136,7 @@ def make_plan(
         top_k=min(config.log_top_k, pair.vocab_size),
         hidden={role: hidden_width(getattr(pair, role)) for role in HIDDEN[config.hidden]},
         truth="teacher" if teacher else None,
-        labels=config.label_settings | ({"hidden": hidden_width(pair.verifier)} if config.labels else {}),
+        labels=config.label_settings | judged | _unit_scales(config),
         seed=config.seed,
         chunking={"chunk_prompts": config.chunk_prompts, "batch_tokens": batch_tokens},
         prompts={"sha256": prompts_hash(kept, not texts_decide), "given": len(prompts), **notices},
@@ -140,6 +147,13 @@ def make_plan(
     most = config.new_tokens or 0
     rows = [sum(most if config.on_policy else len(kept[n].reference_ids) for n in c.prompts) for c in chunks]
     return Plan(tuple(kept), manifest, tuple(rows))
+
+
+def _unit_scales(config: CollectConfig) -> dict[str, Any]:
+    """Scales of sequence labels as far as they are known before a first look at the texts."""
+    if config.labels != SEQUENCE_LABELS:
+        return {}
+    return {"scales": [float(one) for one in config.label_scales or [1.0] * len(config.metrics)]}
 
 
 def contents(config: CollectConfig, pair: ModelPair | None = None) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Progress:
         self, work: Sequence[tuple[Any, Any]], collector: Callable[..., Any]
     ) -> float | None:
         """From the first batch, collected once more than needed; every batch has its own seed."""
-        if not work:
+        if not work or getattr(collector, "sequence", None) is not None:  # whose cost a first look tells
             return None
         with torch.inference_mode():
             collector(*work[0])

@@ -111,7 +111,7 @@ def _run(
     """Summed log P of the tokens after each substitution [R] float64, and the state at its own place [R, D]."""
     rows = torch.tensor([one.row for one in group], device=model.device)
     ids = pad([[one.token, *tokens[:-1]] for one, tokens in zip(group, after)], 0).to(rows.device)
-    arguments: dict[str, Any] = {"past_key_values": _cut(past, rows, group[0].column), "use_cache": True}
+    arguments: dict[str, Any] = {"past_key_values": cut_cache(past, rows, group[0].column), "use_cache": True}
     if past.encoder is not None:
         mask = past.encoder_mask
         arguments |= {
@@ -136,7 +136,7 @@ def _run(
     return totals, states
 
 
-def _cut(past: Past, rows: Tensor, columns: int) -> Any:
+def cut_cache(past: Past, rows: Tensor, columns: int) -> Any:
     """A cache of these rows that ends before a column. Layers are full, whatever window the model looks through."""
     own = DynamicCache()
     whole = past.cache.self_attention_cache if isinstance(past.cache, EncoderDecoderCache) else past.cache

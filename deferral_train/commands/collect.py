@@ -23,8 +23,14 @@ def run(
     teacher: str | None = None,
     labels: str | None = None,
     label_window: int = 20,
-    label_metric: str = "chrf",
+    label_metric: list[str] = [],  # noqa: B006
     label_tolerance: float = 0.0,
+    label_share: float = 1.0,
+    label_samples: int = 1,
+    label_reference: str = "given",
+    label_form: str = "position",
+    label_scales: list[float] = [],  # noqa: B006
+    plan: bool = False,
     chunk_prompts: int = 256,
     batch_tokens: int | None = None,
     max_new_tokens: int | None = None,
@@ -65,10 +71,19 @@ def run(
         hidden: whose last hidden states to log in 16 bit: none, drafter, verifier or both.
         teacher: third checkpoint whose law is logged as truth.
         labels: judge labels of drafted tokens (docs/judges.md): selfjudge (rescored suffix) or autojudge (finished
-            texts compared); with prefixes verifier and temperature 0.
+            texts compared), with prefixes verifier and temperature 0; or sequence: what the finished text is worth
+            with the drafter's token and with the verifier's (docs/which_label.md).
         label_window: tokens after a substitution that selfjudge rescores.
-        label_metric: what autojudge compares finished texts by: chrf, gsm8k, exact_match, rougeL, ...
+        label_metric: what finished texts are scored by: chrf, chrf1, sentence_bleu, gsm8k, exact_match, rougeL, ...;
+            for sequence also corpus_bleu, corpus_chrf, command:PROGRAM (reads and answers lines of JSON) and
+            module:function, and several together; default chrf for autojudge, sentence_bleu chrf1 for sequence.
         label_tolerance: loss of it, against the verifier's own text, that a token may cost (chrf from 0 to 1).
+        label_share: share of the places of each prompt that sequence labels.
+        label_samples: continuations of each side at a temperature above 0.
+        label_reference: what texts are scored against: given, or verifier (its own finished text).
+        label_form: at a temperature above 0: position (averages over drafts) or token (about one drafted token).
+        label_scales: what each metric's gaps are divided by; default their deviations in a first look.
+        plan: for sequence labels, say how many places, tokens and hours it would take, and stop.
         chunk_prompts: prompts per shard, the unit of work and of resuming.
         batch_tokens: most padded tokens per batch; default by device and vocabulary.
         max_new_tokens: most tokens per prefix; default 128 on-policy, unlimited on references.
@@ -105,11 +120,20 @@ def run(
         return _collect_in_engine(config, out, fresh)
     if engine != "transformers":
         raise InputError(f"engine={engine!r}: use transformers or vllm")
+    if plan and labels != "sequence":
+        raise InputError(f"plan: it tells the cost of labels 'sequence', not of {labels!r}; leave it out")
+    scores = None
+    if labels == "sequence":
+        from deferral_train.evaluation.scorers import make_scorers
+
+        scores = make_scorers(config.metrics)
     collect(
         config,
         out,
         progress,
-        quality=_quality(config.label_metric) if labels == "autojudge" else None,
+        quality=_quality(config.metrics[0]) if labels == "autojudge" else None,
+        scores=scores,
+        plan_only=plan,
         existing="fresh" if fresh else "resume",
     )
     return 0

@@ -31,7 +31,9 @@ class EvaluateConfig:
         traces: trace folders of one pair; for breakdowns of any pairs.
         rules: names or specs: opt, learned:head=FOLDER, my_pkg.mine:MyRule; opt:alpha=0.2 marks that point.
         out: folder for the results; runs/NAME/evaluation is where `report` looks.
-        loss: zero_one, log or prob.
+        loss: zero_one, log or prob of the next token; or sequence, of the finished text: for traces with sequence
+            labels, writes sequence_scores.json (what the places lose that a rule keeps) and, with tokenizer,
+            token_pairs.json (what heads hold most harmless and most harmful), and nothing else.
         truth: reference, verifier, teacher or exact.
         grid: dial points of each rule.
         bootstrap: redraws of prompts for the intervals, 0 for none.
@@ -52,7 +54,7 @@ class EvaluateConfig:
             max_gram: its failures by class of input; drafting: decode runs side by side.
         prompts: files that the traces were collected from, one for each folder or one for all, for copy_rate,
             max_gram and a domain that is a field.
-        tokenizer: checkpoints with the tokenizers of the traces, for copy_rate and max_gram.
+        tokenizer: checkpoints with the tokenizers of the traces, for copy_rate, max_gram and loss sequence.
         domain: folder (of the traces), id (the part of a prompt's id before the first of / # :) or a field of the
             prompts.
         decoded: folders of `decode` runs, for the breakdown drafting.
@@ -120,6 +122,8 @@ def run(config: EvaluateConfig) -> int:
         raise InputError("traces is empty; give trace folders of a pair")
     opened = [open_traces(folder) for folder in config.traces]
     folder = Path(config.out)
+    if config.loss == "sequence":
+        return _score_sequences(config, opened, folder)
     breakdowns = _break_down(config, opened) if config.breakdown else None
     if breakdowns is not None and (reason := _apart(opened)) is not None:
         breakdowns.write(folder)
@@ -135,6 +139,25 @@ def run(config: EvaluateConfig) -> int:
     if breakdowns is not None:
         print(f"\n{breakdowns.text()}")
     print(f"\n{folder / 'scores.json'}")
+    return 0
+
+
+def _score_sequences(config: EvaluateConfig, opened: Sequence[Traces], folder: Path) -> int:
+    """Score the rules by sequence labels; with a tokenizer also what heads hold of pairs of tokens."""
+    from deferral_train.evaluation.sequence_scores import score_sequences, write_pairs
+    from deferral_train.pairs.load import load_tokenizer
+
+    scored = score_sequences(
+        opened,
+        config.rules,
+        grid=config.grid,
+        bootstrap=config.bootstrap,
+        seed=config.seed,
+        confidence=config.confidence,
+    )
+    print(f"{scored.text()}\n\n{scored.write(folder)}")
+    for name in config.tokenizer[:1]:
+        print(f"\n{write_pairs(opened, config.rules, load_tokenizer(name), folder)}")
     return 0
 
 

@@ -5,6 +5,7 @@ Corpus BLEU is no mean over prompts, so it has no per-prompt form here and canno
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shlex
@@ -33,6 +34,16 @@ def exact_match(text: str, reference: str) -> float:
 def chrf(text: str, reference: str) -> float:
     """Sentence chrF of sacrebleu (no word n-grams), divided by 100."""
     return _chrf().sentence_score(text, [reference]).score / 100
+
+
+def chrf1(text: str, reference: str) -> float:
+    """As :func:`chrf` with recall counted once (beta 1): chrF itself counts it twice and so rewards long texts."""
+    return _chrf(1).sentence_score(text, [reference]).score / 100
+
+
+def sentence_bleu(text: str, reference: str) -> float:
+    """BLEU of one text by sacrebleu, effective order and exponential smoothing, divided by 100."""
+    return _sentence_bleu().sentence_score(text, [reference]).score / 100
 
 
 def squad_f1(text: str, reference: str) -> float:
@@ -64,6 +75,8 @@ def rouge(kind: str) -> Callable[[str, str], float]:
 METRICS: dict[str, Callable[[str, str], float]] = {
     "exact_match": exact_match,
     "chrf": chrf,
+    "chrf1": chrf1,
+    "sentence_bleu": sentence_bleu,
     "squad_f1": squad_f1,
     "gsm8k": gsm8k,
     "rouge1": rouge("rouge1"),
@@ -105,19 +118,24 @@ def check_metric(metric: str) -> None:
         InputError: an unknown metric, a corpus score, or a program or database that is not there.
     """
     if metric.startswith("command:"):
-        words = shlex.split(metric.removeprefix("command:"))
-        if not words or shutil.which(words[0]) is None:
-            raise InputError(f"metric {metric} cannot be run: no such program; check its path")
+        check_program(metric.removeprefix("command:"))
     elif (database := sql.database_of(metric)) is not None:
         sql.check_database(database)
     elif metric == "bleu":
         raise InputError(
-            "metric bleu is a corpus score, no mean over prompts; use chrf, rougeL or exact_match"
+            "metric bleu is a corpus score, no mean over prompts; use sentence_bleu, chrf or exact_match"
         )
     elif metric not in METRICS:
         raise InputError(
             f"metric is {metric!r}; use one of {', '.join(METRICS)}, 'sql:DATABASE' or 'command:PROGRAM'"
         )
+
+
+def check_program(command: str) -> None:
+    """Raises InputError where there is no such program."""
+    words = shlex.split(command)
+    if not words or shutil.which(words[0]) is None:
+        raise InputError(f"metric command:{command} cannot be run: no such program; check its path")
 
 
 def corpus_bleu(texts: Sequence[str], references: Sequence[str]) -> float:
@@ -148,10 +166,18 @@ def passes(command: str, text: str, reference: str | None = None, timeout: float
     return float(done.returncode == 0)
 
 
-def _chrf():  # type: ignore[no-untyped-def]
+@functools.cache
+def _chrf(beta: int = 2):  # type: ignore[no-untyped-def]
     from sacrebleu.metrics import CHRF
 
-    return CHRF()
+    return CHRF(beta=beta)
+
+
+@functools.cache
+def _sentence_bleu():  # type: ignore[no-untyped-def]
+    from sacrebleu.metrics import BLEU
+
+    return BLEU(effective_order=True, smooth_method="exp")
 
 
 def _squad_words(text: str) -> list[str]:

@@ -21,7 +21,10 @@ from deferral_train.heads.features import FeatureSet
 from deferral_train.heads.recalibration import CONFIDENCES, Recalibration
 from deferral_train.rules.summary import Summary
 
-LOSSES = ("zero_one", "log", "prob")
+LOSSES = ("zero_one", "log", "prob", "sequence", "sequence_sampled")
+SEQUENCE_LOSSES = ("sequence", "sequence_sampled")
+# Losses whose gap is 0 where the argmaxes agree, because nothing is drafted but the argmax.
+GATED = ("zero_one", "sequence")
 
 
 @contextlib.contextmanager
@@ -39,7 +42,8 @@ class DeferralHead(nn.Module):
     Args:
         features: summary names with optional transforms (:mod:`deferral_train.heads.features`).
         stage: ``"verify"`` (both models have scored the position) or ``"draft"`` (only the drafter has).
-        loss: the loss whose gap is estimated: ``"zero_one"``, ``"log"`` or ``"prob"``.
+        loss: the loss whose gap is estimated: ``"zero_one"``, ``"log"`` or ``"prob"`` of the next token, or what the
+            finished text loses: ``"sequence"`` at temperature 0, ``"sequence_sampled"`` above.
         body: ``"linear"`` or ``"mlp"`` with widths ``hidden``.
         widths: width of each hidden-state feature.
         recalibration: ``"none"``, ``"platt"`` or ``"isotonic"``, applied to max q and max p on entry.
@@ -71,7 +75,7 @@ class DeferralHead(nn.Module):
                 "features must be a non-empty list of names, e.g. ['drafter_max', 'verifier_max']"
             )
         self.stage, self.loss = stage, loss
-        self.gated = stage == "verify" and loss == "zero_one"
+        self.gated = stage == "verify" and loss in GATED
         self.inputs = FeatureSet(features, stage, widths, self.extra_columns(), memory_entries)
         self.recalibration = Recalibration(recalibration)
         self.body = self.make_body(body, hidden)
@@ -188,7 +192,7 @@ class DeferralHead(nn.Module):
         return x
 
     def gate(self, x: Tensor, gap: Tensor) -> Tensor:
-        """Gap set to its known value 0 where both models' argmaxes agree (zero-one loss, verify stage)."""
+        """Gap set to its known value 0 where both models' argmaxes agree (`GATED` losses, verify stage)."""
         return gap * self.inputs.column(x, "argmaxes_differ") if self.gated else gap
 
     @torch.no_grad()

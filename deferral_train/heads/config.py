@@ -11,7 +11,9 @@ from typing import Any, NoReturn
 
 from deferral_train.errors import InputError
 from deferral_train.heads.base import DeferralHead
+from deferral_train.heads.features import READABLE_VERSIONS
 from deferral_train.heads.registry import HEADS
+from deferral_train.provenance import hash_of
 
 FORMAT_VERSION = 1
 MAX_BYTES = 4 << 20
@@ -130,8 +132,12 @@ def _head_class(name: str, cls: type[DeferralHead] | None) -> type[DeferralHead]
 def _check_schema(config: Mapping[str, Any], head: DeferralHead) -> None:
     """Refuse features that are not those the weights were trained on, and say which differ."""
     recorded = config.get("schema_hash")
-    different = list(_schema_differences(_typed(config, "schema", dict, {}), head.inputs.schema))
-    if recorded == head.inputs.schema_hash and not different:
+    written = _typed(config, "schema", dict, {})
+    # What an earlier version recorded is compared in that version's words.
+    schemas = [head.inputs.schema_of(version) for version in reversed(READABLE_VERSIONS)]
+    own = next((one for one in schemas if one["version"] == written.get("version")), schemas[0])
+    different = list(_schema_differences(written, own))
+    if recorded in ([hash_of(own)] if "version" in written else map(hash_of, schemas)) and not different:
         return
     named = "; ".join(different[:4]) or f"hash {str(recorded)[:32]!r}, here {head.inputs.schema_hash!r}"
     more = f" (and {len(different) - 4} more)" if len(different) > 4 else ""

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from deferral_train.errors import InputError
-from deferral_train.heads import memory
+from deferral_train.heads import lookups, memory
 from deferral_train.provenance import hash_of
 from deferral_train.rules.summary import FIELDS, HIDDEN_FIELDS, Summary
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # version 1 had no features that look tokens up, and no margins
 STAGES = ("draft", "verify")
 MAX_COLUMNS = 65_536
 
@@ -67,7 +68,7 @@ class Feature:
         """``"name"`` or ``"name:transform"``; an unknown one is refused by name."""
         name, _, transform = str(text).partition(":")
         transform = transform or "identity"
-        known = {**FIELDS, **DERIVED, **memory.ORDERS}
+        known = {**FIELDS, **DERIVED, **memory.ORDERS, **lookups.FIELDS_READ}
         if name not in known:
             raise InputError(f"feature {name!r} is no summary field; known: {', '.join(sorted(known))}")
         if transform not in TRANSFORMS:
@@ -84,6 +85,8 @@ def fields_of(name: str) -> tuple[str, ...]:
     """Summary fields that a raw feature name reads."""
     if name in memory.ORDERS:
         return memory.FIELDS_READ[name]
+    if name in lookups.FIELDS_READ:
+        return lookups.FIELDS_READ[name]
     return DERIVED[name].fields if name in DERIVED else (name,)
 
 
@@ -107,12 +110,14 @@ class FeatureSet(nn.Module):
     Args:
         features: names with optional transforms, in any order; duplicates are refused.
         stage: ``"draft"`` refuses what needs the verifier.
-        widths: D of each hidden-state field used, e.g. ``{"drafter_hidden": 64}``.
+        widths: D of each hidden-state field used, e.g. ``{"drafter_hidden": 64}``; ``vocabulary`` and ``matrix`` where
+            a feature looks tokens up (:mod:`deferral_train.heads.lookups`).
         extra: raw names to carry as columns although the body does not read them (a gate, tv).
         memory_entries: size of the memory behind ``memory_k``, see :mod:`deferral_train.heads.memory`.
     """
 
     memory: memory.Memory | None
+    lookups: lookups.Lookups | None
     order: Tensor
 
     def __init__(
@@ -133,11 +138,16 @@ class FeatureSet(nn.Module):
         check_stage(self.names, stage)
         self.orders = [memory.ORDERS[name] for name in self.names if name in memory.ORDERS]
         self.memory = memory.Memory(memory_entries) if self.orders else None
+        looked_up = [name for name in self.names if name in lookups.FIELDS_READ]
+        self.lookups = lookups.Lookups(looked_up, self.widths) if looked_up else None
         self._lay_out()
 
-    def _width(self, name: str) -> int:
+    def width_of(self, name: str) -> int:
+        """Columns of a raw feature."""
         if name in memory.ORDERS:
             return memory.WIDTH
+        if self.lookups is not None and name in lookups.FIELDS_READ:
+            return self.lookups.feature_width(name)
         if name not in HIDDEN_FIELDS:
             return 1
         if self.widths.get(name, 0) < 1:
@@ -150,7 +160,7 @@ class FeatureSet(nn.Module):
         width = 0
         for name in self.names:
             self.start[name] = width
-            width += self._width(name)
+            width += self.width_of(name)
         if width > MAX_COLUMNS:
             raise InputError(f"{width} feature columns; at most {MAX_COLUMNS} are allowed")
         self.width = width
@@ -161,10 +171,10 @@ class FeatureSet(nn.Module):
             self.groups.append((transform, len(columns)))
             order += columns
         self.register_buffer("order", torch.tensor(order), persistent=False)
-        self.out_features = sum(self._width(f.name) for f in self.features)
+        self.out_features = sum(self.width_of(f.name) for f in self.features)
 
     def _columns_of(self, name: str) -> range:
-        return range(self.start[name], self.start[name] + self._width(name))
+        return range(self.start[name], self.start[name] + self.width_of(name))
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -176,8 +186,12 @@ class FeatureSet(nn.Module):
         """What the head reads, as its config records it: version of the vocabulary, stage, rows of name, transform,
         width in order.
         """
-        rows = [[f.name, f.transform, self._width(f.name)] for f in self.features]
+        rows = [[f.name, f.transform, self.width_of(f.name)] for f in self.features]
         return {"version": SCHEMA_VERSION, "stage": self.stage, "features": rows}
+
+    def schema_of(self, version: int) -> dict[str, Any]:
+        """:attr:`schema` as an earlier version of this package recorded it."""
+        return {**self.schema, "version": version}
 
     @property
     def schema_hash(self) -> str:
@@ -195,6 +209,8 @@ class FeatureSet(nn.Module):
     def _raw(self, summary: Summary, name: str, leave_out: Tensor | None) -> Tensor:
         if self.memory is not None and name in memory.ORDERS:
             return self.memory.columns(summary, memory.ORDERS[name], leave_out)
+        if self.lookups is not None and name in lookups.FIELDS_READ:
+            return self.lookups.columns(summary, name)
         value = DERIVED[name].compute(summary) if name in DERIVED else summary[name]
         # Half precision would round the integers that join it.
         value = value.float() if value.is_floating_point() else value

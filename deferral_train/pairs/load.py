@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from deferral_train.errors import InputError
 from deferral_train.pairs.checkpoint import (
@@ -156,6 +157,26 @@ def output_size(model: Any) -> int:
         head, "out_features", None
     )  # packed and dynamically quantised weights have another shape, or none
     return int(head.weight.shape[0] if size is None else size)
+
+
+def output_matrix(verifier: str | Path, recorded: Mapping[str, Any] | None = None) -> Tensor:
+    """Rows of a checkpoint's output matrix, float32 [V, D]: the embeddings that a token's logit is a product with.
+
+    Args:
+        verifier: what a checkpoint is named by.
+        recorded: fingerprint of the checkpoint that it must be; empty accepts any.
+
+    Raises:
+        InputError: no such checkpoint, or another one.
+    """
+    found = find_checkpoint(verifier, "verifier")
+    wanted, own = (recorded or {}).get("weights"), found.fingerprint().get("weights")
+    if wanted is not None and own != wanted:
+        raise InputError(f"verifier: {verifier} has weights {own}, the traces were collected with {wanted}")
+    place = Placement(torch.device("cpu"))
+    model = _load_model(found, _load_config(found, False), place, "float32", False)
+    matrix: Tensor = model.get_output_embeddings().weight.detach()
+    return matrix
 
 
 def resolve_device(device: str, field: str = "device") -> torch.device:

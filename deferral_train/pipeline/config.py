@@ -154,13 +154,24 @@ class HeadsConfig:
 
     Attributes:
         candidates: name to settings; the settings are those of ``training.FitConfig`` besides its traces.
+        rounds: above 0: learn from finished texts instead, as ``deferral-train rounds`` does, in so many rounds along
+            the cascade's own text; the candidates are fitted to compare with.
+        calls: wished verifier calls per token of these, as a share of lossless's.
+        label_metric: that finished texts are scored by.
+        label_share: of the places of each prompt that are labelled.
     """
 
     candidates: dict[str, dict[str, Any]] = field(default_factory=lambda: {"gap": {"head": "gap"}})
+    rounds: int = 0
+    calls: float = 0.7
+    label_metric: tuple[str, ...] = ("sentence_bleu", "chrf1")
+    label_share: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.candidates:
             raise InputError("heads.candidates is empty; give at least one, such as gap: {head: gap}")
+        if self.rounds < 0:
+            raise InputError(f"heads.rounds={self.rounds}: give 0 (none) or a number of rounds")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from deferral_train.errors import InputError
+from deferral_train.heads.base import SEQUENCE_LOSSES
 from deferral_train.heads.bodies import BODIES
 from deferral_train.heads.objectives import OBJECTIVES
 from deferral_train.heads.recalibration import KINDS as RECALIBRATIONS
@@ -19,6 +20,7 @@ from deferral_train.training.config import FitConfig, make_head
 from deferral_train.training.datamodule import check_alphas
 from deferral_train.training.fit import FitResult, fit
 from deferral_train.training.module import OPTIMIZERS, SCHEDULES
+from deferral_train.training.ridge import RIDGE
 from deferral_train.training.sklearn_heads import KINDS as SKLEARN
 
 # Lower is better, and comparable between heads of one loss: the excess over OPT at every alpha of the grid.
@@ -28,17 +30,22 @@ LEARNED = "learned"  # what the head's rule is called in a run
 CHOICES: dict[str, Sequence[str]] = {
     "head": (*HEADS, *SKLEARN),
     "stage": ("verify", "draft"),
-    "loss": LOSSES,
+    "loss": (*LOSSES, *SEQUENCE_LOSSES),
     "body": BODIES,
     "recalibration": RECALIBRATIONS,
-    "objective": ("auto", *OBJECTIVES),
+    "objective": ("auto", RIDGE, *OBJECTIVES),
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
 }
-TRUTHS = ("reference", "verifier", "teacher", "exact", "acceptance")
+TRUTHS = ("reference", "verifier", "teacher", "exact", "acceptance", "sequence")
 # As far as building an untrained head asks traces: every hidden state is there.
 _ANY_TRACES: Any = SimpleNamespace(
-    manifest=SimpleNamespace(hidden={"drafter": 8, "verifier": 8}, layout=SimpleNamespace(judged=8))
+    manifest=SimpleNamespace(
+        hidden={"drafter": 8, "verifier": 8},
+        layout=SimpleNamespace(judged=8),
+        pair={"vocab_size": 8},
+        temperature=0.0,
+    )
 )
 # Smallest and largest value of a setting, or of each of several.
 RANGES: dict[str, tuple[float, float]] = {
@@ -105,7 +112,7 @@ def candidate_config(
         if value is not None and low is not None and not all(low <= number <= high for number in numbers):
             raise InputError(f"{where}.{key}: {value!r} is out of range; give {low:g} to {high:g}")
     truth = settings.get("truth", "reference")
-    if truth not in TRUTHS and not truth.startswith("judge:"):
+    if truth not in TRUTHS and not truth.startswith(("judge:", "sequence:")):
         raise InputError(f"{where}.truth: {truth!r} is unknown; use {', '.join(TRUTHS)} or judge:tau=X")
     try:
         config = FitConfig(train=train, val=validation, seed=seed, **settings)

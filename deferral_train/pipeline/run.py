@@ -27,6 +27,7 @@ from deferral_train.pipeline.config import PARTS, RunConfig
 from deferral_train.pipeline.console import RunConsole
 from deferral_train.pipeline.contents import check_values, pair_inputs, spec_inputs, text_inputs
 from deferral_train.pipeline.heads import BEST, LEARNED, fit_candidates
+from deferral_train.pipeline.learning import ROUNDS, learn_in_rounds
 from deferral_train.pipeline.pair import prepare_pair
 from deferral_train.pipeline.stages import Stage, StageRunner, open_run
 from deferral_train.pipeline.text import part_path, prepare_text
@@ -362,14 +363,17 @@ class Run:
         }
 
     def fit(self, results: Results) -> Any:
-        """Fit every candidate, keep the best on validation."""
-        return fit_candidates(
+        """Fit every candidate, keep the best on validation; or with rounds the one chosen by decoding."""
+        found = fit_candidates(
             self.config.heads.candidates,
             self.open("fit"),
             self.open("validation"),
             self.folder,
             self.config.seed,
         )
+        if self.config.heads.rounds:
+            found |= {"best": ROUNDS, "rounds": learn_in_rounds(self.config, results["pair"], self.folder)}
+        return found
 
     def point(self, results: Results) -> Any:
         # What a certificate is for must not be chosen on the prompts that certify it.

@@ -37,6 +37,7 @@ class RunFolder:
         breakdowns: ``evaluation/breakdowns.json``.
         shadow: counts of a serving engine's shadow mode, by rule.
         prefixes: ``evaluation/prefixes.json``, logged prefixes for the alpha slider.
+        rounds: ``rounds/rounds.json`` of a run, or ``rounds.json`` of the `rounds` command.
         summary: ``decode/summary.json``.
         provenance: ``run.json``, or the record of the `decode` command where there was no whole run.
         answers: ``evaluation/answers.json`` of a run with questions.
@@ -53,6 +54,7 @@ class RunFolder:
     skew: dict[str, Any] | None = None
     frontier: dict[str, Any] | None = None
     breakdowns: dict[str, Any] | None = None
+    rounds: dict[str, Any] | None = None
     shadow: dict[str, Sums] = field(default_factory=dict)
     prefixes: dict[str, Any] | None = None
     summary: dict[str, Any] | None = None
@@ -87,6 +89,7 @@ def load_run(folder: str | Path, shadow: str | Path | None = None) -> RunFolder:
         skew=_json(root / "evaluation" / "skew.json"),
         frontier=_json(root / "evaluation" / "frontier.json"),
         breakdowns=_json(root / "evaluation" / "breakdowns.json"),
+        rounds=_json(root / "rounds" / "rounds.json") or _json(root / "rounds.json"),
         shadow=find_shadow(root, shadow),
         prefixes=_json(root / "evaluation" / "prefixes.json"),
         summary=_json(root / "decode" / "summary.json"),
@@ -99,11 +102,21 @@ def load_run(folder: str | Path, shadow: str | Path | None = None) -> RunFolder:
         training=read_training(root / _training_folder(verdict)),
     )
     if not any(
-        (run.verdict, run.scores, run.frontier, run.breakdowns, run.shadow, run.summary, run.training)
+        (
+            run.verdict,
+            run.scores,
+            run.frontier,
+            run.breakdowns,
+            run.rounds,
+            run.shadow,
+            run.summary,
+            run.training,
+        )
     ):
         raise InputError(
             f"run folder {root} holds nothing to report: none of verdict.json, evaluation/scores.json, "
-            "decode/summary.json, fit/, shadow.json; run `deferral-train evaluate` or `decode` into it first"
+            "decode/summary.json, fit/, rounds.json, shadow.json; "
+            "run `deferral-train evaluate` or `decode` into it first"
         )
     check(run)
     return run

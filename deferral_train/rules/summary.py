@@ -96,6 +96,7 @@ FIELDS: dict[str, Field] = {
     )
 }
 
+MOST_MARGIN = 1e4  # a masked second token would make it infinite
 PREVIOUS_TOKENS = ("previous_token_1", "previous_token_2", "previous_token_3")  # nearest first
 
 HIDDEN_FIELDS = frozenset({"drafter_hidden", "verifier_hidden", "verifier_hidden_at_token"})
@@ -264,14 +265,14 @@ def summarize_laws(laws: Laws, fields: Iterable[str], token: Tensor | None = Non
 
 
 def margin(logits: Tensor) -> Tensor:
-    """Largest less second largest logit of decision logits [.., V], [..]: 0 where two tie.
+    """Largest less second largest logit [..] of decision logits [.., V]: 0 where two tie.
 
-    +inf where one token alone may be emitted (all others masked, or a vocabulary of one).
+    At most `MOST_MARGIN`, which stands for a token that alone may be emitted (all others masked).
     """
     if logits.shape[-1] == 1:
-        return torch.full_like(logits[..., 0], torch.inf)
+        return torch.full_like(logits[..., 0], MOST_MARGIN)
     first, second = logits.topk(2, dim=-1).values.unbind(-1)
-    return first - second
+    return (first - second).clamp(max=MOST_MARGIN)
 
 
 def total_variation(both: Tensor, laws: Laws) -> Tensor:

@@ -15,15 +15,22 @@ from torch import Tensor
 
 from deferral_train.errors import InputError
 from deferral_train.rules.summary import TOKEN_FIELDS, Summary
+from deferral_train.traces.manifest import JUDGE_LABELS
 from deferral_train.traces.reader import Traces
 from deferral_train.traces.schema import JUDGED_COLUMN
+from deferral_train.traces.sequence import sequence_gap
 
 HINT = "judge:rate=0.3 (share of judged tokens that are acceptable) or judge:tau=-2 (nats)"
 
 
 def is_judge(truth: str) -> bool:
-    """Whether labels are those of judged tokens: ``judge``, ``judge:tau=X`` or ``judge:rate=R``."""
+    """Whether labels are those of judged tokens: ``judge``, ``judge:tau=X``, ``judge:rate=R``, ``judge:sequence=T``."""
     return truth == "judge" or truth.startswith("judge:")
+
+
+def judges_sequences(truth: str) -> bool:
+    """Whether a token is acceptable where its sequence gap is small: ``judge:sequence``, or ``judge:sequence=T``."""
+    return truth.partition("=")[0] == "judge:sequence"
 
 
 def resolve_truth(truth: str, traces: Traces) -> str:
@@ -37,6 +44,8 @@ def resolve_truth(truth: str, traces: Traces) -> str:
     if not is_judge(truth):
         return truth
     name, value = _setting(truth, traces)
+    if name == "sequence":
+        return f"judge:sequence={value!r}"
     if name == "tau":
         return f"judge:tau={value!r}"
     scores = traces.column(JUDGED_COLUMN)[judged_rows(traces).numpy()]
@@ -78,6 +87,8 @@ def acceptable(traces: Traces, truth: str) -> Tensor:
         InputError: a truth without a tau, or traces without labels.
     """
     name, tau = _setting(truth, traces)
+    if name == "sequence":
+        return (sequence_gap(traces) <= tau) | ~judged_rows(traces)
     if name != "tau":
         raise InputError(
             f"truth={truth!r}: a rate is of the fit traces; resolve it there, or give judge:tau=X"
@@ -102,9 +113,11 @@ def judged_summary(traces: Traces, fields: Iterable[str], temperature: float | N
 
 
 def _setting(truth: str, traces: Traces) -> tuple[str, float]:
-    """(``"tau"`` or ``"rate"``, value); AutoJudge's scores are +1 and -1, so that their tau is 0."""
+    """(``"tau"``, ``"rate"`` or ``"sequence"``, value); AutoJudge's scores are +1 and -1, so that their tau is 0."""
+    if judges_sequences(truth):
+        return "sequence", _tolerance(truth)
     kind = traces.manifest.labels.get("kind")
-    if kind is None:
+    if kind not in JUDGE_LABELS:
         raise InputError(
             f"truth={truth!r}: these traces hold no judge labels; collect with --labels selfjudge or autojudge"
         )
@@ -120,3 +133,17 @@ def _setting(truth: str, traces: Traces) -> tuple[str, float]:
     if name == "rate" and not 0 < value < 1:
         raise InputError(f"truth={truth!r}: rate must lie between 0 and 1; write {HINT}")
     return name, value
+
+
+def _tolerance(truth: str) -> float:
+    """T of ``judge:sequence=T``: the largest sequence gap that is acceptable; 0 where none is given."""
+    _, equals, text = truth.partition("=")
+    try:
+        value = float(text) if equals else 0.0
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(
+            f"truth={truth!r}: write judge:sequence, or judge:sequence=0.02 (largest gap to accept)"
+        )
+    return value

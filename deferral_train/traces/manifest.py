@@ -19,6 +19,8 @@ from deferral_train.traces.schema import READABLE_VERSIONS, RELEASES, SCHEMA_VER
 HEADER = "manifest.json"
 PREFIX_SOURCES = ("reference", "drafter", "verifier")  # or "cascade:<rule>"
 JUDGE_LABELS = ("selfjudge", "autojudge")
+SEQUENCE_LABELS = "sequence"
+MOST_METRICS = 64
 WIDEST = 1 << 20  # most candidates or hidden numbers of a row
 # Say how an output came to be or where a checkpoint lies, not what it is: free to differ between runs.
 # Hashes of texts are new in a folder that was begun without them; that the prompts are the same, `prompts` says.
@@ -60,8 +62,8 @@ class Manifest:
         top_k: K, logged candidates of each model.
         hidden: width by role of the logged hidden states.
         truth: None, ``teacher`` or ``exact``.
-        labels: of judged tokens: ``kind`` (one of `JUDGE_LABELS`), ``hidden`` (width of the state logged with them)
-            and how they were made; empty for none.
+        labels: ``kind`` and how they were made; empty for none. Of judged tokens (`JUDGE_LABELS`) also ``hidden``,
+            width of the state logged with them; of ``sequence`` also ``metrics`` and their ``scales``.
         seed: base seed; each chunk's own is derived from it.
         chunking: prompts per chunk and padded tokens per batch.
         prompt_ids: ids of the prompts that are logged; a row's ``prompt`` is an index into them.
@@ -98,7 +100,11 @@ class Manifest:
         """The optional columns of the shards."""
         cascade = self.prefixes.startswith("cascade:")
         judged = int(self.labels.get("hidden", 0))
-        return Layout(self.top_k, dict(self.hidden), self.truth is not None, cascade, judged)
+        sequence = len(self.labels.get("metrics", ()))
+        hidden = dict(self.hidden)
+        return Layout(
+            self.top_k, hidden, self.truth is not None, cascade, judged, sequence, self.schema_version
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, in reading order, the long lists last."""
@@ -153,9 +159,7 @@ def _check_header(value: Mapping[str, Any]) -> None:
     for role, size in value.get("hidden", {}).items():
         require(is_count(size, WIDEST) and size > 0, f"hidden.{role} is no width up to {WIDEST}")
     labels = value.get("labels", {})
-    require(not labels or labels.get("kind") in JUDGE_LABELS, f"labels.kind is none of {JUDGE_LABELS}")
-    size = labels.get("hidden", 0)
-    require(is_count(size, WIDEST) and (size > 0 or not labels), f"labels.hidden is no width up to {WIDEST}")
+    _check_labels(labels)
     ids = value["prompt_ids"]
     require(isinstance(ids, list) and all(isinstance(i, str) for i in ids), "prompt_ids is no list of texts")
     require(len(set(ids)) == len(ids), "prompt_ids repeat")
@@ -164,6 +168,27 @@ def _check_header(value: Mapping[str, Any]) -> None:
     require(
         texts and len(hashes) in (0, len(ids)), "prompt_hashes is no list of one text for each of prompt_ids"
     )
+
+
+def _check_labels(labels: Mapping[str, Any]) -> None:
+    """Kind of the labels, and what fixes the columns that they fill."""
+    kinds = (*JUDGE_LABELS, SEQUENCE_LABELS)
+    require(not labels or labels.get("kind") in kinds, f"labels.kind is none of {kinds}")
+    metrics, scales = labels.get("metrics", []), labels.get("scales", [])
+    if labels.get("kind") == SEQUENCE_LABELS:
+        require(
+            isinstance(metrics, list) and 0 < len(metrics) <= MOST_METRICS,
+            "labels.metrics is no list of names",
+        )
+        require(all(isinstance(name, str) for name in metrics), "labels.metrics is no list of names")
+        positive = [isinstance(one, int | float) and 0 < one < math.inf for one in scales]
+        require(
+            len(positive) == len(metrics) and all(positive), "labels.scales is no positive number per metric"
+        )
+        return
+    require(not metrics, "labels.metrics belong to sequence labels")
+    size = labels.get("hidden", 0)
+    require(is_count(size, WIDEST) and (size > 0 or not labels), f"labels.hidden is no width up to {WIDEST}")
 
 
 def _check_chunks(chunks: tuple[Chunk, ...], prompts: int) -> None:

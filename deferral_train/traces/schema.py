@@ -15,9 +15,9 @@ import pyarrow as pa
 
 from deferral_train.errors import InputError
 
-SCHEMA_VERSION = 1
-READABLE_VERSIONS = (1,)  # the current one and, once there is one, the one before
-RELEASES = {1: "0.1"}  # schema version -> first release of deferral-train that reads it
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # the current one and the one before
+RELEASES = {1: "0.1", 2: "0.2"}  # schema version -> first release of deferral-train that reads it
 
 INDEX_COLUMNS = ("prompt", "position", "gold")
 TOKEN_COLUMNS = ("token", "drafter_logprob", "verifier_logprob")
@@ -39,9 +39,12 @@ SUMMARY_COLUMNS = (
     "product_sum",
     "drafter_logsumexp",
     "verifier_logsumexp",
+    "drafter_margin",
+    "verifier_margin",
     "tv_unscaled",
     "tv",
 )
+MARGIN_COLUMNS = ("drafter_margin", "verifier_margin")  # since version 2
 CASCADE_COLUMNS = ("draft_position", "origin")
 TRUTH_COLUMNS = (
     "truth_drafter_argmax",
@@ -62,6 +65,11 @@ TOP_LOGPROBS = (
 HIDDEN_COLUMNS = ("drafter_hidden", "verifier_hidden")
 JUDGED_COLUMN = "judge_score"
 JUDGED_HIDDEN = "verifier_hidden_at_token"
+SEQUENCE_GAP = "sequence_gap"
+SEQUENCE_ERROR = "sequence_error"
+SEQUENCE_WORDS = "sequence_words"
+SEQUENCE_TOKEN = "sequence_token"
+SEQUENCE_GAPS = "sequence_gaps"
 
 _INTEGERS = frozenset({*INDEX_COLUMNS, "token", "drafter_argmax", "verifier_argmax"})
 _SMALL = {"draft_position": pa.int16(), "origin": pa.int8()}
@@ -77,6 +85,8 @@ class Layout:
         truth: whether the truth group is there.
         cascade: whether prefixes come from a cascade, so that draft position and origin are known.
         judged: width D of the verifier's state at the judged token, where judge labels are logged; 0 for none.
+        sequence: M, metrics of sequence labels; 0 for none.
+        version: of the schema; before 2 there were no margins and no sequence labels.
     """
 
     top_k: int = 0
@@ -84,6 +94,8 @@ class Layout:
     truth: bool = False
     cascade: bool = False
     judged: int = 0
+    sequence: int = 0
+    version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
         if self.top_k < 0:
@@ -96,6 +108,7 @@ class Layout:
     def columns(self) -> dict[str, pa.DataType]:
         """Column name to Arrow type, in file order."""
         names = [*INDEX_COLUMNS, *TOKEN_COLUMNS, *SUMMARY_COLUMNS]
+        names = [name for name in names if self.version > 1 or name not in MARGIN_COLUMNS]
         names += CASCADE_COLUMNS if self.cascade else ()
         names += TRUTH_COLUMNS if self.truth else ()
         columns = {name: _scalar(name) for name in names}
@@ -108,12 +121,15 @@ class Layout:
         if self.judged:
             columns[JUDGED_COLUMN] = pa.float32()
             columns[JUDGED_HIDDEN] = pa.list_(pa.float16(), self.judged)
+        if self.sequence:
+            columns |= {name: pa.float32() for name in (SEQUENCE_GAP, SEQUENCE_ERROR, SEQUENCE_WORDS)}
+            columns |= {SEQUENCE_TOKEN: pa.int32(), SEQUENCE_GAPS: pa.list_(pa.float32(), self.sequence)}
         return columns
 
     @property
     def arrow(self) -> pa.Schema:
         """The Arrow schema; no column has nulls."""
-        metadata = {"deferral_train.schema_version": str(SCHEMA_VERSION)}
+        metadata = {"deferral_train.schema_version": str(self.version)}
         fields = [pa.field(name, kind, nullable=False) for name, kind in self.columns.items()]
         return pa.schema(fields, metadata=metadata)
 

@@ -10,8 +10,9 @@ from deferral_train.errors import InputError
 from deferral_train.rules import risks
 from deferral_train.traces.judged import acceptable, is_judge
 from deferral_train.traces.reader import Traces
+from deferral_train.traces.sequence import is_sequence, length_price_of, sequence_gap
 
-TRUTHS = ("reference", "verifier", "teacher", "exact")
+TRUTHS = ("reference", "verifier", "teacher", "exact", "sequence")
 _EXPECTED_FIELDS = ("verifier_max", "verifier_at_drafter_argmax", "kl", "verifier_sum_squares", "product_sum")
 _GOLD_FIELDS = ("drafter_max", "drafter_argmax", "verifier_argmax", "drafter_logprob", "verifier_logprob")
 # loss -> (drafter column, verifier column, sign): gap = sign * (drafter - verifier)
@@ -27,12 +28,15 @@ def gap(traces: Traces, truth: str = "reference", loss: str = "zero_one") -> Ten
 
     Args:
         truth: ``reference`` one gold token (unbiased, noisy); ``verifier`` P := p in closed form;
-            ``teacher`` and ``exact`` the law logged in the truth group.
-        loss: ``zero_one``, ``log`` or ``prob``.
+            ``teacher`` and ``exact`` the law logged in the truth group; ``sequence`` what becomes of the finished
+            text, NaN where not labelled (:mod:`~deferral_train.traces.sequence`).
+        loss: ``zero_one``, ``log`` or ``prob``; ``sequence`` has one of its own.
 
     Raises:
         InputError: a truth that these traces do not hold, or an unknown name.
     """
+    if is_sequence(truth):
+        return sequence_gap(traces, length_price_of(truth))
     if truth not in TRUTHS or loss not in risks.LOSSES:
         names = f"one of {', '.join(TRUTHS)} and one of {', '.join(risks.LOSSES)}"
         raise InputError(f"truth={truth!r}, loss={loss!r}: use {names}")

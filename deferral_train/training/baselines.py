@@ -47,15 +47,18 @@ def best_plug_in(
     alphas: Sequence[float],
     temperature: float | None = None,
     names: Sequence[str] | None = None,
+    rows: Tensor | None = None,
 ) -> list[PositionRule]:
     """For every alpha the plug-in rule and dial of least estimated L_spec on these traces.
 
-    ``z [N]`` labels the gap. L_spec(r) = const + E[r (alpha tv - z)], so two sums per candidate serve every
-    alpha.
+    ``z [N]`` labels the gap, of all rows or of those in ``rows``. L_spec(r) = const + E[r (alpha tv - z)], so two
+    sums per candidate serve every alpha.
     """
     rules = candidates(plug_ins("verify") if names is None else names)
     fields = sorted(frozenset({"tv"}).union(*(rule.needs for rule in rules)))
     summary = traces.summary(fields, temperature)
+    if rows is not None:
+        summary = summary.select(rows)
     stride = max(1, -(-len(z) // ROWS))
     summary, z = summary.select(torch.arange(0, len(z), stride)), z[::stride].double()
     tv = summary["tv"].double()

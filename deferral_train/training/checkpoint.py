@@ -11,6 +11,8 @@ from deferral_train.errors import InputError
 from deferral_train.heads.artifact import check_tensors
 from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.config import head_from_config
+from deferral_train.heads.folding import fold, is_linear, reads_embeddings
+from deferral_train.heads.gap import GapHead
 from deferral_train.training.metadata import evaluation_metadata
 
 
@@ -18,7 +20,7 @@ def read_checkpoint(
     path: str | Path, cls: type[DeferralHead] | None = None
 ) -> tuple[DeferralHead, dict[str, float]]:
     """Head of a Lightning checkpoint, read with ``weights_only=True``, and the scalars logged when it was
-    saved.
+    saved. A linear head that reads embeddings comes folded: with a table of one number per token.
 
     ``cls`` is a class of the caller's own, needed where the head is of one.
     """
@@ -30,6 +32,8 @@ def read_checkpoint(
     head.load_state_dict(tensors)
     scalars = {k: float(v) for k, v in checkpoint.get("deferral_scalars", {}).items()}
     head.metadata = {**head.metadata, **evaluation_metadata(scalars)}
+    if isinstance(head, GapHead) and reads_embeddings(head) and is_linear(head):
+        head = fold(head)
     return head.eval(), scalars
 
 

@@ -12,14 +12,16 @@ from torch import Tensor
 from deferral_train.errors import InputError
 from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.objectives import needs_candidates
+from deferral_train.pairs.load import output_matrix
 from deferral_train.traces import Traces, open_traces, split_prompts
-from deferral_train.traces.judged import check_labels, is_judge, resolve_truth
+from deferral_train.traces.judged import check_labels, is_judge, judges_sequences, resolve_truth
+from deferral_train.traces.sequence import check_one_kind, is_sequence, labelled_rows, sequence_gap
 from deferral_train.training import baselines
 from deferral_train.training.belonging import refuse_other_candidates, refuse_shared_prompts, refuse_strangers
 from deferral_train.training.loader import TableLoader
 from deferral_train.training.metrics import check_alphas
 from deferral_train.training.preparation import fit_memory
-from deferral_train.training.table import fit_table, score_table
+from deferral_train.training.table import fit_table, labelled, score_table
 
 ALPHAS = tuple(round(0.1 * i, 1) for i in range(11))
 SCORE_ROWS = 65_536
@@ -43,6 +45,7 @@ class TraceDataModule(pl.LightningDataModule):
         pair_training: record of what the pair was trained on (file or folder of the trained pair); prompts
         found
             there are refused.
+        verifier: checkpoint whose output matrix features read (embeddings of tokens).
     """
 
     def __init__(
@@ -57,9 +60,11 @@ class TraceDataModule(pl.LightningDataModule):
         batch_size: int = 4096,
         seed: int = 0,
         pair_training: str | None = None,
+        verifier: str | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(logger=False, ignore=["train", "val", "test"])
+        self.save_hyperparameters(logger=False, ignore=["train", "val", "test", "verifier"])
+        self.verifier: Any = verifier  # or the matrix itself, from Python
         first, *further = train if isinstance(train, list | tuple) else [train]
         self.folders = {"train": first, "val": val, "test": test}
         self.further: list[Any] = further  # folders, and once ``traces`` was read the opened traces
@@ -104,9 +109,15 @@ class TraceDataModule(pl.LightningDataModule):
         """Load the columns that ``head`` needs; checks everything before training starts."""
         fit = self.traces["train"]
         self.truth = resolve_truth(self.truth, fit)
-        if is_judge(self.truth):
+        if is_judge(self.truth) and not judges_sequences(self.truth):
             every = (fit, *self.further, self.traces["val"], self.traces["test"])
             check_labels([part.manifest.labels for part in every])
+        every = [fit, *self.further, self.traces["val"], self.traces["test"]]
+        if is_sequence(self.truth) or judges_sequences(self.truth):
+            check_one_kind(every)
+            self._in_units_of_the_labels(every[: 1 + len(self.further)])
+        if head.inputs.lookups is not None and head.inputs.lookups.width:
+            head.inputs.lookups.set_matrix(self._matrix(fit))
         if self.further and head.inputs.memory is not None:
             raise InputError(
                 "memory features count one trace folder; leave them out or give one --data.train"
@@ -116,7 +127,8 @@ class TraceDataModule(pl.LightningDataModule):
         fit_memory(head, fit)
         parts = [fit_table(part, head, self.truth, self.temperature) for part in (fit, *self.further)]
         names = baselines.plug_ins(head.stage)
-        best = baselines.best_plug_in(fit, parts[0]["z"], self.alphas, self.temperature, names)
+        rows = labelled(fit, self.truth)
+        best = baselines.best_plug_in(fit, parts[0]["z"], self.alphas, self.temperature, names, rows)
         joined = (
             {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if self.further else {}
         )
@@ -128,6 +140,33 @@ class TraceDataModule(pl.LightningDataModule):
                 self.tables["test"] = self.tables["val"]
                 continue
             self.tables[name] = score_table(self.traces[name], head, self.truth, self.temperature, fixed)
+
+    def _in_units_of_the_labels(self, fitted: Sequence[Traces]) -> None:
+        """The default grid of alphas is for losses of a token; sequence gaps are as small as one token in a text."""
+        if self.alphas == list(ALPHAS):
+            gaps = torch.cat([sequence_gap(part)[labelled_rows(part)] for part in fitted])
+            unit = float(gaps.std())
+            self.alphas = check_alphas([float(f"{alpha * unit:.4g}") for alpha in self.alphas])
+
+    @property
+    def matrix_width(self) -> int:
+        """Width D of the verifier's output matrix; 0 where none was named."""
+        if self.verifier is None:
+            return 0
+        self.verifier = self._matrix(self.traces["train"])
+        return int(self.verifier.shape[1])
+
+    def _matrix(self, traces: Traces) -> Tensor:
+        """The verifier's output matrix [V, D]: given, or of the checkpoint that is named."""
+        if isinstance(self.verifier, Tensor):
+            return self.verifier
+        recorded = traces.manifest.pair.get("verifier")
+        if self.verifier is None:
+            raise InputError(
+                "data.verifier: features read the verifier's output matrix; name the folder of its checkpoint, or "
+                "features without embedding and argmax_cosine"
+            )
+        return output_matrix(self.verifier, recorded if isinstance(recorded, dict) else {})
 
     def setup(self, stage: str) -> None:
         if not self.tables:

@@ -24,6 +24,7 @@ from deferral_train.training.metadata import evaluation_metadata, training_metad
 from deferral_train.training.module import HEADLINE, DeferralModule
 from deferral_train.training.preparation import fit_recalibration
 from deferral_train.training.resuming import made_from, take_up
+from deferral_train.training.ridge import RIDGE
 from deferral_train.training.scoring import score
 from deferral_train.training.sklearn_heads import SklearnHead
 
@@ -72,8 +73,8 @@ def _fit(config: FitConfig, out: Path, resume: bool, initial: DeferralHead | Non
     with quiet_lightning():
         pl.seed_everything(config.seed, verbose=False)
     data = _data(config)
-    head = make_head(config, data.traces["train"])
-    if initial is not None:
+    head = make_head(config, data.traces["train"], data.matrix_width)
+    if initial is not None and config.objective != RIDGE:
         head.load_state_dict(initial.state_dict())
     take_up(out, made_from(plain_settings(config), data, head), resume)
     data.prepare(head)
@@ -96,6 +97,7 @@ def _data(config: FitConfig) -> TraceDataModule:
         batch_size=config.batch_size,
         seed=config.seed,
         pair_training=config.pair_training,
+        verifier=config.verifier,
     )
 
 

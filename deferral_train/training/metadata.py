@@ -27,6 +27,7 @@ def training_metadata(data: TraceDataModule, settings: Mapping[str, Any]) -> dic
             "rows": sum(map(len, parts)),
             "prompts": len({name for part in parts for name in part.prompt_ids}),
             "truth": data.truth,
+            **({"labels": dict(traces.manifest.labels)} if traces.manifest.labels else {}),
             "temperature": traces.manifest.temperature if data.temperature is None else data.temperature,
             "settings": dict(settings),
             "versions": provenance.versions(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytorch_lightning as pl
@@ -21,6 +22,7 @@ from deferral_train.training.loader import step_seed
 from deferral_train.training.metadata import training_metadata
 from deferral_train.training.preparation import prepare_head
 from deferral_train.training.resuming import traces_keys
+from deferral_train.training.ridge import RIDGE, fit_ridge
 from deferral_train.training.scoring import label_range
 from deferral_train.training.tracking import Tracker, predict
 
@@ -34,7 +36,8 @@ class DeferralModule(pl.LightningModule):
 
     Args:
         head: the head; its normalisation and recalibration are fitted on the fit split before the first step.
-        objective: name in :data:`deferral_train.heads.objectives.OBJECTIVES`; auto is the head's own.
+        objective: name in :data:`deferral_train.heads.objectives.OBJECTIVES`; auto is the head's own; ridge solves
+            a linear gap head in closed form, its penalty chosen on the validation split.
         lr: peak learning rate.
         weight_decay: of adamw; coupled L2 for the others.
         optimizer: adamw, sgd or rmsprop.
@@ -64,7 +67,7 @@ class DeferralModule(pl.LightningModule):
             )
         self.save_hyperparameters(ignore=["head"])
         self.head = head
-        self.objective = objective_for(head, objective)
+        self.objective = objective if objective == RIDGE else objective_for(head, objective)
         self.optimizer, self.schedule, self.warmup_steps = optimizer, schedule, warmup_steps
         self.lr, self.weight_decay, self.seed, self.figure_every = lr, weight_decay, seed, figure_every
         self.generator = torch.Generator()
@@ -78,7 +81,11 @@ class DeferralModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             prepare_head(self.head, self.data.traces["train"], self.data.tables["train"])
+            if self.objective == RIDGE:
+                warnings.filterwarnings("ignore", message=".*training_step. returned .None.*")  # as it should
+                self.penalty = fit_ridge(self.head, self.data.tables["train"], self.data.tables["val"])
             settings = {**self.hparams, "objective": self.objective, "batch_size": self.data.batch_size}
+            settings |= {"penalty": self.penalty} if self.objective == RIDGE else {}
             self.head.metadata = training_metadata(self.data, settings)
         for split in ("val", "test"):
             table = self.data.tables[split]
@@ -104,7 +111,10 @@ class DeferralModule(pl.LightningModule):
         facts |= {**self.hparams, "objective": self.objective, "parameters": self.head.num_parameters}
         return {name: _flat(value) for name, value in facts.items()}
 
-    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor | None:
+        if self.objective == RIDGE:  # solved before the first step
+            self.trainer.should_stop = True
+            return None
         self.generator.manual_seed(step_seed(self.seed + 1, self.global_step * 4096 + self.global_rank))
         loss = OBJECTIVES[self.objective](self.head, batch, self.generator)
         refuse_loss(self.trainer, loss, self.lr)

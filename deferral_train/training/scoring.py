@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from deferral_train.heads.base import DeferralHead
+from deferral_train.heads.base import SEQUENCE_LOSSES, DeferralHead
 from deferral_train.training.loader import TableLoader
 from deferral_train.training.tracking import Tracker, predict
 
@@ -15,8 +15,10 @@ ROWS = 65_536
 
 
 def label_range(loss: str, z: Tensor) -> tuple[float, float]:
-    """Where gap labels lie: [-1, 1], but for the log loss the labels' own range."""
-    return (-1.0, 1.0) if loss != "log" else (float(z.min()), float(z.max()) + 1e-6)
+    """Where gap labels lie: [-1, 1], but for the log loss and finished texts the labels' own range."""
+    if loss == "log" or loss in SEQUENCE_LOSSES:
+        return float(z.min()), float(z.max()) + 1e-6
+    return -1.0, 1.0
 
 
 def score(head: DeferralHead, table: Mapping[str, Tensor], alphas: Sequence[float]) -> dict[str, float]:

@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.heads.base import DeferralHead
+from deferral_train.heads.base import SEQUENCE_LOSSES, DeferralHead
 from deferral_train.heads.features import HIDDEN_FIELDS, fields_of
 from deferral_train.heads.judge import JudgeHead
 from deferral_train.heads.objectives import needs_candidates
 from deferral_train.heads.truth import LOG_FLOOR
+from deferral_train.rules import risks
 from deferral_train.rules.base import PositionRule
 from deferral_train.rules.summary import TOKEN_FIELDS, Summary
 from deferral_train.traces import Traces, read_candidates, truth
-from deferral_train.traces.judged import is_judge, judged_rows, judged_summary
+from deferral_train.traces.judged import is_judge, judged_rows, judged_summary, judges_sequences
 from deferral_train.traces.schema import JUDGED_HIDDEN
+from deferral_train.traces.sequence import is_sequence, labelled_rows
 from deferral_train.training.preparation import gold_tokens
 
 CANDIDATE_BLOCK = 65_536  # rows whose candidates are read at once
@@ -47,7 +49,9 @@ def fit_table(
     check_features(traces, head, label)
     own = None if head.inputs.memory is None else gold_tokens(traces, "a memory feature")
     table = _shared(traces, head, label, temperature, own)
-    z = table["z"][judged_rows(traces)] if is_judge(label) else table["z"]
+    differ = judged_rows(traces)
+    rows = labelled(traces, label)
+    z = table["z"][differ if rows is None else differ[rows]] if is_judge(label) else table["z"]
     if len(z) == 0 or bool((z == z[0]).all()):
         first = float(z[0]) if len(z) else 0.0
         raise InputError(
@@ -55,7 +59,7 @@ def fit_table(
             "collect more prompts or use another truth"
         )
     if head.stage == "draft":
-        table["reject"] = truth.rejection(traces, temperature)
+        table["reject"] = _chosen(truth.rejection(traces, temperature), rows)
     if needs_candidates(head):
         table |= _gold_columns(traces, head)
     return table
@@ -73,16 +77,32 @@ def score_table(
     """
     check_features(traces, head, label)
     table = _shared(traces, head, label, temperature)
-    table["position"] = torch.from_numpy(traces.column("position").copy()).long()
-    if traces.manifest.truth == "exact":
+    rows = labelled(traces, label)
+    table["position"] = _chosen(torch.from_numpy(traces.column("position").copy()).long(), rows)
+    if is_sequence(label):
+        if traces.manifest.temperature == 0:
+            table["exact"] = table["z"]  # a greedy text is what it is
+    elif traces.manifest.truth == "exact" and head.loss in risks.LOSSES:
         table["exact"] = truth.gap(traces, "exact", head.loss)
     if needs_candidates(head) and label == "reference":
         table |= _gold_columns(traces, head)
     if head.stage == "draft":
-        table["reject"] = truth.rejection(traces, temperature)
+        table["reject"] = _chosen(truth.rejection(traces, temperature), rows)
     if baselines:
-        table |= decisions(traces, baselines, temperature)
+        decided = decisions(traces, baselines, temperature)
+        table |= {name: _chosen(column, rows) for name, column in decided.items()}
     return table
+
+
+def labelled(traces: Traces, label: str) -> Tensor | None:
+    """Rows that a truth labels, as indices; None for all."""
+    if not (is_sequence(label) or judges_sequences(label)):
+        return None
+    return labelled_rows(traces).nonzero()[:, 0]
+
+
+def _chosen(column: Tensor, rows: Tensor | None) -> Tensor:
+    return column if rows is None else column.index_select(0, rows)
 
 
 def decisions(
@@ -125,11 +145,17 @@ def _shared(
     check_label(head, label)
     wanted = list(dict.fromkeys([*head.features, "tv"]))
     summary = (judged_summary if is_judge(label) else Traces.summary)(traces, wanted, temperature)
+    rows = labelled(traces, label)
+    if rows is not None:
+        summary = summary.select(rows)
     x = head.columns(summary, own)
     _refuse_nan(head, summary)
     z = truth.label(traces, label, head.loss, temperature).float()
-    _refuse_not_finite(f"the label of the gap (truth={label!r}, loss={head.loss!r})", z, traces, label)
-    _refuse_not_finite("tv", summary["tv"], traces, label)
+    known = traces if rows is None else None
+    if known is not None:
+        _refuse_not_finite(f"the label of the gap (truth={label!r}, loss={head.loss!r})", z, traces, label)
+        _refuse_not_finite("tv", summary["tv"], traces, label)
+    z = _chosen(z, rows)
     return {"x": x, "z": z, "tv": summary["tv"].float()}
 
 
@@ -146,7 +172,13 @@ def check_label(head: DeferralHead, label: str) -> None:
                 f"truth={label!r}: a judge head of stage {head.stage!r} learns from truth {wanted}"
                 + (":tau=X or judge:rate=R" if wanted == "judge" else "")
             )
-    elif is_judge(label) or label == "acceptance":
+        return
+    if is_sequence(label) != (head.loss in SEQUENCE_LOSSES):
+        raise InputError(
+            f"truth={label!r}, loss={head.loss!r}: truth 'sequence' is for a head of loss 'sequence' (temperature 0) "
+            "or 'sequence_sampled', and they learn from nothing else"
+        )
+    if is_judge(label) or label == "acceptance":
         raise InputError(
             f"truth={label!r} labels a judge head, not a {head.head_type} head; use another truth"
         )

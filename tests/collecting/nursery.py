@@ -25,6 +25,7 @@ import torch
 from transformers import T5ForConditionalGeneration  # noqa: F401
 
 from deferral_train.collecting import CollectConfig, collect
+from deferral_train.evaluation.scorers import make_scorers
 from deferral_train.pairs.load import make_pair
 from deferral_train.pairs.prompts import Prompt
 
@@ -52,7 +53,8 @@ def child(request: dict[str, Any], rank: int, port: int, pair: Any) -> None:
             os.environ.update(rank_environment(rank, request["ranks"], port))
         prompts = [Prompt(*row) for row in request["prompts"]]
         config = CollectConfig(**request["settings"], devices=request["ranks"])
-        collect(config, request["out"], progress=False, models=pair, prompts=prompts)
+        scores = make_scorers(config.metrics) if config.labels == "sequence" else None
+        collect(config, request["out"], progress=False, models=pair, prompts=prompts, scores=scores)
         code = 0
     except BaseException:
         traceback.print_exc()

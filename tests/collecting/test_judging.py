@@ -163,7 +163,7 @@ def test_a_rate_sets_the_threshold_on_judged_tokens(t5: ModelPair, tmp_path: Pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labels": "judges"}, "labels='judges': use selfjudge or autojudge"),
+        ({"labels": "judges"}, "labels='judges': use selfjudge, autojudge or sequence"),
         ({"prefixes": "reference"}, "use prefixes verifier, temperature 0"),
         ({"temperature": 1.0}, "use prefixes verifier, temperature 0"),
         ({"label_window": 0}, "label_window=0: must be at least 1"),

@@ -127,6 +127,30 @@ def test_kills_of_two_ranks_resumed_by_one_two_or_three(
     killed_runs(nursery, tmp_path, whole, kills=5, ranks=[1, 2, 3], seed=1)
 
 
+SEQUENCE = {
+    "labels": "sequence",
+    "prefixes": "verifier",
+    "temperature": 0.0,
+    "max_new_tokens": 8,
+    "log_top_k": 0,
+}
+
+
+def test_sequence_labels_are_the_same_killed_and_resumed_and_over_two_ranks(
+    nursery: Nursery, tmp_path: Path
+) -> None:
+    whole = nursery.collect(tmp_path / "whole", **SEQUENCE)
+    assert whole["codes"] == [0]
+    assert np.isfinite(open_traces(tmp_path / "whole").column("sequence_gap")).sum() > 20
+    assert nursery.collect(tmp_path / "two", ranks=2, **SEQUENCE)["codes"] == [0, 0]
+    assert_same(tmp_path / "two", tmp_path / "whole")
+    struck = tmp_path / "struck"
+    for share in (0.3, 0.6, 0.8):
+        nursery.collect(struck, ranks=2, kill_after=share * whole["seconds"], **SEQUENCE)
+    assert nursery.collect(struck, **SEQUENCE)["codes"] == [0]
+    assert_same(struck, tmp_path / "whole")
+
+
 def test_more_ranks_than_chunks(nursery: Nursery, whole: tuple[Path, float], tmp_path: Path) -> None:
     """At the end of a resumed run there is less work than processes: the idle ones must not fail."""
     folder = tmp_path / "few"

@@ -66,7 +66,7 @@ def test_files_and_marks(folder):
         ({"features": "drafter_max"}, "features"),
         ({"features": ["drafter_max", "tv"]}, "feature 1 is 'drafter_max:logit' there, 'drafter_max' here"),
         ({"features": ["drafter_max:logit"]}, "feature 2 is 'verifier_max' there, none here"),
-        ({"schema": {"version": 7}}, "schema: version '7', here 1"),
+        ({"schema": {"version": 7}}, "schema: version '7', here 2"),
         ({"schema": {"features": "tv"}}, "no list"),
         ({"schema": {"features": [["drafter_max", "logit", 4]]}}, "'drafter_max:logit' of width 4 there"),
         ({"schema": []}, "schema"),

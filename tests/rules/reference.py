@@ -128,10 +128,10 @@ def log_normaliser(logits: Law) -> float:
 
 
 def margin(logits: Law) -> float:
-    """The largest logit less the largest of the others."""
+    """The largest logit less the largest of the others; 1e4 stands for an only token."""
     top = argmax(logits)
     others = logits[:top] + logits[top + 1 :]
-    return logits[top] - max(others) if others else INFINITY
+    return min(logits[top] - max(others), 1e4) if others else 1e4
 
 
 def defers(rule: Any, at: Position) -> bool:

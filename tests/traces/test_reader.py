@@ -140,7 +140,9 @@ def test_datasets_reads_a_shard_and_parquet_keeps_it(folder: Path, tmp_path: Pat
 def test_other_schema_versions_are_refused_by_name(folder: Path, version: object) -> None:
     path = folder / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": version}))
-    with pytest.raises(InputError, match=rf"schema_version={version}: this release reads 1; use the release"):
+    with pytest.raises(
+        InputError, match=rf"schema_version={version}: this release reads 1, 2; use the release"
+    ):
         open_traces(folder)
 
 

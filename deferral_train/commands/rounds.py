@@ -1,0 +1,109 @@
+"""`deferral-train rounds`: learn from finished texts, along the cascade's own text, round after round."""
+
+from __future__ import annotations
+
+
+def run(
+    drafter: str,
+    verifier: str,
+    prompts: str,
+    validation: str,
+    out: str = "runs/rounds",
+    reference_path: str | None = None,
+    validation_reference_path: str | None = None,
+    start: int = 0,
+    limit: int | None = None,
+    validation_start: int = 0,
+    validation_limit: int | None = None,
+    prompt_format: str | None = None,
+    prompt_field: str | None = None,
+    reference_field: str | None = None,
+    template: str = "{prompt}",
+    rounds: int = 2,
+    calls: float = 0.7,
+    label_metric: list[str] = ["sentence_bleu", "chrf1"],  # noqa: B006
+    label_share: float = 1.0,
+    own_share: float = 0.5,
+    label_reference: str = "given",
+    objectives: list[str] = ["ridge"],  # noqa: B006
+    length_tolerance: float = 0.01,
+    temperature: float = 0.0,
+    num_draft_tokens: int = 5,
+    max_new_tokens: int = 128,
+    batch_size: int = 32,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> int:
+    """Label, fit and decode in rounds; choose round, head and price on validation prompts. Run again to resume.
+
+    Args:
+        drafter: checkpoint folder or hub id of the small model.
+        verifier: checkpoint folder or hub id of the large model, same tokenizer.
+        prompts: prompts to label and fit on: jsonl, csv, tsv, parquet or text (.gz too).
+        validation: prompts to choose by, disjoint from these.
+        out: folder: traces, heads, decoded texts, rounds.json, and head/ with the chosen one.
+        reference_path: second file of parallel text, references of the prompts.
+        validation_reference_path: the same for the validation prompts.
+        start: prompts to pass over first.
+        limit: use so many prompts.
+        validation_start: validation prompts to pass over first.
+        validation_limit: use so many validation prompts.
+        prompt_format: jsonl, csv, tsv, parquet or text; default by suffix.
+        prompt_field: column of the prompt.
+        reference_field: column of the reference.
+        template: text around each prompt, with {prompt} in it.
+        rounds: collections along the cascade's own text, after the first along the verifier's.
+        calls: wished verifier calls per token, as a share of lossless's.
+        label_metric: what finished texts are scored by, as collect takes it.
+        label_share: share of the places of each prompt that is labelled along the verifier's text.
+        own_share: the same along the cascade's own text.
+        label_reference: what texts are scored against: given, or verifier (its own text).
+        objectives: ridge, squared or huber: how heads are fitted; the best by decoding is kept.
+        length_tolerance: of the length of decoded text against lossless's; beyond it length gets a price.
+        temperature: 0 is greedy.
+        num_draft_tokens: drafted block.
+        max_new_tokens: per prompt.
+        batch_size: prompts side by side in decoding.
+        seed: of places, draws and splits.
+        device: auto, cpu, cuda, cuda:N.
+        dtype: auto, float32, float16 or bfloat16.
+    """
+    from deferral_train.decoding.pair import load_pair
+    from deferral_train.evaluation.scorers import make_scorers
+    from deferral_train.pairs.prompts import read_prompts
+    from deferral_train.pipeline.learning import Learning, RoundsSettings
+
+    settings = RoundsSettings(
+        rounds, calls, tuple(label_metric), label_share, own_share, label_reference, tuple(objectives),
+        length_tolerance, temperature, num_draft_tokens, max_new_tokens, batch_size, seed,
+    )  # fmt: skip
+    shared = {"prompt_field": prompt_field, "reference_field": reference_field, "template": template}
+    own = read_prompts(
+        prompts, prompt_format, reference_path=reference_path, start=start, limit=limit, **shared
+    )
+    held_out = read_prompts(
+        validation, prompt_format, reference_path=validation_reference_path, start=validation_start,
+        limit=validation_limit, **shared,
+    )  # fmt: skip
+    scorers = make_scorers(settings.metrics)
+    pair = load_pair(drafter, verifier, device, dtype)
+    content = Learning(pair, own, held_out, scorers, settings, out).run()
+    for line in table(content):
+        print(line)
+    print(f"chosen head in {out}/head, all rounds in {out}/rounds.json")
+    return 0
+
+
+def table(content: dict) -> list[str]:
+    """A line for each round: what it was labelled on, and its best head at the wished calls."""
+    lines = [f"{'round':>5} {'labelled':>9} {'price':>7} {'alpha':>9} {'calls':>6} {'loss':>8} {'length':>7}"]
+    for record in content["rounds"]:
+        best = next(one for one in record["candidates"] if one["head"] == record["best"])
+        at = best["at_wish"]
+        mark = " <- chosen" if record["round"] == content["chosen"]["round"] else ""
+        lines.append(
+            f"{record['round']:>5} {record['labelled']:>9,} {best['length_price']:>7g} {at['alpha']:>9.4g} "
+            f"{at['calls']:>6.3f} {at['loss']:>8.4f} {at['length']:>7.3f}{mark}"
+        )
+    return lines

@@ -1,0 +1,96 @@
+"""Fold a linear head: what its weights make of each token's embedding becomes a table of one number per token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from deferral_train.errors import InputError
+from deferral_train.heads.gap import GapHead
+from deferral_train.heads.lookups import COSINE, EMBEDDINGS, MATRIX
+
+
+def reads_embeddings(head: GapHead) -> bool:
+    """Whether a feature of the head is an embedding."""
+    return any(feature.name in EMBEDDINGS for feature in head.inputs.features)
+
+
+def is_linear(head: GapHead) -> bool:
+    """Whether the head's body is one linear map."""
+    return isinstance(head.body, nn.Sequential) and len(head.body) == 1
+
+
+@torch.no_grad()
+def fold(head: GapHead) -> GapHead:
+    """The same estimates from tables: every ``X_embedding`` becomes ``X_worth``.
+
+    The matrix is dropped, unless the cosine of two of its rows is a feature.
+
+    Raises:
+        InputError: a body that is not linear, or an embedding that goes through a transform.
+    """
+    if not is_linear(head):
+        raise InputError(
+            "body='mlp': only a linear head can be folded; it is stored with the verifier's matrix"
+        )
+    names = [_folded_name(str(feature)) for feature in head.inputs.features]
+    widths = dict(head.inputs.widths)
+    if not any(feature.name == COSINE for feature in head.inputs.features):
+        widths.pop(MATRIX, None)
+    arguments = {key: head.config[key] for key in ("stage", "loss", "body", "hidden", "recalibration")}
+    folded = GapHead(names, widths=widths, **arguments)
+    old, new = _spans(head), _spans(folded)
+    layer, target = head.body[0], folded.body[0]
+    assert isinstance(layer, nn.Linear)
+    assert isinstance(target, nn.Linear)
+    assert head.inputs.lookups is not None
+    target.bias.copy_(layer.bias)
+    for feature, name in zip(head.inputs.features, names):
+        here, there = old[str(feature)], new[name]
+        if feature.name not in EMBEDDINGS:
+            target.weight[:, there] = layer.weight[:, here]
+            folded.mean[there], folded.scale[there] = head.mean[here], head.scale[here]
+            continue
+        worth = _worth(head, layer.weight[0, here], here)
+        assert folded.inputs.lookups is not None
+        folded.inputs.lookups.get_buffer(name).copy_(worth)
+        target.weight[:, there] = 1.0
+    if folded.inputs.lookups is not None and folded.inputs.lookups.width:
+        folded.inputs.lookups.set_matrix(head.inputs.lookups.matrix)
+    folded.recalibration.load_state_dict(head.recalibration.state_dict())
+    folded.metadata = dict(head.metadata)
+    return folded.eval()
+
+
+def _worth(head: GapHead, weight: Tensor, columns: slice) -> Tensor:
+    """What the body makes of each row of the matrix, [V]."""
+    assert head.inputs.lookups is not None
+    rows = head.inputs.lookups.matrix.double()
+    normalised = (rows - head.mean[columns].double()) * head.scale[columns].double()
+    return (normalised @ weight.double()).float()
+
+
+def _folded_name(feature: str) -> str:
+    name, _, transform = feature.partition(":")
+    if name not in EMBEDDINGS:
+        return feature
+    if transform:
+        raise InputError(f"feature {feature!r}: an embedding that goes through a transform cannot be folded")
+    return name.replace("_embedding", "_worth")
+
+
+def _spans(head: GapHead) -> dict[str, slice]:
+    """Columns of each feature among those that the body reads."""
+    return dict(_each_span(head))
+
+
+def _each_span(head: GapHead) -> Iterator[tuple[str, slice]]:
+    at = 0
+    for transform, _ in head.inputs.groups:
+        for feature in head.inputs.features:
+            if feature.transform == transform:
+                width = head.inputs.width_of(feature.name)
+                yield str(feature), slice(at, at + width)
+                at += width

@@ -1,0 +1,410 @@
+"""Rounds of learning from finished texts: label along a path, fit, decode, label along the new cascade's own text.
+
+The first path is the verifier's own text. Every further round follows the cascade of the current head at the wished
+price, and refits on everything labelled so far: a head's own prefixes are not the verifier's. Round, head and price are
+chosen by decoding validation prompts, not by the error of a regression. Everything that is finished is taken as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deferral_train import provenance
+from deferral_train.collecting.api import collect
+from deferral_train.collecting.config import CollectConfig
+from deferral_train.collecting.first_look import CorpusMetric
+from deferral_train.decoding.decode import DecodeConfig, decode
+from deferral_train.decoding.outputs import OUTPUTS, read_lines
+from deferral_train.decoding.pair import Pair, Settings, load_pair
+from deferral_train.errors import InputError
+from deferral_train.evaluation.bootstrap import MIN_PROMPTS, PromptBootstrap
+from deferral_train.evaluation.scorers import make_scorers
+from deferral_train.evaluation.sequence import (
+    Decoded,
+    composite_loss,
+    counted_loss,
+    predicted_loss,
+    quantiles_of_estimates,
+    score_decoded,
+)
+from deferral_train.heads.base import DeferralHead
+from deferral_train.heads.rules import learned_rule
+from deferral_train.pairs.prompts import Prompt
+from deferral_train.pipeline.config import RunConfig
+from deferral_train.pipeline.heads import BEST
+from deferral_train.pipeline.text import read_part
+from deferral_train.traces import Traces, open_traces
+from deferral_train.training.config import FitConfig
+from deferral_train.training.fit import fit
+
+LEVELS = (0.3, 0.45, 0.6, 0.75, 0.88)  # shares of the places that are kept, by estimates of the latest traces
+PROBE = 0.15  # first price on length that is tried, in deviations
+MOST_PRICE = 1.0
+LOSSLESS = "lossless"
+ROUNDS = "rounds"  # what the head of rounds is called in a run, and their folder
+
+
+@dataclass(frozen=True)
+class RoundsSettings:
+    """What rounds are asked for.
+
+    Attributes:
+        rounds: collections along the cascade's own text, after the first along the verifier's.
+        calls: wished verifier calls per token, as a share of lossless's.
+        metrics: that texts are labelled and chosen by.
+        label_share: of the places of each prompt that are labelled; ``own_share`` in the rounds.
+        label_reference: ``given``, or ``verifier``.
+        objectives: of the heads that are fitted in each round: ridge, squared or huber, all linear.
+        length_tolerance: of the length of decoded validation text against lossless's; beyond it length is priced.
+        temperature, num_draft_tokens, max_new_tokens, batch_size, seed: of collecting and decoding.
+    """
+
+    rounds: int = 2
+    calls: float = 0.7
+    metrics: tuple[str, ...] = ("sentence_bleu", "chrf1")
+    label_share: float = 1.0
+    own_share: float = 0.5
+    label_reference: str = "given"
+    objectives: tuple[str, ...] = ("ridge",)
+    length_tolerance: float = 0.01
+    temperature: float = 0.0
+    num_draft_tokens: int = 5
+    max_new_tokens: int = 128
+    batch_size: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rounds < 0:
+            raise InputError(f"rounds={self.rounds}: give 0 (the verifier's own text alone) or more")
+        if not 0 < self.calls < 1:
+            raise InputError(
+                f"calls={self.calls:g}: give a share of lossless's verifier calls between 0 and 1"
+            )
+        if not 0 < self.own_share <= 1:
+            raise InputError(f"own_share={self.own_share:g}: give a share above 0 and up to 1")
+        if not self.objectives:
+            raise InputError("objectives is empty; give at least ridge")
+        if not 0 <= self.length_tolerance < 1:
+            raise InputError(
+                f"length_tolerance={self.length_tolerance:g}: give a share between 0 and 1, such as 0.01"
+            )
+
+
+@dataclass(frozen=True)
+class Point:
+    """A head's rule at one alpha, decoded on the validation prompts.
+
+    Attributes:
+        alpha: its dial.
+        calls: verifier calls per token over lossless's.
+        loss: quality lost against lossless, in the labels' unit.
+        length: words over lossless's.
+        scores: metric to mean.
+    """
+
+    alpha: float
+    calls: float
+    loss: float
+    length: float
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A fitted head and what decoding showed of it.
+
+    Attributes:
+        head: folder.
+        objective: that it was fitted by.
+        length_price: in deviations of the change in words.
+        points: ascending in calls.
+        at_wish: all of a point's numbers at the wished calls, linear between neighbours.
+    """
+
+    head: str
+    objective: str
+    length_price: float
+    points: tuple[Point, ...]
+    at_wish: Point
+
+
+def at_calls(points: Sequence[Point], calls: float) -> Point:
+    """A point's numbers at given calls, linear between its neighbours, the nearest end beyond the last.
+
+    Args:
+        points: ascending in calls.
+        calls: as a share of lossless's.
+    """
+    known = [point.calls for point in points]
+
+    def between(values: Sequence[float]) -> float:
+        return float(np.interp(calls, known, list(values)))
+
+    scores = {name: between([point.scores[name] for point in points]) for name in points[0].scores}
+    return Point(
+        between([point.alpha for point in points]),
+        float(np.clip(calls, known[0], known[-1])),
+        between([point.loss for point in points]),
+        between([point.length for point in points]),
+        scores,
+    )
+
+
+class Learning:
+    """The rounds of one pair.
+
+    Args:
+        pair: that learns to defer.
+        fit_prompts: labelled and fitted on.
+        validation: decoded to choose by.
+        scorers: by metric.
+        settings: what is asked for.
+        out: folder.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        fit_prompts: Sequence[Prompt],
+        validation: Sequence[Prompt],
+        scorers: Mapping[str, Any],
+        settings: RoundsSettings,
+        out: str | Path,
+    ) -> None:
+        self.pair, self.validation = pair, validation
+        # Once each: a fit sets some aside by prompt, and texts that repeat would be on both sides.
+        self.fit_prompts = list({prompt.prompt: prompt for prompt in reversed(fit_prompts)}.values())[::-1]
+        self.scorers, self.settings, self.out = dict(scorers), settings, Path(out)
+        ids, texts = {prompt.id for prompt in fit_prompts}, {prompt.prompt for prompt in fit_prompts}
+        shared = [prompt.id for prompt in validation if prompt.id in ids or prompt.prompt in texts]
+        if shared:
+            raise InputError(
+                f"{len(shared)} validation prompts are fitted on, first {min(shared)}; use others"
+            )
+        self.traces: list[Traces] = []
+        self.records: list[dict[str, Any]] = []
+        self.matrix = pair.models.verifier.get_output_embeddings().weight.detach().float().cpu()
+
+    def run(self) -> dict[str, Any]:
+        """Every round; writes ``rounds.json`` after each, and the chosen head to ``head/``."""
+        lossless = self._decode_lossless()
+        spec: str | None = None
+        for number in range(self.settings.rounds + 1):
+            self._collect(number, spec)
+            found = [self._priced(number, name, lossless) for name in self.settings.objectives]
+            best = min(found, key=lambda one: one.at_wish.loss)
+            spec = f"learned:head={best.head},alpha={best.at_wish.alpha:.6g}"
+            self.records.append(self._record(number, found, best))
+            self._write(lossless)
+        return self._choose(lossless)
+
+    # One round
+
+    def _collect(self, number: int, spec: str | None) -> None:
+        """Label along the verifier's own text, or along the cascade's."""
+        settings = self.settings
+        config = CollectConfig(
+            prefixes="verifier" if spec is None else "cascade",
+            rule=spec,
+            temperature=settings.temperature,
+            log_top_k=0,
+            hidden="verifier",
+            labels="sequence",
+            label_metric=settings.metrics,
+            label_share=settings.label_share if spec is None else settings.own_share,
+            label_reference=settings.label_reference,
+            label_scales=self.scales if spec is not None else (),
+            max_new_tokens=settings.max_new_tokens,
+            num_draft_tokens=settings.num_draft_tokens,
+            seed=settings.seed + number,
+        )
+        folder = self.out / "traces" / f"round-{number}"
+        collect(config, folder, models=self.pair.models, prompts=self.fit_prompts, scores=self.scorers)
+        self.traces.append(open_traces(folder))
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """Deviations of the metrics' gaps in the first fit set, kept for all rounds."""
+        return tuple(self.traces[0].manifest.labels["scales"])
+
+    def _priced(self, number: int, objective: str, lossless: Decoded) -> Candidate:
+        """The head whose decoded text is as long as lossless's: a price on length where that is needed."""
+        first = self._candidate(number, objective, 0.0, lossless)
+        excess = first.at_wish.length - 1
+        if abs(excess) <= self.settings.length_tolerance:
+            return first
+        second = self._candidate(number, objective, PROBE if excess > 0 else -PROBE, lossless)
+        moved = second.at_wish.length - first.at_wish.length
+        tried = [first, second]
+        if moved:
+            price = float(np.clip(-excess * second.length_price / moved, -MOST_PRICE, MOST_PRICE))
+            tried.append(self._candidate(number, objective, round(price, 3), lossless))
+        return min(tried, key=lambda one: abs(one.at_wish.length - 1))
+
+    def _candidate(self, number: int, objective: str, price: float, lossless: Decoded) -> Candidate:
+        folder = self.out / f"round-{number}" / f"{objective}-length{price:+g}"
+        head = self._fitted(folder, objective, price)
+        alphas = quantiles_of_estimates(self.traces[-1], head, LEVELS)
+        points = sorted(self._points(folder, head, alphas, lossless), key=lambda point: point.calls)
+        wish = at_calls(points, self.settings.calls)
+        return Candidate(str(folder / "head"), objective, price, tuple(points), wish)
+
+    def _fitted(self, folder: Path, objective: str, price: float) -> DeferralHead:
+        if (folder / "head" / "config.json").is_file():
+            return DeferralHead.from_pretrained(folder / "head")
+        config = FitConfig(
+            train=list(self.traces),
+            truth=f"sequence:length={price:g}" if price else "sequence",
+            body="linear",
+            objective=objective,
+            seed=self.settings.seed,
+            verifier=self.matrix,
+        )
+        head = fit(config, folder / "fit").head
+        head.save_pretrained(folder / "head")
+        return head
+
+    def _points(
+        self, folder: Path, head: DeferralHead, alphas: Sequence[float], lossless: Decoded
+    ) -> list[Point]:
+        rules = {f"alpha={alpha:g}": learned_rule(head, alpha) for alpha in dict.fromkeys(alphas)}
+        rows = self._decoded(rules, folder / "decode")
+        points = []
+        for label, rule in rules.items():
+            found = score_decoded(rows[label], self.scorers)
+            points.append(self._point(rule.dial_value, found, lossless))
+        return points
+
+    def _point(self, alpha: float, found: Decoded, lossless: Decoded) -> Point:
+        loss = composite_loss(found, lossless, self.settings.metrics, self.scales)
+        return Point(alpha, found.calls / lossless.calls, loss, found.words / lossless.words, found.scores)
+
+    def _decode_lossless(self) -> Decoded:
+        rows = self._decoded({LOSSLESS: None}, self.out / LOSSLESS)
+        return score_decoded(rows[LOSSLESS], self.scorers)
+
+    def _decoded(self, rules: Mapping[str, Any], out: Path) -> dict[str, list[dict[str, Any]]]:
+        """Lines of every rule on the validation prompts."""
+        settings = self.settings
+        how = Settings(
+            num_draft_tokens=settings.num_draft_tokens,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+            temperature=settings.temperature,
+            seed=settings.seed,
+        )
+        named = [LOSSLESS] if set(rules) == {LOSSLESS} else dict(rules)
+        decode(self.pair, self.validation, named, DecodeConfig(how), out)
+        found: dict[str, list[dict[str, Any]]] = {label: [] for label in rules}
+        for row in read_lines(out / OUTPUTS):
+            found[row["rule"]].append(row)
+        return found
+
+    # What is written
+
+    def _record(self, number: int, found: Sequence[Candidate], best: Candidate) -> dict[str, Any]:
+        traces = self.traces[-1]
+        record: dict[str, Any] = {
+            "round": number,
+            "prefixes": traces.manifest.prefixes,
+            "labelled": int((~np.isnan(traces.column("sequence_gap"))).sum()),
+            "drift": traces.manifest.labels.get("drift"),
+            "candidates": [asdict(one) for one in found],
+            "best": best.head,
+        }
+        if number:
+            # On the fit prompts, along the text of the head before: what its kept places cost by their labels.
+            record["predicted"] = self._prediction(traces)
+        return record
+
+    def _prediction(self, traces: Traces) -> dict[str, Any]:
+        """Mean loss per text that the kept places' labels predict, and what the same texts lost, by metric of texts."""
+        single = {name: one for name, one in self.scorers.items() if not isinstance(one, CorpusMetric)}
+        predicted = predicted_loss(traces).loss
+        if not single or self.settings.temperature or self.settings.label_reference != "given":
+            return {name: {"predicted": float(predicted[:, n].mean())} for n, name in enumerate(self.scorers)}
+        references = {prompt.id: prompt.reference for prompt in self.fit_prompts}
+        counted = counted_loss(traces, self.traces[0], self.pair.text, references, single)
+        redraws = PromptBootstrap(len(counted), 1000 if len(counted) >= MIN_PROMPTS else 0)
+        found = {}
+        for place, name in enumerate(single):
+            mine = predicted[:, list(self.scorers).index(name)]
+            found[name] = {
+                "predicted": float(mine.mean()),
+                "counted": float(counted[:, place].mean()),
+                "difference": redraws.mean(mine - counted[:, place]).as_dict(),
+            }
+        return found
+
+    def _write(self, lossless: Decoded, chosen: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        content = {
+            "settings": asdict(self.settings),
+            "scales": dict(zip(self.settings.metrics, self.scales)),
+            "lossless": asdict(lossless),
+            "rounds": self.records,
+            "chosen": chosen,
+        }
+        provenance.write_json(self.out / "rounds.json", content)
+        return content
+
+    def _choose(self, lossless: Decoded) -> dict[str, Any]:
+        """The head of least decoded loss at the wished calls, exported with its alpha."""
+        best = min(self.records, key=lambda record: _best_of(record)["at_wish"]["loss"])
+        found = _best_of(best)
+        head = DeferralHead.from_pretrained(found["head"])
+        alpha = float(f"{found['at_wish']['alpha']:.6g}")
+        head.metadata = {**head.metadata, "alpha": alpha}
+        head.save_pretrained(self.out / "head")
+        chosen = {
+            "round": best["round"],
+            "objective": found["objective"],
+            "length_price": found["length_price"],
+            "alpha": alpha,
+            "at_wish": found["at_wish"],
+            "head": "head",
+        }
+        return self._write(lossless, chosen)
+
+
+def learn_in_rounds(config: RunConfig, pair: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The rounds of a run: on its fit part, chosen by decoding its validation part; the head becomes the run's best.
+
+    Args:
+        config: of the run.
+        pair: what its stage says of the two models.
+        folder: of the run.
+
+    Returns:
+        what was chosen, and a line's worth of every round.
+    """
+    heads, how = config.heads, config.decode
+    settings = RoundsSettings(
+        rounds=heads.rounds,
+        calls=heads.calls,
+        metrics=tuple(heads.label_metric),
+        label_share=heads.label_share,
+        temperature=how.temperature,
+        num_draft_tokens=how.num_draft_tokens,
+        max_new_tokens=how.max_new_tokens,
+        batch_size=max(how.batch_size, 32),
+        seed=config.seed,
+    )
+    models = load_pair(pair["drafter"], pair["verifier"], config.pair.device, config.pair.dtype)
+    parts = [read_part(folder, part) for part in ("fit", "validation")]
+    content = Learning(models, *parts, make_scorers(settings.metrics), settings, folder / ROUNDS).run()
+    DeferralHead.from_pretrained(folder / ROUNDS / "head").save_pretrained(folder / BEST)
+    rounds = [
+        {"round": one["round"], "labelled": one["labelled"]} | _best_of(one)["at_wish"]
+        for one in content[ROUNDS]
+    ]
+    return {"chosen": content["chosen"], "rounds": rounds}
+
+
+def _best_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The candidate that a round went on with."""
+    return next(one for one in record["candidates"] if one["head"] == record["best"])

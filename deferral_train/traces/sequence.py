@@ -1,0 +1,125 @@
+"""Sequence labels of traces: what a finished text loses where the drafter's token is kept. N rows, M metrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deferral_train.errors import InputError
+from deferral_train.traces.manifest import SEQUENCE_LABELS
+from deferral_train.traces.reader import Traces
+from deferral_train.traces.schema import SEQUENCE_ERROR, SEQUENCE_GAP, SEQUENCE_TOKEN, SEQUENCE_WORDS
+
+SEQUENCE = "sequence"  # the truth, or sequence:length=X with a price on length
+FEWEST = 20  # labelled places that anything can be fitted on
+
+
+def has_labels(traces: Traces) -> bool:
+    """Whether these traces hold sequence labels."""
+    return bool(traces.manifest.labels.get("kind") == SEQUENCE_LABELS)
+
+
+def is_sequence(truth: str) -> bool:
+    """Whether a truth is that of sequence labels: ``sequence``, or ``sequence:length=X``."""
+    return truth == SEQUENCE or truth.startswith(SEQUENCE + ":")
+
+
+def length_price_of(truth: str) -> float:
+    """X of ``sequence:length=X``; 0 for ``sequence``.
+
+    Raises:
+        InputError: anything else behind the colon.
+    """
+    name, equals, text = truth.removeprefix(SEQUENCE).removeprefix(":").partition("=")
+    try:
+        price = float(text) if equals else 0.0
+    except ValueError:
+        price = math.nan
+    if (equals and name != "length") or (name and not equals) or not math.isfinite(price):
+        raise InputError(
+            f"truth={truth!r}: write sequence, or sequence:length=0.1 (what a deviation of length counts)"
+        )
+    return price
+
+
+def labelled_rows(traces: Traces) -> Tensor:
+    """Rows that carry a sequence label, bool [N].
+
+    Raises:
+        InputError: traces without such labels.
+    """
+    return ~torch.isnan(sequence_gap(traces))
+
+
+def sequence_gap(traces: Traces, length_price: float = 0.0) -> Tensor:
+    """The sequence gap of every row, float32 [N], NaN where not labelled.
+
+    With one metric in its unit, else the mean over metrics of gaps in deviations of each.
+
+    Args:
+        length_price: what a deviation of the words that keeping v_q adds counts besides; above 0 keeping longer
+            texts costs more, below 0 keeping shorter ones.
+
+    Raises:
+        InputError: traces without sequence labels.
+    """
+    if not has_labels(traces):
+        kind = traces.manifest.labels.get("kind")
+        have = f"labels of {kind}" if kind else "no labels"
+        raise InputError(f"truth='sequence': these traces hold {have}; collect with --labels sequence")
+    gap = torch.from_numpy(traces.column(SEQUENCE_GAP).copy())
+    return gap + length_price * length_change(traces) if length_price else gap
+
+
+def length_change(traces: Traces) -> Tensor:
+    """Words that keeping v_q adds to the finished text, in deviations of them over the labelled rows, [N]."""
+    words = torch.from_numpy(traces.column(SEQUENCE_WORDS).copy())
+    told = words[~torch.isnan(words)]
+    scale = traces.manifest.labels.get("drift", {}).get("deviation") or float(told.std(correction=0))
+    return words / scale if scale else torch.zeros_like(words)
+
+
+def sequence_error(traces: Traces) -> Tensor:
+    """Standard error of each gap [N]: 0 at temperature 0, NaN where not labelled or where one sample cannot tell."""
+    return torch.from_numpy(traces.column(SEQUENCE_ERROR).copy())
+
+
+def labelled_token(traces: Traces) -> Tensor:
+    """The token x that each label is about, int64 [N]; -1 where it averages over drafts, or there is none."""
+    return torch.from_numpy(traces.column(SEQUENCE_TOKEN).copy()).long()
+
+
+def check_one_kind(parts: Sequence[Traces]) -> None:
+    """Refuse trace folders whose sequence labels do not mean the same, and too few labels.
+
+    Raises:
+        InputError: another verifier, temperature, metric, scale, form or reference; fewer than `FEWEST` labels.
+    """
+    first = _facts(parts[0])
+    for part in parts[1:]:
+        for name, value in _facts(part).items():
+            if value != first[name]:
+                raise InputError(
+                    f"sequence labels: {name} is {value} in one trace folder and {first[name]} in the first; "
+                    "collect all with the same --labels settings (--label-scales keeps the first one's scales)"
+                )
+    count = sum(int(labelled_rows(part).sum()) for part in parts)
+    if count < FEWEST:
+        raise InputError(
+            f"sequence labels: {count} labelled places, at least {FEWEST} are needed; collect more prompts"
+        )
+
+
+def _facts(traces: Traces) -> Mapping[str, Any]:
+    """What labels of one fit must share."""
+    labels, pair = traces.manifest.labels, traces.manifest.pair
+    verifier = pair.get("verifier")
+    weights = verifier.get("weights") if isinstance(verifier, dict) else verifier
+    names = ("kind", "metrics", "scales", "reference", "form")
+    return {"verifier": weights, "temperature": traces.manifest.temperature} | {
+        name: labels.get(name) for name in names
+    }
