@@ -87,7 +87,7 @@ def engine_certificate(chosen: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _engine_note(chosen: Mapping[str, Any]) -> str:
-    """What the engine line may claim."""
+    """A sentence on what the engine line may claim."""
     if engine_certificate(chosen) is not None:
         return "Its certificate was measured in this engine."
     measured = (chosen.get("certificate") or {}).get("engine")

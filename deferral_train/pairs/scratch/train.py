@@ -85,7 +85,7 @@ def _taken_up(config: PairConfig, out: Path, progress: Progress | None, fresh: b
 
 
 def made_from(config: PairConfig) -> dict[str, Any]:
-    """What decides the weights: the hash of the settings, and the contents of the texts.
+    """The record of all that decides the weights: hash of the settings, contents of the texts.
 
     The interpreter's own sources are its version.
     """
