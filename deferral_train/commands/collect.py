@@ -102,7 +102,7 @@ def run(
     settings = {name: given[name] for name in CollectConfig.__dataclass_fields__}
     config = CollectConfig(**settings)
     if engine == "vllm":
-        return _with_engine(config, out, fresh)
+        return _collect_in_engine(config, out, fresh)
     if engine != "transformers":
         raise InputError(f"engine={engine!r}: use transformers or vllm")
     collect(
@@ -115,8 +115,8 @@ def run(
     return 0
 
 
-def _with_engine(config: CollectConfig, out: str, fresh: bool) -> int:
-    """Collect what a cascade emits in the serving engine."""
+def _collect_in_engine(config: CollectConfig, out: str, fresh: bool) -> int:
+    """Log what a cascade emits in vLLM."""
     from deferral_train.collecting.plan import read_any_prompts
     from deferral_train.errors import InputError
     from deferral_train.provenance import one_writer

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from deferral_train.errors import InputError
+from deferral_train.evaluation import sql
 
 REFERENCE = "REFERENCE"  # environment variable of a user's program
 _ANSWER = re.compile(r"####\s*(-?[\d,]*\.?\d+)")
@@ -75,9 +76,9 @@ def per_prompt(metric: str, texts: Sequence[str], references: Sequence[str | Non
     """Score of each text [n] in [0, 1].
 
     Args:
-        metric: a name in :data:`METRICS`, or ``command:PROGRAM ARGUMENTS``: the program gets the text on
-            standard input and the reference, where there is one, in the environment variable ``REFERENCE``;
-            it passes the text by exiting with 0 (pass@1).
+        metric: a name in :data:`METRICS`; ``sql:DATABASE``, execution accuracy on a SQLite file (:mod:`sql`); or
+            ``command:PROGRAM ARGUMENTS``: the program gets the text on standard input and the reference, where there
+            is one, in the environment variable ``REFERENCE``; it passes the text by exiting with 0 (pass@1).
 
     Raises:
         InputError: an unknown metric, or texts without references.
@@ -91,6 +92,9 @@ def per_prompt(metric: str, texts: Sequence[str], references: Sequence[str | Non
         raise InputError(
             f"metric {metric} needs references, and {absent} of {len(references)} prompts have none"
         )
+    if (database := sql.database_of(metric)) is not None:
+        verdicts = sql.judge(database, texts, [str(reference) for reference in references])
+        return np.array([float(verdict == sql.RIGHT) for verdict in verdicts])
     return np.array([METRICS[metric](text, str(reference)) for text, reference in zip(texts, references)])
 
 
@@ -98,18 +102,22 @@ def check_metric(metric: str) -> None:
     """Refuse a metric that no prompt can be scored by, before any work is done for it.
 
     Raises:
-        InputError: an unknown metric, a corpus score, or a program that is not there.
+        InputError: an unknown metric, a corpus score, or a program or database that is not there.
     """
     if metric.startswith("command:"):
         words = shlex.split(metric.removeprefix("command:"))
         if not words or shutil.which(words[0]) is None:
             raise InputError(f"metric {metric} cannot be run: no such program; check its path")
+    elif (database := sql.database_of(metric)) is not None:
+        sql.check_database(database)
     elif metric == "bleu":
         raise InputError(
             "metric bleu is a corpus score, no mean over prompts; use chrf, rougeL or exact_match"
         )
     elif metric not in METRICS:
-        raise InputError(f"metric is {metric!r}; use one of {', '.join(METRICS)}, or 'command:PROGRAM'")
+        raise InputError(
+            f"metric is {metric!r}; use one of {', '.join(METRICS)}, 'sql:DATABASE' or 'command:PROGRAM'"
+        )
 
 
 def corpus_bleu(texts: Sequence[str], references: Sequence[str]) -> float:

@@ -94,6 +94,8 @@ class Position:
         fields: dict[str, float | int] = {
             "drafter_max": max(q),
             "verifier_max": max(p),
+            "drafter_margin": margin(self.drafter),
+            "verifier_margin": margin(self.verifier),
             "drafter_argmax": self.v_q,
             "verifier_argmax": self.v_p,
             "drafter_at_verifier_argmax": q[self.v_p],
@@ -123,6 +125,13 @@ def log_normaliser(logits: Law) -> float:
     """log sum exp(z)."""
     top = max(logits)
     return top + math.log(math.fsum(math.exp(z - top) for z in logits))
+
+
+def margin(logits: Law) -> float:
+    """The largest logit less the largest of the others."""
+    top = argmax(logits)
+    others = logits[:top] + logits[top + 1 :]
+    return logits[top] - max(others) if others else INFINITY
 
 
 def defers(rule: Any, at: Position) -> bool:
