@@ -109,7 +109,7 @@ class Pair:
         return found
 
     def facts(self, options: Settings) -> dict[str, Any]:
-        """Conditions that a certificate depends on besides the weights: engine, number formats, temperature, vocabulary."""
+        """Conditions of a certificate besides the weights: engine, number formats, temperature, vocabulary."""
         drafter, verifier = self.models.drafter, self.models.verifier
         return {
             "engine": f"transformers {transformers.__version__}",

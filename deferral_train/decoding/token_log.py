@@ -1,4 +1,4 @@
-"""Records both models' likeliest tokens beside every emitted one, for people who want to look (``decode --log-tokens``)."""
+"""Records both models' likeliest tokens beside every emitted one (``decode --log-tokens``)."""
 
 from __future__ import annotations
 
