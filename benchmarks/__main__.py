@@ -26,7 +26,9 @@ BENCHMARKS = {
     "decoding": ("cpu", "cuda"),
 }
 # Further runs on a device: name -> (suffix of the JSON, arguments).
-BESIDES = {("decoding", "cuda"): [("-400M", ["--random", "24", "1024"])]}  # a verifier of 0.4 G parameters
+BESIDES = {
+    ("decoding", device): [("-smollm2", ["--shape", "smollm2", "--limit", "3"])] for device in ("cpu", "cuda")
+}
 
 
 def main() -> int:

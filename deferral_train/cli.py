@@ -25,7 +25,7 @@ PROGRAM = "deferral-train"
 
 COMMANDS: dict[str, str] = {
     "run": "every stage for a pair and prompts: pair, traces, head, evaluation, decoding, report, verdict",
-    "quickstart": "`run` on a small pair that it trains itself on the Python standard library's sources",
+    "quickstart": "`run` on a small pair that it trains itself to answer questions about Python's library",
     "train-pair": "train a drafter/verifier pair from scratch on text or parallel text",
     "collect": "run both models over prompts and log their token distributions as traces",
     "fit": "train a deferral head on traces with Lightning (LightningCLI conventions)",
@@ -100,6 +100,9 @@ def _add_settings(parser: Any, module: ModuleType) -> set[str | int]:
     """A module whose `run` takes one config object names its class: the fields become the flags."""
     if not hasattr(module, "SETTINGS"):
         return set()
+    hints = get_type_hints(module.SETTINGS)  # resolved, as those of `run` are
+    module.SETTINGS.__annotations__ = hints
+    module.SETTINGS.__init__.__annotations__ = hints
     parser.add_class_arguments(module.SETTINGS, sub_configs=True)
     return {"config"}
 

@@ -222,12 +222,18 @@ def refuse_reuse(folder: str | Path, before: Any, now: Any, remedy: str) -> None
         raise InputError(f"{folder} holds a run with other {other} ({told(found)}); {remedy}")
 
 
+def is_first_process() -> bool:
+    """False in a process that torchrun, srun or Lightning started as another than the first of its job."""
+    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+    return next((rank for rank in ranks if rank is not None), "0") == "0"
+
+
 @contextlib.contextmanager
 def one_writer(folder: str | Path, doing: str = "command") -> Iterator[None]:
     """Within, this process alone writes to ``folder``; the operating system ends the claim with the process.
 
     The lock lies beside the folder, or inside where nothing can be written beside it. Addresses of remote stores
-    (``scheme://``) cannot be locked.
+    (``scheme://``) cannot be locked. Of the processes of one job the first holds the lock for all.
 
     Args:
         folder: made where absent.
@@ -236,7 +242,7 @@ def one_writer(folder: str | Path, doing: str = "command") -> Iterator[None]:
     Raises:
         InputError: another process holds it.
     """
-    if "://" in str(folder):
+    if "://" in str(folder) or not is_first_process():
         yield
         return
     folder = Path(folder).absolute()

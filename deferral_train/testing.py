@@ -15,10 +15,9 @@ from torch import Tensor
 
 from deferral_train.errors import InputError
 from deferral_train.heads.check import check_head
-from deferral_train.rules.base import LawRule, PositionRule, Rule, TokenRule
-from deferral_train.rules.emission import rejection_mass, residual
-from deferral_train.rules.laws import Laws
-from deferral_train.rules.scoring import score_laws
+from deferral_train.rules.base import LawRule, PositionRule, Rule, RuleStep, TokenRule
+from deferral_train.rules.emission import acceptance, rejection_mass, residual
+from deferral_train.rules.laws import Laws, gather_token, one_hot
 from deferral_train.rules.summary import CONTEXT_FIELDS, FIELDS, TOKEN_FIELDS, Summary
 from deferral_train.rules.verify import verify_block
 
@@ -205,12 +204,32 @@ def enumerate_emission(rule: Rule, laws: Laws, context: Summary | None = None) -
     token = torch.where(drafted > 0, token, laws.q.argmax(dim=-1)[row])
     every = laws.at((row,))
     given = None if context is None else context.select(row)
-    ratio = score_laws(rule, every, token, given, with_gap=False).ratio
-    law = rule.step_law(every, rule.read(every, token, given), token)
-    corrected = (drafted * (1 - ratio)).unsqueeze(-1) * residual(law, every.q)
+    ratio, correction = _checked(rule, every, token, given)
+    corrected = (drafted * (1 - ratio)).unsqueeze(-1) * correction
     emitted = (drafted * ratio).reshape(positions, vocabulary)
     emitted = emitted + corrected.reshape(positions, vocabulary, vocabulary).sum(dim=1)
     return emitted, (drafted * (1 - ratio)).reshape(positions, vocabulary).sum(dim=-1)
+
+
+def _checked(rule: Rule, laws: Laws, token: Tensor, context: Summary | None) -> tuple[Tensor, Tensor]:
+    """Probability that drafted tokens [N] are emitted, and what they are corrected by where not, [N, V]."""
+    if rule.is_lossless:
+        step = RuleStep(
+            torch.ones_like(token, dtype=torch.bool), torch.zeros_like(token, dtype=torch.bool), None
+        )
+    else:
+        step = rule.step(laws, rule.read(laws, token, context, frozenset({"token"})), token)
+    target = laws.p if step.target is None else step.target
+    if laws.greedy and target.dim() == token.dim():
+        target = one_hot(target, laws.q.shape[-1], laws.q.dtype)
+    ratio = acceptance(gather_token(target, token), gather_token(laws.q, token))
+    ratio = (
+        torch.where(step.kept, torch.ones_like(ratio), ratio) if step.target is None or laws.greedy else ratio
+    )
+    rest = residual(target, laws.q)
+    if step.target is None:  # a kept token that may not be emitted: its mass goes to the verifier
+        rest = torch.where(step.deferred.unsqueeze(-1), rest, target)
+    return ratio, rest
 
 
 def _check_law(rule: Rule, case: Case, context: Summary | None) -> tuple[float, float]:

@@ -25,8 +25,8 @@ from deferral_train.heads.artifact import full_config
 head = GapHead(["drafter_max", "verifier_max"])
 state = {"head." + name: tensor for name, tensor in head.state_dict().items()}
 torch.save({"deferral_head": full_config(head), "state_dict": state}, "best.ckpt")
-export.run("best.ckpt", "head", alpha=0.25)
-export.run("head", "again")
+export.run(export.ExportConfig("best.ckpt", "head", alpha=0.25))
+export.run(export.ExportConfig("head", "again"))
 """
 PULLED = {
     "import deferral_train": ("torch", "numpy", "pyarrow", "jsonargparse", *HEAVY),

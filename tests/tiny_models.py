@@ -110,14 +110,14 @@ def tiny_model(kind: str, seed: int = 0, vocab_size: int = VOCAB, layers: int = 
 
 
 def tiny_pair(
-    kind: str, seed: int = 0, drafter: str = "sometimes", noise: float = 0.1
+    kind: str, seed: int = 0, drafter: str = "sometimes", noise: float = 0.1, layers: int = 2
 ) -> tuple[Any, Any, Any]:
     """``(drafter, verifier, tokenizer)``; see the module's first lines for what ``drafter`` means."""
-    verifier = tiny_model(kind, seed)
+    verifier = tiny_model(kind, seed, layers=layers)
     if drafter == "never":
-        drafter_model = tiny_model(kind, seed + 1000)
+        drafter_model = tiny_model(kind, seed + 1000, layers=layers)
     elif drafter in ("always", "sometimes"):
-        drafter_model = tiny_model(kind, seed)
+        drafter_model = tiny_model(kind, seed, layers=layers)
     else:
         raise ValueError(f"drafter={drafter!r}: never, always or sometimes")
     if drafter == "sometimes":

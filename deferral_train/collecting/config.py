@@ -106,6 +106,11 @@ class CollectConfig:
             raise InputError(f"hidden={self.hidden!r}: use {', '.join(HIDDEN)}")
         if not 0 <= self.temperature < float("inf"):
             raise InputError(f"temperature={self.temperature}: use a finite number >= 0 (0 is greedy)")
+        if self.device_map is not None and self.devices * self.num_nodes > 1:
+            raise InputError(
+                f"device_map={self.device_map!r}, devices={self.devices}, num_nodes={self.num_nodes}: "
+                "a spread verifier takes every GPU; use one process"
+            )
         self._check_labels()
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)

@@ -20,7 +20,7 @@ from deferral_train.pairs.encode import EncodedPrompt, encode_prompts
 from deferral_train.pairs.fingerprint import model_facts
 from deferral_train.pairs.load import ModelPair
 from deferral_train.pairs.overlap import content_hash
-from deferral_train.pairs.positions import Room, room_of
+from deferral_train.pairs.positions import PositionLimits, room_of
 from deferral_train.pairs.prompts import Prompt, read_prompts
 from deferral_train.traces import Chunk, Manifest
 from deferral_train.traces.folder import open_folder
@@ -203,7 +203,7 @@ def _text_hashes(prompts: Sequence[Prompt], kept: Sequence[EncodedPrompt]) -> tu
     return tuple(content_hash(texts[prompt.id]) for prompt in kept)
 
 
-def _longest_prompt(config: CollectConfig, pair: ModelPair, room: Room) -> int | None:
+def _longest_prompt(config: CollectConfig, pair: ModelPair, room: PositionLimits) -> int | None:
     """Most tokens of a prompt that leave room for what follows; None for no bound.
 
     Raises:
@@ -223,7 +223,7 @@ def _longest_prompt(config: CollectConfig, pair: ModelPair, room: Room) -> int |
     return min(known, default=None)
 
 
-def _unusable_reference(prompt: EncodedPrompt, room: Room, is_encoder_decoder: bool) -> str | None:
+def _unusable_reference(prompt: EncodedPrompt, room: PositionLimits, is_encoder_decoder: bool) -> str | None:
     if not prompt.reference_ids:
         return "empty reference"
     total = len(prompt.reference_ids) + (0 if is_encoder_decoder else len(prompt.input_ids))

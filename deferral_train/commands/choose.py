@@ -41,7 +41,8 @@ def run(
     Args:
         outputs: folder of a `decode` run on calibration prompts: lossless, and a rule at several settings.
         traces: trace folders of calibration prompts, for max_token_risk.
-        metric: exact_match, chrf, squad_f1, gsm8k, rouge1, rouge2, rougeL, or "command:PROGRAM" (pass@1).
+        metric: exact_match, chrf, squad_f1, gsm8k, rouge1, rouge2, rougeL, "sql:DATABASE" (execution
+            accuracy), or "command:PROGRAM" (pass@1).
         max_loss: most mean loss per prompt, absolute, against lossless; 0.01 is one point in a hundred.
         max_verifier_calls: most verifier calls per token as a share of lossless's; 0.8 is a fifth fewer.
         max_token_risk: most rise of the local token risk over lossless; from traces.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from deferral_train.collecting import CollectConfig
     from deferral_train.collecting.mining import Quality
 
 
@@ -116,20 +117,7 @@ def run(
     settings = {name: given[name] for name in CollectConfig.__dataclass_fields__}
     config = CollectConfig(**settings)
     if engine == "vllm":
-        if labels is not None:
-            raise InputError(f"labels={labels!r}: engine 'vllm' makes none; use engine transformers")
-        from deferral_train.collecting.plan import read_any_prompts
-        from deferral_train.provenance import one_writer
-        from deferral_train.serving.offline import collect_with_engine
-        from deferral_train.traces.folder import open_folder
-        from deferral_train.traces.writer import clear_folder
-
-        with one_writer(out, "collect"):
-            if fresh:
-                clear_folder(open_folder(out))
-            count = collect_with_engine(config, out, read_any_prompts(config)[: config.limit])
-        print(f"collect: {count:,} prompts in {out}")
-        return 0
+        return _collect_in_engine(config, out, fresh)
     if engine != "transformers":
         raise InputError(f"engine={engine!r}: use transformers or vllm")
     if plan and labels != "sequence":
@@ -148,6 +136,25 @@ def run(
         plan_only=plan,
         existing="fresh" if fresh else "resume",
     )
+    return 0
+
+
+def _collect_in_engine(config: CollectConfig, out: str, fresh: bool) -> int:
+    """Log what a cascade emits in vLLM."""
+    from deferral_train.collecting.plan import read_any_prompts
+    from deferral_train.errors import InputError
+    from deferral_train.provenance import one_writer
+    from deferral_train.serving.offline import collect_with_engine
+    from deferral_train.traces.folder import open_folder
+    from deferral_train.traces.writer import clear_folder
+
+    if config.labels is not None:
+        raise InputError(f"labels={config.labels!r}: engine 'vllm' makes none; use engine transformers")
+    with one_writer(out, "collect"):
+        if fresh:
+            clear_folder(open_folder(out))
+        count = collect_with_engine(config, out, read_any_prompts(config)[: config.limit])
+    print(f"collect: {count:,} prompts in {out}")
     return 0
 
 

@@ -50,7 +50,6 @@ def run(
     dtype: str = "auto",
     drafter_device: str | None = None,
     device_map: str | None = None,
-    compile: str = "auto",
     fresh: bool = False,
 ) -> int:
     """Decode prompts with a drafter and a verifier under any rules, side by side.
@@ -93,15 +92,15 @@ def run(
         chat: use the tokenizer's chat template: auto, on or off.
         log_tokens: candidates of both models to record per token, 0 for none.
         metrics: besides BLEU, chrF and exact match: rouge1, rouge2, rougeL, squad_f1, gsm8k, log_likelihood (of the
-            text under the verifier), or "command:PROGRAM" (pass@1: the program reads the text and exits with 0).
+            text under the verifier), "sql:DATABASE" (execution accuracy: the text is a query, a SQLite file answers
+            it as it answers the reference), or "command:PROGRAM" (pass@1: the program reads the text and exits with
+            0).
         accept_mismatch: serve a head made for other weights, dtype or temperature; recorded in the summary.
         device: auto, cpu, cuda, cuda:N or mps.
         dtype: auto, float32, float16 or bfloat16.
         drafter_device: device of the drafter, where it is not the verifier's.
         device_map: auto spreads the verifier over several GPUs and the CPU (needs accelerate); also balanced,
             balanced_low_0, sequential.
-        compile: passes of fixed shape: auto (CUDA graphs on CUDA where the models allow it), off, static, or a backend
-            of torch.compile: inductor, aot_eager, eager.
         fresh: remove the outputs of another run from ``out`` and start over.
     """
     from deferral_train.decoding.decode import DecodeConfig, decode
@@ -115,7 +114,7 @@ def run(
     settings = Settings(
         num_draft_tokens, max_new_tokens, batch_size, temperature, top_k, top_p, seed, execution, bonus,
         max_request_loss, stop_from_spec(stop), tuple(stop_strings), chat, accept_mismatch,
-        drafting=spec.plan if spec is not None else None, compile=compile,
+        drafting=spec.plan if spec is not None else None,
     )  # fmt: skip
     config = DecodeConfig(settings, repetitions, log_tokens)
     named = {spec: rule_from_spec(spec, typed=rules) for spec in rules}

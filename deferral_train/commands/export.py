@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,20 +12,11 @@ if TYPE_CHECKING:
     from deferral_train.heads.base import DeferralHead
 
 
-def run(
-    checkpoint: str,
-    out: str,
-    alpha: float | None = None,
-    threshold: float | None = None,
-    onnx: bool = False,
-    traces: str | None = None,
-    push_to_hub: str | None = None,
-    token: str | None = None,
-    head_class: str | None = None,
-) -> int:
+@dataclass(frozen=True)
+class ExportConfig:
     """Write config.json, model.safetensors, README.md (and model.onnx) for a fitted head.
 
-    Args:
+    Attributes:
         checkpoint: Lightning checkpoint of ``fit``, or a head folder to export anew.
         out: head folder to write.
         alpha: operating point to store; ``choose`` stores a certified one.
@@ -35,6 +27,24 @@ def run(
         token: access token for the upload; without it the stored login is used.
         head_class: class of the head where it is your own, as ``fit`` named it: my_heads.MyHead.
     """
+
+    checkpoint: str
+    out: str
+    alpha: float | None = None
+    threshold: float | None = None
+    onnx: bool = False
+    traces: str | None = None
+    push_to_hub: str | None = None
+    token: str | None = None
+    head_class: str | None = None
+
+
+# The command line takes every field of the config as a flag and a YAML key.
+SETTINGS = ExportConfig
+
+
+def run(config: ExportConfig) -> int:
+    """Read the head, and write its folder under a lock; then the graph and the upload where they were asked for."""
     from deferral_train.heads.artifact import foreign_files
     from deferral_train.heads.artifact import push_to_hub as upload
     from deferral_train.heads.base import DeferralHead
@@ -42,18 +52,19 @@ def run(
     from deferral_train.heads.own import import_head_class
     from deferral_train.provenance import one_writer
 
-    if onnx and traces is None:
+    if config.onnx and config.traces is None:
         raise InputError("--onnx needs --traces: the exported graph is compared with torch on real rows")
-    own = None if head_class is None else import_head_class(head_class)
-    if Path(checkpoint).is_dir():
-        head = (own or DeferralHead).from_pretrained(checkpoint)
+    own = None if config.head_class is None else import_head_class(config.head_class)
+    if Path(config.checkpoint).is_dir():
+        head = (own or DeferralHead).from_pretrained(config.checkpoint)
     else:
         from deferral_train.training.checkpoint import read_checkpoint
 
-        head, _ = read_checkpoint(checkpoint, own)
+        head, _ = read_checkpoint(config.checkpoint, own)
+    out, point = config.out, config.alpha if config.alpha is not None else config.threshold
     with one_writer(out, "export"):
-        lost = _lost_certificate(out, head, alpha if alpha is not None else threshold)
-        export_head(head, out, alpha, threshold)
+        lost = _lost_certificate(out, head, point)
+        export_head(head, out, config.alpha, config.threshold)
         print(f"{head.head_type} head, {head.num_parameters} parameters: {out}")
         if lost is not None:
             print(
@@ -63,10 +74,10 @@ def run(
             print(
                 f"kept what is not of this head: {', '.join(others[:5])}{' ...' if len(others) > 5 else ''}"
             )
-        if onnx:
-            _onnx(head, out, str(traces))
-    if push_to_hub is not None:
-        print(upload(head, out, push_to_hub, token))
+        if config.onnx:
+            _onnx(head, out, str(config.traces))
+    if config.push_to_hub is not None:
+        print(upload(head, out, config.push_to_hub, config.token))
     return 0
 
 

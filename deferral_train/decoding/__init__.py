@@ -2,8 +2,8 @@
 
 from deferral_train.decoding.decode import DecodeConfig, decode
 from deferral_train.decoding.generate import CascadeOutput, cascade_generate
-from deferral_train.decoding.pair import Generation, Pair, Settings, load_pair
-from deferral_train.decoding.static_shelf import release_passes
+from deferral_train.decoding.pair import Generation, Pair, load_pair
+from deferral_train.decoding.settings import Settings
 from deferral_train.decoding.stats import GenerationStats
 
 __all__ = [
@@ -16,5 +16,4 @@ __all__ = [
     "cascade_generate",
     "decode",
     "load_pair",
-    "release_passes",
 ]

@@ -92,23 +92,9 @@ class RowLayer(DynamicLayer):
         self.released -= already
         self.start += columns - already
 
-    def join(self, other: RowLayer) -> None:
-        """Take in the rows of ``other`` below these, both aligned to the right."""
-        live = max(self.end - self.start, other.end - other.start)
-        capacity = max(self.capacity, 2 * live)
-        self.keys = _stacked([(self, self.keys), (other, other.keys)], live, capacity)
-        self.values = _stacked([(self, self.values), (other, other.values)], live, capacity)
-        width = max(self.get_seq_length(), other.get_seq_length())
-        self.capacity, self.start, self.end, self.released = capacity, 0, live, width - live
-
-    def put(self, row: int, other: RowLayer, theirs: int, live: int) -> None:
-        """Row ``row`` becomes row ``theirs`` of ``other``, whose newest ``live`` columns are tokens."""
-        target, source = slice(self.end - live, self.end), slice(other.end - live, other.end)
-        self.keys[row, :, target] = other.keys[theirs, :, source]
-        self.values[row, :, target] = other.values[theirs, :, source]
-
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.is_initialized:
+            indices = indices.to(self.keys.device)
             self.keys = self.keys.index_select(0, indices)
             self.values = self.values.index_select(0, indices)
 
@@ -154,6 +140,7 @@ class RowCache(Cache):
         pads: padding columns on the left of each row, [B] host integers.
         capacity: columns to allocate at first.
         margin: most columns that a later :meth:`forget` takes from a row, None where that is not known.
+        trims: give up columns that are padding in every row; False where a model counts its positions by columns.
 
     Raises:
         InputError: a layer cannot be rolled back (recurrent state, compressed or indexed cache).
@@ -165,10 +152,11 @@ class RowCache(Cache):
         pads: Sequence[int],
         capacity: int,
         margin: int | None,
+        trims: bool = True,
     ) -> None:
         made = [_row_layer(kind, window, capacity, margin) for kind, window in layers]
         super().__init__(layers=list(made))
-        self.pads = list(pads)
+        self.pads, self.trims = list(pads), trims
         self.width = 0
 
     @property
@@ -211,7 +199,7 @@ class RowCache(Cache):
     def trim(self) -> None:
         """Give up the columns that are padding in every row; of a cache that nothing has been fed to, none."""
         unused = min(*self.pads, self.width)
-        if unused:
+        if unused and self.trims:
             self._each_layer("trim_left", unused)
             self.width -= unused
             self.pads = [pad - unused for pad in self.pads]
@@ -219,26 +207,6 @@ class RowCache(Cache):
     def _each_layer(self, method: str, columns: int) -> None:
         for layer in self.written:
             getattr(layer, method)(columns)
-
-    def join(self, other: RowCache) -> None:
-        """Take in the rows of another cache of the same model below these."""
-        width = max(self.width, other.width)
-        for mine, theirs in zip(self.written, other.written):
-            mine.join(theirs)
-        self.pads = [pad + width - one.width for one in (self, other) for pad in one.pads]
-        self.width = width
-
-    def admits(self, other: RowCache, theirs: int) -> bool:
-        """Whether :meth:`put` has room for this row of ``other`` as the cache is."""
-        layers = [*self.written, *other.written]
-        return other.width - other.pads[theirs] <= self.width and not any(layer.released for layer in layers)
-
-    def put(self, row: int, other: RowCache, theirs: int) -> None:
-        """Row ``row`` becomes a row of another cache of the same model; nothing else is copied."""
-        live = other.width - other.pads[theirs]
-        for mine, new in zip(self.written, other.written):
-            mine.put(row, new, theirs, live)
-        self.pads[row] = self.width - live
 
     def keep_rows(self, rows: Sequence[int], index: Tensor) -> None:
         """Only these rows stay; ``index`` is the same selection on the device."""
@@ -256,18 +224,6 @@ def _row_layer(kind: type, window: int | None, capacity: int, margin: int | None
         f"cache layer {kind.__name__}: cannot be rolled back row by row; "
         "use a model whose layers are full or sliding-window attention"
     )
-
-
-def _stacked(parts: Sequence[tuple[RowLayer, Tensor]], live: int, capacity: int) -> Tensor:
-    like = parts[0][1]
-    rows = sum(buffer.shape[0] for _, buffer in parts)
-    fresh = like.new_zeros(rows, like.shape[1], capacity, like.shape[3])
-    first = 0
-    for layer, buffer in parts:
-        last = first + buffer.shape[0]
-        fresh[first:last, :, live - (layer.end - layer.start) : live] = buffer[:, :, layer.start : layer.end]
-        first = last
-    return fresh
 
 
 def _zeros(like: Tensor, columns: int) -> Tensor:

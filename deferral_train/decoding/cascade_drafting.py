@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deferral_train.decoding.cached_model import CachedModel
 from deferral_train.decoding.cascade_draft import CascadeDraft, Grown, Piece, one_hots
 from deferral_train.decoding.criteria import EndOfRow
-from deferral_train.decoding.laws import SamplingLaws
-from deferral_train.decoding.stepper import Stepper
-from deferral_train.decoding.tokens import TokenRows
+from deferral_train.decoding.laws import Drafted, SamplingLaws
+from deferral_train.decoding.tokens import TokenRows, on_device
 from deferral_train.drafting.counts import ReviewCounts
 from deferral_train.drafting.max_gram import MaxGramText
 from deferral_train.drafting.plan import Plan
@@ -29,8 +29,7 @@ class CascadeProposer:
 
     Args:
         plan: who proposes how much to whom.
-        steppers: the drafters, largest first.
-        vocab_size: columns of the logits.
+        models: the drafters, largest first.
         tokens, laws, ends: of the call.
         prompts: ids of each row of the call, for Max-Gram; encoder ids of an encoder-decoder model.
         separate: whether generated text does not continue the prompt (encoder-decoder).
@@ -40,8 +39,7 @@ class CascadeProposer:
     def __init__(
         self,
         plan: Plan,
-        steppers: Sequence[Stepper],
-        vocab_size: int,
+        models: Sequence[CachedModel],
         tokens: TokenRows,
         laws: SamplingLaws,
         ends: EndOfRow,
@@ -50,8 +48,7 @@ class CascadeProposer:
         generator: torch.Generator | None,
     ) -> None:
         self.plan, self.tokens, self.laws, self.ends = plan, tokens, laws, ends
-        self.steppers: Sequence[Stepper] = list(steppers)
-        self.vocab_size = vocab_size
+        self.models: Sequence[CachedModel] = list(models)
         self.prompts, self.separate, self.generator = prompts, separate, generator
         self.counts = ReviewCounts(plan.drafters)
         self.passes = [
@@ -75,16 +72,15 @@ class CascadeProposer:
         depth, counts = max(grown.counts), list(grown.counts)
         if exact:
             self._look_ahead(grown)
-        host = [tail + [0] * (depth - len(tail)) for tail in self._tails]
         return CascadeDraft(
             tokens.window(0, depth),
             counts,
             (),
-            on_host=host,
             calls=self._calls,
+            drafted=Drafted(counts, self._ends(self._tails)),
             grown=grown,
             places=depth + int(exact),
-            vocabulary=self.vocab_size,
+            vocabulary=self.laws.vocab_size,
             explicit=self.plan.one_hot_tail or self.plan.lenience > 1.0 or self.laws.shapes,
         )
 
@@ -116,17 +112,20 @@ class CascadeProposer:
 
     def _step(self, source: int, grown: Grown, caps: list[int], active: list[int]) -> None:
         """Drafter ``source`` reviews what those below it propose, and adds a token of its own."""
-        tokens, stepper, running = self.tokens, self.steppers[source], set(active)
+        tokens, model, running = self.tokens, self.models[source], set(active)
         here = list(tokens.lengths)
         room = [
             cap - done if row in running else 0 for row, (cap, done) in enumerate(zip(caps, grown.counts))
         ]
         inner = self._draft_for(source + 1, [max(0, left - 1) for left in room])
         depth = max(inner.counts)
-        logits = stepper.feed(ahead=depth, keep=depth + 1)
-        decision = self.laws.decision(logits, tokens)
+        logits = model.feed(ahead=depth, keep=depth + 1).to(tokens.device)
+        tails = [tail[begin - base :] for tail, begin, base in zip(self._tails, here, self._base)]
+        place = Drafted(inner.counts, self._ends(tails))
+        decision = self.laws.decision(logits, tokens, 0, place)
+        sampling = self.laws.sampling(logits, decision, tokens, 0, place)
         drafted = tokens.window(0, depth)
-        review, law = self._review(inner, drafted, decision, logits)
+        review, law = self._review(inner, drafted, decision, sampling)
         tokens.put(review.accepted, review.next_token)
         facts = torch.stack([review.accepted, review.next_token], dim=1)
         host = torch.cat([facts, tokens.window(0, depth + 1)], dim=1).tolist()
@@ -139,22 +138,22 @@ class CascadeProposer:
             self._set_tail(row, here[row], new)
             self._calls[row] += 1
             self.passes[tokens.rows[row]][source] += 1
-        hidden = stepper.hidden(depth + 1) if stepper.tap is not None else None
+        hidden = model.hidden(depth + 1) if model.tap is not None else None
         written = tokens.window(0, depth + 1)
         grown.add(Piece(source, list(grown.counts), lengths, written, decision, law, hidden))
         tokens.lengths = [length + more for length, more in zip(here, lengths)]
-        for one in self.steppers[source:]:
+        for one in self.models[source:]:
             one.settle()
 
     def _review(
-        self, inner: Grown, drafted: Tensor, decision: Tensor, logits: Tensor
+        self, inner: Grown, drafted: Tensor, decision: Tensor, sampling: Tensor | None
     ) -> tuple[Review, Tensor | None]:
-        lengths = torch.tensor(inner.counts, device=drafted.device)
+        lengths = on_device(inner.counts, drafted.device)
         lenience, depth = self.plan.lenience, drafted.shape[1]
         if self.laws.temperature == 0.0:
             proposed = inner.probabilities(drafted) if lenience > 1.0 else None
             return review_greedy(drafted, proposed, decision, lengths, lenience), None
-        own = self._sampling_law(logits, decision)
+        own = self._sampling_law(decision, sampling)
         proposal = inner.laws(depth, decision.shape[-1])
         review = review_sampled(drafted, proposal, own, lengths, lenience, self.generator)
         if lenience == 1.0 or not depth:
@@ -168,14 +167,14 @@ class CascadeProposer:
 
     def _look_ahead(self, grown: Grown) -> None:
         """The largest drafter's law behind the draft, which no token is drawn from: an exact bonus reads it."""
-        tokens, stepper = self.tokens, self.steppers[0]
+        tokens, model = self.tokens, self.models[0]
         tokens.lengths = [start + count for start, count in zip(self._base, grown.counts)]
-        logits = stepper.feed()
+        logits = model.feed().to(tokens.device)
         decision = self.laws.decision(logits, tokens)
         law, best = None, lowest_argmax(decision)
         if self.laws.temperature > 0.0:
-            law = self._sampling_law(logits, decision)
-        hidden = stepper.hidden(1) if stepper.tap is not None else None
+            law = self._sampling_law(decision, self.laws.sampling(logits, decision, tokens))
+        hidden = model.hidden(1) if model.tap is not None else None
         ones = [1] * len(self._base)
         grown.pieces.append(Piece(0, list(grown.counts), ones, best, decision, law, hidden))
         tokens.lengths = list(self._base)
@@ -183,9 +182,12 @@ class CascadeProposer:
         for row in tokens.rows:
             self.passes[row][0] += 1
 
-    def _sampling_law(self, logits: Tensor, decision: Tensor) -> Tensor:
-        sampling = self.laws.sampling(logits, decision, self.tokens)
+    def _sampling_law(self, decision: Tensor, sampling: Tensor | None) -> Tensor:
         return torch.softmax(decision / self.laws.temperature if sampling is None else sampling, dim=-1)
+
+    def _ends(self, texts: Sequence[Sequence[int]]) -> list[bool]:
+        """Which drafts end their row."""
+        return [bool(text) and self.ends.are_eos(text[-1:])[0] for text in texts]
 
     def _copy(self, grown: Grown, goals: list[int], active: list[int]) -> None:
         """Max-Gram fills up rows to their goals, as far as it can."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from deferral_train.decoding.facts import facts_of
-from deferral_train.decoding.static_support import check_compile
+from deferral_train.decoding.facts import ModelFacts, facts_of
+from deferral_train.decoding.settings import Settings
 from deferral_train.decoding.stopping import check_stop
 from deferral_train.drafting.given import GivenDraft
 from deferral_train.drafting.plan import DraftCascade, Plan
@@ -22,32 +22,72 @@ EXECUTION_NAMES = ("speculative", "token", "lazy", "sequence")
 BONUSES = ("verifier", "exact")
 KNOWN_ARGUMENTS = frozenset(
     {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "encoder_outputs"}
-    | {"decoder_attention_mask"}
+    | {"decoder_attention_mask", "token_type_ids", "mm_token_type_ids"}
 )
 UNSUPPORTED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of one call, as far as they are checked."""
+    """The arguments of one call of ``cascade_generate``, and what follows from them at once.
+
+    Attributes:
+        facts: of the verifier.
+        drafters: the models that draft, largest first; none for a given text or Max-Gram alone.
+        num_draft_tokens: most tokens of a block.
+        depth: most drafted tokens behind the end of a row at any time.
+    """
 
     model: Any
-    drafters: Sequence[Any]
-    plan: Plan | None
+    drafter: Any
     input_ids: Tensor
     generation_config: Any
     rule: Rule
-    num_draft_tokens: int
-    execution: str
-    bonus: str
-    max_request_loss: float | None
-    stop: Any
+    settings: Settings
     token_streamer: Any
     token_log: Any
     vocab_size: int | None
-    rows_at_once: int | None
-    compile: str
     model_kwargs: dict[str, Any]
+
+    @cached_property
+    def facts(self) -> ModelFacts:
+        return facts_of(self.model)
+
+    @cached_property
+    def drafter_facts(self) -> list[ModelFacts]:
+        """Facts of each drafter."""
+        return [facts_of(one) for one in self.drafters]
+
+    @property
+    def plan(self) -> Plan | None:
+        """Of a cascade of drafters."""
+        return self.drafter.plan if isinstance(self.drafter, DraftCascade) else None
+
+    @property
+    def given(self) -> GivenDraft | None:
+        """A text that is the draft."""
+        return self.drafter if isinstance(self.drafter, GivenDraft) else None
+
+    @property
+    def drafters(self) -> list[Any]:
+        if isinstance(self.drafter, DraftCascade):
+            return list(self.drafter.drafters)
+        return [] if self.given is not None else [self.drafter]
+
+    @property
+    def models(self) -> list[Any]:
+        """Drafters first, the verifier last."""
+        return [*self.drafters, self.model]
+
+    @property
+    def num_draft_tokens(self) -> int:
+        if self.plan is not None:
+            return self.plan.longest[0]
+        return self.settings.num_draft_tokens if self.given is None else self.given.longest
+
+    @property
+    def depth(self) -> int:
+        return self.num_draft_tokens if self.plan is None else self.plan.depth
 
 
 def check_request(request: Request) -> None:
@@ -58,44 +98,74 @@ def check_request(request: Request) -> None:
     """
     _check_settings(request)
     _check_execution(request)
-    for drafter in request.drafters:
-        _check_models(request.model, drafter, request.vocab_size)
+    _check_models(request)
     _check_configuration(request)
     _check_lengths(request)
-    _check_cache(request.model_kwargs)
-    check_compile(request.compile, [*request.drafters, request.model])
+    _check_cache(request)
+    if isinstance(request.drafter, DraftCascade):
+        _check_cascade(request, request.drafter)
+    if request.given is not None:
+        _check_given(request, request.given)
+
+
+def rows_together(request: Request, strict: bool) -> bool:
+    """True where the rows of a batch have to advance by the same number of tokens, as in ``generate``.
+
+    So that a processor or criterion of the caller's own sees the text that it would see there, and for models whose
+    rows cannot sit at offsets of their own.
+
+    Args:
+        strict: a processor or criterion may be shown nothing but text that rows have.
+
+    Raises:
+        InputError: what rows that advance together cannot do.
+    """
+    rows = len(request.input_ids)
+    if rows == 1:
+        return False
+    facts = [*request.drafter_facts, request.facts]
+    fixed = [one.name for one in facts if not one.aligns_right]
+    if not strict and not fixed:
+        return False
+    reason = (
+        f"{fixed[0]} has absolute positions that cannot be given per row"
+        if fixed
+        else "a logits processor or stopping criterion of your own must see whole rows"
+    )
+    if request.plan is not None and request.drafters:
+        raise InputError(
+            f"batch of {rows} with a cascade of drafters: {reason}; decode one row at a time, or use one drafter"
+        )
+    if request.settings.max_request_loss is not None and request.settings.execution == "speculative":
+        raise InputError(f"batch of {rows} with max_request_loss: {reason}; decode one row at a time")
+    return True
 
 
 def _check_settings(request: Request) -> None:
     if not isinstance(request.rule, Rule):
         raise InputError(f"rule is {type(request.rule).__name__}; give a Rule or the name of one")
-    count = request.num_draft_tokens
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise InputError(f"num_draft_tokens is {count!r}; draft at least 1 token")
-    rows = request.rows_at_once
-    if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
-        raise InputError(f"rows_at_once is {rows!r}; give a number of rows, or leave it out to run all")
-    if request.bonus not in BONUSES:
-        raise InputError(f"bonus is {request.bonus!r}; use one of {', '.join(BONUSES)}")
+    settings = request.settings
+    if settings.bonus not in BONUSES:
+        raise InputError(f"bonus is {settings.bonus!r}; use one of {', '.join(BONUSES)}")
     if "verifier_hidden_at_token" in request.rule.needs and (
-        request.bonus == "exact" or request.execution != "speculative"
+        settings.bonus == "exact" or settings.execution != "speculative"
     ):
         raise InputError(
             f"rule {request.rule.name} reads verifier_hidden_at_token, which only a drafted token has once the "
-            f"verifier has read it, and bonus is {request.bonus!r}, execution {request.execution!r}; use bonus "
+            f"verifier has read it, and bonus is {settings.bonus!r}, execution {settings.execution!r}; use bonus "
             "'verifier' and execution 'speculative'"
         )
-    limit = request.max_request_loss
+    limit = settings.max_request_loss
     if limit is not None and not limit >= 0:
         raise InputError(f"max_request_loss is {limit}; give a bound >= 0")
-    if request.stop is not None:
-        check_stop(request.stop)
+    if settings.stop is not None:
+        check_stop(settings.stop)
     if request.token_streamer is not None and len(request.input_ids) != 1:
         raise InputError(f"token_streamer: streams a single row, not {len(request.input_ids)}; leave it out")
 
 
 def _check_execution(request: Request) -> None:
-    rule, execution = request.rule, request.execution
+    rule, execution = request.rule, request.settings.execution
     if execution not in EXECUTION_NAMES:
         raise InputError(f"execution is {execution!r}; use one of {', '.join(EXECUTION_NAMES)}")
     if execution == "speculative":
@@ -109,9 +179,9 @@ def _check_execution(request: Request) -> None:
             f"execution={execution!r} decides before the verifier has run; rule {rule.name} is of stage "
             f"{rule.stage!r}; use a rule of stage 'draft' (chow, chow_log, a draft-stage head)"
         )
-    if request.max_request_loss is not None:
+    if request.settings.max_request_loss is not None:
         _check_limit(rule, execution)
-    if request.stop is not None:
+    if request.settings.stop is not None:
         raise InputError(f"stop shortens drafted blocks: it needs execution='speculative', not {execution!r}")
     if request.token_log is not None:
         raise InputError(f"token_log needs execution='speculative', not {execution!r}")
@@ -119,7 +189,7 @@ def _check_execution(request: Request) -> None:
         raise InputError("token_streamer: execution='sequence' may take back a whole text; leave it out")
 
 
-def check_given(request: Request, given: GivenDraft) -> None:
+def _check_given(request: Request, given: GivenDraft) -> None:
     """Refuse what a given text cannot do.
 
     Raises:
@@ -132,19 +202,21 @@ def check_given(request: Request, given: GivenDraft) -> None:
             f"rule {rule.name} reads the drafter's confidence, which a given text has none of; use biased, "
             "opt_verifier, token_v3 or lossless"
         )
-    if request.bonus == "exact":
+    if request.settings.bonus == "exact":
         raise InputError("bonus 'exact' needs a drafter's law after the block; a given text has none")
-    given.check(len(request.input_ids), request.vocab_size or facts_of(request.model).vocab_size)
+    given.check(len(request.input_ids), request.vocab_size or request.facts.vocab_size)
 
 
 def _check_alone(request: Request) -> None:
-    if request.execution != "speculative":
-        raise InputError(f"execution={request.execution!r} needs one model as the drafter; use 'speculative'")
-    if request.stop is not None:
+    if request.settings.execution != "speculative":
+        raise InputError(
+            f"execution={request.settings.execution!r} needs one model as the drafter; use 'speculative'"
+        )
+    if request.settings.stop is not None:
         raise InputError("stop shortens one drafter's blocks; with a cascade lower the entries of k instead")
 
 
-def check_cascade(request: Request, cascade: DraftCascade) -> None:
+def _check_cascade(request: Request, cascade: DraftCascade) -> None:
     """Refuse what a cascade of drafters cannot do.
 
     Raises:
@@ -157,7 +229,7 @@ def check_cascade(request: Request, cascade: DraftCascade) -> None:
             f"rule {rule.name} reads the drafter's confidence, and k[0] gives the verifier tokens of Max-Gram, which "
             "has none; let a drafter review them (last entry of k[0] 0), or use opt_verifier, token_v3 or lossless"
         )
-    if request.bonus == "exact" and not cascade.drafters:
+    if request.settings.bonus == "exact" and not cascade.drafters:
         raise InputError("bonus 'exact' needs a drafter's law after the block; Max-Gram has none")
     if "drafter_hidden" in rule.needs and (plan.one_hot_tail or len(plan.reviewing) != 1):
         raise InputError(
@@ -166,7 +238,7 @@ def check_cascade(request: Request, cascade: DraftCascade) -> None:
         )
     bigrams = plan.max_gram.bigrams if plan.max_gram is not None else None
     if bigrams is not None:
-        bigrams.check(cascade.tokenizer, request.vocab_size or facts_of(request.model).vocab_size)
+        bigrams.check(cascade.tokenizer, request.vocab_size or request.facts.vocab_size)
 
 
 def _check_limit(rule: Rule, execution: str) -> None:
@@ -182,18 +254,30 @@ def _check_limit(rule: Rule, execution: str) -> None:
 
 
 def estimates_early(rule: Rule) -> bool:
-    """Whether the rule's estimated loss of keeping reads nothing of the verifier."""
+    """True where the rule's estimated loss of keeping reads nothing of the verifier."""
     return all(FIELDS[name].sees in ("drafter", "context") for name in rule.gap_needs)
 
 
-def _check_models(model: Any, drafter: Any, vocab_size: int | None) -> None:
-    if drafter is None:
+def _check_models(request: Request) -> None:
+    if None in request.drafters:
         raise InputError("drafter is missing; pass drafter=... to generate")
-    if drafter.config.is_encoder_decoder != model.config.is_encoder_decoder:
+    for facts in request.drafter_facts:
+        _check_drafter(request, facts)
+    for facts in (*request.drafter_facts, request.facts):
+        if "past_key_values" not in facts.takes:
+            raise InputError(
+                f"{facts.name} keeps no key/value cache that can be rolled back (its forward pass takes no "
+                "past_key_values); use another model"
+            )
+
+
+def _check_drafter(request: Request, facts: ModelFacts) -> None:
+    vocab_size, own = request.vocab_size, request.facts
+    if facts.is_encoder_decoder != own.is_encoder_decoder:
         raise InputError(
             "drafter and verifier: one is encoder-decoder and the other is not; use two of a kind"
         )
-    sizes = [facts_of(one).vocab_size for one in (drafter, model)]
+    sizes = [facts.vocab_size, own.vocab_size]
     if vocab_size is not None and not 0 < vocab_size <= min(sizes):
         raise InputError(f"vocab_size is {vocab_size}; the models have {sizes[0]} and {sizes[1]} columns")
     if vocab_size is None and sizes[0] != sizes[1]:
@@ -215,23 +299,10 @@ def _check_configuration(request: Request) -> None:
     unknown = sorted(
         name
         for name, value in request.model_kwargs.items()
-        if name not in KNOWN_ARGUMENTS and value is not None
+        if name not in KNOWN_ARGUMENTS and value is not None and value != {}
     )
     if unknown:
         raise InputError(f"{unknown[0]}: cascade_generate cannot hand this to two models; leave it out")
-    if len(request.input_ids) > 1 and not _aligns_right(request):
-        raise InputError(
-            f"batch of {len(request.input_ids)}: {type(request.model).__name__} has absolute positions that "
-            "cannot be given per row; decode one row at a time"
-        )
-
-
-def _aligns_right(request: Request) -> bool:
-    """Whether every row may sit at its own offset: positions per row, or relative ones only."""
-    models = (request.model, *request.drafters)
-    if not request.model.config.is_encoder_decoder:
-        return all(facts_of(one).takes_positions for one in models)
-    return all(facts_of(one).relative_positions for one in models)
 
 
 def _check_lengths(request: Request) -> None:
@@ -240,18 +311,25 @@ def _check_lengths(request: Request) -> None:
         raise InputError("input_ids: the prompt is empty; give at least one token")
     if longest <= prompt:
         raise InputError(f"max_length is {longest}, the prompt has {prompt} tokens; raise max_new_tokens")
-    roles = [("drafter", one) for one in request.drafters]
-    for role, one in (*roles, ("verifier", request.model)):
-        context = facts_of(one).context
+    mask = request.model_kwargs.get("attention_mask")
+    padded = mask is not None and not bool(mask.all())
+    roles = [("drafter", one) for one in request.drafter_facts]
+    for role, facts in (*roles, ("verifier", request.facts)):
+        context, switch = facts.context, facts.long_rope
         if context is not None and longest > context:
             raise InputError(
                 f"prompt of {prompt} tokens and room for {longest - prompt} more exceed the {role}'s context "
                 f"of {context}; shorten the prompt or lower max_new_tokens"
             )
+        if switch is not None and longest > switch and (padded or len(request.input_ids) > 1):
+            raise InputError(
+                f"prompt of {prompt} tokens and room for {longest - prompt} more reach beyond the {switch} at which "
+                f"the {role}'s longrope changes its factors for a whole batch; decode one unpadded row at a time"
+            )
 
 
-def _check_cache(model_kwargs: dict[str, Any]) -> None:
-    cache = model_kwargs.get("past_key_values")
+def _check_cache(request: Request) -> None:
+    cache = request.model_kwargs.get("past_key_values")
     own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     if own is None:
         return
@@ -263,12 +341,3 @@ def _check_cache(model_kwargs: dict[str, Any]) -> None:
         raise InputError(
             "past_key_values: starting from a filled cache is not offered; pass the whole prompt"
         )
-
-
-def encoder_ids(inputs_tensor: Tensor | None) -> Tensor:
-    """The encoder's ids for the drafter, or a refusal."""
-    if inputs_tensor is None or inputs_tensor.dim() != 2:
-        raise InputError(
-            "drafter_inputs is missing: the drafter's encoder needs input_ids; pass drafter_inputs="
-        )
-    return inputs_tensor

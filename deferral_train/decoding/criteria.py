@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from deferral_train.decoding.laws import needs_real_rows
 from deferral_train.decoding.tokens import TokenRows
 
 
@@ -20,6 +21,7 @@ class EndOfRow:
 
     Attributes:
         max_length: columns that a row may fill, the least of the length criteria.
+        strict: a criterion may be shown nothing but text that rows have, as ``generate`` shows it.
     """
 
     def __init__(self, criteria: Sequence[Any], max_length: int) -> None:
@@ -29,25 +31,34 @@ class EndOfRow:
         self.eos = torch.cat(ends) if ends else None
         self._eos_set = frozenset() if self.eos is None else frozenset(self.eos.tolist())
         self.others = [one for one in criteria if type(one) not in (MaxLengthCriteria, EosTokenCriteria)]
-
-    def is_eos(self, block: Tensor) -> Tensor:
-        """Which tokens of ``block`` end a row, bool of the same shape."""
-        if self.eos is None:
-            return torch.zeros_like(block, dtype=torch.bool)
-        return torch.isin(block, self.eos.to(block.device))
+        self.strict = any(needs_real_rows(one) for one in self.others)
 
     def are_eos(self, block: Sequence[int]) -> list[bool]:
-        """The same for tokens that are on the host already."""
+        """Which tokens on the host end a row."""
         return [token in self._eos_set for token in block]
 
+    def lengths(self, block: Tensor, limits: Tensor | None) -> Tensor | None:
+        """Tokens of each row of ``block`` [B, T] up to its first end, on the device, [B]; None for all of them.
+
+        Args:
+            limits: [B] tokens that count at most; None for all.
+        """
+        if self.eos is None or not block.shape[1]:
+            return limits
+        ends = torch.isin(block, self.eos.to(block.device))
+        before = (ends.cumsum(dim=1) - ends.long()) == 0  # up to the first end and with it
+        found = before.sum(dim=1)
+        return found if limits is None else torch.minimum(found, limits)
+
     def cut(
-        self, tokens: TokenRows, block: Sequence[Sequence[int]], counts: list[int]
+        self, tokens: TokenRows, block: Sequence[Sequence[int]], counts: list[int], together: bool = False
     ) -> tuple[list[int], list[bool]]:
         """How many tokens of a written block are really emitted, and which rows end with them.
 
         Args:
             tokens: the rows; ``block`` [B][n] is already written behind their ends.
             counts: tokens on offer per row; no row gets more, nor a token beyond its end.
+            together: rows that go on all get the same number of tokens.
         """
         counts = [min(count, room) for count, room in zip(counts, tokens.room)]
         done = [count == room for count, room in zip(counts, tokens.room)]
@@ -55,18 +66,30 @@ class EndOfRow:
             flags = self.are_eos(ids[: counts[row]])
             if True in flags:
                 counts[row], done[row] = flags.index(True) + 1, True
+        if together:
+            least = min(
+                (count for count, over in zip(counts, done) if not over), default=max(counts, default=0)
+            )
+            done = [over and count <= least for count, over in zip(counts, done)]
+            counts = [min(count, least) for count in counts]
         if self.others:
             self._cut_by_others(tokens, counts, done)
         return counts, done
 
     def _cut_by_others(self, tokens: TokenRows, counts: list[int], done: list[bool]) -> None:
-        lengths = tokens.lengths
+        lengths = list(tokens.lengths)
         ends = sorted({length + step + 1 for length, count in zip(lengths, counts) for step in range(count)})
         open_rows = set(range(len(counts)))
+        flags = torch.zeros(len(tokens.ids), dtype=torch.bool, device=tokens.device)
         for end in ends:
-            flags = torch.zeros(len(tokens.ids), dtype=torch.bool, device=tokens.device)
+            if len(set(lengths)) == 1:
+                over = [count if ended else None for count, ended in zip(counts, done)]
+                shown = tokens.shown(end - lengths[0], over)
+            else:
+                shown = tokens.ids[:, :end]
+            flags.zero_()
             for criterion in self.others:
-                flags |= criterion(tokens.ids[:, :end], None)
+                flags |= criterion(shown, None)
             for place in list(open_rows):
                 here = lengths[place] < end <= lengths[place] + counts[place]
                 if here and bool(flags[tokens.rows[place]]):

@@ -151,7 +151,7 @@ def _run(
     config: DecodeConfig,
     folder: OutputFolder,
 ) -> None:
-    size = config.settings.call_size
+    size = config.settings.batch_size
     order = sorted(encoded, key=lambda p: -len(p.input_ids)) if config.sort_by_length else list(encoded)
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     jobs = [
@@ -180,16 +180,10 @@ def _run(
 def _warm_up(
     pair: Pair, batch: Sequence[EncodedPrompt], contestants: Sequence[_Contestant], config: DecodeConfig
 ) -> None:
-    """A short call per rule, so that the first timed batch does not pay for first-time work.
-
-    Passes of fixed shape are built for the batch as it is: then the call is as large as the first batch.
-    """
-    settings = config.settings
-    compile = settings.compile
-    if compile == "off" or (compile == "auto" and pair.models.device.type != "cuda"):
-        batch, settings = batch[:1], replace(settings, max_new_tokens=min(8, settings.max_new_tokens))
+    """A short call per rule, so that the first timed batch does not pay for first-time work."""
+    settings = replace(config.settings, max_new_tokens=min(8, config.settings.max_new_tokens))
     for contestant in contestants:
-        pair.decode_batch(batch, contestant.rule, settings, contestant.stop, 0)
+        pair.decode_batch(batch[:1], contestant.rule, settings, contestant.stop, 0)
 
 
 def _row(
@@ -217,7 +211,6 @@ def _batch(result: BatchResult) -> dict[str, Any]:
         "seconds": result.seconds,
         "verifier_passes": result.stats.verifier_passes,
         "drafter_passes": result.stats.drafter_passes,
-        "ways": result.stats.ways,
         "positions": {name: values.tolist() for name, values in result.stats.positions.items()},
     }
 

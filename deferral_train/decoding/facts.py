@@ -1,58 +1,86 @@
-"""What is asked of a model again and again, looked up once: reading a configuration copies all of it."""
+"""Facts about a model that decide how it is fed: vocabulary, context, cache layers, arguments of its forward pass."""
 
 from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from transformers.cache_utils import DynamicCache
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Unchanging facts about a model.
+    """Facts of a model, read from the model itself and not from what wraps it.
 
     Attributes:
+        name: its class.
         is_encoder_decoder: whether it has an encoder.
         vocab_size: columns of its logits.
         context: most positions it was built for, None where positions are relative only.
         cache_layers: the type of each layer's cache and its sliding window, None where it has none.
-        takes_positions: whether positions can be given per row.
-        takes_keep: whether it can compute the logits of the last columns alone.
+        takes: names of the arguments of its forward pass.
         relative_positions: whether attention depends on distances alone, computed from columns.
+        long_rope: tokens from which it rotates with its long factors (rope type longrope); None where it has none.
     """
 
+    name: str
     is_encoder_decoder: bool
     vocab_size: int
     context: int | None
     cache_layers: tuple[tuple[type, int | None], ...]
-    takes_positions: bool
-    takes_keep: bool
+    takes: frozenset[str]
     relative_positions: bool
+    long_rope: int | None
+
+    @property
+    def takes_positions(self) -> bool:
+        """True where positions can be given per row."""
+        return "position_ids" in self.takes
+
+    @property
+    def aligns_right(self) -> bool:
+        """True where every row may sit at an offset of its own: positions per row, or relative ones only."""
+        return self.relative_positions if self.is_encoder_decoder else self.takes_positions
 
 
-_KNOWN: WeakKeyDictionary[Any, ModelFacts] = WeakKeyDictionary()
+def core_of(model: Any) -> Any:
+    """The transformers model inside wrappers: of ``torch.compile``, of PEFT adapters that live in its layers."""
+    model = getattr(model, "_orig_mod", model)
+    adapted = getattr(model, "get_base_model", None)
+    return adapted() if callable(adapted) and hasattr(model, "peft_config") else model
 
 
 def facts_of(model: Any) -> ModelFacts:
-    """The facts of a transformers model."""
-    if model not in _KNOWN:
-        _KNOWN[model] = _look_up(model)
-    return _KNOWN[model]
-
-
-def _look_up(model: Any) -> ModelFacts:
-    decoder = model.config.get_text_config(decoder=True)
+    """Facts of a transformers model as it is now: an embedding may have been resized since the last call."""
+    core = core_of(model)
+    decoder = core.config.get_text_config(decoder=True)
     layers = DynamicCache(config=decoder).layers
-    parameters = inspect.signature(model.forward).parameters
     return ModelFacts(
-        is_encoder_decoder=bool(model.config.is_encoder_decoder),
-        vocab_size=int(model.get_output_embeddings().weight.shape[0]),
+        name=type(core).__name__,
+        is_encoder_decoder=bool(core.config.is_encoder_decoder),
+        vocab_size=_columns(core, decoder),
         context=getattr(decoder, "max_position_embeddings", None),
         cache_layers=tuple((type(layer), getattr(layer, "sliding_window", None)) for layer in layers),
-        takes_positions="position_ids" in parameters,
-        takes_keep="logits_to_keep" in parameters,
-        relative_positions=hasattr(model.config, "relative_attention_num_buckets"),
+        takes=frozenset(inspect.signature(type(core).forward).parameters),
+        relative_positions=hasattr(core.config, "relative_attention_num_buckets"),
+        long_rope=_long_rope(decoder),
     )
+
+
+def _columns(core: Any, decoder: Any) -> int:
+    """Columns of the logits. Quantised layers give their weight by a method, or packed in another shape."""
+    head = core.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    weight = weight() if callable(weight) else weight
+    for found in (getattr(head, "out_features", None), getattr(head, "num_embeddings", None)):
+        if isinstance(found, int):
+            return found
+    return int(decoder.vocab_size if weight is None else weight.shape[0])
+
+
+def _long_rope(decoder: Any) -> int | None:
+    given = getattr(decoder, "rope_parameters", None) or {}
+    kinds = [given, *(one for one in given.values() if isinstance(one, dict))]
+    lengths = [one["original_max_position_embeddings"] for one in kinds if one.get("rope_type") == "longrope"]
+    return min(lengths) if lengths else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,23 +10,23 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from deferral_train.decoding import checks
+from deferral_train.decoding.cached_model import CachedModel, CacheRoom, ModelInputs
 from deferral_train.decoding.cascade_drafting import CascadeProposer
+from deferral_train.decoding.checks import Request, check_request, rows_together
 from deferral_train.decoding.criteria import EndOfRow
-from deferral_train.decoding.encoding import encode
 from deferral_train.decoding.executions import execute
-from deferral_train.decoding.facts import facts_of
+from deferral_train.decoding.facts import core_of
 from deferral_train.decoding.given_drafting import GivenProposer
+from deferral_train.decoding.hidden import HiddenTap, tap_hidden
+from deferral_train.decoding.inputs import decoder_inputs, encoder_inputs, prompts_of
 from deferral_train.decoding.laws import SamplingLaws
-from deferral_train.decoding.loop import Cascade
+from deferral_train.decoding.loop import DecodingState
 from deferral_train.decoding.proposing import ModelProposer, Proposer
-from deferral_train.decoding.static_stepper import Room, Work, stepper_for
-from deferral_train.decoding.stats import GenerationStats, Ledger
+from deferral_train.decoding.settings import Settings
+from deferral_train.decoding.stats import GenerationStats, StatsRecorder
 from deferral_train.decoding.stopping import StopDrafting
 from deferral_train.decoding.tokens import TokenRows
 from deferral_train.drafting.counts import ReviewCounts
-from deferral_train.drafting.given import GivenDraft
-from deferral_train.drafting.plan import DraftCascade
 from deferral_train.rules.base import Rule
 from deferral_train.rules.registry import make_rule
 
@@ -69,8 +68,6 @@ def cascade_generate(
     token_streamer: Any = None,
     token_log: Any = None,
     vocab_size: int | None = None,
-    rows_at_once: int | None = None,
-    compile: str = "auto",
     **model_kwargs: Any,
 ) -> Tensor | CascadeOutput:
     """Decode with a drafter and a verifier under a deferral rule; use as::
@@ -83,9 +80,10 @@ def cascade_generate(
     Args:
         model: the verifier.
         input_ids: [R, P] prompts, or decoder start tokens of an encoder-decoder model.
-        logits_processor, stopping_criteria, generation_config: as prepared by ``generate``. Decisions read
-            the laws after every processor except temperature and truncation warpers; criteria are checked
-            per emitted token.
+        logits_processor, stopping_criteria, generation_config: as prepared by ``generate``. Decisions read the
+            distributions after every processor except temperature and truncation warpers; criteria are checked per
+            emitted token. Those of the caller's own see text that a row has, at one length in all rows, as in
+            ``generate``: in a batch all rows then advance together.
         drafter: a model over the same tokens; a :class:`~deferral_train.drafting.DraftCascade`, whose plan then
             says how many tokens are drafted; or a :class:`~deferral_train.drafting.GivenDraft`.
         rule: a rule or its name.
@@ -95,20 +93,15 @@ def cascade_generate(
         inputs_tensor: the encoder's ids, handed over by ``generate``.
         stop: adaptive draft length, see :mod:`deferral_train.decoding.stopping`.
         execution: ``speculative``, ``token`` (Algorithm 2), ``lazy`` or ``sequence``.
-        bonus: the law of the token after a block that was emitted whole: ``verifier`` (p, free) or ``exact``
-            (the rule's target law, one more drafter pass).
+        bonus: the distribution of the token after a block that was emitted whole: ``verifier`` (p, free) or ``exact``
+            (the rule's target, one more drafter pass).
         max_request_loss: bound B on the summed estimated loss of kept tokens per row; beyond it a row is
             lossless.
-        generator: source of randomness; default torch's.
+        generator: source of randomness, on the CPU or on a device; default torch's.
         token_streamer: gets the tokens of a single row as they are emitted (``put``, ``end``).
         token_log: collects what both models thought of every token, see
             :mod:`deferral_train.decoding.token_log`.
         vocab_size: ids that both models know, where one or both pad their vocabulary beyond it.
-        rows_at_once: most rows that run at a time, default all; others take the places of those that end (prompts of
-            half as many more are fed ahead of that).
-        compile: passes of fixed shape, see :mod:`deferral_train.decoding.compiled`. ``auto``: CUDA graphs on CUDA
-            where the model allows it, else ``off``; ``static``: CUDA graphs, or on a CPU the shapes alone;
-            ``inductor``, ``aot_eager``, ``eager``: through that backend of ``torch.compile``; ``off``.
 
     Returns:
         sequences [R, L], or :class:`CascadeOutput` where the configuration asks for a dictionary.
@@ -117,154 +110,100 @@ def cascade_generate(
         InputError: anything that cannot work (see :mod:`deferral_train.decoding.checks`), before any work.
     """
     rule = make_rule(rule) if isinstance(rule, str) else rule
-    plan = drafter.plan if isinstance(drafter, DraftCascade) else None
-    given = drafter if isinstance(drafter, GivenDraft) else None
-    drafters, depth = [drafter], num_draft_tokens
-    if plan is not None:
-        drafters, num_draft_tokens, depth = list(drafter.drafters), plan.longest[0], plan.depth
-    if given is not None:
-        drafters, num_draft_tokens, depth = [], given.longest, given.longest
-    request = checks.Request(
-        model, drafters, plan, input_ids, generation_config, rule, num_draft_tokens, execution, bonus,
-        max_request_loss, stop, token_streamer, token_log, vocab_size,
-        rows_at_once, compile, model_kwargs,
-    )  # fmt: skip
-    checks.check_request(request)
-    if isinstance(drafter, DraftCascade):
-        checks.check_cascade(request, drafter)
-    if given is not None:
-        checks.check_given(request, given)
+    settings = Settings(
+        num_draft_tokens=num_draft_tokens,
+        execution=execution,
+        bonus=bonus,
+        max_request_loss=max_request_loss,
+        stop=stop,
+    )
+    request = Request(
+        model=model,
+        drafter=drafter,
+        input_ids=input_ids,
+        generation_config=generation_config,
+        rule=rule,
+        settings=settings,
+        token_streamer=token_streamer,
+        token_log=token_log,
+        vocab_size=vocab_size,
+        model_kwargs=model_kwargs,
+    )
+    check_request(request)
     ends = EndOfRow(stopping_criteria or [], generation_config.max_length)
-    tokens = TokenRows(
-        input_ids, _prompt_mask(model, model_kwargs), ends.max_length, depth,
-        _pad_id(generation_config),
-        rows_at_once,
-    )  # fmt: skip
-    laws = SamplingLaws(logits_processor or [], bool(generation_config.do_sample))
-    ledger = Ledger(len(input_ids), num_draft_tokens)
+    size = vocab_size or request.facts.vocab_size
+    laws = SamplingLaws(logits_processor or [], bool(generation_config.do_sample), size)
+    together = rows_together(request, laws.strict or ends.strict)
+    mask = _prompt_mask(request)
+    tokens = TokenRows(input_ids, mask, ends.max_length, request.depth, _pad_id(generation_config))
+    stats = StatsRecorder(len(input_ids), request.num_draft_tokens)
     with contextlib.ExitStack() as stack:
-        models = [*drafters, model]
-        hidden = _hidden_read(models, rule, stop)
-        encoders = _encoders(models, model_kwargs, inputs_tensor, drafter_inputs, len(input_ids))
-        margin = depth + 2 if execution == "speculative" else None
-        size = vocab_size or facts_of(model).vocab_size
-        capacity = min(tokens.ids.shape[1], tokens.prompt_length + 256)
-        room, recurring = Room(capacity, margin, size), _recurring(request, depth)
-        steppers, ways = [], []
-        for one, encoder, read, passes in zip(models, encoders, hidden, recurring):
-            stepper, way = stepper_for(stack, Work(one, encoder, read, passes), tokens, room, compile)
-            steppers.append(stepper)
-            ways.append(way)
-        proposer: Proposer
-        if given is not None:
-            proposer = GivenProposer(given, tokens, size)
-        elif plan is None:
-            proposer = ModelProposer(steppers[0], tokens, laws, ends, stop, generator)
-        else:
-            prompts = _prompts(model, tokens, inputs_tensor, model_kwargs)
-            separate = bool(model.config.is_encoder_decoder)
-            proposer = CascadeProposer(
-                plan, steppers[:-1], size, tokens, laws, ends, prompts, separate, generator
+        taps = [stack.enter_context(tap_hidden(core_of(one), read)) for one, read in _hidden_read(request)]
+        if request.facts.is_encoder_decoder:
+            inputs = encoder_inputs(
+                request.models, model_kwargs, inputs_tensor, drafter_inputs, len(input_ids)
             )
-        cascade = Cascade(
-            steppers[0], steppers[-1], rule, laws, tokens, ends, ledger, num_draft_tokens, proposer,
-            bonus, generator, max_request_loss, token_streamer=token_streamer, token_log=token_log,
+        else:
+            inputs = [decoder_inputs(one, tokens, mask, model_kwargs, one is model) for one in request.models]
+        models = _cached(request, tokens, inputs, taps, together)
+        proposer: Proposer
+        if request.given is not None:
+            proposer = GivenProposer(request.given, tokens, size)
+        elif request.plan is None:
+            proposer = ModelProposer(models[0], tokens, laws, ends, stop, generator)
+        else:
+            prompts = prompts_of(model, tokens, inputs_tensor, model_kwargs)
+            separate = request.facts.is_encoder_decoder
+            proposer = CascadeProposer(
+                request.plan, models[:-1], tokens, laws, ends, prompts, separate, generator
+            )
+        state = DecodingState(
+            models[0], models[-1], rule, laws, tokens, ends, stats, proposer, settings,
+            request.num_draft_tokens, generator, together, token_streamer, token_log,
         )  # fmt: skip
         if stop is not None:
-            stop.start(len(input_ids), num_draft_tokens)
-        execute(execution, cascade)
+            stop.start(len(input_ids), request.num_draft_tokens)
+        execute(execution, state)
     if token_streamer is not None:
         token_streamer.end()
-    stats = ledger.finish(cascade.verifier.passes, sum(one.passes for one in proposer.steppers))
-    stats.ways.update(
-        zip([*(f"drafter {n}" if n else "drafter" for n in range(len(drafters))), "verifier"], ways)
-    )
+    found = stats.finish(models[-1].passes, sum(one.passes for one in proposer.models))
     sequences = tokens.sequences()
     if not generation_config.return_dict_in_generate:
         return sequences
     if not isinstance(proposer, CascadeProposer):
-        return CascadeOutput(sequences, stats)
-    return CascadeOutput(sequences, stats, proposer.counts, torch.tensor(proposer.passes))
+        return CascadeOutput(sequences, found)
+    return CascadeOutput(sequences, found, proposer.counts, torch.tensor(proposer.passes))
+
+
+def _cached(
+    request: Request,
+    tokens: TokenRows,
+    inputs: list[ModelInputs],
+    taps: list[HiddenTap | None],
+    together: bool,
+) -> list[CachedModel]:
+    """The models with their caches, drafters first and the verifier last."""
+    margin = request.depth + 2 if request.settings.execution == "speculative" else None
+    capacity = min(tokens.ids.shape[1], tokens.prompt_length + 256)
+    room = CacheRoom(capacity, margin, trims=not together)
+    return [
+        CachedModel(one, tokens, room, given, tap) for one, given, tap in zip(request.models, inputs, taps)
+    ]
 
 
 def _pad_id(generation_config: Any) -> int:
     pad = getattr(generation_config, "_pad_token_tensor", None)
-    if pad is None:
-        return 0
-    return int(pad.flatten()[0])
+    return 0 if pad is None else int(pad.flatten()[0])
 
 
-def _prompt_mask(model: Any, model_kwargs: dict[str, Any]) -> Tensor | None:
-    name = "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
-    return model_kwargs.get(name)
+def _prompt_mask(request: Request) -> Tensor | None:
+    name = "decoder_attention_mask" if request.facts.is_encoder_decoder else "attention_mask"
+    return request.model_kwargs.get(name)
 
 
-def _hidden_read(models: Sequence[Any], rule: Rule, stop: StopDrafting | None) -> list[bool]:
-    """Whether anybody reads a model's hidden states, drafters first and the verifier last."""
-    asked = rule.needs | (stop.needs if stop is not None else frozenset())
-    read = [bool(asked & {"drafter_hidden"})] * (len(models) - 1)
-    read.append(bool(asked & {"verifier_hidden", "verifier_hidden_at_token"}))
-    return read
-
-
-def _recurring(request: checks.Request, depth: int) -> list[tuple[tuple[int, int], ...]]:
-    """Per model the passes that recur, as (columns, logits); none where their widths change from pass to pass."""
-    if request.plan is not None or not request.drafters:
-        return [()] * (len(request.drafters) + 1)
-    alone = request.rule.name == "drafter_only" and request.max_request_loss is None
-    verifies = request.execution == "speculative" and not alone
-    block = depth + 1 if request.rule.drafts else 1
-    # Behind a block that was emitted whole, the drafter has not seen its last token.
-    return [((1, 1), (2, 1)), ((block, block),) if verifies else ()]
-
-
-def _prompts(
-    model: Any, tokens: TokenRows, inputs_tensor: Tensor | None, model_kwargs: dict[str, Any]
-) -> list[list[int]]:
-    """The ids that Max-Gram may copy from, per row, without padding."""
-    if not model.config.is_encoder_decoder:
-        prompts = tokens.ids[:, : tokens.prompt_length].tolist()
-        return [row[pad:] for row, pad in zip(prompts, tokens.pads)]
-    ids = checks.encoder_ids(inputs_tensor)
-    repeats = len(tokens.ids) // len(ids)
-    rows = ids.repeat_interleave(repeats, dim=0).tolist()
-    mask = _padding_or_none(model_kwargs.get("attention_mask"))
-    if mask is None:
-        return rows
-    return [
-        [token for token, present in zip(row, flags) if present] for row, flags in zip(rows, mask.tolist())
-    ]
-
-
-def _encoders(
-    models: Sequence[Any],
-    model_kwargs: dict[str, Any],
-    inputs_tensor: Tensor | None,
-    drafter_inputs: dict[str, Tensor] | None,
-    rows: int,
-) -> list[tuple[Tensor, Tensor | None] | None]:
-    """Encoder states and masks of drafters and verifier, one row per decoded row; None for decoder-only
-    models.
-    """
-    if not models[-1].config.is_encoder_decoder:
-        return [None] * len(models)
-    mask = _padding_or_none(model_kwargs.get("attention_mask"))
-    states = model_kwargs["encoder_outputs"][0]
-    if len(models) == 1:
-        return [(states, mask)]
-    if drafter_inputs is None:
-        ids = checks.encoder_ids(inputs_tensor)
-        drafter_mask = None if mask is None else mask[:: rows // len(ids)]
-    else:
-        ids = drafter_inputs["input_ids"]
-        drafter_mask = _padding_or_none(drafter_inputs.get("attention_mask"))
-    encoded = [encode(one, ids, drafter_mask) for one in models[:-1]]
-    repeats = rows // len(ids)
-    if drafter_mask is not None:
-        drafter_mask = drafter_mask.repeat_interleave(repeats, dim=0)
-    drafters = [(one.repeat_interleave(repeats, dim=0), drafter_mask) for one in encoded]
-    return [*drafters, (states, mask)]
-
-
-def _padding_or_none(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None or bool(mask.all()) else mask
+def _hidden_read(request: Request) -> list[tuple[Any, bool]]:
+    """Every model, drafters first and the verifier last, and whether anybody reads its hidden states."""
+    stop = request.settings.stop
+    asked = request.rule.needs | (stop.needs if stop is not None else frozenset())
+    found = [(one, "drafter_hidden" in asked) for one in request.drafters]
+    return [*found, (request.model, bool(asked & {"verifier_hidden", "verifier_hidden_at_token"}))]

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from deferral_train.decoding.cached_model import CachedModel
 from deferral_train.decoding.cascade_draft import CascadeDraft, Grown, Piece
-from deferral_train.decoding.stepper import Stepper
+from deferral_train.decoding.laws import Drafted
 from deferral_train.decoding.tokens import TokenRows
 from deferral_train.drafting.given import GivenDraft
 
@@ -23,7 +24,7 @@ class GivenProposer:
 
     def __init__(self, given: GivenDraft, tokens: TokenRows, vocab_size: int) -> None:
         self.given, self.tokens, self.vocab_size = given, tokens, vocab_size
-        self.steppers: Sequence[Stepper] = []
+        self.models: Sequence[CachedModel] = []
 
     def propose(self, limits: Sequence[int], exact: bool) -> CascadeDraft:
         """The texts of rows that have emitted nothing yet; they are one-hots.
@@ -47,8 +48,8 @@ class GivenProposer:
             block,
             counts,
             (),
-            on_host=host,
             calls=[0] * len(host),
+            drafted=Drafted(counts, [False] * len(counts)),
             grown=grown,
             places=depth,
             vocabulary=self.vocab_size,

@@ -11,42 +11,45 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deferral_train.decoding.loop import Cascade, advance
+from deferral_train.decoding.laws import Drafted
+from deferral_train.decoding.loop import DecodingState, advance
 from deferral_train.decoding.token_execution import decide_early, drafter_laws
 from deferral_train.rules.registry import make_rule
 from deferral_train.rules.verify import Origin, Verdict, verify_block
 
 
-def lazy_cascade(cascade: Cascade) -> None:
+def lazy_cascade(state: DecodingState) -> None:
     """Until all rows end: draft one token per row; check the deferred ones, emit the others as they are."""
-    while cascade.running:
-        decision, sampling = drafter_laws(cascade)
-        drafted = cascade.laws.draw(decision, sampling, cascade.generator)
-        cascade.tokens.write(0, drafted[:, None])
-        deferred = decide_early(cascade, decision, sampling, drafted).tolist()
-        verdict = _check(cascade, drafted, decision, sampling) if any(deferred) else None
-        _emit(cascade, drafted, deferred, verdict)
+    while state.running:
+        decision, sampling = drafter_laws(state)
+        drafted = state.laws.draw_one(decision, sampling, state.generator)
+        state.tokens.write(0, drafted[:, None])
+        deferred = decide_early(state, decision, sampling, drafted).tolist()
+        verdict = _check(state, drafted, decision, sampling) if any(deferred) else None
+        _emit(state, drafted, deferred, verdict)
 
 
-def _check(cascade: Cascade, drafted: Tensor, decision: Tensor, sampling: Tensor | None) -> Verdict:
+def _check(state: DecodingState, drafted: Tensor, decision: Tensor, sampling: Tensor | None) -> Verdict:
     """One verifier pass over everything pending and the drafted token; the deferred rows use its verdict."""
-    logits = cascade.verifier.feed(ahead=1, keep=2)
-    verifier = cascade.laws.decision(logits, cascade.tokens)
+    laws, tokens = state.laws, state.tokens
+    logits = state.verifier.feed(ahead=1, keep=2).to(tokens.device)
+    place = Drafted([1] * len(drafted), state.ends.are_eos(drafted.tolist())) if laws.strict else None
+    verifier = laws.decision(logits, tokens, 0, place)
     return verify_block(
         make_rule("lossless"),
         drafted[:, None],
         decision[:, None],
         verifier,
-        temperature=cascade.laws.temperature,
+        temperature=laws.temperature,
         drafter_sampling_logits=None if sampling is None else sampling[:, None],
-        verifier_sampling_logits=cascade.laws.sampling(logits, verifier, cascade.tokens),
-        bonus="verifier" if cascade.bonus == "verifier" else "none",
-        generator=cascade.generator,
+        verifier_sampling_logits=laws.sampling(logits, verifier, tokens, 0, place),
+        bonus="verifier" if state.settings.bonus == "verifier" else "none",
+        generator=state.generator,
     )
 
 
-def _emit(cascade: Cascade, drafted: Tensor, deferred: list[bool], verdict: Verdict | None) -> None:
-    block = torch.stack([drafted, torch.full_like(drafted, cascade.tokens.pad_token_id)], dim=1)
+def _emit(state: DecodingState, drafted: Tensor, deferred: list[bool], verdict: Verdict | None) -> None:
+    block = torch.stack([drafted, torch.full_like(drafted, state.tokens.pad_token_id)], dim=1)
     offered, passed = [1] * len(deferred), [True] * len(deferred)
     if verdict is not None:
         checked = torch.tensor(deferred, device=drafted.device)
@@ -57,26 +60,26 @@ def _emit(cascade: Cascade, drafted: Tensor, deferred: list[bool], verdict: Verd
         passed = stands.tolist()
         withheld = (verdict.next_token < 0).tolist()
         offered = [1 + int(d and p and not w) for d, p, w in zip(deferred, passed, withheld)]
-    cascade.tokens.write(0, block)
-    counts, done = cascade.ends.cut(cascade.tokens, block.tolist(), offered)
-    for row, was_deferred, stood, count in zip(cascade.tokens.rows, deferred, passed, counts):
-        _record(cascade, row, was_deferred, stood, count)
-    advance(cascade, counts, done, cascade.spent)
+    state.tokens.write(0, block)
+    counts, done = state.ends.cut(state.tokens, block.tolist(), offered, state.together)
+    for row, was_deferred, stood, count in zip(state.tokens.rows, deferred, passed, counts):
+        _record(state, row, was_deferred, stood, count)
+    advance(state, counts, done, state.spent)
 
 
-def _record(cascade: Cascade, row: int, deferred: bool, stood: bool, count: int) -> None:
-    ledger = cascade.ledger
-    ledger.add(row, drafted=1, decided=1, drafter_calls=1)
+def _record(state: DecodingState, row: int, deferred: bool, stood: bool, count: int) -> None:
+    stats = state.stats
+    stats.add(row, drafted=1, decided=1, drafter_calls=1)
     if not deferred:
-        ledger.add(row, unverified=1)
-        ledger.emit(row, Origin.UNVERIFIED)
+        stats.add(row, unverified=1)
+        stats.emit(row, Origin.UNVERIFIED)
         return
-    ledger.add(row, deferred=1, verifier_calls=1)
+    stats.add(row, deferred=1, verifier_calls=1)
     if not stood:
-        ledger.add(row, rejected=1, resampled=1)
-        ledger.emit(row, Origin.RESAMPLED)
+        stats.add(row, rejected=1, resampled=1)
+        stats.emit(row, Origin.RESAMPLED)
         return
-    ledger.add(row, accepted=1, bonus=count - 1)
-    ledger.emit(row, Origin.ACCEPTED)
+    stats.add(row, accepted=1, bonus=count - 1)
+    stats.emit(row, Origin.ACCEPTED)
     if count == 2:
-        ledger.emit(row, Origin.BONUS)
+        stats.emit(row, Origin.BONUS)

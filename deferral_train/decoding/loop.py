@@ -1,4 +1,4 @@
-"""The draft-verify loop: take a proposed block, let the rule judge it, emit, let finished rows go.
+"""The draft-verify loop: take a proposed block, let the rule decide, emit, let finished rows go.
 
 Batched speculative execution (Narasimhan et al. 2025, Algorithms 4-6) with per-row acceptance.
 """
@@ -8,233 +8,199 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from deferral_train.decoding.block import VerifiedBlock, on_host
+from deferral_train.decoding.cached_model import CachedModel
 from deferral_train.decoding.criteria import EndOfRow
-from deferral_train.decoding.greedy import is_plain, judge_greedy
 from deferral_train.decoding.laws import SamplingLaws
-from deferral_train.decoding.outcome import Outcome, outcome_of
 from deferral_train.decoding.proposing import Draft, Proposer
-from deferral_train.decoding.stats import Ledger
-from deferral_train.decoding.stepper import Stepper
-from deferral_train.decoding.tokens import TokenRows
+from deferral_train.decoding.settings import Settings
+from deferral_train.decoding.stats import StatsRecorder
+from deferral_train.decoding.tokens import TokenRows, on_device
 from deferral_train.rules.base import Rule
-from deferral_train.rules.quick import GreedyBlocks
 from deferral_train.rules.summary import CONTEXT_FIELDS, PREVIOUS_TOKENS, Summary
-from deferral_train.rules.verify import verify_block
+from deferral_train.rules.verify import Verdict, raise_fault, verify_block
 
 
 @dataclass
-class Cascade:
-    """Everything that one call works on. ``spent`` is the estimated loss per running row under a limit."""
+class DecodingState:
+    """Everything that one call works on.
 
-    drafter: Stepper
-    verifier: Stepper
+    Attributes:
+        drafter, verifier: the models; without a drafter the verifier stands in both places.
+        laws, tokens, ends, stats: of the call.
+        together: rows advance by the same number of tokens, so that all are of one length as in ``generate``.
+        spent: [B] estimated loss of the running rows under a limit.
+        context_fields: what the rule reads beside logits.
+        active: models whose caches follow the running rows.
+    """
+
+    drafter: CachedModel
+    verifier: CachedModel
     rule: Rule
     laws: SamplingLaws
     tokens: TokenRows
     ends: EndOfRow
-    ledger: Ledger
-    num_draft_tokens: int
+    stats: StatsRecorder
     proposer: Proposer
-    bonus: str = "verifier"
+    settings: Settings
+    num_draft_tokens: int
     generator: torch.Generator | None = None
-    max_request_loss: float | None = None
-    spent: Tensor | None = None
+    together: bool = False
     token_streamer: Any = None
     token_log: Any = None
+    spent: Tensor | None = field(init=False, default=None)
     context_fields: frozenset[str] = field(init=False)
-    active: list[Stepper] = field(init=False)  # models whose caches follow the running rows
-    ready: GreedyBlocks | None = field(init=False, default=None)  # the rule, where it decides greedy blocks
+    active: list[CachedModel] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.active = [*self.proposer.steppers, self.verifier]
-        asked = self.rule.needs | (self.rule.gap_needs if self.max_request_loss is not None else frozenset())
+        self.active = [*self.proposer.models, self.verifier]
+        limited = self.settings.max_request_loss is not None
+        asked = self.rule.needs | (self.rule.gap_needs if limited else frozenset())
         self.context_fields = asked & CONTEXT_FIELDS
-        if self.laws.temperature == 0.0 and not self.rule.is_lossless:
-            self.ready = GreedyBlocks(self.rule)
-        if self.max_request_loss is not None:
-            self.spent = torch.zeros(len(self.tokens.rows), dtype=torch.float64, device=self.tokens.device)
-            self.ledger.spent = dict.fromkeys(range(len(self.tokens.ids)), 0.0)
+        if limited:
+            rows = len(self.tokens.ids)
+            self.spent = torch.zeros(rows, dtype=torch.float64, device=self.tokens.device)
+            self.stats.spent = self.spent.clone()
 
     @property
     def exact(self) -> bool:
-        """Whether the law of the place after a block is asked of the proposer."""
-        return self.bonus == "exact" and self.rule.drafts
+        """True where the proposer is asked for the distribution after a block, too."""
+        return self.settings.bonus == "exact" and self.rule.drafts
 
     @property
     def running(self) -> bool:
-        """Whether any row goes on."""
+        """True while any row goes on."""
         return bool(self.tokens.rows)
 
 
-def speculative(cascade: Cascade) -> None:
-    """Draft a block, verify it in one pass, emit what the rule's target law lets through; until all rows
+def speculative(state: DecodingState) -> None:
+    """Draft a block, verify it in one pass, emit what the rule's target distribution lets through; until all rows
     end.
     """
-    # Numbers out of range are seen to where they arise; entered per block this would cost as much as a rule does.
-    with np.errstate(over="ignore", invalid="ignore"):
-        while cascade.running:
-            draft = propose(cascade)
-            emit(cascade, judge(cascade, draft), draft)
+    while state.running:
+        draft = propose(state)
+        emit(state, verify(state, draft), draft)
 
 
-def propose(cascade: Cascade) -> Draft:
+def propose(state: DecodingState) -> Draft:
     """A block of up to ``num_draft_tokens`` per row, one less than the row may still emit."""
-    drafts = cascade.rule.drafts
-    limits = [min(cascade.num_draft_tokens, room - 1) if drafts else 0 for room in cascade.tokens.room]
-    return cascade.proposer.propose(limits, cascade.exact)
+    drafts = state.rule.drafts
+    limits = [min(state.num_draft_tokens, room - 1) if drafts else 0 for room in state.tokens.room]
+    return state.proposer.propose(limits, state.exact)
 
 
-def judge(cascade: Cascade, draft: Draft) -> Outcome:
+def verify(state: DecodingState, draft: Draft) -> VerifiedBlock:
     """Score the block with the verifier in one pass and let the rule decide."""
-    depth = draft.depth
-    logits = cascade.verifier.feed(ahead=depth, keep=depth + 1)
-    decision = cascade.laws.decision(logits, cascade.tokens)
-    sampling = cascade.laws.sampling(logits, decision, cascade.tokens)
-    outcome = _outcome(cascade, draft, decision, sampling)
-    if cascade.token_log is not None:
-        cascade.token_log.block(cascade, draft, decision, outcome)
-    return outcome
+    laws, depth = state.laws, draft.depth
+    logits = state.verifier.feed(ahead=depth, keep=depth + 1).to(state.tokens.device)
+    decision = laws.decision(logits, state.tokens, 0, draft.drafted)
+    sampling = laws.sampling(logits, decision, state.tokens, 0, draft.drafted)
+    block = on_host(_verdict(state, draft, decision, sampling), draft, state.ends)
+    raise_fault(state.rule, block.faults)
+    if state.token_log is not None:
+        state.token_log.block(state, draft, decision, block)
+    return block
 
 
-def _outcome(cascade: Cascade, draft: Draft, decision: Tensor, sampling: Tensor | None) -> Outcome:
-    rule, bonus = cascade.rule, cascade.bonus if cascade.rule.drafts else "verifier"
-    context = context_of(cascade, draft)
+def _verdict(state: DecodingState, draft: Draft, decision: Tensor, sampling: Tensor | None) -> Verdict:
     # Without a draft nothing can be kept, so that there is nothing to charge.
-    limit = cascade.max_request_loss if draft.columns else None
-    # Greedy decisions see decision laws alone: not enough where a token is not its law's favourite.
-    own = rule.is_lossless or draft.sampling is None
-    if cascade.laws.temperature == 0.0 and own and is_plain(rule, bonus, limit, sampling):
-        return judge_greedy(rule, draft, decision, context, cascade.ready)
-    verdict = verify_block(
-        rule,
+    limit = state.settings.max_request_loss if draft.columns else None
+    lengths = draft.lengths
+    if limit is not None:  # what stands behind an end is never emitted, and must not be charged
+        lengths = state.ends.lengths(draft.tokens, lengths)
+    return verify_block(
+        state.rule,
         draft.tokens,
         draft.logits,
         decision,
-        temperature=cascade.laws.temperature,
+        temperature=state.laws.temperature,
         drafter_sampling_logits=draft.sampling,
         verifier_sampling_logits=sampling,
-        lengths=draft.lengths,
-        bonus=bonus,
-        generator=cascade.generator,
-        context=context,
+        lengths=lengths,
+        bonus=state.settings.bonus if state.rule.drafts else "verifier",
+        generator=state.generator,
+        context=context_of(state, draft),
         max_request_loss=limit,
-        spent=cascade.spent if limit is not None else None,
+        spent=state.spent if limit is not None else None,
+        check=False,
     )
-    return outcome_of(verdict, draft)
 
 
-def context_of(cascade: Cascade, draft: Draft) -> Summary | None:
+def context_of(state: DecodingState, draft: Draft) -> Summary | None:
     """Summary fields [B, T (+1 for an exact bonus)] that logits do not give, as far as the rule asks for
     them.
     """
-    if not cascade.context_fields:
+    if not state.context_fields:
         return None
-    columns = draft.columns
-    place = torch.arange(columns, device=draft.tokens.device)[None].expand(len(draft.tokens), -1)
-    generated = torch.tensor(cascade.tokens.lengths, device=place.device) - cascade.tokens.prompt_length
-    given: dict[str, Tensor | None] = {"draft_position": place, "position": place + generated[:, None]}
-    given |= previous_tokens(cascade, columns)
-    if "drafter_hidden" in cascade.context_fields:
+    columns, depth = draft.columns, draft.depth
+    given: dict[str, Tensor | None] = dict(previous_tokens(state, columns))
+    place = torch.arange(columns, device=state.tokens.device)[None].expand(len(draft.tokens), -1)
+    given["draft_position"] = place
+    if "position" in state.context_fields:
+        given["position"] = place + generated(state)[:, None]
+    if "drafter_hidden" in state.context_fields:
         given["drafter_hidden"] = draft.hidden
-    if "verifier_hidden" in cascade.context_fields:
-        given["verifier_hidden"] = cascade.verifier.hidden(draft.tokens.shape[1] + 1)[:, :columns]
-    if "verifier_hidden_at_token" in cascade.context_fields:
-        given["verifier_hidden_at_token"] = cascade.verifier.hidden(draft.tokens.shape[1] + 1)[:, 1:]
-    return Summary({name: value for name in cascade.context_fields if (value := given[name]) is not None})
+    if "verifier_hidden" in state.context_fields:
+        given["verifier_hidden"] = state.verifier.hidden(depth + 1)[:, :columns]
+    if "verifier_hidden_at_token" in state.context_fields:
+        given["verifier_hidden_at_token"] = state.verifier.hidden(depth + 1)[:, 1:]
+    return Summary({name: value for name in state.context_fields if (value := given[name]) is not None})
 
 
-def previous_tokens(cascade: Cascade, columns: int) -> dict[str, Tensor]:
+def generated(state: DecodingState) -> Tensor:
+    """Tokens that each running row has emitted, [B] int64."""
+    tokens = state.tokens
+    return on_device([length - tokens.prompt_length for length in tokens.lengths], tokens.device)
+
+
+def previous_tokens(state: DecodingState, columns: int) -> dict[str, Tensor]:
     """Tokens before each of the next ``columns`` places, [B, columns] by field, as far as the rule asks for them."""
     return {
-        name: cascade.tokens.previous(back, columns)
+        name: state.tokens.previous(back, columns)
         for back, name in enumerate(PREVIOUS_TOKENS, start=1)
-        if name in cascade.context_fields
+        if name in state.context_fields
     }
 
 
-def emit(cascade: Cascade, outcome: Outcome, draft: Draft) -> None:
+def emit(state: DecodingState, block: VerifiedBlock, draft: Draft) -> None:
     """Append what stands and the correction or bonus; cut at ends and limits; let finished rows leave."""
-    tokens = cascade.tokens
-    tokens.put_last(outcome.emitted)
-    counts, done = cascade.ends.cut(tokens, outcome.emitted, [len(new) for new in outcome.emitted])
+    tokens = state.tokens
+    tokens.put_last(block.emitted)
+    offered = [len(new) for new in block.emitted]
+    counts, done = state.ends.cut(tokens, block.emitted, offered, state.together)
     calls = draft.calls
     if calls is None:
-        calls = [proposed + 1 for proposed in outcome.proposed] if cascade.exact else outcome.proposed
-    cascade.ledger.block(tokens.rows, counts, calls, outcome)
-    cascade.proposer.observe(outcome.proposed, outcome.accepted)
-    advance(cascade, counts, done, outcome.spent)
+        calls = [proposed + 1 for proposed in block.proposed] if state.exact else block.proposed
+    state.stats.block(tokens.rows, counts, calls, block)
+    state.proposer.observe(block.proposed, block.accepted)
+    advance(state, counts, done, block.spent)
 
 
-def advance(cascade: Cascade, counts: list[int], done: list[bool], spent: Tensor | None = None) -> None:
+def advance(state: DecodingState, counts: list[int], done: list[bool], spent: Tensor | None = None) -> None:
     """Rows grow by ``counts`` tokens already written; finished ones leave the batch."""
-    tokens = cascade.tokens
+    tokens = state.tokens
     before = tokens.final_lengths[0]
     tokens.extend(counts)
-    for stepper in cascade.active:
-        stepper.settle()
-    if spent is not None:
-        cascade.spent = spent
-        cascade.ledger.spent.update(zip(tokens.rows, spent.tolist()))
-    if cascade.token_streamer is not None:
-        cascade.token_streamer.put(tokens.ids[0, before : tokens.final_lengths[0]].cpu())
+    for model in state.active:
+        model.settle()
+    if spent is not None and state.stats.spent is not None:
+        state.spent = spent
+        state.stats.spent[tokens.index] = spent
+    if state.token_streamer is not None:
+        state.token_streamer.put(tokens.ids[0, before : tokens.final_lengths[0]].cpu())
     if any(done):
-        left = _exchange(cascade, [place for place, over in enumerate(done) if over])
-        if left:
-            _leave(cascade, [place for place in range(len(done)) if place not in left])
-            _let_in(cascade)
+        _leave(state, [place for place, over in enumerate(done) if not over])
 
 
-def _exchange(cascade: Cascade, ended: list[int]) -> list[int]:
-    """Waiting rows take the places of rows that have ended, as far as that goes; which places are left."""
-    tokens = cascade.tokens
-    if not all(stepper.admits_exchange for stepper in cascade.active):
-        return ended
-    while ended and tokens.waiting:
-        rows = tokens.waiting[: len(ended)]
-        for stepper in cascade.active:  # asking a model feeds it prompts
-            rows = rows[: stepper.exchanges(rows)] if rows else rows
-        if not rows:
-            break
-        places, ended = ended[: len(rows)], ended[len(rows) :]
-        for stepper in cascade.active:
-            stepper.exchange(places, rows)
-        tokens.exchange(places, rows)
-        for stepper in cascade.active:
-            stepper.joined()
-        if cascade.spent is not None:
-            cascade.spent = cascade.spent.index_fill(0, tokens.index.new_tensor(places), 0.0)
-    return ended
-
-
-def _leave(cascade: Cascade, kept: list[int]) -> None:
-    tokens = cascade.tokens
-    index = torch.tensor(kept, dtype=torch.long, device=tokens.device)
+def _leave(state: DecodingState, kept: list[int]) -> None:
+    tokens = state.tokens
+    index = on_device(kept, tokens.device)
     tokens.keep_rows(kept, index)
-    if cascade.spent is not None:
-        cascade.spent = cascade.spent.index_select(0, index)
+    if state.spent is not None:
+        state.spent = state.spent.index_select(0, index)
     if kept:
-        for stepper in cascade.active:
-            stepper.keep_rows(kept, index)
-
-
-def _let_in(cascade: Cascade) -> None:
-    """Waiting rows take the places of those that have left."""
-    tokens = cascade.tokens
-    group = tokens.newcomers()
-    if group is None:
-        return
-    alone = not tokens.rows
-    for stepper in cascade.active:
-        if alone:
-            stepper.start_over(group)
-        else:
-            stepper.join(group)
-    tokens.join(group)
-    for stepper in cascade.active:
-        stepper.joined()
-    if cascade.spent is not None:
-        cascade.spent = torch.nn.functional.pad(cascade.spent, (0, len(group.rows)))
+        for model in state.active:
+            model.keep_rows(kept, index)

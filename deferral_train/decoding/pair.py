@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,77 +14,18 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from deferral_train.decoding.compatibility import check_consulted, check_head, heads_of, with_counting
-from deferral_train.decoding.encoding import encoder_outputs
 from deferral_train.decoding.facts import facts_of
 from deferral_train.decoding.generate import cascade_generate
-from deferral_train.decoding.static_support import check_name
+from deferral_train.decoding.settings import Settings
 from deferral_train.decoding.stats import GenerationStats
 from deferral_train.decoding.stopping import StopDrafting
-from deferral_train.drafting.plan import DraftCascade, Plan
+from deferral_train.drafting.plan import DraftCascade
 from deferral_train.errors import InputError
 from deferral_train.pairs.encode import EncodedPrompt, encode_prompts
 from deferral_train.pairs.load import ModelPair, load_models, load_smaller
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.rules.base import Rule
 from deferral_train.rules.registry import make_rule
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to decode; the same meaning as the arguments of ``cascade_generate``.
-
-    Attributes:
-        temperature: 0 is greedy.
-        top_k, top_p: truncation of the sampling laws; 0 and 1 mean none.
-        seed: of the sampling; every batch draws from its own stream of it.
-        stop_strings: end a row once its text holds one of these.
-        chat: use the tokenizer's chat template: ``auto``, ``on`` or ``off``.
-        accept_mismatch: go on with a head made for other weights, dtype or temperature.
-        drafting: plan of a cascade of drafters, the pair's own at its top (none for Max-Gram alone); then
-            ``num_draft_tokens`` is not read.
-        queue: prompts handed over together, in batches: a prompt takes the place of one that has ended.
-        compile: passes of fixed shape: auto (CUDA graphs on CUDA), off, static, inductor, aot_eager or eager.
-    """
-
-    num_draft_tokens: int = 5
-    max_new_tokens: int = 128
-    batch_size: int = 8
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    execution: str = "speculative"
-    bonus: str = "verifier"
-    max_request_loss: float | None = None
-    stop: StopDrafting | None = None
-    stop_strings: Sequence[str] = ()
-    chat: str = "auto"
-    accept_mismatch: bool = False
-    queue: int = 4
-    drafting: Plan | None = None
-    compile: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("num_draft_tokens", "max_new_tokens", "batch_size", "queue"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} is {value!r}; give an integer of at least 1")
-        check_name(self.compile)
-        if not 0.0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature is {self.temperature}; give a number >= 0 (0 is greedy)")
-        if self.top_k < 0 or not 0.0 < self.top_p <= 1.0:
-            raise InputError(f"top_k is {self.top_k}, top_p {self.top_p}; give top_k >= 0 and 0 < top_p <= 1")
-
-    def described(self) -> dict[str, Any]:
-        """The settings as plain values, for records."""
-        values = asdict(replace(self, stop=None, drafting=None))
-        drafting = None if self.drafting is None else self.drafting.described()
-        return values | {"stop": repr(self.stop), "drafting": drafting}
-
-    @property
-    def call_size(self) -> int:
-        """Prompts handed over in one call."""
-        return self.batch_size * self.queue
 
 
 @dataclass(frozen=True)
@@ -217,8 +158,8 @@ class Pair:
         """
         rule, stop, counters = with_counting(rule, options.stop)
         drafted = 0
-        for number, start in enumerate(range(0, len(encoded), options.call_size)):
-            batch = encoded[start : start + options.call_size]
+        for number, start in enumerate(range(0, len(encoded), options.batch_size)):
+            batch = encoded[start : start + options.batch_size]
             log = token_log(number) if token_log is not None else None
             result = self.decode_batch(batch, rule, options, stop, number, log, token_streamer)
             drafted += int(result.stats.drafted.sum())
@@ -242,7 +183,6 @@ class Pair:
         began = time.perf_counter()
         output = models.verifier.generate(
             **inputs,
-            **(encoder_outputs(models.verifier, **inputs) if models.is_encoder_decoder else {}),
             **self._generate_options(options),
             stopping_criteria=self._criteria(options),
             custom_generate=cascade_generate,
@@ -257,8 +197,6 @@ class Pair:
             token_log=token_log,
             token_streamer=token_streamer,
             vocab_size=models.vocab_size,
-            rows_at_once=options.batch_size,
-            compile=options.compile,
         )
         seconds = time.perf_counter() - began
         prompt_length = 1 if models.is_encoder_decoder else inputs["input_ids"].shape[1]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from deferral_train.decoding.outcome import Outcome
+from deferral_train.decoding.block import VerifiedBlock
 from deferral_train.rules.verify import Origin
 
 COUNTS = (
@@ -42,7 +42,6 @@ class GenerationStats:
         origin: [R, N] int8, an :class:`~deferral_train.rules.verify.Origin` per emitted token, NONE after.
         spent: [R] float64, estimated loss spent under ``max_request_loss``, else None.
         verifier_passes, drafter_passes: forward passes of the whole batch.
-        ways: how each model's passes ran, in words: ``dynamic``, ``dynamic: REASON``, ``static, CUDA graphs`` ..
     """
 
     counts: dict[str, Tensor]
@@ -51,7 +50,6 @@ class GenerationStats:
     spent: Tensor | None
     verifier_passes: int
     drafter_passes: int
-    ways: dict[str, str] = field(default_factory=dict)
 
     def __getattr__(self, name: str) -> Tensor:
         if name in COUNTS:
@@ -101,7 +99,6 @@ class GenerationStats:
             spent=torch.cat(spent) if spent else None,
             verifier_passes=sum(part.verifier_passes for part in parts),
             drafter_passes=sum(part.drafter_passes for part in parts),
-            ways={name: way for part in parts for name, way in part.ways.items()},
         )
 
 
@@ -115,12 +112,15 @@ def _padded(values: Tensor, length: int) -> Tensor:
 
 
 @dataclass
-class Ledger:
+class StatsRecorder:
     """Collects what each round did and adds it up at the end, so that a round costs almost nothing.
 
     Args:
         rows: rows of the call.
         depth: most tokens in a drafted block.
+
+    Attributes:
+        spent: [R] float64, estimated loss of every row under a limit, on the device until the end; else None.
     """
 
     rows: int
@@ -128,17 +128,19 @@ class Ledger:
     totals: dict[str, list[int]] = field(init=False)
     positions: dict[str, list[int]] = field(init=False)
     origins: list[list[int]] = field(init=False)
-    spent: dict[int, float] = field(default_factory=dict)
-    blocks: list[tuple[list[int], list[int], list[int], Outcome]] = field(default_factory=list)
+    spent: Tensor | None = None
+    blocks: list[tuple[list[int], list[int], list[int], VerifiedBlock]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.totals = {name: [0] * self.rows for name in COUNTS}
         self.positions = {name: [0] * self.depth for name in POSITION_COUNTS}
         self.origins = [[] for _ in range(self.rows)]
 
-    def block(self, rows: list[int], counts: list[int], drafter_calls: list[int], outcome: Outcome) -> None:
+    def block(
+        self, rows: list[int], counts: list[int], drafter_calls: list[int], block: VerifiedBlock
+    ) -> None:
         """One verified block: per running row the tokens emitted after cutting, and the passes made for it."""
-        self.blocks.append((rows, counts, drafter_calls, outcome))
+        self.blocks.append((rows, counts, drafter_calls, block))
 
     def emit(self, row: int, origin: Origin) -> None:
         """One token emitted outside of a block."""
@@ -151,15 +153,15 @@ class Ledger:
 
     def settle(self) -> None:
         """Add up the blocks collected so far."""
-        for rows, counts, calls, outcome in self.blocks:
+        for rows, counts, calls, block in self.blocks:
             for place, row in enumerate(rows):
                 self.totals["drafter_calls"][row] += calls[place]
                 self._settle_row(
                     row,
-                    outcome.proposed[place],
-                    outcome.accepted[place],
-                    outcome.origins[place][: counts[place]],
-                    outcome.deferred[place],
+                    block.proposed[place],
+                    block.accepted[place],
+                    block.origins[place][: counts[place]],
+                    block.deferred[place],
                 )
         self.blocks.clear()
 
@@ -203,14 +205,11 @@ class Ledger:
             self._check(row)
         width = max(len(row) for row in self.origins)
         origin = torch.tensor([row + [0] * (width - len(row)) for row in self.origins], dtype=torch.int8)
-        spent = None
-        if self.spent:
-            spent = torch.tensor([self.spent.get(row, 0.0) for row in range(self.rows)], dtype=torch.float64)
         return GenerationStats(
             counts={name: torch.tensor(values) for name, values in self.totals.items()},
             positions={name: torch.tensor(values) for name, values in self.positions.items()},
             origin=origin.reshape(self.rows, width),
-            spent=spent,
+            spent=None if self.spent is None else self.spent.cpu(),
             verifier_passes=verifier_passes,
             drafter_passes=drafter_passes,
         )

@@ -28,7 +28,6 @@ def summarize_rule(rows: Sequence[Mapping[str, Any]], batches: Sequence[Mapping[
         "positions": _positions(batches),
         "verifier_passes": sum(batch["verifier_passes"] for batch in batches),
         "drafter_passes": sum(batch["drafter_passes"] for batch in batches),
-        "ways": {name: way for batch in batches for name, way in batch.get("ways", {}).items()},
         "most_spent": max(spent) if spent else None,
         "prompts": len(first),
     }

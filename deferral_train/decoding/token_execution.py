@@ -10,115 +10,120 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deferral_train.decoding.cached_model import CachedModel
 from deferral_train.decoding.checks import estimates_early
-from deferral_train.decoding.loop import Cascade, advance, previous_tokens
+from deferral_train.decoding.loop import DecodingState, advance, generated, previous_tokens
+from deferral_train.errors import InputError
 from deferral_train.rules.laws import Laws
 from deferral_train.rules.summary import Summary
 from deferral_train.rules.verify import Origin
 
 
-def token_cascade(cascade: Cascade) -> None:
+def token_cascade(state: DecodingState) -> None:
     """Until all rows end: decide, then draw from the drafter's law or from the verifier's."""
-    while cascade.running:
-        token, deferred, called = _next_token(cascade)
-        for row, was_deferred in zip(cascade.tokens.rows, deferred):
-            _record(cascade, row, was_deferred, called)
-        emit_one(cascade, token)
+    while state.running:
+        token, deferred, called = _next_token(state)
+        for row, was_deferred in zip(state.tokens.rows, deferred):
+            _record(state, row, was_deferred, called)
+        emit_one(state, token)
 
 
-def emit_one(cascade: Cascade, token: Tensor) -> None:
+def emit_one(state: DecodingState, token: Tensor) -> None:
     """Append one token [B] per row."""
-    cascade.tokens.write(0, token[:, None])
-    counts, done = cascade.ends.cut(cascade.tokens, token[:, None].tolist(), [1] * len(token))
-    advance(cascade, counts, done, cascade.spent)
+    state.tokens.write(0, token[:, None])
+    counts, done = state.ends.cut(state.tokens, token[:, None].tolist(), [1] * len(token))
+    advance(state, counts, done, state.spent)
 
 
-def _next_token(cascade: Cascade) -> tuple[Tensor, list[bool], bool]:
+def _next_token(state: DecodingState) -> tuple[Tensor, list[bool], bool]:
     """The token of each row [B], which rows deferred, and whether every row needed the verifier."""
-    rule = cascade.rule
+    rule = state.rule
     if not rule.drafts or rule.is_lossless:
-        return verifier_token(cascade), [True] * len(cascade.tokens.rows), True
-    decision, sampling = drafter_laws(cascade)
-    drafted = cascade.laws.draw(decision, sampling, cascade.generator)
+        return verifier_token(state), [True] * len(state.tokens.rows), True
+    decision, sampling = drafter_laws(state)
+    drafted = state.laws.draw_one(decision, sampling, state.generator)
     reads_verifier = rule.stage == "verify" and bool(rule.needs)
-    if reads_verifier or (cascade.max_request_loss is not None and not estimates_early(rule)):
-        laws = _both_laws(cascade, decision, sampling)
-        defer = _decide(cascade, laws, drafted)
-        theirs = cascade.laws.draw(laws.verifier_logits, laws.verifier_sampling_logits, cascade.generator)
+    if reads_verifier or (state.settings.max_request_loss is not None and not estimates_early(rule)):
+        laws = _both_laws(state, decision, sampling)
+        defer = _decide(state, laws, drafted)
+        theirs = state.laws.draw_one(laws.verifier_logits, laws.verifier_sampling_logits, state.generator)
         return torch.where(defer, theirs, drafted), defer.tolist(), True
-    defer = decide_early(cascade, decision, sampling, drafted)
+    defer = decide_early(state, decision, sampling, drafted)
     deferred = defer.tolist()
     if any(deferred):
-        drafted = torch.where(defer, verifier_token(cascade), drafted)
+        drafted = torch.where(defer, verifier_token(state), drafted)
     return drafted, deferred, False
 
 
-def drafter_laws(cascade: Cascade) -> tuple[Tensor, Tensor | None]:
+def drafter_laws(state: DecodingState) -> tuple[Tensor, Tensor | None]:
     """The drafter's decision and sampling logits [B, V] behind every row's end."""
-    return _laws_of(cascade, cascade.drafter.feed())
+    return _laws_of(state, state.drafter, "drafter")
 
 
-def verifier_token(cascade: Cascade) -> Tensor:
+def verifier_token(state: DecodingState) -> Tensor:
     """A token [B] of the verifier's law behind every row's end."""
-    decision, sampling = _laws_of(cascade, cascade.verifier.feed())
-    return cascade.laws.draw(decision, sampling, cascade.generator)
+    decision, sampling = _laws_of(state, state.verifier, "verifier")
+    return state.laws.draw_one(decision, sampling, state.generator)
 
 
-def _laws_of(cascade: Cascade, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-    decision = cascade.laws.decision(logits, cascade.tokens)
-    sampling = cascade.laws.sampling(logits, decision, cascade.tokens)
+def _laws_of(state: DecodingState, model: CachedModel, role: str) -> tuple[Tensor, Tensor | None]:
+    logits = model.feed().to(state.tokens.device)
+    decision = state.laws.decision(logits, state.tokens)
+    if not bool(torch.isfinite(decision.amax(dim=-1)).all()):
+        raise InputError(
+            f"{role}'s logits are NaN or infinite, or every token is forbidden; check its weights, number format and "
+            "logits processors"
+        )
+    sampling = state.laws.sampling(logits, decision, state.tokens)
     return decision[:, 0], None if sampling is None else sampling[:, 0]
 
 
-def _both_laws(cascade: Cascade, decision: Tensor, sampling: Tensor | None) -> Laws:
-    verifier, verifier_sampling = _laws_of(cascade, cascade.verifier.feed())
-    return Laws.of(decision, verifier, cascade.laws.temperature, sampling, verifier_sampling)
+def _both_laws(state: DecodingState, decision: Tensor, sampling: Tensor | None) -> Laws:
+    verifier, verifier_sampling = _laws_of(state, state.verifier, "verifier")
+    return Laws.of(decision, verifier, state.laws.temperature, sampling, verifier_sampling)
 
 
-def decide_early(cascade: Cascade, decision: Tensor, sampling: Tensor | None, drafted: Tensor) -> Tensor:
+def decide_early(state: DecodingState, decision: Tensor, sampling: Tensor | None, drafted: Tensor) -> Tensor:
     """What a draft-stage rule decides about the drafted tokens [B] from the drafter's law alone: defer, bool [B]."""
-    rule = cascade.rule
-    if rule.is_lossless or not (rule.needs or cascade.max_request_loss is not None):
+    rule = state.rule
+    if rule.is_lossless or not (rule.needs or state.settings.max_request_loss is not None):
         return torch.full((len(decision),), rule.is_lossless, device=decision.device)
-    return _decide(
-        cascade, Laws.of(decision, decision, cascade.laws.temperature, sampling, sampling), drafted
-    )
+    return _decide(state, Laws.of(decision, decision, state.laws.temperature, sampling, sampling), drafted)
 
 
-def _decide(cascade: Cascade, laws: Laws, drafted: Tensor) -> Tensor:
+def _decide(state: DecodingState, laws: Laws, drafted: Tensor) -> Tensor:
     """The rule's decision [B]; under a limit a token whose estimated loss does not fit is deferred too."""
-    rule, limit = cascade.rule, cascade.max_request_loss
+    rule, limit = state.rule, state.settings.max_request_loss
     extra = rule.gap_needs if limit is not None else frozenset()
-    summary = rule.read(laws, drafted, _context(cascade), extra)
+    summary = rule.read(laws, drafted, _context(state), extra)
     defer = rule.defer(summary).expand(len(drafted))  # type: ignore[attr-defined]
-    if limit is None or cascade.spent is None:
+    if limit is None or state.spent is None:
         return defer
-    cost = rule.estimated_gap(summary).to(cascade.spent).clamp(min=0.0)
+    cost = rule.estimated_gap(summary).to(state.spent).clamp(min=0.0)
     # Written so that a cost that is not a number never fits.
-    defer = defer | ~((cascade.spent < limit) & (cascade.spent + cost <= limit))
-    cascade.spent = torch.where(defer, cascade.spent, cascade.spent + cost)
+    defer = defer | ~((state.spent < limit) & (state.spent + cost <= limit))
+    state.spent = torch.where(defer, state.spent, state.spent + cost)
     return defer
 
 
-def _context(cascade: Cascade) -> Summary | None:
+def _context(state: DecodingState) -> Summary | None:
     """Context fields [B] of the next position; a token cascade has no block, so that every place is 0."""
-    if not cascade.context_fields:
+    if not state.context_fields:
         return None
-    tokens = cascade.tokens
-    lengths = torch.tensor(tokens.lengths, device=tokens.device)
-    given = {"draft_position": torch.zeros_like(lengths), "position": lengths - tokens.prompt_length}
-    given |= {name: found[:, 0] for name, found in previous_tokens(cascade, 1).items()}
-    for name, stepper in (("drafter_hidden", cascade.drafter), ("verifier_hidden", cascade.verifier)):
-        if name in cascade.context_fields:
-            given[name] = stepper.hidden(1)[:, 0]
-    return Summary({name: given[name] for name in cascade.context_fields})
+    given = {name: found[:, 0] for name, found in previous_tokens(state, 1).items()}
+    position = generated(state)
+    given |= {"draft_position": torch.zeros_like(position), "position": position}
+    for name, model in (("drafter_hidden", state.drafter), ("verifier_hidden", state.verifier)):
+        if name in state.context_fields:
+            given[name] = model.hidden(1)[:, 0]
+    return Summary({name: given[name] for name in state.context_fields})
 
 
-def _record(cascade: Cascade, row: int, deferred: bool, called: bool) -> None:
-    ledger, drafts = cascade.ledger, int(cascade.rule.drafts and not cascade.rule.is_lossless)
-    ledger.emit(row, Origin.RESAMPLED if deferred else Origin.KEPT)
-    ledger.add(row, verifier_calls=int(called or deferred), drafter_calls=drafts, decided=1)
+def _record(state: DecodingState, row: int, deferred: bool, called: bool) -> None:
+    stats, drafts = state.stats, int(state.rule.drafts and not state.rule.is_lossless)
+    stats.emit(row, Origin.RESAMPLED if deferred else Origin.KEPT)
+    stats.add(row, verifier_calls=int(called or deferred), drafter_calls=drafts, decided=1)
     if deferred:
-        ledger.add(row, resampled=1, deferred=1)
+        stats.add(row, resampled=1, deferred=1)
     else:
-        ledger.add(row, drafted=1, kept=1)
+        stats.add(row, drafted=1, kept=1)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deferral_train.decoding.loop import Cascade, context_of
-from deferral_train.decoding.outcome import Outcome
+from deferral_train.decoding.block import VerifiedBlock
+from deferral_train.decoding.loop import DecodingState, context_of
 from deferral_train.decoding.proposing import Draft
 from deferral_train.rules.laws import Laws
 from deferral_train.rules.summary import Summary
@@ -26,32 +26,32 @@ class TokenLog:
         self.top = top
         self.rows: list[list[dict[str, Any]]] = [[] for _ in range(rows)]
 
-    def block(self, cascade: Cascade, draft: Draft, decision: Tensor, outcome: Outcome) -> None:
+    def block(self, state: DecodingState, draft: Draft, decision: Tensor, verified: VerifiedBlock) -> None:
         """Take in a verified block; ``decision`` [B, T+1, V] are the verifier's decision logits."""
         depth = draft.tokens.shape[1]
         verifier = _candidates(decision, self.top)
         drafter = _candidates(draft.logits[:, :depth], self.top) if depth else None
-        gaps, distances = self._gap_and_tv(cascade, draft, decision) if depth else ([], [])
+        gaps, distances = self._gap_and_tv(state, draft, decision) if depth else ([], [])
         drafted = draft.tokens.tolist()
-        for place, row in enumerate(cascade.tokens.rows):
-            for step in range(len(outcome.emitted[place])):
+        for place, row in enumerate(state.tokens.rows):
+            for step in range(len(verified.emitted[place])):
                 entry: dict[str, Any] = {"verifier_top": verifier[place][step]}
-                if drafter is not None and step < outcome.proposed[place]:
+                if drafter is not None and step < verified.proposed[place]:
                     entry |= {
                         "drafted": drafted[place][step],
                         "drafter_top": drafter[place][step],
                         "gap": round(gaps[place][step], 6),
                         "tv": round(distances[place][step], 6),
-                        "deferred": outcome.deferred[place][step],
+                        "deferred": verified.deferred[place][step],
                     }
                 self.rows[row].append(entry)
 
     def _gap_and_tv(
-        self, cascade: Cascade, draft: Draft, decision: Tensor
+        self, state: DecodingState, draft: Draft, decision: Tensor
     ) -> tuple[list[list[float]], list[list[float]]]:
-        rule, depth = cascade.rule, draft.tokens.shape[1]
-        laws = Laws.of(draft.logits[:, :depth], decision[:, :depth], cascade.laws.temperature)
-        context = context_of(cascade, draft)
+        rule, depth = state.rule, draft.tokens.shape[1]
+        laws = Laws.of(draft.logits[:, :depth], decision[:, :depth], state.laws.temperature)
+        context = context_of(state, draft)
         if context is not None:
             context = Summary({name: context[name][:, :depth] for name in context.names})
         summary = rule.read(laws, draft.tokens, context, rule.gap_needs | {"tv"})

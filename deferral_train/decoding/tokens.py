@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,14 +23,12 @@ class TokenRows:
         max_length: columns that a row may fill at most.
         num_draft_tokens: room behind the end for a drafted block.
         pad_token_id: fills what no row has written.
-        at_once: most rows that run at a time; the others wait and join as rows end. None runs all.
 
     Raises:
         InputError: padding that is not on the left.
     """
 
     rows: list[int]
-    waiting: list[int]
     lengths: list[int]
     index: Tensor
 
@@ -43,19 +39,15 @@ class TokenRows:
         max_length: int,
         num_draft_tokens: int,
         pad_token_id: int,
-        at_once: int | None = None,
     ) -> None:
         count, self.prompt_length = input_ids.shape
         columns = max_length + num_draft_tokens + 1
         self.ids = input_ids.new_full((count, columns), pad_token_id)
         self.ids[:, : self.prompt_length] = input_ids
-        # On a CPU small reads and writes go through NumPy, at a fraction of a tensor operation's price.
-        self._host = self.ids.numpy() if self.ids.device.type == "cpu" else None
         self._sent: tuple[list[int], Tensor] | None = None
         self.pad_token_id = pad_token_id
         self.max_length = max_length
         self.pads = left_padding(mask, count)
-        self.at_once = min(count, at_once or count)
         self.final_lengths = [self.prompt_length] * count
         self.restart(range(count))
 
@@ -71,29 +63,48 @@ class TokenRows:
 
     def _block(self) -> slice | None:
         """The running rows as a slice of ``ids`` where they lie together and are of one length, else None."""
-        first, behind = self.rows[0], self.rows[0] + len(self.rows)
-        # In any order: rows that waited take the places of others.
-        if min(self.lengths) != max(self.lengths) or self.rows != list(range(first, behind)):
+        first, behind = self.rows[0], self.rows[-1] + 1
+        if behind - first != len(self.rows) or min(self.lengths) != max(self.lengths):
             return None
         return slice(first, behind)
 
-    def window(self, behind: int, ahead: int) -> Tensor:
+    def window(self, behind: int, ahead: int, table: Tensor | None = None) -> Tensor:
         """The last ``behind`` tokens of each running row and ``ahead`` columns more, [B, behind + ahead].
 
         A row shorter than ``behind`` gets its first token in the columns before it.
+
+        Args:
+            table: what else is known of every column of every row [.., R, C], in place of the tokens.
         """
+        values = self.ids if table is None else table
         block = self._block()
-        if block is not None:
+        if block is not None and behind <= self.lengths[0]:
             length = self.lengths[0]
-            return self.ids[block, length - behind : length + ahead]
-        if self._host is not None:
-            ends, places = np.array(self.lengths)[:, None], np.arange(-behind, ahead)
-            found = self._host[np.array(self.rows)[:, None], np.maximum(ends + places, 0)]
-            return torch.from_numpy(found)
+            return values[..., block, length - behind : length + ahead]
         columns = self._columns(-behind, ahead)
         if behind > min(self.lengths):
             columns = columns.clamp(min=0)
-        return self.ids[self.index[:, None], columns]
+        return values[..., self.index[:, None], columns]
+
+    def shown(self, ahead: int, ended: Sequence[int | None] | None = None) -> Tensor:
+        """All rows of the call [R, length + ahead] as ``generate`` shows them, padding behind a row's end.
+
+        The running rows are of one length.
+
+        Args:
+            ahead: drafted columns to show.
+            ended: [B] drafted tokens of a running row that ends among them, else None.
+        """
+        length = self.lengths[0] + ahead
+        ends = [min(end, length) for end in self.final_lengths]
+        for place, row in enumerate(self.rows):
+            end = None if ended is None else ended[place]
+            ends[row] = length if end is None else min(length, self.lengths[place] + end)
+        ids = self.ids[:, :length]
+        if min(ends) == length:
+            return ids
+        behind = torch.arange(length, device=self.device) >= on_device(ends, self.device)[:, None]
+        return ids.masked_fill(behind, self.pad_token_id)
 
     def previous(self, back: int, columns: int) -> Tensor:
         """The token ``back`` places before each of the next ``columns`` places of every running row, [B, columns].
@@ -105,14 +116,10 @@ class TokenRows:
         return found.masked_fill(places < self.prompt_length, -1)
 
     def write(self, offset: int, block: Tensor) -> None:
-        """Put ``block`` [B, n] behind each row's end, ``offset`` columns on."""
+        """Put ``block`` [B, n] behind each row's end, ``offset`` columns on; it may come from a drafter's device."""
+        block = block.to(self.device)
         together = self._block()
-        if self._host is not None and together is not None:
-            begin = self.lengths[0] + offset
-            self._host[together, begin : begin + block.shape[1]] = block.numpy()
-        elif self._host is not None and block.shape[1] == 1:
-            self._host[self.rows, np.array(self.lengths) + offset] = block[:, 0].numpy()
-        elif together is not None:
+        if together is not None:
             begin = self.lengths[0] + offset
             self.ids[together, begin : begin + block.shape[1]] = block
         else:
@@ -124,19 +131,16 @@ class TokenRows:
 
     def put_last(self, blocks: Sequence[Sequence[int]]) -> None:
         """Of each row's ``blocks[b]``, whose other tokens are written already, the last one."""
-        if self._host is not None and len(blocks) == 1:
-            if blocks[0]:
-                self._host[self.rows[0], self.lengths[0] + len(blocks[0]) - 1] = blocks[0][-1]
-            return
         places = [(b, block) for b, block in enumerate(blocks) if block]
+        if len(places) == 1:
+            (place, block), *_ = places
+            self.ids[self.rows[place], self.lengths[place] + len(block) - 1] = block[-1]
+            return
         rows = [self.rows[b] for b, _ in places]
         columns = [self.lengths[b] + len(block) - 1 for b, block in places]
         values = [block[-1] for _, block in places]
-        if self._host is not None:
-            self._host[rows, columns] = values
-        else:
-            where = torch.tensor([rows, columns, values], device=self.device)
-            self.ids[where[0], where[1]] = where[2]
+        where = on_device(torch.tensor([rows, columns, values]), self.device)
+        self.ids[where[0], where[1]] = where[2]
 
     @property
     def _ends_on_device(self) -> Tensor:
@@ -165,39 +169,10 @@ class TokenRows:
         """Padding columns of the running rows' prompts."""
         return [self.pads[row] for row in self.rows]
 
-    def newcomers(self) -> TokenRows | None:
-        """Waiting rows to let in now, as rows of their own over the same buffer; None where it is too early.
-
-        They come in groups: letting in one at a time would cost a pass over the prompt each.
-        """
-        free = self.at_once - len(self.rows)
-        if not self.waiting or (self.rows and free < max(1, self.at_once // 4)):
-            return None
-        return self.following(self.waiting[:free])
-
-    def following(self, rows: Sequence[int]) -> TokenRows:
-        """Waiting rows from their prompts, as rows of their own over the same buffer; they go on waiting."""
-        group = copy.copy(self)
-        group.restart(rows)
-        return group
-
-    def exchange(self, places: Sequence[int], rows: Sequence[int]) -> None:
-        """The first waiting rows run in these places from now on."""
-        self.rows, self.lengths, self.index = list(self.rows), list(self.lengths), self.index.clone()
-        for place, row in zip(places, rows):
-            self.rows[place], self.lengths[place], self.index[place] = row, self.prompt_length, row
-        self.waiting = self.waiting[len(rows) :]
-
-    def join(self, group: TokenRows) -> None:
-        """The rows of ``group`` run with these from now on."""
-        self.rows, self.lengths = self.rows + group.rows, self.lengths + group.lengths
-        self.index = torch.cat([self.index, group.index])
-        self.waiting = self.waiting[len(group.rows) :]
-
     def restart(self, rows: Sequence[int]) -> None:
-        """Run these rows of the call from their prompts, alone; what exceeds ``at_once`` waits."""
-        self.rows, self.waiting = list(rows[: self.at_once]), list(rows[self.at_once :])
-        self.index = torch.tensor(self.rows, dtype=torch.long, device=self.device)
+        """Run these rows of the call from their prompts, alone."""
+        self.rows = list(rows)
+        self.index = on_device(self.rows, self.device)
         self.lengths = [self.prompt_length] * len(self.rows)
         for row in rows:
             self.final_lengths[row] = self.prompt_length
@@ -205,7 +180,7 @@ class TokenRows:
     def sequences(self) -> Tensor:
         """All rows, prompt and emitted tokens, padded on the right to the longest, [R, L]."""
         longest = max(self.final_lengths)
-        ends = torch.tensor(self.final_lengths, device=self.device)[:, None]
+        ends = on_device(self.final_lengths, self.device)[:, None]
         behind = torch.arange(longest, device=self.device)[None] >= ends
         return self.ids[:, :longest].masked_fill(behind, self.pad_token_id)
 
@@ -215,13 +190,17 @@ class TokenRows:
 
 
 def on_device(values: Sequence[int] | Tensor, device: torch.device) -> Tensor:
-    """Host integers as an int64 tensor on ``device``. On CUDA the host does not wait for what the device is doing."""
+    """Host integers as an int64 tensor on ``device``; on CUDA the host does not wait for what the device is doing."""
     host = torch.as_tensor(values, dtype=torch.long)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def left_padding(mask: Tensor | None, count: int) -> list[int]:
-    """Padding columns on the left of each row of ``mask`` [R, P]; zeros for None."""
+    """Padding columns on the left of each row of ``mask`` [R, P]; zeros for None.
+
+    Raises:
+        InputError: padding elsewhere, or a prompt that is all padding.
+    """
     if mask is None:
         return [0] * count
     present = mask.bool()

@@ -34,6 +34,10 @@ from deferral_train.traces import Traces
 LOW, HIGH = -1.0, 1.0  # bounds of a difference of two scores in [0, 1]
 
 
+class NoSettingError(InputError):
+    """No setting that was decoded meets the wish; the message names the nearest."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """The chosen setting and why it may be trusted.
@@ -182,7 +186,7 @@ def _certified(
                 best = found
     if best is None:
         limit, setting = min(nearest, key=lambda pair: pair[0])
-        raise InputError(
+        raise NoSettingError(
             f"no setting keeps the mean {metric} loss at or below {max_loss:g} with confidence {confidence:g} on "
             f"{len(outputs.ids)} prompts; nearest: {setting.label} certifies {limit:.3g}"
         )

@@ -5,21 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from deferral_train.errors import InputError
 from deferral_train.rules.base import Rule
 
 POINTS = 40
-# Where the decisions of real pairs change, for dials whose range is wider by far: the ends of the range are
-# kept.
-SWEEPS = {
-    "chow_log": (0.0, 6.0),
-    "diff_log": (-4.0, 4.0),
-    "opt_log": (-5.0, 5.0),
-    "bild": (0.0, 8.0),
-    "learned_log": (-5.0, 5.0),
-}
 
 
 @dataclass(frozen=True)
@@ -128,15 +117,5 @@ def _values(
     if isinstance(grid, Mapping):
         grid = grid.get(name)
     if grid is None or isinstance(grid, int):
-        return _sweep(rule, POINTS if grid is None else grid)
+        return [float(value) for value in rule.dial.swept(POINTS if grid is None else grid)]
     return grid
-
-
-def _sweep(rule: Rule, points: int) -> list[float]:
-    """``points`` values: the dial's own grid, or a narrower one with the dial's ends outside of it."""
-    dial = rule.dial
-    assert dial is not None
-    logarithmic = getattr(getattr(rule, "head", None), "loss", None) == "log"
-    low, high = SWEEPS.get(f"{rule.name}_log" if logarithmic else rule.name, (dial.low, dial.high))
-    outside = [] if dial.unbounded else [value for value in (dial.low, dial.high) if not low <= value <= high]
-    return [float(value) for value in np.linspace(low, high, max(1, points - len(outside)))] + outside

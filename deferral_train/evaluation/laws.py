@@ -14,7 +14,8 @@ from deferral_train.rules.offline import deferral_rate, emitted_gold_risk, rejec
 def law_sums(settings: Sequence[Rule], block: PromptBlock) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Sums per prompt [S, P'] and the rejection probability D_TV(q, pi) [S, n].
 
-    ``candidate_bound`` sums the most by which the unlogged tail can change the rejection probability. The
+    ``candidate_bound`` sums the most by which the unlogged tail can change the rejection probability; it is absent
+    for a rule that states no bound. The
     emitted token's loss needs a gold token; other truths do not say P(v) for every candidate.
     """
     by_prompt = block.layout.sums
@@ -22,10 +23,10 @@ def law_sums(settings: Sequence[Rule], block: PromptBlock) -> tuple[dict[str, np
         rejection_rate(rule, block.summary, block.candidates, block.temperature) for rule in settings
     ]
     rejection = _stack([value for value, _ in rejections])
-    sums = {
-        "rejected": by_prompt(rejection),
-        "candidate_bound": by_prompt(_stack([bound for _, bound in rejections])),
-    }
+    sums = {"rejected": by_prompt(rejection)}
+    bounds = _stack([bound for _, bound in rejections])
+    if not np.isnan(bounds).any():
+        sums["candidate_bound"] = by_prompt(bounds)
     deferred = [
         deferral_rate(rule, block.summary, block.candidates, block.temperature)[0] for rule in settings
     ]
@@ -45,12 +46,13 @@ def deferral_and_rejection(
     """Probabilities [n, T] that a drafted token is deferred, and rejected, of any rule.
 
     Args:
-        tails: T numbers in [-1, 1], where in their bounds from unlogged candidates to take them, 0 the middle.
+        tails: T numbers in [-1, 1], where in their bounds from unlogged candidates to take them, 0 the middle; a rule
+            that states no bound is taken as if it were exact.
     """
     arguments = (rule, block.summary, block.candidates, block.temperature)
     estimates = (deferral_rate(*arguments), rejection_rate(*arguments))
     deferral, rejection = (
-        np.stack([(value + tail * bound).clamp(0.0, 1.0).numpy() for tail in tails], axis=1)
+        np.stack([(value + tail * bound.nan_to_num(0.0)).clamp(0.0, 1.0).numpy() for tail in tails], axis=1)
         for value, bound in estimates
     )
     return deferral, rejection

@@ -109,10 +109,20 @@ def score_rules(
     scanned = scan([*families, oracle], part, num_draft_tokens=num_draft_tokens, workers=workers)
     scores = {sums.family.name: _scores(sums, part, redraws, settings) for sums in scanned}
     _add_agreement(scores, {sums.family.name: sums for sums in scanned}, len(part))
+    unbounded = [
+        sums.family.name
+        for sums in scanned
+        if not isinstance(sums.family.rule, PositionRule) and "candidate_bound" not in sums.sums
+    ]
     slider = slider_prefixes(families, part, prefixes) if prefixes else None
     calibration = _calibration(families, part, redraws)
     return ScoreTable(
-        settings.header() | part.meta, scores, redraws, part.rows_per_prompt, calibration, slider
+        settings.header() | part.meta | ({"unbounded": unbounded} if unbounded else {}),
+        scores,
+        redraws,
+        part.rows_per_prompt,
+        calibration,
+        slider,
     )
 
 

@@ -20,6 +20,7 @@ from deferral_train import provenance
 from deferral_train.collecting.scoring import make_inputs, score
 from deferral_train.decoding.outputs import OUTPUTS, read_lines
 from deferral_train.errors import InputError
+from deferral_train.evaluation import sql
 from deferral_train.evaluation.quality import check_metric, per_prompt
 from deferral_train.pairs.encode import encode_prompts
 from deferral_train.pairs.load import ModelPair
@@ -59,14 +60,14 @@ def score_outputs(
 
     Args:
         folder: of a finished ``decode``.
-        metrics: names of :data:`deferral_train.evaluation.quality.METRICS`, ``command:PROGRAM``, or
-            ``log_likelihood``.
+        metrics: names of :data:`deferral_train.evaluation.quality.METRICS`, ``sql:DATABASE``, ``command:PROGRAM``,
+            or ``log_likelihood``.
         pair, prompts: what was decoded with, and from; only read for the likelihood.
         chat: as it was decoded.
 
     Returns:
         the summary; ``quality`` of each rule has a mean per prompt of every metric in [0, 1], and for
-        ``log_likelihood`` nats a token over all tokens.
+        ``log_likelihood`` nats a token over all tokens; ``wrong`` has the reasons of ``sql:DATABASE``, counted.
 
     Raises:
         InputError: as :func:`check_metrics`.
@@ -74,15 +75,26 @@ def score_outputs(
     root = Path(folder)
     rows = [row for row in read_lines(root / OUTPUTS) if row["repetition"] == 0]
     check_metrics(metrics, prompts)
+    summary = json.loads((root / "summary.json").read_text(encoding="utf-8"))
     scored = [{"rule": row["rule"], "id": row["id"], "tokens": len(row["tokens"])} for row in rows]
+    wrong: dict[str, dict[str, dict[str, int]]] = {}
     for metric in metrics:
-        for line, value in zip(scored, _values(metric, rows, pair, prompts, chat)):
+        if (database := sql.database_of(metric)) is not None:
+            verdicts = sql.judge(database, [row["text"] for row in rows], [row["reference"] for row in rows])
+            values: Any = [float(verdict == sql.RIGHT) for verdict in verdicts]
+            for label in summary["rules"]:
+                own_verdicts = (verdict for row, verdict in zip(rows, verdicts) if row["rule"] == label)
+                wrong.setdefault(label, {})[metric] = sql.reasons(own_verdicts)
+        else:
+            values = _values(metric, rows, pair, prompts, chat)
+        for line, value in zip(scored, values):
             line[metric] = float(value)
     provenance.write_text(root / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in scored))
-    summary = json.loads((root / "summary.json").read_text(encoding="utf-8"))
     for label, rule in summary["rules"].items():
         own = [line for line in scored if line["rule"] == label]
         rule["quality"] |= {metric: _mean(metric, own) for metric in metrics}
+        if label in wrong:
+            rule["wrong"] = wrong[label]
     provenance.write_json(root / "summary.json", summary)
     return summary
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from deferral_train.errors import InputError
+from deferral_train.evaluation import sql
 
 REFERENCE = "REFERENCE"  # environment variable of a user's program
 _ANSWER = re.compile(r"####\s*(-?[\d,]*\.?\d+)")
@@ -88,9 +89,9 @@ def per_prompt(metric: str, texts: Sequence[str], references: Sequence[str | Non
     """Score of each text [n] in [0, 1].
 
     Args:
-        metric: a name in :data:`METRICS`, or ``command:PROGRAM ARGUMENTS``: the program gets the text on
-            standard input and the reference, where there is one, in the environment variable ``REFERENCE``;
-            it passes the text by exiting with 0 (pass@1).
+        metric: a name in :data:`METRICS`; ``sql:DATABASE``, execution accuracy on a SQLite file (:mod:`sql`); or
+            ``command:PROGRAM ARGUMENTS``: the program gets the text on standard input and the reference, where there
+            is one, in the environment variable ``REFERENCE``; it passes the text by exiting with 0 (pass@1).
 
     Raises:
         InputError: an unknown metric, or texts without references.
@@ -104,6 +105,9 @@ def per_prompt(metric: str, texts: Sequence[str], references: Sequence[str | Non
         raise InputError(
             f"metric {metric} needs references, and {absent} of {len(references)} prompts have none"
         )
+    if (database := sql.database_of(metric)) is not None:
+        verdicts = sql.judge(database, texts, [str(reference) for reference in references])
+        return np.array([float(verdict == sql.RIGHT) for verdict in verdicts])
     return np.array([METRICS[metric](text, str(reference)) for text, reference in zip(texts, references)])
 
 
@@ -111,16 +115,20 @@ def check_metric(metric: str) -> None:
     """Refuse a metric that no prompt can be scored by, before any work is done for it.
 
     Raises:
-        InputError: an unknown metric, a corpus score, or a program that is not there.
+        InputError: an unknown metric, a corpus score, or a program or database that is not there.
     """
     if metric.startswith("command:"):
         check_program(metric.removeprefix("command:"))
+    elif (database := sql.database_of(metric)) is not None:
+        sql.check_database(database)
     elif metric == "bleu":
         raise InputError(
             "metric bleu is a corpus score, no mean over prompts; use sentence_bleu, chrf or exact_match"
         )
     elif metric not in METRICS:
-        raise InputError(f"metric is {metric!r}; use one of {', '.join(METRICS)}, or 'command:PROGRAM'")
+        raise InputError(
+            f"metric is {metric!r}; use one of {', '.join(METRICS)}, 'sql:DATABASE' or 'command:PROGRAM'"
+        )
 
 
 def check_program(command: str) -> None:

@@ -22,9 +22,6 @@ from deferral_train.evaluation.survival import expected_calls
 from deferral_train.rules.base import Dial, PositionRule, Rule
 from deferral_train.rules.learned import LearnedRule
 
-# Rules whose alpha is the price of a rejection in L_spec, equation (8), so that regret at their own alpha
-# means something; a Chow threshold is no price.
-PRICED = frozenset({"opt", "opt_log", "opt_verifier", "learned", "oracle"})
 # Per-prompt sums: deferred positions, expected rejections, the loss of the model that each position is left
 # to, the loss of the emitted token, the regret at the rule's own price and the least priced loss it is
 # measured from, the expected verifier calls.
@@ -40,6 +37,7 @@ class Oracle(PositionRule):
     """
 
     name: ClassVar[str] = "oracle"
+    dial_is_price: ClassVar[bool] = True
     dial: ClassVar[Dial] = Dial("alpha", -1.0, 1.0, lossless=None, drafter=None, unbounded=True)
     alpha: float = 0.0
 
@@ -122,7 +120,7 @@ def _position_sums(
     if losses.emitted_drafter is not None and losses.emitted_gap is not None:
         gained = by_prompt(weight * losses.emitted_gap)
         sums["emitted_loss"] = by_prompt(losses.emitted_drafter) - gained
-    if family.rule.name in PRICED:
+    if family.rule.dial_is_price:
         net = losses.gap - _column(family.values) * block.tv
         sums["regret"] = by_prompt(np.abs(net) * (defer != (net > 0)))
         sums["oracle_loss"] = by_prompt(losses.drafter) - by_prompt(np.maximum(net, 0))

@@ -189,6 +189,10 @@ class ScoreTable:
             ]
             if cells:
                 lines.append(f"{short_label(name, 31):<32}" + "".join(f"{_cell(cell):>26}" for cell in cells))
+        if unbounded := self.meta.get("unbounded"):
+            lines.append(
+                f"no bound on what unlogged tokens change: {', '.join(unbounded)}; check with decode"
+            )
         return "\n".join(lines)
 
 

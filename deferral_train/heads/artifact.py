@@ -127,7 +127,7 @@ def current_file(folder: Path, name: str) -> Path:
 
 
 def _complete(folder: Path) -> dict[str, Any] | None:
-    """What an interrupted replacement recorded, of our own file names alone."""
+    """Record of an interrupted replacement, of our own file names alone."""
     try:
         record = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
         names = {name: [str(item) for item in record[name]] for name in ("files", "removed")}

@@ -8,7 +8,9 @@ import os
 import sys
 
 from deferral_train.errors import InputError
+from deferral_train.heads.artifact import full_config
 from deferral_train.heads.base import DeferralHead
+from deferral_train.heads.config import head_from_config
 from deferral_train.heads.registry import HEADS
 
 
@@ -43,9 +45,6 @@ def check_own_class(head: DeferralHead) -> None:
     Raises:
         InputError: a type name that is taken, or a constructor that cannot be called with what the config holds.
     """
-    from deferral_train.heads.artifact import full_config
-    from deferral_train.heads.config import head_from_config
-
     cls = type(head)
     if HEADS.get(getattr(cls, "head_type", "")) is cls:
         return

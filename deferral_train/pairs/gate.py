@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deferral_train.errors import InputError
+from deferral_train.pairs.encode import encode_prompts
 from deferral_train.pairs.load import ModelPair
-from deferral_train.pairs.padding import IGNORED, next_token_logits, pad
+from deferral_train.pairs.padding import IGNORED, answered, next_token_logits, pad
 from deferral_train.pairs.passes import pass_seconds
 from deferral_train.pairs.prompts import Prompt
 
 BATCH = 8  # sequences scored at once
+EVERY = 5.0  # seconds between two lines about progress
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def check_pair(
     max_tokens: int = 20_000,
     min_cost_ratio: float = 3.0,
     tries: int = 3,
+    say: Callable[[str], None] | None = None,
 ) -> GateResult:
     """Score held-out texts under both models and time their passes.
 
@@ -89,13 +93,16 @@ def check_pair(
         min_cost_ratio: a measured ratio below it is measured again, since other work on the machine
             disturbs it.
         tries: most measurements; the fastest time of each model counts, which other work disturbs least.
+        say: told in a line now and then how far this is; large models take minutes.
 
     Raises:
         InputError: no token to score in ``texts``.
     """
-    quality = _score(pair, texts, context, max_tokens)
+    tell = say or (lambda _: None)
+    quality = _score(pair, texts, context, max_tokens, tell)
     drafter = verifier = math.inf
-    for _ in range(tries):
+    for attempt in range(tries):
+        tell(f"gate: timing the passes of both models, measurement {attempt + 1} of at most {tries}")
         times = pass_seconds(pair, texts)[1]
         drafter, verifier = min(drafter, times[0]), min(verifier, times[1])
         if verifier >= min_cost_ratio * drafter:
@@ -104,7 +111,10 @@ def check_pair(
 
 
 @torch.inference_mode()
-def _score(pair: ModelPair, texts: Sequence[Prompt], context: int, max_tokens: int) -> dict[str, Any]:
+def _score(
+    pair: ModelPair, texts: Sequence[Prompt], context: int, max_tokens: int, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    said = time.monotonic()
     sums = torch.zeros(4, dtype=torch.float64)
     tokens = 0
     for batch in _batches(pair, texts, context):
@@ -123,6 +133,9 @@ def _score(pair: ModelPair, texts: Sequence[Prompt], context: int, max_tokens: i
             ]
         ).cpu()
         tokens += len(labels)
+        if time.monotonic() - said > EVERY:
+            said = time.monotonic()
+            tell(f"gate: {tokens} tokens scored, at most {max_tokens}")
         if tokens >= max_tokens:
             break
     if not tokens:
@@ -141,7 +154,12 @@ def _logprobs(model: Any, batch: Mapping[str, Tensor], wanted: Tensor, vocab_siz
 
 def _batches(pair: ModelPair, texts: Sequence[Prompt], context: int) -> Iterator[Mapping[str, Tensor]]:
     """Padded batches in the order of the texts, which take turns window by window so that all are heard."""
-    rows = _pairs(pair, texts, context) if pair.is_encoder_decoder else _windows(pair, texts, context)
+    if pair.is_encoder_decoder:
+        rows = _pairs(pair, texts, context)
+    elif getattr(pair.tokenizer, "chat_template", None) and any(text.reference for text in texts):
+        rows = _answers(pair, texts, context)
+    else:
+        rows = _windows(pair, texts, context)
     for start in range(0, len(rows), BATCH):
         inputs, labels = zip(*rows[start : start + BATCH])
         mask = pad([[1] * len(row) for row in inputs], 0)
@@ -155,6 +173,12 @@ def _pairs(pair: ModelPair, texts: Sequence[Prompt], context: int) -> list[tuple
         if text.reference
     )
     return [(source, target) for source, target in encoded if source and target]
+
+
+def _answers(pair: ModelPair, texts: Sequence[Prompt], context: int) -> list[tuple[list[int], list[int]]]:
+    """References as answers in the pair's own chat template, as decoding asks for them; the prompt is not scored."""
+    encoded = encode_prompts(pair.tokenizer, texts, require_reference=True, max_reference_tokens=context)
+    return [answered(row.input_ids, row.reference_ids) for row in encoded.kept if row.input_ids]
 
 
 def _windows(pair: ModelPair, texts: Sequence[Prompt], context: int) -> list[tuple[list[int], list[int]]]:

@@ -23,3 +23,8 @@ def next_token_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
     return model(**inputs, use_cache=False).logits
+
+
+def answered(prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
+    """Inputs of one decoder and, place by place, the token to follow; ignored inside the prompt. Neither is empty."""
+    return prompt + answer[:-1], [IGNORED] * (len(prompt) - 1) + answer

@@ -20,7 +20,7 @@ FROM_PADDING = frozenset(
 )
 
 
-class Room(NamedTuple):
+class PositionLimits(NamedTuple):
     """Most tokens that a model can place; None where it sets no bound (relative positions, as T5's).
 
     ``prompt`` bounds what the encoder reads, None for decoder-only models; ``text`` what the decoder holds: of a
@@ -31,22 +31,26 @@ class Room(NamedTuple):
     text: int | None
 
 
-def room_of(models: tuple[Any, ...]) -> Room:
+def room_of(models: tuple[Any, ...]) -> PositionLimits:
     """The least room of several models, which read the same prompts."""
     rooms = [_room(model.config) for model in models]
-    return Room(*(min((size for size in sizes if size is not None), default=None) for sizes in zip(*rooms)))
+    return PositionLimits(
+        *(min((size for size in sizes if size is not None), default=None) for sizes in zip(*rooms))
+    )
 
 
-def _room(config: Any) -> Room:
+def _room(config: Any) -> PositionLimits:
     text = config.get_text_config(decoder=True)
     decoder = _size(
         text, "max_decoder_position_embeddings", "max_target_positions", "max_position_embeddings"
     )
     if not config.is_encoder_decoder:
-        return Room(None, decoder)
+        return PositionLimits(None, decoder)
     encoder = getattr(config, "encoder", None)
     source = encoder if hasattr(encoder, "max_position_embeddings") else config.get_text_config(encoder=True)
-    return Room(_size(source, "max_encoder_position_embeddings", "max_position_embeddings"), decoder)
+    return PositionLimits(
+        _size(source, "max_encoder_position_embeddings", "max_position_embeddings"), decoder
+    )
 
 
 def _size(config: Any, *names: str) -> int | None:

@@ -1,4 +1,4 @@
-"""What a run prints at its end: a short table of what was decoded, the verdict, and where to look."""
+"""The last screen of a run: a short table of what was decoded, the verdict, and where to look."""
 
 from __future__ import annotations
 
@@ -18,9 +18,14 @@ KEPT = (
 )
 
 
-def short(scores: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a rule's decode summary that the closing table needs."""
-    return {name: scores[name] for name in KEPT} | {"chrf": scores["quality"].get("chrf")}
+def short(scores: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    """The part of a rule's decode summary that the closing table needs; ``quality`` is the metric as it is summed up
+    (chrF from 0 to 100, others from 0 to 1).
+    """
+    return {name: scores[name] for name in KEPT} | {
+        "quality": scores["quality"].get(metric),
+        "metric": metric,
+    }
 
 
 def close(console: RunConsole, records: Mapping[str, StageRecord], folder: Path) -> None:
@@ -32,7 +37,7 @@ def close(console: RunConsole, records: Mapping[str, StageRecord], folder: Path)
     rows = [
         [
             f"{name} (best plug-in)" if name == best else name,
-            scores["chrf"],
+            scores["quality"],
             scores["mean_acceptance_length"],
             scores["deferral_rate"],
             scores["tokens_per_second"],
@@ -40,18 +45,27 @@ def close(console: RunConsole, records: Mapping[str, StageRecord], folder: Path)
         ]
         for name, scores in decoded.items()
     ]
-    columns = ["rule", "chrF", "tokens/call", "deferred", "tokens/s", "risk-OPT"]
+    metric = next(iter(decoded.values()))["metric"].partition(":")[0]
+    columns = [
+        "rule",
+        {"chrf": "chrF", "sql": "right"}.get(metric, metric),
+        "tokens/call",
+        "deferred",
+        "tokens/s",
+        "risk-OPT",
+    ]
     console.table(
-        "held-out prompts; dials and the best plug-in were chosen on the calibration part, at one rejection rate",
+        "held-out prompts; dials and the best plug-in were chosen on a part of their own, at one rejection rate",
         columns,
         rows,
     )
-    if "wish" in found:
+    if found.get("wish", {}).get("name") is not None:
         wish, limit = found["wish"], found["wish"]["certificate"]["limit"]
         console.line(
             f"{wish['name']} stands where point.max_loss={limit:g} is certified, not at that rejection rate"
         )
-    console.line(verdict["headline"])
+    for sentence in verdict.get("said") or [verdict["headline"]]:
+        console.line(sentence)
     if verdict["drafting"] is not None:
         console.line(verdict["drafting"]["text"])
     console.path("report", folder / "report.html")

@@ -1,4 +1,4 @@
-"""What a run is made of. Every field is a YAML key and a flag; defaults are for a pair that the user brings."""
+"""Settings of a run. Every field is a YAML key and a flag; defaults are for a pair that the user brings."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from deferral_train.errors import InputError, config_errors
 from deferral_train.pairs.scratch.train_config import PairConfig
 
+STYLES = ("drawn", "house")  # of queries
 PARTS = ("fit", "validation", "calibration", "test")
 
 
@@ -37,16 +38,46 @@ class PromptPart:
 
 
 @dataclass(frozen=True)
+class QuestionsConfig:
+    """Questions about the standard library's own database, answered in SQL; see ``deferral_train.questions``.
+
+    Quality is then execution accuracy, and a pair to be trained learns from questions of its own.
+
+    Attributes:
+        pair, fit, validation, calibration, test: questions of each part; no two parts share a name.
+        test_shapes: questions of families that no other part has.
+        style: "drawn" writes every query in habits of its own, "house" all in one style.
+    """
+
+    pair: int = 16000
+    fit: int = 600
+    validation: int = 300
+    calibration: int = 1000
+    test: int = 600
+    test_shapes: int = 120
+    style: str = "drawn"
+
+    def __post_init__(self) -> None:
+        for name in ("pair", *PARTS, "test_shapes"):
+            if getattr(self, name) < 1:
+                raise InputError(f"text.questions.{name}={getattr(self, name)}: give at least 1 question")
+        if self.style not in STYLES:
+            raise InputError(f"text.questions.style={self.style!r}: use {' or '.join(STYLES)}")
+
+
+@dataclass(frozen=True)
 class TextConfig:
     """Real text in four parts that never overlap: a head learns, is chosen, is tuned and is judged on different ones.
 
     Attributes:
         stdlib: take the Python standard library's sources instead of files.
+        questions: take questions about a database of the standard library instead of files.
         fit, validation, calibration, test: the parts; ignored with ``stdlib`` but for their ``limit``.
         prompt_characters, reference_characters: size of a window of source text, with ``stdlib``.
     """
 
     stdlib: bool = False
+    questions: QuestionsConfig | None = None
     fit: PromptPart = field(default_factory=PromptPart)
     validation: PromptPart = field(default_factory=PromptPart)
     calibration: PromptPart = field(default_factory=PromptPart)
@@ -56,7 +87,7 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         for part in PARTS:
-            if not self.stdlib and not getattr(self, part).path:
+            if not self.stdlib and self.questions is None and not getattr(self, part).path:
                 raise InputError(f"text.{part}.path is empty; name a prompts file, or set text.stdlib: true")
 
 
@@ -85,7 +116,7 @@ class PairSection:
 
 @dataclass(frozen=True)
 class GateConfig:
-    """What a pair must show before hours are spent on it.
+    """Requirements on a pair, checked before hours are spent on it.
 
     Attributes:
         min_nats: the verifier's advantage on held-out text, nats a token.
@@ -149,15 +180,22 @@ class OperatingPointConfig:
 
     Attributes:
         rejection_share: the rejection rate to match, as a share of lossless's.
-        max_loss: a wish instead, for the rule that is chosen: most mean loss of sentence chrF per prompt against
-            lossless, in (0, 1) (0.02 is two points). The head and the best plug-in rule are decoded on the calibration
-            part over their dials, and the setting of fewest verifier calls that `choose` certifies is taken.
-        max_quality_loss: most points of mean sentence chrF below lossless that still count as help.
+        max_loss: a wish instead, for the rule that is chosen: most mean loss of the metric per prompt against
+            lossless, in (0, 1) (0.02 is two points). The best plug-in rule and the dial values to try are taken from
+            the validation part; that rule and the head are decoded with them on the calibration part, and the setting
+            of fewest verifier calls that `choose` certifies is taken.
+        metric: of quality, a mean per prompt as ``deferral-train choose --metric`` takes it; default execution
+            accuracy with ``text.questions``, else sentence chrF.
+        shares: of lossless's rejection rate, one tried dial value each; from the first on they are tested, and a test
+            that fails ends its rule's sequence.
+        max_quality_loss: most points of the metric's mean below lossless that still count as help.
         confidence: of max_loss, and of the bounds on the loss per prompt and on the local token risk.
     """
 
     rejection_share: float = 0.5
     max_loss: float | None = None
+    metric: str | None = None
+    shares: tuple[float, ...] = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
     max_quality_loss: float = 1.0
     confidence: float = 0.95
 
@@ -168,8 +206,11 @@ class OperatingPointConfig:
             )
         if self.max_loss is not None and not 0 < self.max_loss < 1:
             raise InputError(
-                f"point.max_loss={self.max_loss:g}: give a loss between 0 and 1, such as 0.02 for two points of chrF"
+                f"point.max_loss={self.max_loss:g}: give a loss between 0 and 1, such as 0.02 for two points"
             )
+        wrong = [share for share in self.shares if not 0 <= share <= 1]
+        if wrong or not self.shares:
+            raise InputError(f"point.shares: {wrong or 'empty'}; give shares between 0 and 1, such as 0.5")
         if not 0 < self.confidence < 1:
             raise InputError(
                 f"point.confidence={self.confidence:g}: give a probability between 0 and 1, such as 0.95"
@@ -187,6 +228,8 @@ class DecodeSection:
         temperature: 0 is greedy.
         batch_size: prompts side by side.
         repetitions: interleaved, for timing.
+        timed: decode so many of the prompts again one by one for the wall clock, with these repetitions; then the
+            others are decoded once. None takes the time of the decoding itself.
         metrics: besides BLEU, chrF and exact match, as ``deferral-train decode --metrics`` takes them.
     """
 
@@ -196,6 +239,7 @@ class DecodeSection:
     temperature: float = 0.0
     batch_size: int = 1
     repetitions: int = 3
+    timed: int | None = None
     metrics: tuple[str, ...] = ()
 
 
@@ -247,6 +291,8 @@ class RunConfig:
         decoded: which of them are decoded beside ``verifier_only``, ``lossless``, the learned head and the plug-in
             rule that loses least on the calibration part.
         bootstrap: redraws of prompts for intervals.
+        expected: stage to the seconds that it takes on the machine the config was made for; said at the start and
+            beside what each stage took.
     """
 
     text: TextConfig
@@ -271,6 +317,7 @@ class RunConfig:
     decode: DecodeSection = field(default_factory=DecodeSection)
     frontier: FrontierConfig = field(default_factory=FrontierConfig)
     bootstrap: int = 1000
+    expected: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         absent = [rule for rule in self.decoded if rule not in self.rules]

@@ -1,8 +1,8 @@
-"""What a run shows in the terminal: stages as they start and end, and the closing table."""
+"""Terminal output of a run: stages as they start and end, and the closing table."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,14 @@ PIPE_WIDTH = 140  # a log has no width; rich would cut tables to 80
 
 
 class RunConsole:
-    """Plain lines in a pipe, colours in a terminal."""
+    """Plain lines in a pipe, colours in a terminal.
 
-    def __init__(self) -> None:
+    Args:
+        expected: stage to the seconds that it should take.
+    """
+
+    def __init__(self, expected: Mapping[str, float] | None = None) -> None:
+        self.expected = dict(expected or {})
         self.console = Console(highlight=False, soft_wrap=True)
         if not self.console.is_terminal:
             self.console.width = PIPE_WIDTH
@@ -31,7 +36,24 @@ class RunConsole:
                 f"[dim]\\[{index}/{count}] {stage.name}  reused, finished earlier in {record.seconds:.1f} s[/dim]"
             )
         else:
-            self.console.print(f"       {stage.name} done in {record.seconds:.1f} s")
+            expected = self.expected.get(stage.name)
+            more = "" if expected is None else f" of {expected:.0f} expected"
+            self.console.print(f"       {stage.name} done in {record.seconds:.1f} s{more}")
+
+    def budget(self) -> None:
+        """Say how long the run should take, stage by stage."""
+        if self.expected:
+            stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in self.expected.items())
+            total = sum(self.expected.values()) / 60
+            self.line(
+                f"This takes about {total:.0f} minutes on the machine it was planned for; seconds: {stages}."
+            )
+
+    def spent(self, records: Iterable[StageRecord]) -> None:
+        """Say how long the stages took, those of earlier runs included."""
+        seconds = sum(record.seconds for record in records)
+        expected = f" of {sum(self.expected.values()):.0f} expected" if self.expected else ""
+        self.line(f"all stages took {seconds:.0f} s{expected}")
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """The short table a run ends with; the first column is left-aligned, numbers right."""

@@ -125,13 +125,17 @@ def _check_part(part: str, source: Any) -> None:
 def _check_decoding(config: RunConfig) -> None:
     section = asdict(config.decode)
     limit, repetitions, metrics = (section.pop(name) for name in ("limit", "repetitions", "metrics"))
+    timed = section.pop("timed")
     with _Section("decode"):
-        if limit < 1:
-            raise InputError(f"limit={limit}: give at least 1")
+        if limit < 1 or (timed is not None and timed < 1):
+            raise InputError(f"limit={limit}, timed={timed}: give at least 1")
         DecodeConfig(Settings(seed=config.seed, **section), repetitions, log_tokens=5)
         for metric in metrics:
             if metric not in FREE_METRICS:
                 check_metric(metric)
+    with _Section("point"):
+        if config.point.metric is not None:
+            check_metric(config.point.metric)
     frontier = config.frontier
     with _Section("frontier"):
         for name in ("limit", "batch_size", "timed", "repetitions"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deferral_train import provenance
 from deferral_train.decoding import Pair
@@ -11,19 +11,17 @@ from deferral_train.decoding.outputs import OUTPUTS, read_lines
 from deferral_train.evaluation.bootstrap import Redraws
 from deferral_train.evaluation.drafting import propose_for
 from deferral_train.heads.rules import rule_from_spec
+from deferral_train.pipeline.context import RunContext
 from deferral_train.pipeline.online import ON_POLICY
 from deferral_train.pipeline.pair import open_pair
 from deferral_train.pipeline.text import read_part
 from deferral_train.traces import open_traces
 
-if TYPE_CHECKING:
-    from deferral_train.pipeline.run import Run
-
 FILE = "drafting.json"
 PROMPTS = 60  # replayed: half of them choose, half judge
 
 
-def propose_drafting(run: Run, results: Mapping[str, Any]) -> dict[str, Any] | None:
+def propose_drafting(run: RunContext, results: Mapping[str, Any]) -> dict[str, Any] | None:
     """Replay the chosen rule's own texts under every plan, priced with this machine's timings.
 
     Returns:

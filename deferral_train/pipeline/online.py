@@ -4,9 +4,8 @@ prefixes predict of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, replace
+from typing import Any
 
 from deferral_train import provenance
 from deferral_train.collecting import CollectConfig, collect
@@ -19,62 +18,95 @@ from deferral_train.evaluation.outputs import check_metrics, score_outputs
 from deferral_train.heads import DeferralHead
 from deferral_train.heads.artifact import set_operating_point
 from deferral_train.heads.rules import learned_rule, rule_from_spec
+from deferral_train.pipeline import ask
 from deferral_train.pipeline.closing import short
-from deferral_train.pipeline.frontier import decode_frontier
+from deferral_train.pipeline.context import Results, RunContext
+from deferral_train.pipeline.frontier import ALWAYS, decode_frontier
 from deferral_train.pipeline.heads import BEST, LEARNED
 from deferral_train.pipeline.pair import open_pair
 from deferral_train.pipeline.text import read_part
-from deferral_train.pipeline.wish import certified_point
+from deferral_train.pipeline.wish import FOLDER as CALIBRATION
+from deferral_train.pipeline.wish import Wish, certified_point
 from deferral_train.rules.base import Rule
 from deferral_train.traces import open_traces
 
-if TYPE_CHECKING:
-    from deferral_train.pipeline.run import Run
-
 ON_POLICY = "traces/on_policy"
-Results = Mapping[str, Any]
+TIMING, SHAPES = "timing", "shapes"
+DRAFTER = "drafter_only"
+ENDS = ("verifier_only", "lossless", DRAFTER)
+TIMES = ("tokens_per_second", "ms_per_token", "tokens_per_second_each", "seconds")
 
 
-def decode_rules(run: Run, results: Results) -> Any:
-    """Verifier alone, lossless and the rules at their operating points, on the test prompts."""
-    section = asdict(run.config.decode)
-    limit, repetitions, metrics = (section.pop(name) for name in ("limit", "repetitions", "metrics"))
-    rules = {name: rule_from_spec(name) for name in ("verifier_only", "lossless")}
+def decode_rules(run: RunContext, results: Results) -> Any:
+    """Verifier alone, lossless and the rules at their operating points, on the test prompts.
+
+    With ``decode.timed`` so many of them are decoded again one by one, and the summary takes its times from there.
+    """
+    section = run.config.decode
+    rules = {name: rule_from_spec(name) for name in ENDS if name != DRAFTER or run.asks}
     typed = run.config.rules
     rules |= {label: rule_from_spec(spec, typed) for label, spec in run.decoded(results).items()}
-    settings = DecodeConfig(Settings(seed=run.config.seed, **section), repetitions, log_tokens=5)
     pair = Pair(open_pair(run.config.pair, results["pair"]))
-    prompts = read_part(run.folder, "test", limit)
+    prompts = read_part(run.folder, "test", section.limit)
+    metrics = (*section.metrics, *([] if run.metric in (*ALWAYS, *section.metrics) else [run.metric]))
     check_metrics(metrics, prompts)
+    once = 1 if section.timed else section.repetitions
+    settings = DecodeConfig(_settings(run), once, log_tokens=0 if section.timed else 5)
     summary = decode(pair, prompts, rules, settings, run.folder / "decode")
+    if section.timed:
+        alone = DecodeConfig(replace(_settings(run), batch_size=1), section.repetitions, log_tokens=5)
+        timed = decode(pair, prompts[: section.timed], rules, alone, run.folder / TIMING)
+        for label, rule in summary["rules"].items():
+            rule |= {name: timed["rules"][label][name] for name in TIMES}
+        provenance.write_json(run.folder / "decode" / "summary.json", summary)
     if metrics:
         summary = score_outputs(run.folder / "decode", metrics, pair.models, prompts)
-    return {name: short(scores) for name, scores in summary["rules"].items()}
+    return {name: short(scores, run.metric) for name, scores in summary["rules"].items()}
 
 
-def certify_wish(run: Run, results: Results, plug_in: str) -> dict[str, Any]:
-    """The setting that `choose` certifies on the calibration part; the exported head stores one of its own."""
+def decode_shapes(run: RunContext, results: Results) -> Any:
+    """Share of right answers to questions of families that no part has: verifier alone and the chosen setting."""
+    chosen = run.chosen(results)
+    rules = {"verifier_only": rule_from_spec("verifier_only")}
+    rules[chosen["label"]] = rule_from_spec(chosen["spec"], run.config.rules)
+    pair = Pair(open_pair(run.config.pair, results["pair"]))
+    prompts = read_part(run.folder, ask.SHAPES)
+    decode(pair, prompts, rules, DecodeConfig(_settings(run)), run.folder / SHAPES)
+    summary = score_outputs(run.folder / SHAPES, (run.metric,), pair.models, prompts)
+    right = {name: rule["quality"][run.metric] for name, rule in summary["rules"].items()}
+    return {"questions": len(prompts), "right": right}
+
+
+def _settings(run: RunContext) -> Settings:
+    section = asdict(run.config.decode)
+    for name in ("limit", "repetitions", "timed", "metrics"):
+        del section[name]
+    return Settings(seed=run.config.seed, **section)
+
+
+def certify_wish(run: RunContext, results: Results, plug_in: str) -> dict[str, Any]:
+    """The setting that `choose` certifies on the calibration part; the exported head stores one of its own.
+
+    Where no setting is certified, ``name`` is None and ``reason`` says what came nearest.
+    """
     typed, head = run.config.rules, run.folder / "head"
     rules: dict[str, tuple[str, Rule | str]] = {
         plug_in: (plug_in, rule_from_spec(plug_in, typed)),
         LEARNED: (f"learned:head={head}", learned_rule(DeferralHead.from_pretrained(head), alpha=0.0)),
     }
     found = certified_point(
-        run.config.point,
-        run.config.decode,
+        Wish(run.config.point, run.config.decode, run.metric, run.folder / CALIBRATION, run.config.seed),
         Pair(open_pair(run.config.pair, results["pair"])),
         read_part(run.folder, "calibration"),
-        run.open("calibration"),
+        run.open("validation"),
         rules,
-        run.folder,
-        run.config.seed,
     )
     if found["name"] == LEARNED:
         set_operating_point(head, found["value"], found["certificate"])
     return found
 
 
-def decode_frontiers(run: Run, results: Results) -> Any:
+def decode_frontiers(run: RunContext, results: Results) -> Any:
     """Every rule over its dial, decoded; nothing where no temperature is asked for."""
     config = run.config.frontier
     if not config.temperatures:
@@ -94,7 +126,7 @@ def decode_frontiers(run: Run, results: Results) -> Any:
     )
 
 
-def compare_skew(run: Run, results: Results) -> Any:
+def compare_skew(run: RunContext, results: Results) -> Any:
     """Collect on the chosen cascade's own prefixes and compare what they predict with what decoding counted."""
     chosen, section = run.chosen(results), run.config.decode
     settings = CollectConfig(

@@ -12,6 +12,8 @@ from deferral_train.pairs.gate import GateResult, check_pair
 from deferral_train.pairs.load import ModelPair, load_models
 from deferral_train.pairs.scratch.progress import TrainingBars
 from deferral_train.pairs.scratch.train import train_pair
+from deferral_train.pairs.scratch.train_config import PairConfig
+from deferral_train.pipeline.ask import taught
 from deferral_train.pipeline.config import GateConfig, PairSection
 from deferral_train.pipeline.console import RunConsole
 from deferral_train.pipeline.text import read_part, refuse_seen
@@ -22,13 +24,21 @@ GATE_FILE = "gate.json"
 GATE_PROMPTS = 100
 
 
-def prepare_pair(config: PairSection, gate: GateConfig, run: Path, console: RunConsole) -> dict[str, Any]:
+def prepare_pair(
+    config: PairSection, gate: GateConfig, run: Path, console: RunConsole, questions: bool = False
+) -> dict[str, Any]:
     """Train or check the pair; returns where it lies, its gate and how many training texts were compared.
+
+    Args:
+        questions: the run asks questions of its own, and a pair to be trained learns from some of them.
 
     Raises:
         InputError: the pair fails a required gate, or prompts of the run were in its training text.
     """
-    result = _trained(config, run) if config.train is not None else _brought(config, run)
+    if config.train is not None:
+        result = _trained(taught(config.train, run) if questions else config.train, run)
+    else:
+        result = _brought(config, run, console)
     compared = refuse_seen(Path(result["drafter"]).parent, run)
     measured = GateResult(**result["gate"])
     if gate.required:
@@ -58,10 +68,9 @@ def _load(config: PairSection, drafter: str, verifier: str) -> ModelPair:
     )
 
 
-def _trained(config: PairSection, run: Path) -> dict[str, Any]:
-    assert config.train is not None
+def _trained(config: PairConfig, run: Path) -> dict[str, Any]:
     with TrainingBars() as bars:
-        done = train_pair(config.train, run / FOLDER, bars)
+        done = train_pair(config, run / FOLDER, bars)
     return {
         "drafter": str(done.drafter),
         "verifier": str(done.verifier),
@@ -70,7 +79,7 @@ def _trained(config: PairSection, run: Path) -> dict[str, Any]:
     }
 
 
-def _brought(config: PairSection, run: Path) -> dict[str, Any]:
+def _brought(config: PairSection, run: Path, console: RunConsole) -> dict[str, Any]:
     """Score and time a pair once; timings are noisy, so a rerun reads what was measured first."""
     record = run / FOLDER / GATE_FILE
     pair = _load(config, config.drafter, config.verifier)
@@ -78,6 +87,7 @@ def _brought(config: PairSection, run: Path) -> dict[str, Any]:
     if record.is_file() and (stored := json.loads(record.read_text())).get("for") == wanted:
         gate = stored["gate"]
     else:
-        gate = asdict(check_pair(pair, read_part(run, "validation", GATE_PROMPTS)))
+        prompts = read_part(run, "validation", GATE_PROMPTS)
+        gate = asdict(check_pair(pair, prompts, say=lambda line: console.line(f"       {line}")))
         provenance.write_json(record, {"for": wanted, "gate": gate})
     return {"drafter": config.drafter, "verifier": config.verifier, "gate": gate, "trained": False}

@@ -1,4 +1,4 @@
-"""A run: real text to pair, traces, head, operating points, evaluation, decoding, verdict and report.
+"""A run: text or questions to pair, traces, head, operating points, evaluation, decoding, verdict and report.
 
 Every stage writes below the run folder and is reused while its settings and inputs stay the same.
 """
@@ -6,6 +6,7 @@ Every stage writes below the run folder and is reused while its settings and inp
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -18,7 +19,7 @@ from deferral_train.errors import InputError
 from deferral_train.heads import DeferralHead
 from deferral_train.heads.export import export_head
 from deferral_train.heads.rules import learned_rule, rule_from_spec
-from deferral_train.pipeline import drafting, online, operate
+from deferral_train.pipeline import answers, ask, drafting, online, operate
 from deferral_train.pipeline import probe as ceilings
 from deferral_train.pipeline.breakdowns import break_down
 from deferral_train.pipeline.closing import close
@@ -30,7 +31,7 @@ from deferral_train.pipeline.learning import ROUNDS, learn_in_rounds
 from deferral_train.pipeline.pair import prepare_pair
 from deferral_train.pipeline.stages import Stage, StageRunner, open_run
 from deferral_train.pipeline.text import part_path, prepare_text
-from deferral_train.pipeline.verdict import make_verdict
+from deferral_train.pipeline.verdict import Measured, make_verdict
 from deferral_train.pipeline.wish import FOLDER
 from deferral_train.rules.base import Rule
 from deferral_train.serving.paste import engine_line
@@ -71,11 +72,13 @@ class Run:
     """The stages of one run and what they need from each other."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
-        self.config, self.folder, self.console = config, folder, RunConsole()
+        self.config, self.folder, self.console = config, folder, RunConsole(config.expected)
 
     def execute(self) -> dict[str, Any]:
         """Run all stages; returns the verdict."""
+        self.console.budget()
         records = self.runner().run(self.stages())
+        self.console.spent(records.values())
         close(self.console, records, self.folder)
         return dict(records["verdict"].result)
 
@@ -85,7 +88,8 @@ class Run:
 
     def probe(self) -> dict[str, Any]:
         """Prompts, pair and a hundred prompts; returns and prints the ceiling."""
-        c, first = self.config, [stage for stage in self.stages() if stage.name in ("text", "pair")]
+        c, before = self.config, ("database", "text", "pair")
+        first = [stage for stage in self.stages() if stage.name in before]
         settings = {
             "traces": c.traces,
             "rules": c.rules,
@@ -146,15 +150,7 @@ class Run:
         cascades = (*c.frontier.rules, *c.frontier.token_cascades, *c.frontier.sequence_cascades)
         wished = c.decode if wish else c.decode.num_draft_tokens
         return [
-            Stage(
-                name="text",
-                title="prompts in four parts that never overlap",
-                settings={"text": c.text},
-                after=(),
-                outputs=("data",),
-                work=self.text,
-                inputs=text_inputs(c.text),
-            ),
+            *self.first_stages(),
             Stage(
                 name="pair",
                 title="a drafter and a verifier",
@@ -163,6 +159,7 @@ class Run:
                 outputs=("pair",),
                 work=self.pair,
                 inputs=pair_inputs(c.pair),
+                replace=self.asks,  # what it learns from is made by the run, and no part of its config
             ),
             Stage(
                 name="traces",
@@ -211,11 +208,12 @@ class Run:
                 title="the cascade on test prompts",
                 settings={"decode": c.decode, "decoded": c.decoded, "seed": c.seed},
                 after=("point",),
-                outputs=("decode",),
+                outputs=("decode", *((online.TIMING,) if c.decode.timed else ())),
                 work=partial(online.decode_rules, self),
                 inputs=rules,
                 replace=True,
             ),
+            *self.question_stages(),
             Stage(
                 name="frontier",
                 title="quality against cost of whole rules",
@@ -247,7 +245,7 @@ class Run:
                 name="verdict",
                 title="what is gained and lost",
                 settings={"point": c.point},
-                after=("evaluate", "skew", "frontier", "drafting"),
+                after=("evaluate", "skew", "frontier", "drafting", *(("answers",) if self.asks else ())),
                 outputs=("verdict.json",),
                 work=self.verdict,
             ),
@@ -261,11 +259,88 @@ class Run:
             ),
         ]
 
+    def first_stages(self) -> list[Stage]:
+        """Where the prompts come from: files, or questions about a database that is made first."""
+        text = self.config.text
+        if not self.asks:
+            return [
+                Stage(
+                    name="text",
+                    title="prompts in four parts that never overlap",
+                    settings={"text": text},
+                    after=(),
+                    outputs=("data",),
+                    work=self.text,
+                    inputs=text_inputs(text),
+                )
+            ]
+        parts = ("pair", *PARTS, ask.SHAPES)
+        return [
+            Stage(
+                name="database",
+                title="modules, functions and imports of the standard library",
+                settings={"python": sys.version},
+                after=(),
+                outputs=(str(ask.database_path(Path())),),
+                work=lambda _: ask.prepare_database(self.folder),
+            ),
+            Stage(
+                name="text",
+                title="questions in parts that share no name",
+                settings={"text": text, "seed": self.config.seed},
+                after=("database",),
+                outputs=tuple(str(part_path(Path(), part)) for part in parts),
+                work=self.text,
+            ),
+        ]
+
+    def question_stages(self) -> list[Stage]:
+        """The stages of a run with questions alone: shapes that nobody learned, and answers with their rows."""
+        if not self.asks:
+            return []
+        return [
+            Stage(
+                name="shapes",
+                title="questions of families that no part has",
+                settings={"decode": self.config.decode, "seed": self.config.seed},
+                after=("point",),
+                outputs=(online.SHAPES,),
+                work=partial(online.decode_shapes, self),
+                inputs=spec_inputs([*self.config.rules, *self.config.decoded]),
+                replace=True,
+            ),
+            Stage(
+                name="answers",
+                title="queries and their rows, side by side",
+                settings={},
+                after=("text", "decode", "shapes"),
+                outputs=(answers.FILE,),
+                work=self.answers,
+            ),
+        ]
+
+    def answers(self, results: Results) -> Any:
+        """Share of right answers by rule, and three questions with the rows of their answers."""
+        constant = results["text"]["constant_answer"]["test"]
+        chosen = self.chosen(results)["label"]
+        return answers.show_answers(self.folder, chosen, constant, results["shapes"])
+
+    @property
+    def asks(self) -> bool:
+        """True for a run that asks questions about a database of its own."""
+        return self.config.text.questions is not None
+
+    @property
+    def metric(self) -> str:
+        """Of quality, per prompt."""
+        default = ask.execution_accuracy(self.folder) if self.asks else "chrf"
+        return self.config.point.metric or default
+
     def text(self, _: Results) -> Any:
-        return prepare_text(self.config.text, self.folder)
+        return prepare_text(self.config.text, self.folder, self.config.seed)
 
     def pair(self, _: Results) -> Any:
-        return prepare_pair(self.config.pair, self.config.gate, self.folder, self.console)
+        return prepare_pair(self.config.pair, self.config.gate, self.folder, self.console, self.asks)
 
     def traces(self, results: Results) -> Any:
         """Log every part; unfinished folders are taken up where they stopped."""
@@ -277,7 +352,7 @@ class Run:
         return rows
 
     def collecting(self, pair: Mapping[str, Any], part: str) -> dict[str, Any]:
-        """What every collection of this run shares."""
+        """Settings that every collection of this run shares."""
         return {
             "drafter": pair["drafter"],
             "verifier": pair["verifier"],
@@ -301,8 +376,10 @@ class Run:
         return found
 
     def point(self, results: Results) -> Any:
+        # What a certificate is for must not be chosen on the prompts that certify it.
+        part = "calibration" if self.config.point.max_loss is None else "validation"
         found = operate.choose_points(
-            self.open("calibration"),
+            self.open(part),
             self.rules(),
             self.config.point,
             self.config.decode.num_draft_tokens,
@@ -350,17 +427,23 @@ class Run:
         }
 
     def verdict(self, results: Results) -> Any:
+        timed = self.config.decode.timed is not None
         verdict = make_verdict(
-            self.folder / "decode",
+            Measured(
+                decode=self.folder / "decode",
+                timing=self.folder / (online.TIMING if timed else "decode"),
+                gate=results["pair"]["gate"],
+                bound=results["evaluate"]["bound"],
+                skew=results["skew"],
+                metric=self.metric,
+            ),
             self.chosen(results),
-            results["pair"]["gate"],
-            results["evaluate"]["bound"],
-            results["skew"],
-            self.config.point.max_quality_loss,
+            self.config.point,
             self.config.seed,
-            self.config.point.confidence,
             self._engine_line(results),
         )
+        if self.asks:
+            verdict["said"] = answers.say(verdict, results)
         verdict["drafting"] = results["drafting"]
         verdict["training"] = f"fit/{results['fit']['best']}"
         provenance.write_json(self.folder / "verdict.json", verdict)
@@ -419,7 +502,8 @@ class Run:
             self.decoded(results),
             results["point"].get("wish"),
         )
-        name = wish["name"] if wish else min(decoded, key=lambda rule: points[rule]["risk_at_match"])
+        certified = wish is not None and wish["name"] is not None
+        name = wish["name"] if certified else min(decoded, key=lambda rule: points[rule]["risk_at_match"])
         parameter, value = self.dial(results, name)
         return {
             "name": name,
@@ -430,7 +514,8 @@ class Run:
             "parameter": parameter,
             "value": value,
             "num_draft_tokens": self.config.decode.num_draft_tokens,
-            "certificate": wish["certificate"] if wish else None,
+            "certificate": wish["certificate"] if certified else None,
+            "uncertified": wish["reason"] if wish is not None and not certified else None,
         }
 
     def costs(self, pair: Mapping[str, Any]) -> dict[str, float]:

@@ -5,32 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from deferral_train.errors import InputError
 from deferral_train.pairs.corpora import code_prompts, stdlib_sources
 from deferral_train.pairs.overlap import FILE, check_no_overlap, content_hash, read_training_ids
 from deferral_train.pairs.prompts import Prompt, read_prompts, write_prompts
+from deferral_train.pipeline.ask import ask_questions, part_path
 from deferral_train.pipeline.config import PARTS, TextConfig
 
-FOLDER = "data"
 
-
-def prepare_text(config: TextConfig, run: Path) -> dict[str, int]:
+def prepare_text(config: TextConfig, run: Path, seed: int = 0) -> dict[str, Any]:
     """Write ``data/PART.jsonl`` for every part; returns prompts a part.
 
     Raises:
         InputError: a part is empty, or two parts share an id or a text.
     """
+    if config.questions is not None:
+        return ask_questions(config.questions, run, seed)
     parts = _stdlib_parts(config) if config.stdlib else _file_parts(config)
     refuse_shared(parts)
     for part, prompts in parts.items():
         write_prompts(part_path(run, part), prompts)
     return {part: len(prompts) for part, prompts in parts.items()}
-
-
-def part_path(run: Path, part: str) -> Path:
-    """The prompts file of a part."""
-    return run / FOLDER / f"{part}.jsonl"
 
 
 def read_part(run: Path, part: str, limit: int | None = None) -> list[Prompt]:

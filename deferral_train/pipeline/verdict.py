@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,44 +13,71 @@ from deferral_train.evaluation.certificate import smallest_certifiable
 from deferral_train.evaluation.choose import HIGH, LOW, least_limit
 from deferral_train.evaluation.online import online_table
 from deferral_train.evaluation.quality import per_prompt
+from deferral_train.pipeline.config import OperatingPointConfig
 
 POINTS = 100.0  # metrics per prompt lie in [0, 1]
 
 
+METRICS = {"chrf": "mean sentence chrF", "sql": "answers right, in percent"}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Measurements that a verdict rests on.
+
+    Attributes:
+        decode: folder with ``outputs.jsonl`` of ``verifier_only``, ``lossless`` and the chosen rule.
+        timing: folder with ``batches.jsonl`` of the same rules, for their speed.
+        gate: the pair's gate.
+        bound: of the rise of the local token risk, see ``operate.token_risk_bound``.
+        skew: how many predictions from traces agreed with the counts, ``agree`` of ``of``.
+        metric: of quality, per prompt.
+    """
+
+    decode: Path
+    timing: Path
+    gate: Mapping[str, Any]
+    bound: Mapping[str, Any]
+    skew: Mapping[str, Any]
+    metric: str = "chrf"
+
+    @property
+    def metric_name(self) -> str:
+        """In words."""
+        return METRICS.get(self.metric.partition(":")[0], f"mean {self.metric}")
+
+
 def make_verdict(
-    decode_folder: Path,
+    measured_on: Measured,
     chosen: Mapping[str, Any],
-    gate: Mapping[str, Any],
-    bound: Mapping[str, Any],
-    skew: Mapping[str, Any],
-    max_quality_loss: float,
+    point: OperatingPointConfig,
     seed: int,
-    confidence: float = 0.95,
     engine: tuple[str | None, str | None] = (None, None),
 ) -> dict[str, Any]:
     """Judge the chosen rule from what decoding measured.
 
     Args:
-        decode_folder: ``outputs.jsonl`` and ``batches.jsonl`` of ``verifier_only``, ``lossless`` and the chosen rule.
         chosen: ``label`` (in the decode folder), ``spec``, ``rule``, ``parameter``, ``value``.
-        gate: the pair's gate.
-        bound: of the rise of the local token risk, see ``operate.token_risk_bound``.
-        skew: how many predictions from traces agreed with the counts, ``agree`` of ``of``.
-        max_quality_loss: points of chrF below lossless beyond which a speed-up is no help.
-        confidence: of the bound on the loss per prompt.
+        point: ``max_quality_loss``, points of the metric below lossless beyond which a speed-up is no help, and
+            ``confidence`` of the bound on the loss per prompt.
         engine: line and reason, see `serving.paste.engine_line`.
 
     Returns:
         what ``verdict.json`` holds; ``status`` is "ok" where the chosen rule is faster than the verifier alone and
         than lossless speculation and loses at most what was allowed, else "no_setting" with the reasons.
     """
-    rows, batches = (list(read_lines(decode_folder / name)) for name in (OUTPUTS, BATCHES))
+    rows, batches = (
+        list(read_lines(measured_on.decode / OUTPUTS)),
+        list(read_lines(measured_on.timing / BATCHES)),
+    )
+    gate, bound, skew = measured_on.gate, measured_on.bound, measured_on.skew
+    max_quality_loss, confidence = point.max_quality_loss, point.confidence
     label = chosen["label"]
-    measured = online_table(rows, batches, metric="chrf", seed=seed)
+    measured = online_table(rows, batches, metric=measured_on.metric, seed=seed)
     speedup = measured[label]["speed"]
     calls = {name: _calls(rows, name) for name in ("verifier_only", "lossless", label)}
-    quality = _quality(measured[label], measured["lossless"], rows, label)
-    certified = loss_bound(rows, label, confidence)
+    quality = _quality(measured[label], measured["lossless"], rows, label, measured_on.metric_name)
+    certified = loss_bound(rows, label, confidence, measured_on.metric, measured_on.metric_name)
     cost_ratio = gate["verifier_seconds"] / gate["drafter_seconds"]
     reasons = _against(
         speedup, measured["lossless"]["speed"], quality, max_quality_loss, calls[label], cost_ratio
@@ -70,7 +98,9 @@ def make_verdict(
         "loss_bound": certified,
         "risk": dict(bound),
         "cost_ratio": cost_ratio,
-        "trust": _trust(len(_first(rows, label)), bound, skew, speedup, certified, chosen.get("certificate")),
+        "trust": _trust(
+            len(_first(rows, label)), bound, skew, speedup, certified, chosen, measured_on.metric_name
+        ),
         "snippet": snippet(chosen),
         "engine_line": engine[0],
         "engine_reason": engine[1],
@@ -87,7 +117,7 @@ def engine_certificate(chosen: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _engine_note(chosen: Mapping[str, Any]) -> str:
-    """What the engine line may claim."""
+    """The claim that the engine line may make."""
     if engine_certificate(chosen) is not None:
         return "Its certificate was measured in this engine."
     measured = (chosen.get("certificate") or {}).get("engine")
@@ -95,8 +125,10 @@ def _engine_note(chosen: Mapping[str, Any]) -> str:
     return f"This line comes without a certificate: {where}, and not in this engine."
 
 
-def loss_bound(rows: Sequence[Mapping[str, Any]], label: str, confidence: float) -> dict[str, Any] | None:
-    """Certified upper limit of the chosen setting's mean loss of sentence chrF against lossless, per prompt.
+def loss_bound(
+    rows: Sequence[Mapping[str, Any]], label: str, confidence: float, metric: str, metric_name: str
+) -> dict[str, Any] | None:
+    """Certified upper limit of the chosen setting's mean loss of the metric against lossless, per prompt.
 
     The setting was fixed before these prompts were decoded, so one test suffices; the limit bounds the mean over the
     population that the prompts were drawn from, and is never below the smallest that their number can certify. None
@@ -106,11 +138,11 @@ def loss_bound(rows: Sequence[Mapping[str, Any]], label: str, confidence: float)
     if any(row["reference"] is None for row in own.values()):
         return None
     scores = [
-        per_prompt("chrf", [part[i]["text"] for i in own], [part[i]["reference"] for i in own])
+        per_prompt(metric, [part[i]["text"] for i in own], [part[i]["reference"] for i in own])
         for part in (base, own)
     ]
     return {
-        "metric": "mean sentence chrF",
+        "metric": metric_name,
         "bound": POINTS * least_limit(scores[0] - scores[1], confidence),
         "smallest": POINTS * smallest_certifiable(len(own), confidence, LOW, HIGH),
         "confidence": confidence,
@@ -146,9 +178,13 @@ def _calls(rows: Sequence[Mapping[str, Any]], rule: str) -> float:
 
 
 def _quality(
-    own: Mapping[str, Interval], base: Mapping[str, Interval], rows: Sequence[Mapping[str, Any]], rule: str
+    own: Mapping[str, Interval],
+    base: Mapping[str, Interval],
+    rows: Sequence[Mapping[str, Any]],
+    rule: str,
+    metric_name: str,
 ) -> dict[str, Any]:
-    """Sentence chrF in points, the rule's mean minus lossless's on the same prompts; and how alike the texts are."""
+    """The metric in points, the rule's mean minus lossless's on the same prompts; and how alike the texts are."""
     texts, lossless = _first(rows, rule), _first(rows, "lossless")
     same = sum(texts[name]["text"] == lossless[name]["text"] for name in texts) / len(texts)
     found = {
@@ -163,7 +199,7 @@ def _quality(
     difference = own["quality_difference"]
     low, high = (None if limit is None else POINTS * limit for limit in (difference.low, difference.high))
     return found | {
-        "metric": "mean sentence chrF",
+        "metric": metric_name,
         "lossless": POINTS * base["quality"].value,
         "value": POINTS * own["quality"].value,
         "difference": POINTS * difference.value,
@@ -180,7 +216,7 @@ def _against(
     calls: float,
     cost_ratio: float,
 ) -> list[str]:
-    """What speaks against serving the chosen rule, in words; empty where nothing does."""
+    """Reasons against serving the chosen rule, in words; empty where nothing does."""
     found = []
     if (speedup.low if speedup.low is not None else speedup.value) <= 1.0:
         found.append(
@@ -191,7 +227,8 @@ def _against(
         found.append(f"lossless speculation is as fast ({lossless.value:.2f}x)")
     if quality["difference"] is not None and quality["difference"] < -max_quality_loss:
         found.append(
-            f"its text loses {-quality['difference']:.2f} points of chrF, more than the {max_quality_loss:g} allowed"
+            f"its text loses {-quality['difference']:.2f} points of {quality['metric']}, more than the "
+            f"{max_quality_loss:g} allowed"
         )
     return found
 
@@ -223,11 +260,13 @@ def _trust(
     skew: Mapping[str, Any],
     speedup: Interval,
     certified: Mapping[str, Any] | None,
-    wish: Mapping[str, Any] | None,
+    chosen: Mapping[str, Any],
+    metric_name: str,
 ) -> list[str]:
+    wish = chosen.get("certificate")
     said = [
         f"Decoded {prompts} test prompts that neither the pair, the head nor its operating point had seen.",
-        "Operating points were set on the calibration part, at the same rejection rate for every rule.",
+        "Operating points were set on a part of their own, at the same rejection rate for every rule.",
         f"Local token risk on the test prefixes rises by {bound['mean']:.4f} over lossless, and by at most "
         f"{bound['bound']:.4f} with {bound['confidence']:.0%} confidence ({bound['prompts']} prompts); "
         "this is about single tokens, not whole outputs.",
@@ -236,16 +275,20 @@ def _trust(
     if certified is not None:
         said.insert(
             2,
-            f"Its mean loss per prompt against lossless is at most {certified['bound']:.1f} points of chrF with "
-            f"{certified['confidence']:.0%} confidence; {certified['prompts']} prompts cannot certify less than "
+            f"Its mean loss per prompt against lossless is at most {certified['bound']:.1f} points of {metric_name} "
+            f"with {certified['confidence']:.0%} confidence; {certified['prompts']} prompts cannot certify less than "
             f"{certified['smallest']:.1f}.",
         )
     if wish is not None:
         said.insert(
             2,
-            "The chosen setting is another: the one of fewest verifier calls whose mean loss of sentence chrF per "
+            f"The chosen setting is another: the one of fewest verifier calls whose mean loss of {metric_name} per "
             f"prompt is certified to be at most {POINTS * wish['limit']:.1f} points, with "
             f"{wish['confidence']:.0%} confidence, on {wish['prompts']} calibration prompts.",
+        )
+    if chosen.get("uncertified"):
+        said.insert(
+            2, f"No certificate: {chosen['uncertified']}. The setting is that of the common rejection rate."
         )
     if speedup.low is None:
         said.append(f"Too few prompts for an interval of the speed: at least {MIN_PROMPTS} are needed.")

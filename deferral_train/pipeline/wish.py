@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deferral_train.decoding.decode import DecodeConfig, decode
 from deferral_train.decoding.pair import Pair, Settings
 from deferral_train.errors import InputError
-from deferral_train.evaluation.choose import check_reachable, choose_from_outputs
+from deferral_train.evaluation.choose import NoSettingError, check_reachable, choose_from_outputs
 from deferral_train.evaluation.evidence import read_evidence
+from deferral_train.evaluation.outputs import score_outputs
 from deferral_train.heads.rules import rule_from_spec
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.pipeline import operate
 from deferral_train.pipeline.config import DecodeSection, OperatingPointConfig
+from deferral_train.pipeline.frontier import ALWAYS
 from deferral_train.rules.base import Rule
 from deferral_train.traces import Traces
 
 FOLDER = "calibration"
-METRIC = "chrf"
-# Shares of lossless's rejection rate, tested from the first on: a test that fails ends its rule's sequence.
-SHARES = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
-BATCH = 32
+BATCH = 64
 
 
 def check_wish(config: OperatingPointConfig, prompts: list[Prompt], rules: int) -> None:
@@ -38,49 +38,69 @@ def check_wish(config: OperatingPointConfig, prompts: list[Prompt], rules: int) 
     check_reachable("point.max_loss", config.max_loss, len(prompts), share)
 
 
+@dataclass(frozen=True)
+class Wish:
+    """Settings of the search for a certified setting.
+
+    Attributes:
+        point, section: of the run's config. metric: of quality, per prompt.
+        folder: where outputs are written. seed: of the decoding.
+    """
+
+    point: OperatingPointConfig
+    section: DecodeSection
+    metric: str
+    folder: Path
+    seed: int
+
+
 def certified_point(
-    config: OperatingPointConfig,
-    section: DecodeSection,
+    wish: Wish,
     pair: Pair,
     prompts: list[Prompt],
     traces: Traces,
     rules: Mapping[str, tuple[str, Rule | str]],
-    run: Path,
-    seed: int,
 ) -> dict[str, Any]:
     """Decode every rule over its dial beside lossless; the setting of fewest verifier calls that is certified.
 
     Args:
-        prompts: of the calibration part. traces: of the same, where dial values are spread.
+        prompts: of the calibration part. traces: of another part, where dial values are spread.
         rules: name to (spec without a dial value, the rule to sweep).
 
     Returns:
-        ``name`` of the rule, ``parameter``, ``value`` and the ``certificate``.
+        ``name`` of the rule, ``parameter``, ``value`` and the ``certificate``; where no setting is certified ``name``
+        is None and ``reason`` names the nearest.
 
     Raises:
-        InputError: no setting meets the wish (naming the nearest), or :func:`check_wish` refuses it.
+        InputError: as :func:`check_wish`.
     """
+    config, section = wish.point, wish.section
     check_wish(config, prompts, len(rules))
     sweeps = {name: rule for name, (_, rule) in rules.items()}
-    dials = operate.spread(traces, sweeps, SHARES, section.temperature, section.num_draft_tokens)
+    dials = operate.spread(traces, sweeps, config.shares, section.temperature, section.num_draft_tokens)
     settings = Settings(
         num_draft_tokens=section.num_draft_tokens,
         max_new_tokens=section.max_new_tokens,
         batch_size=BATCH,
         temperature=section.temperature,
-        seed=seed,
+        seed=wish.seed,
     )
     tried = {"lossless": rule_from_spec("lossless"), **operate.labelled(rules, dials)}
-    decode(pair, prompts, tried, DecodeConfig(settings), run / FOLDER)
-    evidence = read_evidence(run / FOLDER)
-    choice = choose_from_outputs(
-        evidence.rows,
-        metric=METRIC,
-        max_loss=config.max_loss,
-        confidence=config.confidence,
-        dials=evidence.dials,
-        seed=seed,
-    )
+    decode(pair, prompts, tried, DecodeConfig(settings), wish.folder)
+    evidence = read_evidence(wish.folder)
+    if wish.metric not in ALWAYS:
+        score_outputs(wish.folder, (wish.metric,), pair.models, prompts)
+    try:
+        choice = choose_from_outputs(
+            evidence.rows,
+            metric=wish.metric,
+            max_loss=config.max_loss,
+            confidence=config.confidence,
+            dials=evidence.dials,
+            seed=wish.seed,
+        )
+    except NoSettingError as error:  # what was computed so far is worth its report
+        return {"name": None, "reason": str(error), "limit": config.max_loss}
     found = choice.setting
     return {
         "name": found.family,

@@ -40,8 +40,11 @@ class RunFolder:
         rounds: ``rounds/rounds.json`` of a run, or ``rounds.json`` of the `rounds` command.
         summary: ``decode/summary.json``.
         provenance: ``run.json``, or the record of the `decode` command where there was no whole run.
+        answers: ``evaluation/answers.json`` of a run with questions.
+        calibration: ``calibration/summary.json``, the settings that a certificate was looked for among.
         outputs: rows of ``decode/outputs.jsonl``.
-        batches: rows of ``decode/batches.jsonl``.
+        timed_outputs: rows of ``timing/outputs.jsonl``, prompts decoded again one by one.
+        batches: rows of ``timing/batches.jsonl``, else of ``decode/batches.jsonl``.
         training: scalar curves of the fit, tag to [(step, value)].
     """
 
@@ -56,7 +59,10 @@ class RunFolder:
     prefixes: dict[str, Any] | None = None
     summary: dict[str, Any] | None = None
     provenance: dict[str, Any] | None = None
+    answers: dict[str, Any] | None = None
+    calibration: dict[str, Any] | None = None
     outputs: list[dict[str, Any]] = field(default_factory=list)
+    timed_outputs: list[dict[str, Any]] = field(default_factory=list)
     batches: list[dict[str, Any]] = field(default_factory=list)
     training: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
@@ -75,6 +81,7 @@ def load_run(folder: str | Path, shadow: str | Path | None = None) -> RunFolder:
     if not root.is_dir():
         raise InputError(f"run folder {root} does not exist; give the --out of `run` or `quickstart`")
     verdict = _json(root / "verdict.json")
+    timed = "timing" if (root / "timing" / "batches.jsonl").is_file() else "decode"
     run = RunFolder(
         root,
         verdict=verdict,
@@ -88,7 +95,10 @@ def load_run(folder: str | Path, shadow: str | Path | None = None) -> RunFolder:
         summary=_json(root / "decode" / "summary.json"),
         provenance=redacted(_json(root / "run.json") or _json(root / "decode" / "decode.provenance.json")),
         outputs=list(_lines(root / "decode" / "outputs.jsonl")),
-        batches=list(_lines(root / "decode" / "batches.jsonl")),
+        timed_outputs=list(_lines(root / "timing" / "outputs.jsonl")),
+        answers=_json(root / "evaluation" / "answers.json"),
+        calibration=_json(root / "calibration" / "summary.json"),
+        batches=list(_lines(root / timed / "batches.jsonl")),
         training=read_training(root / _training_folder(verdict)),
     )
     if not any(

@@ -12,6 +12,7 @@ from deferral_train import provenance
 from deferral_train.report.answer import answer
 from deferral_train.report.board import write_board
 from deferral_train.report.breakdowns import breakdowns
+from deferral_train.report.first import first_screen
 from deferral_train.report.frontier import frontier
 from deferral_train.report.load import RunFolder, load_run, readable
 from deferral_train.report.rounds import rounds
@@ -67,6 +68,7 @@ def render(run: RunFolder) -> str:
         style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
         script=Markup((HERE / "script.js").read_text(encoding="utf-8")),
         answer=answer(run),
+        first=first_screen(run, texts),
         curves=curves(run),
         online=online(run),
         frontier=frontier(run),

@@ -13,6 +13,7 @@ from deferral_train.report.load import RunFolder
 from deferral_train.report.numbers import interval, limits, nice, signed
 from deferral_train.report.svg import Series, bar_chart, line_chart
 
+RIGHT = "answers right"  # execution accuracy, in the page's words
 ENDS = ("drafter_only", "lossless", "verifier_only")
 # Curves that are not drawn as rules of their own: the two ends are points, the oracle is a dashed bound.
 LOSS_NAMES = {"risk": "risk (loss of the model left in charge)", "emitted_risk": "risk of the emitted token"}
@@ -147,11 +148,13 @@ def online(run: RunFolder) -> dict[str, Any] | None:
     """Counts of decoding, one row per rule, and quality against verifier calls."""
     if run.summary is None:
         return None
-    rules = run.summary["rules"]
+    rules = {name: _with_short_names(rule) for name, rule in run.summary["rules"].items()}
     paired = online_table(run.outputs, run.batches) if run.outputs else {}
     rows = [_online_row(name, rule, paired.get(name, {}), run.verdict) for name, rule in rules.items()]
     metrics = [
-        m for m in ("chrf", "bleu", "exact_match") if any(m in rule["quality"] for rule in rules.values())
+        m
+        for m in (RIGHT, "chrf", "bleu", "exact_match")
+        if any(m in rule["quality"] for rule in rules.values())
     ]
     return {
         "rows": rows,
@@ -160,6 +163,12 @@ def online(run: RunFolder) -> dict[str, Any] | None:
         "repetitions": run.summary.get("repetitions"),
         "chart": _online_chart(rules, metrics[0]) if metrics else Markup(""),
     }
+
+
+def _with_short_names(rule: Mapping[str, Any]) -> dict[str, Any]:
+    """A rule's summary whose execution accuracy is called so, and not by its database."""
+    quality = {RIGHT if name.startswith("sql:") else name: value for name, value in rule["quality"].items()}
+    return {**rule, "quality": quality}
 
 
 def _online_row(

@@ -65,7 +65,8 @@ def _configured(run: RunFolder) -> list[str]:
 
 def token_data(run: RunFolder, texts: Texts) -> dict[str, Any] | None:
     """Texts with token origins, per prompt and rule; None where nothing was decoded."""
-    rows = [row for row in run.outputs if row["repetition"] == 0]
+    # Where prompts were decoded again one by one, these carry the candidates.
+    rows = [row for row in run.timed_outputs or run.outputs if row["repetition"] == 0]
     if not rows:
         return None
     ids = list(dict.fromkeys(row["id"] for row in rows))[:PROMPTS]

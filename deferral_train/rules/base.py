@@ -10,15 +10,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.rules.emission import keep_law, onto_support
-from deferral_train.rules.laws import Laws
+from deferral_train.rules.emission import keep_law, onto_support, rejection_mass
+from deferral_train.rules.laws import Laws, gather_token, one_hot
 from deferral_train.rules.summary import CONTEXT_FIELDS, TOKEN_FIELDS, Summary, summarize_laws
+from deferral_train.rules.tails import (
+    Candidates,
+    Estimate,
+    TailedLaws,
+    argmax_logprobs,
+    between,
+    exact,
+    tailed,
+    unbounded,
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,7 @@ class Dial:
         lossless: the value at which execution is exactly lossless; None where there is none.
         drafter: the value that always keeps the drafter (within the verifier's support); None where none.
         unbounded: the rule takes any finite value, and low..high is only what a sweep covers.
+        sweep: where the decisions of real pairs change, for a range that is wider by far; None for the whole range.
     """
 
     parameter: str
@@ -39,6 +50,7 @@ class Dial:
     lossless: float | None
     drafter: float | None
     unbounded: bool = False
+    sweep: tuple[float, float] | None = None
 
     def grid(self, n: int) -> list[float]:
         """`n` evenly spaced values from low to high."""
@@ -48,12 +60,38 @@ class Dial:
             return [self.low]
         return [self.low + (self.high - self.low) * i / (n - 1) for i in range(n - 1)] + [self.high]
 
+    def swept(self, points: int) -> list[float]:
+        """`points` values for a curve: evenly over `sweep`, and the ends of the range where these lie outside."""
+        low, high = self.sweep or (self.low, self.high)
+        ends = [] if self.unbounded else [v for v in (self.low, self.high) if not low <= v <= high]
+        return replace(self, low=low, high=high).grid(max(1, points - len(ends))) + ends
+
     def check(self, rule: str, value: float) -> None:
         """Refuse a value that is not finite, or outside the range, naming the rule."""
         finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not finite or (not self.unbounded and not self.low <= value <= self.high):
             allowed = "any finite number" if self.unbounded else f"{self.low:g} to {self.high:g}"
             raise InputError(f"rule {rule}: {self.parameter} is {value}; allowed: {allowed}")
+
+
+@dataclass(frozen=True)
+class RuleStep:
+    """A rule's decision on drafted tokens at positions [..].
+
+    Attributes:
+        deferred: bool [..], the decision (token rule: drafted token not kept; law rule: held to the exact check or a
+            stricter one).
+        kept: bool [..], the drafted token stands by the rule's leave rather than by the exact check.
+        gap: [..], what `Rule.estimated_gap` says, where the decision was made from it; else None.
+        target: above temperature 0 the probabilities [.., V] that the drafted token is checked and corrected against;
+            at temperature 0 the token [..] that is emitted unless the drafted one is kept. None: the verifier's, and
+            above temperature 0 in place of a kept token that may not be emitted the verifier's without a check.
+    """
+
+    deferred: Tensor
+    kept: Tensor
+    target: Tensor | None
+    gap: Tensor | None = None
 
 
 @dataclass(
@@ -69,6 +107,8 @@ class Rule:
         stage: ``"draft"`` where only the drafter is read, else ``"verify"``.
         reads_drafter_confidence: refuses proposals that come without a law (one-hot q).
         drafts: False for a rule that never drafts.
+        dial_is_price: it is the price of a rejection in L_spec, equation (8), so that regret at it means something.
+        plug_in: decides from the models' own confidence by a formula; heads are compared with these.
     """
 
     name: ClassVar[str] = ""
@@ -77,6 +117,8 @@ class Rule:
     stage: ClassVar[str] = "verify"
     reads_drafter_confidence: ClassVar[bool] = False
     drafts: ClassVar[bool] = True
+    dial_is_price: ClassVar[bool] = False
+    plug_in: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.dial is not None:
@@ -146,6 +188,7 @@ class Rule:
                 drafter_sampling_logits,
                 verifier_sampling_logits,
             )
+            laws.check()
             return self.law_from(laws, self.read(laws, context=context))
 
     def read(
@@ -176,16 +219,42 @@ class Rule:
         return self._law(laws, summary)
 
     def step_law(self, laws: Laws, summary: Summary, token: Tensor) -> Tensor:
-        """The law [.., V] that a drafted token [..] is checked and corrected against.
+        """The distribution [.., V] that a drafted token [..] is checked and corrected against.
 
-        The target law, except for rules whose check depends on which token was drafted (cactus, judge).
+        The target, except for rules whose check depends on which token was drafted (cactus, judge).
         """
         return laws.p if self.is_lossless else self._step_law(laws, summary, token)
+
+    def step(self, laws: Laws, summary: Summary, token: Tensor) -> RuleStep:
+        """The decision on drafted tokens [..]; `summary` holds the rule's needs and ``token``."""
+        raise NotImplementedError
 
     def _step_law(self, laws: Laws, summary: Summary, token: Tensor) -> Tensor:
         return self._law(laws, summary)
 
     def _law(self, laws: Laws, summary: Summary) -> Tensor:
+        raise NotImplementedError
+
+    # From logged positions [N]; asked through rules/offline.py, which says what each means. Not at the lossless end.
+
+    def logged_deferral(
+        self, summary: Summary, candidates: Candidates | None, temperature: float
+    ) -> Estimate:
+        """Probability that a drafted token is deferred, [N]."""
+        raise NotImplementedError
+
+    def logged_rejection(
+        self, summary: Summary, candidates: Candidates | None, temperature: float
+    ) -> Estimate:
+        """Probability that a drafted token is rejected, [N]."""
+        raise NotImplementedError
+
+    def logged_law(self, summary: Summary, candidates: Candidates, temperature: float) -> Estimate:
+        """The target on the candidates, [N, K]; at a temperature above 0."""
+        raise NotImplementedError
+
+    def greedy_token(self, summary: Summary, candidates: Candidates | None) -> Estimate:
+        """The token emitted at temperature 0 and a bound (0, or 1 where an unlogged token could be it), [N]."""
         raise NotImplementedError
 
 
@@ -197,9 +266,42 @@ class PositionRule(Rule):
         """True where the position is left to the verifier, bool [..]."""
         raise NotImplementedError
 
+    def step(self, laws: Laws, summary: Summary, token: Tensor) -> RuleStep:
+        """A kept token stands; a deferred one is checked against the verifier's distribution."""
+        return self._decided(self.defer(summary), laws, token)
+
+    def _decided(self, deferred: Tensor, laws: Laws, token: Tensor, gap: Tensor | None = None) -> RuleStep:
+        deferred = deferred.expand(token.shape)
+        kept = laws.allows(token) > deferred
+        return RuleStep(deferred, kept, None, gap)
+
     def _law(self, laws: Laws, summary: Summary) -> Tensor:
-        keep = ~self.defer(summary).to(laws.q.device).unsqueeze(-1)
-        return keep_law(laws.q, laws.p, keep & laws.support)
+        deferred = self.defer(summary).unsqueeze(-1)
+        return torch.where(deferred, laws.p, onto_support(laws.q, laws.p, laws.support))
+
+    def logged_deferral(
+        self, summary: Summary, candidates: Candidates | None, temperature: float
+    ) -> Estimate:
+        """0 or 1, exact."""
+        return exact(self.defer(summary).expand(summary.shape).double())
+
+    def logged_rejection(
+        self, summary: Summary, candidates: Candidates | None, temperature: float
+    ) -> Estimate:
+        """r * tv (Lemma 3), exact."""
+        return exact(self.defer(summary).expand(summary.shape) * summary["tv"].double())
+
+    def logged_law(self, summary: Summary, candidates: Candidates, temperature: float) -> Estimate:
+        """q or p."""
+        summary, laws, _ = tailed(summary, candidates, temperature, self.name)
+        pi = torch.where(self.defer(summary).expand(summary.shape).unsqueeze(-1), laws.p, laws.q)
+        return pi, laws.slack.unsqueeze(-1) * pi
+
+    def greedy_token(self, summary: Summary, candidates: Candidates | None) -> Estimate:
+        """The verifier's argmax where it defers, else the drafter's."""
+        drafter, verifier = summary["drafter_argmax"].long(), summary["verifier_argmax"].long()
+        token = torch.where(self.defer(summary).expand(drafter.shape), verifier, drafter)
+        return token, torch.zeros(drafter.shape, dtype=torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,18 +324,90 @@ class TokenRule(Rule):
         """
         raise NotImplementedError
 
-    def keep_probs(self, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
-        """`keep` from probabilities q, p [.., K] of the decision laws, for rules that need no logarithm."""
-        return self.keep(q.log(), p.log(), summary)
+    def step(self, laws: Laws, summary: Summary, token: Tensor) -> RuleStep:
+        """A kept token stands; any other is checked against pi_Token, for which every token is asked."""
+        if laws.greedy:
+            asked = [gather_token(model(laws.logprobs), token) for model in (laws.drafter, laws.verifier)]
+            keep = self.keep(asked[0].unsqueeze(-1), asked[1].unsqueeze(-1), summary).squeeze(-1)
+            return RuleStep(~keep, keep & laws.allows(token), None)
+        keeps = self.keep(laws.drafter_logprobs, laws.verifier_logprobs, summary)
+        allowed = keeps & laws.support
+        target = keep_law(laws.q, laws.p, allowed)
+        return RuleStep(~gather_token(keeps, token), gather_token(allowed, token), target)
 
     def _law(self, laws: Laws, summary: Summary) -> Tensor:
         keep = self.keep(laws.drafter_logprobs, laws.verifier_logprobs, summary)
         return keep_law(laws.q, laws.p, keep & laws.support)
 
+    def logged_deferral(
+        self, summary: Summary, candidates: Candidates | None, temperature: float
+    ) -> Estimate:
+        """The drafter's mass on tokens not kept."""
+        if temperature == 0:
+            return exact((~self._keeps_argmax(summary)).double())
+        summary, laws, candidates = tailed(summary, candidates, temperature, self.name)
+        return between(*self._eta(summary, candidates, laws), laws.slack)
+
+    def logged_rejection(
+        self, summary: Summary, candidates: Candidates | None, temperature: float
+    ) -> Estimate:
+        """Sum over tokens not kept of (q - eta p)+; bounds hold for monotone rules."""
+        if temperature == 0:
+            return rejects_greedily(self, summary, candidates)
+        summary, laws, candidates = tailed(summary, candidates, temperature, self.name)
+        low_eta, high_eta = self._eta(summary, candidates, laws)
+        dropped = laws.q * ~self._keeps(summary, candidates)
+
+        def logged(eta: Tensor) -> Tensor:
+            return (dropped - eta.unsqueeze(-1) * laws.p).clamp(min=0.0).sum(dim=-1)
+
+        tail_p, tail_q = laws.overlap + laws.verifier_rest, laws.overlap + laws.excess
+        least = torch.maximum(laws.excess, tail_q - high_eta * tail_p)
+        tail_low = torch.where(low_eta == high_eta, least, torch.zeros_like(least))
+        tail_high = laws.excess + (1 - low_eta).clamp(min=0.0) * laws.overlap
+        return between(logged(high_eta) + tail_low, logged(low_eta) + tail_high, 2 * laws.slack)
+
+    def logged_law(self, summary: Summary, candidates: Candidates, temperature: float) -> Estimate:
+        """pi_Token."""
+        summary, laws, candidates = tailed(summary, candidates, temperature, self.name)
+        low, high = (eta.unsqueeze(-1) for eta in self._eta(summary, candidates, laws))
+        kept = laws.q * self._keeps(summary, candidates)
+        return between(kept + low * laws.p, kept + high * laws.p, laws.slack.unsqueeze(-1))
+
+    def greedy_token(self, summary: Summary, candidates: Candidates | None) -> Estimate:
+        """The drafter's argmax where it is kept, else the verifier's."""
+        drafter, verifier = summary["drafter_argmax"].long(), summary["verifier_argmax"].long()
+        token = torch.where(self._keeps_argmax(summary), drafter, verifier)
+        return token, torch.zeros(drafter.shape, dtype=torch.float64)
+
+    def _keeps(self, summary: Summary, candidates: Candidates) -> Tensor:
+        return self.keep(candidates.drafter_logprobs, candidates.verifier_logprobs, summary)
+
+    def _keeps_argmax(self, summary: Summary) -> Tensor:
+        top = summary["verifier_max"].double().log().exp()  # as the candidate's own exp(log p) rounds
+        return self.keep(*argmax_logprobs(summary), summary.with_fields({"verifier_max": top})).squeeze(-1)
+
+    def _eta(self, summary: Summary, candidates: Candidates, laws: TailedLaws) -> tuple[Tensor, Tensor]:
+        """Lowest and highest eta = sum q over tokens not kept, [N]."""
+        logged = (laws.q * ~self._keeps(summary, candidates)).sum(dim=-1)
+        tail = laws.excess + laws.overlap
+        # Where even the likeliest tail token would not be kept, none is.
+        least = candidates.drafter_least.unsqueeze(-1), candidates.verifier_least.unsqueeze(-1)
+        none_kept = ~self.keep(*least, summary).squeeze(-1) & self.monotone
+        return torch.where(none_kept, logged + tail, logged), logged + tail
+
 
 @dataclass(frozen=True, eq=False)
 class LawRule(Rule):
-    """Gives its target law directly."""
+    """Gives its target directly.
+
+    Attributes:
+        lossless_when_greedy: at temperature 0 it emits the verifier's token.
+        within_support: `law` gives nothing to a token to which p gives nothing.
+    """
+
+    lossless_when_greedy: ClassVar[bool] = False
+    within_support: ClassVar[bool] = False
 
     def law(self, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
         """pi from the sampling laws q, p [.., V]; must sum to one."""
@@ -241,15 +415,117 @@ class LawRule(Rule):
 
     def greedy(self, laws: Laws, summary: Summary) -> Tensor | None:
         """The token [..] emitted at temperature 0; None where `law` of the one-hots is right as it is."""
-        return None
+        return laws.verifier(laws.best) if self.lossless_when_greedy else None
+
+    def step(self, laws: Laws, summary: Summary, token: Tensor) -> RuleStep:
+        """A token is kept where it stands with a higher probability than in the exact check."""
+        if laws.greedy:
+            emitted, exact = self._greedy_step(laws, summary, token), laws.verifier(laws.best)
+            kept = (emitted == token) & (token != exact)
+            return RuleStep(~kept, kept, emitted)
+        target = self._step_law(laws, summary, token)
+        own, q, p = (gather_token(one, token) for one in (target, laws.q, laws.p))
+        kept = torch.minimum(own, q) > p
+        return RuleStep(~kept, kept, target)
+
+    def _greedy_step(self, laws: Laws, summary: Summary, token: Tensor) -> Tensor:
+        emitted = self.greedy(laws, summary)
+        if emitted is None:
+            return self._step_law(laws, summary, token).argmax(dim=-1)
+        return torch.where(laws.allows(emitted), emitted, laws.verifier(laws.best))
 
     def _law(self, laws: Laws, summary: Summary) -> Tensor:
         if laws.greedy:
             token = self.greedy(laws, summary)
             if token is not None:
-                pi = torch.zeros_like(laws.p).scatter_(-1, token.unsqueeze(-1), 1.0)
+                pi = one_hot(token, laws.decision.shape[-1], laws.decision.dtype)
                 return onto_support(pi, laws.p, laws.support)
-        return onto_support(self.law(laws.q, laws.p, summary), laws.p, laws.support)
+        pi = self.law(laws.q, laws.p, summary)
+        return pi if self.within_support else onto_support(pi, laws.p, laws.support)
+
+    def rejection_range(self, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor] | None:
+        """Lowest and highest D_TV(q, pi) that the unlogged tail allows, [N]; None where no bound is known."""
+        return None
+
+    def law_range(self, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor] | None:
+        """Lowest and highest pi on the candidates, [N, K] each; None where no bound is known."""
+        return None
+
+    def logged_deferral(
+        self, summary: Summary, candidates: Candidates | None, temperature: float
+    ) -> Estimate:
+        """The rejection rate over D_TV: a law rule has no decision; the share of lossless rejections it makes."""
+        value, bound = self.logged_rejection(summary, candidates, temperature)
+        tv = summary["tv"].double()
+        share = torch.where(tv > 0, 1 / tv, torch.zeros_like(tv))
+        return (value * share).clamp(max=1.0), bound * share
+
+    def logged_rejection(
+        self, summary: Summary, candidates: Candidates | None, temperature: float
+    ) -> Estimate:
+        """D_TV(q, pi) within `rejection_range`."""
+        if temperature == 0:
+            return rejects_greedily(self, summary, candidates)
+        summary, laws, _ = tailed(summary, candidates, temperature, self.name)
+        found = self.rejection_range(summary, laws)
+        if found is None:
+            return unbounded(*(self.rejection(summary, *laws.with_tail(way)) for way in (False, True)))
+        return between(*found, 2 * laws.slack)
+
+    def logged_law(self, summary: Summary, candidates: Candidates, temperature: float) -> Estimate:
+        """pi within `law_range`."""
+        summary, laws, _ = tailed(summary, candidates, temperature, self.name)
+        found = self.law_range(summary, laws)
+        if found is None:
+            return unbounded(*self._stand_ins(summary, laws))
+        return between(*found, laws.slack.unsqueeze(-1))
+
+    def greedy_token(self, summary: Summary, candidates: Candidates | None) -> Estimate:
+        """The token that `law` gives of both models' one-hots.
+
+        Raises:
+            InputError: the rule has a greedy token of its own, which may read more than is logged.
+        """
+        drafter, verifier = summary["drafter_argmax"].long(), summary["verifier_argmax"].long()
+        none = torch.zeros(drafter.shape, dtype=torch.float64)
+        if self.lossless_when_greedy:
+            return verifier, none
+        if type(self).greedy is not LawRule.greedy:
+            raise InputError(
+                f"rule {self.name}: its greedy token is not known from logged positions; measure it with decode, or "
+                "define greedy_token(summary, candidates)"
+            )
+        differ = drafter != verifier
+        q = torch.stack([torch.ones_like(none), none], dim=-1)  # of v_q and v_p, two tokens or one
+        p = torch.stack([~differ, differ], dim=-1).double()
+        second = self.law(q, p, summary).argmax(dim=-1) == 1
+        return torch.where(second, verifier, drafter), none
+
+    def rejection(self, summary: Summary, q: Tensor, p: Tensor) -> Tensor:
+        """D_TV(q, pi) of whole distributions, [..]."""
+        return rejection_mass(self.law(q, p, summary), q)
+
+    def _stand_ins(self, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
+        """pi on the candidates with the tail merged and dispersed, [N, K] each."""
+        count = laws.q.shape[-1]
+        first, second = (self.law(*laws.with_tail(way), summary)[..., :count] for way in (False, True))
+        return first, second
+
+
+def rejects_greedily(rule: Rule, summary: Summary, candidates: Candidates | None) -> Estimate:
+    """1 where the drafter's argmax is replaced at temperature 0, [N]."""
+    token, bound = rule.greedy_token(summary, candidates)
+    return (token != summary["drafter_argmax"]).double(), bound
+
+
+RULES: dict[str, type[Rule]] = {}
+AnyRule = TypeVar("AnyRule", bound=type[Rule])
+
+
+def register(rule: AnyRule) -> AnyRule:
+    """Class decorator: makes a rule known by its name, to `make_rule`, the commands, the catalogue and the tests."""
+    RULES[rule.name] = rule
+    return rule
 
 
 class named:  # noqa: N801 - reads as a phrase: with named(rule)

@@ -6,19 +6,22 @@ All run by draft + accept + residual of their law (emission.py), which for `loss
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from deferral_train.rules.base import Dial, LawRule
+from deferral_train.rules.base import Dial, LawRule, register
 from deferral_train.rules.emission import residual
-from deferral_train.rules.floors import clip_between, mentored_cap, normalising_floor
+from deferral_train.rules.floors import capped, clip_between, floor_for_cut, mentored_cap, normalising_floor
 from deferral_train.rules.laws import Laws
 from deferral_train.rules.summary import Summary
+from deferral_train.rules.tails import Candidates, Estimate, TailedLaws, needs_candidates
 
 
+@register
 @dataclass(frozen=True)
 class Lossy(LawRule):
     """Lossy speculative decoding: pi = max(min(q, p/(1-alpha)), p/beta), beta the one that normalises. Lemma
@@ -30,19 +33,38 @@ class Lossy(LawRule):
 
     name: ClassVar[str] = "lossy"
     dial: ClassVar[Dial] = Dial("alpha", 0.0, 1.0, lossless=0.0, drafter=None)
+    lossless_when_greedy: ClassVar[bool] = True
+    within_support: ClassVar[bool] = True
 
     alpha: float = 0.2
 
     def law(self, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
         """pi [.., V]."""
-        cap = self.cap(p)
+        cap = self.cap
         return clip_between(q, p, normalising_floor(q, p, cap), cap)
 
-    def cap(self, p: Tensor) -> Tensor:
-        """1/(1 - alpha), infinite at alpha = 1, [.., 1]."""
-        return _inverse(1 - self.alpha, p)
+    @property
+    def cap(self) -> float:
+        """1/(1 - alpha), infinite at alpha = 1."""
+        return _inverse(1 - self.alpha)
+
+    def rejection_range(self, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
+        """Rejection can only fall where tokens are merged."""
+        return merged_range(self, summary, laws)
+
+    def law_range(self, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
+        """More is cut and less is raised in a merged tail: the floor lies between these two."""
+        cap = self.cap
+        low_cut, high_cut = (cut.unsqueeze(-1) for cut in merged_range(self, summary, laws))
+        low = floor_for_cut(*laws.with_tail(dispersed=True), low_cut)
+        high = floor_for_cut(*laws.with_single_tail(), high_cut)
+        return (
+            clip_between(laws.q, laws.p, low, cap),
+            clip_between(laws.q, laws.p, torch.maximum(low, high), cap),
+        )
 
 
+@register
 @dataclass(frozen=True)
 class Lenient(LawRule):
     """Lenient speculative decoding (Leviathan et al. 2023, A.5): accept min(1, p/((1-alpha) q)), beta = 1.
@@ -53,16 +75,28 @@ class Lenient(LawRule):
 
     name: ClassVar[str] = "lenient"
     dial: ClassVar[Dial] = Dial("alpha", 0.0, 1.0, lossless=0.0, drafter=None)
+    lossless_when_greedy: ClassVar[bool] = True
+    within_support: ClassVar[bool] = True
 
     alpha: float = 0.2
 
     def law(self, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
         """pi [.., V]."""
-        accepted = clip_between(q, p, torch.zeros_like(p[..., :1]), _inverse(1 - self.alpha, p))
+        accepted = torch.minimum(q, capped(p, _inverse(1 - self.alpha)))
         rejected = (q - accepted).sum(dim=-1, keepdim=True)
         return accepted + rejected * residual(p, q)
 
+    def rejection_range(self, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
+        """Rejection can only fall where tokens are merged."""
+        return merged_range(self, summary, laws)
 
+    def law_range(self, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
+        """Between a merged and a dispersed tail."""
+        first, second = self._stand_ins(summary, laws)
+        return torch.minimum(first, second), torch.maximum(first, second)
+
+
+@register
 @dataclass(frozen=True)
 class Mentored(LawRule):
     """Mentored decoding (V. Tran-Thien, 2023): the most acceptance with KL(p||pi) <= divergence (nats).
@@ -73,6 +107,8 @@ class Mentored(LawRule):
 
     name: ClassVar[str] = "mentored"
     dial: ClassVar[Dial] = Dial("divergence", 0.0, 5.0, lossless=0.0, drafter=None)
+    lossless_when_greedy: ClassVar[bool] = True
+    within_support: ClassVar[bool] = True
 
     divergence: float = 0.1
 
@@ -81,7 +117,17 @@ class Mentored(LawRule):
         cap = mentored_cap(q, p, self.divergence)
         return clip_between(q, p, normalising_floor(q, p, cap), cap)
 
+    def rejection_range(self, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
+        """An optimum: a coarser pair never rejects more."""
+        least = self.rejection(summary, *laws.with_single_tail())
+        return least, self.rejection(summary, *laws.with_tail(dispersed=True))
 
+    def law_range(self, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
+        """Between q and p."""
+        return torch.minimum(laws.q, laws.p), torch.maximum(laws.q, laws.p)
+
+
+@register
 @dataclass(frozen=True)
 class Cactus(LawRule):
     """Cactus (arXiv 2604.04987): a drafted token x is checked against h_x.
@@ -92,6 +138,8 @@ class Cactus(LawRule):
 
     name: ClassVar[str] = "cactus"
     dial: ClassVar[Dial] = Dial("delta", 0.0, 5.0, lossless=0.0, drafter=None)
+    lossless_when_greedy: ClassVar[bool] = True
+    within_support: ClassVar[bool] = True
 
     delta: float = 0.1
 
@@ -132,7 +180,17 @@ class Cactus(LawRule):
         scale = torch.where(own < 1, (1 - raised) / (1 - own), torch.zeros_like(own))
         return (p * scale).scatter(-1, index, raised)
 
+    def rejection_range(self, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
+        """In the tail no more than (q - p)+, and perhaps nothing: many small tokens may all be raised enough."""
+        logged = (laws.q - self.raised(laws.p)).clamp(min=0.0).sum(dim=-1)
+        return logged, logged + laws.excess
 
+    def law_range(self, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
+        """At least what is accepted."""
+        return torch.minimum(laws.q, self.raised(laws.p)), torch.ones_like(laws.p)
+
+
+@register
 @dataclass(frozen=True)
 class Ensemble(LawRule):
     """The fixed ensemble that transformers ships (`assistant_ensemble_weight`): pi = w p + (1 - w) q.
@@ -153,13 +211,35 @@ class Ensemble(LawRule):
     def greedy(self, laws: Laws, summary: Summary) -> Tensor:
         """argmax of w p + (1 - w) q among tokens that may be emitted, [..]."""
         if self.weight == 0:
-            return laws.q.max(dim=-1).indices
-        p = torch.softmax(laws.processed_verifier_logits, dim=-1)
-        q = torch.softmax(laws.processed_drafter_logits, dim=-1)
-        mixture = self.law(q, p, summary).masked_fill(~laws.support, -1.0)
-        return mixture.max(dim=-1).indices
+            return laws.drafter(laws.best)
+        both = laws.probs if laws.sampling is None else torch.softmax(laws.sampling, dim=-1)
+        mixture = self.law(laws.drafter(both), laws.verifier(both), summary)
+        return mixture.masked_fill(~laws.support, -1.0).argmax(dim=-1)
+
+    def rejection_range(self, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
+        """Rejection can only fall where tokens are merged."""
+        return merged_range(self, summary, laws)
+
+    def law_range(self, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
+        """Between a merged and a dispersed tail."""
+        first, second = self._stand_ins(summary, laws)
+        return torch.minimum(first, second), torch.maximum(first, second)
+
+    def greedy_token(self, summary: Summary, candidates: Candidates | None) -> Estimate:
+        """argmax of the mixture among the candidates; the bound is 1 where an unlogged token could have more."""
+        drafter = summary["drafter_argmax"].long()
+        if self.weight == 0:
+            return drafter, torch.zeros(drafter.shape, dtype=torch.float64)
+        found = needs_candidates(candidates, self.name)
+        mixture = self.law(found.drafter_logprobs.exp(), found.verifier_logprobs.exp(), summary)
+        top = mixture.amax(dim=-1, keepdim=True)
+        tied = (mixture == top) & found.valid
+        token = found.ids.masked_fill(~tied, torch.iinfo(torch.int64).max).amin(dim=-1)
+        rest = self.law(found.drafter_least.exp(), found.verifier_least.exp(), summary)
+        return token, (rest >= top.squeeze(-1)).double()
 
 
+@register
 @dataclass(frozen=True)
 class Biased(LawRule):
     """Self-Speculative Biased Decoding (arXiv 2509.21740): P' = (1 - bias) p + bias * point mass at the
@@ -181,7 +261,7 @@ class Biased(LawRule):
 
     def greedy(self, laws: Laws, summary: Summary) -> Tensor:
         """v_q where the margin allows it, else v_p, [..]."""
-        drafter, verifier = laws.q.max(dim=-1).indices, laws.p.max(dim=-1).indices
+        drafter, verifier = laws.drafter(laws.best), laws.verifier(laws.best)
         return torch.where(self.stands(summary), drafter, verifier)
 
     def stands(self, summary: Summary) -> Tensor:
@@ -190,10 +270,31 @@ class Biased(LawRule):
         gap = summary["verifier_max"] - summary["verifier_at_drafter_argmax"]
         return (gap <= margin) & (self.bias > 0)
 
+    def rejection_range(self, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
+        """Rejection can only fall where tokens are merged."""
+        return merged_range(self, summary, laws)
 
-def _inverse(value: float, like: Tensor) -> Tensor:
-    """1/value [.., 1], infinite at 0."""
-    return torch.full_like(like[..., :1], torch.inf if value == 0 else 1 / value)
+    def law_range(self, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
+        """Between a merged and a dispersed tail."""
+        first, second = self._stand_ins(summary, laws)
+        return torch.minimum(first, second), torch.maximum(first, second)
+
+    def greedy_token(self, summary: Summary, candidates: Candidates | None) -> Estimate:
+        """v_q where the margin allows it, else v_p."""
+        drafter, verifier = summary["drafter_argmax"].long(), summary["verifier_argmax"].long()
+        token = torch.where(self.stands(summary), drafter, verifier)
+        return token, torch.zeros(drafter.shape, dtype=torch.float64)
+
+
+def merged_range(rule: LawRule, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
+    """D_TV(q, pi) [N] with a merged and a dispersed tail, for rules that reject no more where tokens are merged."""
+    most = rule.rejection(summary, *laws.with_tail(dispersed=True))
+    return torch.minimum(rule.rejection(summary, *laws.with_tail(dispersed=False)), most), most
+
+
+def _inverse(value: float) -> float:
+    """1/value, infinite at 0."""
+    return math.inf if value == 0 else 1 / value
 
 
 def _prefix(values: Tensor) -> Tensor:

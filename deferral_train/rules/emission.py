@@ -19,17 +19,15 @@ def keep_law(q: Tensor, p: Tensor, keep: Tensor) -> Tensor:
         q, p: sampling laws [.., V].
         keep: bool, broadcastable to [.., V].
     """
-    kept = torch.where(keep, q, torch.zeros((), dtype=q.dtype, device=q.device))
-    eta = torch.where(keep, torch.zeros((), dtype=q.dtype, device=q.device), q).sum(dim=-1, keepdim=True)
-    # Where nothing is kept eta is sum q = 1; written as 1, so that a full deferral is p to the bit.
-    nothing_kept = ~keep.expand_as(q).any(dim=-1, keepdim=True)
-    return kept + p * torch.where(nothing_kept, torch.ones_like(eta), eta)
+    kept = q * keep
+    eta = (q - kept).sum(dim=-1, keepdim=True)
+    return torch.addcmul(kept, p, eta)
 
 
 def onto_support(pi: Tensor, p: Tensor, support: Tensor) -> Tensor:
     """pi without the tokens that the verifier's processing forbids; their mass goes to p."""
-    allowed = torch.where(support, pi, torch.zeros((), dtype=pi.dtype, device=pi.device))
-    return allowed + p * (pi - allowed).sum(dim=-1, keepdim=True)
+    allowed = pi * support
+    return torch.addcmul(allowed, p, (pi - allowed).sum(dim=-1, keepdim=True))
 
 
 def acceptance(pi: Tensor, q: Tensor) -> Tensor:

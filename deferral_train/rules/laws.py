@@ -1,25 +1,22 @@
-"""The four laws at a position, made once from logits: two that decide, two that are sampled from.
+"""The distributions of a drafter and a verifier over the same positions: each computed once, and only if it is read.
 
-Knows nothing about rules. Shapes: leading shape free, last axis V (vocabulary).
+Both models' logits lie in one tensor, so that one operator serves both: a block of a few positions costs by the number
+of operators, not by its size. Nothing here copies to the host but `Laws.check`. V vocabulary; the leading shape [..] of
+positions is free.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.rules.reduce import Reduced, reduce_rows
 
-try:
-    import numpy as np
-except ImportError:  # a served head runs where torch alone is installed
-    np = None  # type: ignore[assignment]
+MODELS = ("drafter", "verifier")
+# A masked token has probability 0, and so has any this far below the largest: the clamp keeps 0 * inf out.
+FAR_BELOW = -1e4
 
 
 def as_float(logits: Tensor, what: str) -> Tensor:
@@ -44,31 +41,12 @@ def check_temperature(temperature: float) -> float:
     return value
 
 
-def check_normaliser(normaliser: Tensor, what: str) -> None:
-    """Refuse logits whose log normaliser is not finite: NaN, +inf, or a row that is masked throughout.
-
-    The normaliser is needed anyway, so that the check costs no pass over the vocabulary.
-    """
-    if not math.isfinite(float(normaliser.detach().sum())):
-        raise InputError(
-            f"{what} has NaN, +inf or only -inf in {int((~torch.isfinite(normaliser)).sum())} position(s); "
-            "logits must be finite, with -inf only for masked tokens"
-        )
-
-
 def lowest_argmax(values: Tensor) -> Tensor:
     """The lowest index of the largest entry of the last axis, int64 [..]; a NaN counts as largest.
 
-    NumPy finds it ten times faster than torch does on a CPU. Ties go to the lowest index in both.
+    torch documents that `argmax` and `max` give the first of equal maxima, on every device.
     """
-    if np is not None and values.device.type == "cpu" and not torch.compiler.is_compiling():
-        return torch.from_numpy(np.asarray(values.detach().numpy().argmax(axis=-1)))
-    return values.max(dim=-1).indices
-
-
-def places(mask: Tensor) -> Tensor:
-    """Indices of the true entries of ``mask`` [V] on a CPU, int64; NumPy finds them several times faster."""
-    return mask.nonzero().squeeze(-1) if np is None else torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return values.argmax(dim=-1)
 
 
 def gather_token(values: Tensor, token: Tensor) -> Tensor:
@@ -82,72 +60,39 @@ def one_hot(index: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     return law.scatter_(-1, index.unsqueeze(-1), 1.0)
 
 
-class DecisionLaw:
-    """One model's decision law in a few numbers per position, each computed once and only if it is read.
+def not_finite(values: Tensor) -> Tensor:
+    """Where values are NaN or infinite, bool [..]: in two operators, torch's own `isfinite` takes four."""
+    return (values - values) != 0
+
+
+class Laws:
+    """Decision and sampling distributions of both models at some positions.
+
+    Decision distributions are softmax of the decision logits (after logits processors, before temperature and
+    truncation). Sampling distributions are softmax(decision logits / temperature), or softmax of the sampling logits
+    where these are given (already after temperature and truncation, -inf = never). At temperature 0 they are the
+    one-hot of the lowest argmax.
+
+    Tensors of both models ("both") have them along ``axis``: first the drafter, last the verifier.
 
     Args:
-        logits: [.., V].
-        law: gives softmax(logits), and refuses logits that are not finite.
+        decision: decision logits of both, [2, .., V] for axis 0.
+        temperature: of the sampling distributions; 0 is greedy.
+        sampling: sampling logits of both, of the same shape; None where that is ``decision / temperature``.
+        axis: where the models lie.
+        columns: how many positions of a block [B, 2, W, V] rules are shown; verification alone reads those after.
     """
 
-    def __init__(self, logits: Tensor, law: Callable[[], Tensor]) -> None:
-        self.logits, self.law = logits, law
-        self._argmax: Tensor | None = None
-        self._known: Reduced | None = None
-        self._largest: Tensor | None = None
-
-    @property
-    def argmax(self) -> Tensor:
-        """The lowest argmax, [..]."""
-        if self._argmax is None:
-            self._argmax = lowest_argmax(self.logits)
-        return self._argmax
-
-    @property
-    def logsumexp(self) -> Tensor:
-        """log sum exp of the logits, [..]."""
-        return self._reduced(False).logsumexp
-
-    @property
-    def entropy(self) -> Tensor:
-        """[..], nats."""
-        entropy = self._reduced(True).entropy
-        assert entropy is not None
-        return entropy
-
-    @property
-    def largest(self) -> Tensor:
-        """The largest probability, [..]; the same bits as exp(logprob) at that token, so that ties tie."""
-        if self._largest is None:
-            known = self._reduced(False)
-            self._largest = (known.top - known.logsumexp).clamp(max=0.0).exp()
-        return self._largest
-
-    def logprob(self, token: Tensor) -> Tensor:
-        """log probabilities of tokens [..], without the law; never above 0."""
-        return (gather_token(self.logits, token) - self.logsumexp).clamp(max=0.0)
-
-    def _reduced(self, entropy: bool) -> Reduced:
-        if self._known is None or (entropy and self._known.entropy is None):
-            self._known = reduce_rows(self.logits, self.law(), entropy)
-        return self._known
-
-
-@dataclass(frozen=True)
-class Laws:
-    """Decision and sampling laws of a drafter and a verifier over the same positions.
-
-    Decision laws are softmax of the decision logits (after logits processors, before temperature and
-    truncation). Sampling laws are softmax(decision logits / temperature), or softmax of the sampling logits
-    where these are given (already after temperature and truncation, -inf = never). At temperature 0 they are
-    the one-hot of the lowest argmax.
-    """
-
-    drafter_logits: Tensor
-    verifier_logits: Tensor
-    temperature: float = 1.0
-    drafter_sampling_logits: Tensor | None = None
-    verifier_sampling_logits: Tensor | None = None
+    def __init__(
+        self,
+        decision: Tensor,
+        temperature: float = 1.0,
+        sampling: Tensor | None = None,
+        axis: int = 0,
+        columns: int | None = None,
+    ) -> None:
+        self.decision, self.temperature, self.sampling = decision, temperature, sampling
+        self.axis, self.columns = axis, columns
 
     @classmethod
     def of(
@@ -158,166 +103,204 @@ class Laws:
         drafter_sampling_logits: Tensor | None = None,
         verifier_sampling_logits: Tensor | None = None,
     ) -> Laws:
-        """Check types and shapes, and promote both models to one precision.
+        """From each model's logits [.., V]; computed in the wider of their precisions, float32 at least.
 
         Raises:
             InputError: a shape, a vocabulary or a type that does not fit.
         """
-        drafter = as_float(drafter_logits, "drafter_logits")
-        verifier = as_float(verifier_logits, "verifier_logits")
-        dtype = torch.promote_types(drafter.dtype, verifier.dtype)
-        tensors = [drafter.to(dtype), verifier.to(dtype)]
-        for what, logits in (
-            ("drafter_sampling_logits", drafter_sampling_logits),
-            ("verifier_sampling_logits", verifier_sampling_logits),
-        ):
-            tensors.append(None if logits is None else as_float(logits, what).to(dtype))  # type: ignore[arg-type]
-        _check_shapes(tensors)
-        return cls(tensors[0], tensors[1], check_temperature(temperature), tensors[2], tensors[3])
+        given = {
+            "verifier_logits": verifier_logits,
+            "drafter_logits": drafter_logits,
+            "drafter_sampling_logits": drafter_sampling_logits,
+            "verifier_sampling_logits": verifier_sampling_logits,
+        }
+        logits = {name: as_float(one, name) for name, one in given.items() if one is not None}
+        _check_shapes(logits)
+        temperature = check_temperature(temperature)
+        decision = torch.stack([logits["drafter_logits"], logits["verifier_logits"]])
+        sampling = None
+        if drafter_sampling_logits is not None or verifier_sampling_logits is not None:
+            scale = temperature or 1.0
+            sides = [
+                logits[f"{model}_sampling_logits"]
+                if f"{model}_sampling_logits" in logits
+                else logits[f"{model}_logits"] / scale
+                for model in MODELS
+            ]
+            sampling = torch.stack([side.to(decision.dtype) for side in sides])
+        return cls(decision, temperature, sampling)
+
+    def drafter(self, both: Tensor) -> Tensor:
+        """The drafter's part of a tensor of both, a view."""
+        return self._shown(both.select(self.axis, 0))
+
+    def verifier(self, both: Tensor) -> Tensor:
+        """The verifier's part of a tensor of both, a view."""
+        return self._shown(both.select(self.axis, -1))
+
+    def _shown(self, one: Tensor) -> Tensor:
+        return one if self.columns is None else one[:, : self.columns]
+
+    def at(self, index: tuple[Tensor, ...]) -> Laws:
+        """The same at some positions (advanced indexing of the leading shape)."""
+        assert self.axis == 0
+        sampling = None if self.sampling is None else self.sampling[(slice(None), *index)]
+        return Laws(self.decision[(slice(None), *index)], self.temperature, sampling)
+
+    def check(self) -> None:
+        """Refuse logits that are no distribution: NaN, +inf, or nothing but -inf at a position. One copy to the host.
+
+        Raises:
+            InputError: naming the logits and the number of such positions.
+        """
+        given = {"logits": self.decision, "sampling_logits": self.sampling}
+        names = [f"{model}_{what}" for what, one in given.items() if one is not None for model in MODELS]
+        peaks = [one.amax(dim=-1) for one in given.values() if one is not None]
+        broken = [not_finite(peak).movedim(self.axis, 0).reshape(2, -1) for peak in peaks]
+        for name, count in zip(names, torch.cat(broken).sum(dim=1).tolist()):
+            if count:
+                raise InputError(
+                    f"{name} has NaN, +inf or only -inf in {count} position(s); "
+                    "logits must be finite, with -inf only for masked tokens"
+                )
 
     @property
     def greedy(self) -> bool:
-        """Whether the sampling laws are one-hots."""
+        """True where the sampling distributions are one-hots."""
         return self.temperature == 0.0
 
-    @cached_property
-    def drafter_probs(self) -> Tensor:
-        """q of the decision law, [.., V]."""
-        if self.temperature == 1.0 and self.drafter_sampling_logits is None:
-            return self.q
-        return _softmax(self.drafter_logits, "drafter_logits")
+    # Decision distributions, of both
 
     @cached_property
-    def verifier_probs(self) -> Tensor:
-        """p of the decision law, [.., V]."""
-        if self.temperature == 1.0 and self.verifier_sampling_logits is None:
-            return self.p
-        return _softmax(self.verifier_logits, "verifier_logits")
-
-    @cached_property
-    def drafter_side(self) -> DecisionLaw:
-        """The drafter's decision law in a few numbers per position."""
-        return DecisionLaw(self.drafter_logits, lambda: self.drafter_probs)
-
-    @cached_property
-    def verifier_side(self) -> DecisionLaw:
-        """The verifier's."""
-        return DecisionLaw(self.verifier_logits, lambda: self.verifier_probs)
+    def top(self) -> torch.return_types.max:
+        """Largest decision logits (``values``) and their lowest places (``indices``), of both."""
+        return self.decision.max(dim=-1)
 
     @property
-    def drafter_logsumexp(self) -> Tensor:
-        """log sum exp of the drafter's decision logits, [..]."""
-        return self.drafter_side.logsumexp
+    def argmax(self) -> Tensor:
+        """Lowest argmaxes of the decision logits, int64."""
+        return self.top.indices
 
     @property
-    def verifier_logsumexp(self) -> Tensor:
-        """log sum exp of the verifier's decision logits, [..]."""
-        return self.verifier_side.logsumexp
+    def peak(self) -> Tensor:
+        """Largest decision logits."""
+        return self.top.values
 
     @cached_property
-    def drafter_logprobs(self) -> Tensor:
-        """log q of the decision law, [.., V]; never above 0, so that no probability exceeds 1 by rounding."""
-        return (self.drafter_logits - self.drafter_logsumexp.unsqueeze(-1)).clamp_(max=0.0)
+    def broken(self) -> Tensor:
+        """Where logits are no distribution, bool of both: then their largest is NaN or infinite."""
+        broken = not_finite(self.peak)
+        return broken if self.sampling is None else broken | not_finite(self.sampling.amax(dim=-1))
 
     @cached_property
-    def verifier_logprobs(self) -> Tensor:
-        """log p of the decision law, [.., V]; never above 0."""
-        return (self.verifier_logits - self.verifier_logsumexp.unsqueeze(-1)).clamp_(max=0.0)
+    def logprobs(self) -> Tensor:
+        """log q and log p, [.., V] each; never above 0, so that no probability exceeds 1 by rounding."""
+        return torch.log_softmax(self.decision, dim=-1)
 
     @cached_property
-    def sampled_argmaxes_differ(self) -> Tensor:
-        """Whether the greedy tokens of the processed logits differ, bool [..]."""
-        drafter, verifier = self.drafter_side.argmax, self.verifier_side.argmax
-        if self.drafter_sampling_logits is not None:
-            drafter = lowest_argmax(self.drafter_sampling_logits)
-        if self.verifier_sampling_logits is not None:
-            verifier = lowest_argmax(self.verifier_sampling_logits)
-        return drafter != verifier
+    def probs(self) -> Tensor:
+        """q and p, [.., V] each."""
+        return torch.softmax(self.decision, dim=-1)
 
     @cached_property
+    def largest_logprob(self) -> Tensor:
+        """log max q and log max p: the very entries of `logprobs`, so that ties tie."""
+        return self.logprobs.amax(dim=-1)
+
+    @cached_property
+    def largest(self) -> Tensor:
+        """max q and max p."""
+        return self.largest_logprob.exp()
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        """H(q) and H(p), nats."""
+        return (self.probs * self.logprobs.clamp(min=FAR_BELOW)).sum(dim=-1).neg()
+
+    # Sampling distributions
+
+    @property
+    def processed(self) -> Tensor:
+        """Logits of both after processing; -inf at the verifier marks tokens that are never emitted."""
+        return self.decision if self.sampling is None else self.sampling
+
+    @cached_property
+    def best(self) -> Tensor:
+        """Greedy tokens of both, int64: the lowest argmaxes after processing."""
+        return self.argmax if self.sampling is None else self.sampling.argmax(dim=-1)
+
+    @cached_property
+    def sampled(self) -> Tensor:
+        """The sampling distributions q and p, [.., V] each."""
+        if self.greedy:
+            return one_hot(self.best, self.decision.shape[-1], self.decision.dtype)
+        if self.sampling is not None:
+            return torch.softmax(self.sampling, dim=-1)
+        if self.temperature == 1.0:
+            return self.probs
+        return torch.softmax(self.decision / self.temperature, dim=-1)
+
+    @property
     def q(self) -> Tensor:
-        """The drafter's sampling law, [.., V]: what drafted tokens are drawn from."""
-        return self._sampling_law(self.drafter_logits, self.drafter_sampling_logits, "drafter")
+        """The drafter's sampling distribution, [.., V]: what drafted tokens are drawn from."""
+        return self.drafter(self.sampled)
 
-    @cached_property
+    @property
     def p(self) -> Tensor:
-        """The verifier's sampling law, [.., V]."""
-        return self._sampling_law(self.verifier_logits, self.verifier_sampling_logits, "verifier")
-
-    @property
-    def processed_verifier_logits(self) -> Tensor:
-        """The verifier's logits after processing; -inf marks tokens that are never emitted."""
-        given = self.verifier_sampling_logits
-        return self.verifier_logits if given is None else given
-
-    @property
-    def processed_drafter_logits(self) -> Tensor:
-        """The drafter's logits after processing."""
-        given = self.drafter_sampling_logits
-        return self.drafter_logits if given is None else given
+        """The verifier's sampling distribution, [.., V]."""
+        return self.verifier(self.sampled)
 
     @cached_property
     def support(self) -> Tensor:
         """Tokens that may be emitted: processed verifier logit above -inf, bool [.., V]."""
-        return self.processed_verifier_logits > -torch.inf
+        return self.verifier(self.processed) > -torch.inf
 
-    def at(self, index: tuple[Tensor, ...]) -> Laws:
-        """The laws at some positions (advanced indexing of the leading shape)."""
+    def allows(self, token: Tensor) -> Tensor:
+        """`support` at one token: True where the tokens [..] may be emitted, bool [..]."""
+        return gather_token(self.verifier(self.processed), token) > -torch.inf
 
-        def pick(logits: Tensor | None) -> Tensor | None:
-            return None if logits is None else logits[index]
+    # Each model by name, for who asks of one alone
 
-        return Laws(
-            self.drafter_logits[index],
-            self.verifier_logits[index],
-            self.temperature,
-            pick(self.drafter_sampling_logits),
-            pick(self.verifier_sampling_logits),
-        )
+    @property
+    def drafter_logits(self) -> Tensor:
+        """The drafter's decision logits, [.., V]."""
+        return self.drafter(self.decision)
 
-    def row(self, n: int) -> Laws:
-        """Position ``n`` of laws [R, V] as laws [1, V]; what is known of the sampling laws is not computed again."""
+    @property
+    def verifier_logits(self) -> Tensor:
+        """The verifier's decision logits, [.., V]."""
+        return self.verifier(self.decision)
 
-        def pick(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values[n : n + 1]
+    @property
+    def verifier_sampling_logits(self) -> Tensor | None:
+        """The verifier's sampling logits, [.., V], where any are given."""
+        return None if self.sampling is None else self.verifier(self.sampling)
 
-        logits = self.drafter_logits[n : n + 1], self.verifier_logits[n : n + 1]
-        given = pick(self.drafter_sampling_logits), pick(self.verifier_sampling_logits)
-        found = Laws(*logits, self.temperature, *given)
-        for name in ("q", "p"):
-            if name in self.__dict__:
-                found.__dict__[name] = self.__dict__[name][n : n + 1]  # where cached_property looks
-        return found
+    @property
+    def drafter_logprobs(self) -> Tensor:
+        """log q of the decision distribution, [.., V]."""
+        return self.drafter(self.logprobs)
 
-    def _sampling_law(self, decision: Tensor, given: Tensor | None, who: str) -> Tensor:
-        processed = decision if given is None else given
-        what = f"{who}_logits" if given is None else f"{who}_sampling_logits"
-        if self.greedy:
-            index = lowest_argmax(processed)
-            check_normaliser(gather_token(processed, index), what)
-            return one_hot(index, processed.shape[-1], processed.dtype)
-        scaled = given is None and self.temperature != 1.0
-        return _softmax(processed / self.temperature if scaled else processed, what)
+    @property
+    def verifier_logprobs(self) -> Tensor:
+        """log p of the decision distribution, [.., V]."""
+        return self.verifier(self.logprobs)
 
 
-def _softmax(logits: Tensor, what: str) -> Tensor:
-    law = torch.softmax(logits, dim=-1)
-    # One NaN or +inf, or nothing but -inf, turns the whole row to NaN: its first entry tells.
-    check_normaliser(law[..., 0], what)
-    return law
+def mean_under(weights: Tensor, values: Tensor) -> Tensor:
+    """sum_v weights * values over the tokens that have any weight (no 0 * inf), [..]."""
+    return (weights * values.masked_fill(weights == 0, 0.0)).sum(dim=-1)
 
 
-def _check_shapes(tensors: list[Tensor]) -> None:
-    drafter, verifier = tensors[0], tensors[1]
-    if drafter.shape[-1] != verifier.shape[-1]:
-        raise InputError(
-            f"vocabularies differ: drafter {drafter.shape[-1]}, verifier {verifier.shape[-1]}; "
-            "cut or pad both to the tokenizer's size"
-        )
-    names = ("drafter_logits", "verifier_logits", "drafter_sampling_logits", "verifier_sampling_logits")
-    for name, logits in zip(names, tensors):
-        if logits is not None and logits.shape != verifier.shape:
+def _check_shapes(logits: dict[str, Tensor]) -> None:
+    verifier = logits["verifier_logits"]
+    for name, other in logits.items():
+        if other.shape[-1] != verifier.shape[-1]:
             raise InputError(
-                f"{name} has shape {list(logits.shape)}, verifier_logits {list(verifier.shape)}; "
-                "they must agree"
+                f"vocabularies differ: {name} has {other.shape[-1]}, verifier_logits {verifier.shape[-1]}; "
+                "cut or pad both to the tokenizer's size"
+            )
+        if other.shape != verifier.shape:
+            raise InputError(
+                f"{name} has shape {list(other.shape)}, verifier_logits {list(verifier.shape)}; they must agree"
             )

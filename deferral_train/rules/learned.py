@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.rules.base import Dial, LawRule, PositionRule
+from deferral_train.rules.base import Dial, LawRule, PositionRule, RuleStep, register
 from deferral_train.rules.emission import residual
 from deferral_train.rules.laws import Laws
 from deferral_train.rules.summary import DRAFTER_CONFIDENCE_FIELDS, FIELDS, Summary
+from deferral_train.rules.tails import Candidates, Estimate
 
 
 @runtime_checkable
@@ -32,6 +33,7 @@ class GapEstimator(Protocol):
         ...
 
 
+@register
 @dataclass(frozen=True, eq=False)
 class LearnedRule(PositionRule):
     """Defer iff the head's estimated gap > alpha * D_TV: the optimal rule of Lemma 4, equation (9), with an
@@ -41,7 +43,8 @@ class LearnedRule(PositionRule):
     """
 
     name: ClassVar[str] = "learned"
-    dial: ClassVar[Dial] = Dial("alpha", -1.0, 1.0, lossless=None, drafter=None, unbounded=True)
+    dial = Dial("alpha", -1.0, 1.0, lossless=None, drafter=None, unbounded=True)
+    dial_is_price: ClassVar[bool] = True
     needs = frozenset({"tv"})
     stage = "verify"
     reads_drafter_confidence = False
@@ -61,6 +64,8 @@ class LearnedRule(PositionRule):
             raise InputError(f"rule learned: a draft-stage head cannot read {', '.join(late)}")
         # Looked up once: a module's missing attribute is slow to miss.
         own = getattr(self.head, "defer", None)
+        if getattr(self.head, "loss", None) == "log":  # nats, not token errors
+            object.__setattr__(self, "dial", replace(type(self).dial, sweep=(-5.0, 5.0)))
         object.__setattr__(self, "_own", own if callable(own) else None)
         object.__setattr__(self, "stage", stage)
         object.__setattr__(self, "needs", features if stage == "draft" else features | {"tv"})
@@ -79,10 +84,21 @@ class LearnedRule(PositionRule):
         """gap > alpha D_TV, bool [..]; the head's own decision where it defines one."""
         if self._own is not None:
             return self._own(summary, self.alpha)
+        return self._defer_by(self.head.gap(summary), summary)
+
+    def step(self, laws: Laws, summary: Summary, token: Tensor) -> RuleStep:
+        """As any position rule's, with the gap that it was decided by: a head is asked once a block."""
+        if self._own is not None:
+            return super().step(laws, summary, token)
+        gap = self.head.gap(summary)
+        return self._decided(self._defer_by(gap, summary), laws, token, gap)
+
+    def _defer_by(self, gap: Tensor, summary: Summary) -> Tensor:
         tv = self.head.tv(summary) if self.stage == "draft" else summary["tv"]
-        return self.head.gap(summary) > self.alpha * tv
+        return gap > self.alpha * tv
 
 
+@register
 @dataclass(frozen=True, eq=False)
 class Judge(LawRule):
     """Judge decoding (arXiv 2501.19309, SelfJudge 2510.02329): accept a drafted token if the head approves it
@@ -136,6 +152,24 @@ class Judge(LawRule):
         allowed = laws.support.gather(-1, token.unsqueeze(-1))
         approved = self.approved(summary).unsqueeze(-1) & allowed
         return torch.where(approved, laws.q, laws.p)
+
+    def _greedy_step(self, laws: Laws, summary: Summary, token: Tensor) -> Tensor:
+        stands = self.approved(summary) & laws.allows(token)
+        return torch.where(stands, token, laws.verifier(laws.best))
+
+    def logged_rejection(
+        self, summary: Summary, candidates: Candidates | None, temperature: float
+    ) -> Estimate:
+        """Refused: what it says of a token may follow from the token's own state."""
+        raise InputError("rule judge judges drafted tokens one by one; measure it with decode")
+
+    def logged_law(self, summary: Summary, candidates: Candidates, temperature: float) -> Estimate:
+        """Refused."""
+        return self.logged_rejection(summary, candidates, temperature)
+
+    def greedy_token(self, summary: Summary, candidates: Candidates | None) -> Estimate:
+        """Refused."""
+        return self.logged_rejection(summary, candidates, 0.0)
 
     def _approval_of_all(self, laws: Laws, summary: Summary) -> Tensor:
         size = laws.p.shape[-1]

@@ -13,12 +13,13 @@ from typing import ClassVar
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.rules.base import Dial, PositionRule
+from deferral_train.rules.base import Dial, PositionRule, register
 from deferral_train.rules.summary import Summary
 
 MOST_NATS = 20.0
 
 
+@register
 @dataclass(frozen=True)
 class Chow(PositionRule):
     """Defer iff max q < 1 - alpha. Equation (2).
@@ -32,6 +33,7 @@ class Chow(PositionRule):
     needs: ClassVar[frozenset[str]] = frozenset({"drafter_max"})
     stage: ClassVar[str] = "draft"
     reads_drafter_confidence: ClassVar[bool] = True
+    plug_in: ClassVar[bool] = True
 
     alpha: float = 0.2
 
@@ -42,15 +44,17 @@ class Chow(PositionRule):
         return summary["drafter_max"] < 1 - self.alpha
 
 
+@register
 @dataclass(frozen=True)
 class ChowLog(PositionRule):
     """Defer iff H(q) > alpha (nats); always at alpha = 0, as Chow does."""
 
     name: ClassVar[str] = "chow_log"
-    dial: ClassVar[Dial] = Dial("alpha", 0.0, MOST_NATS, lossless=0.0, drafter=MOST_NATS)
+    dial: ClassVar[Dial] = Dial("alpha", 0.0, MOST_NATS, lossless=0.0, drafter=MOST_NATS, sweep=(0.0, 6.0))
     needs: ClassVar[frozenset[str]] = frozenset({"drafter_entropy"})
     stage: ClassVar[str] = "draft"
     reads_drafter_confidence: ClassVar[bool] = True
+    plug_in: ClassVar[bool] = True
 
     alpha: float = 1.0
 
@@ -61,6 +65,7 @@ class ChowLog(PositionRule):
         return summary["drafter_entropy"] > self.alpha
 
 
+@register
 @dataclass(frozen=True)
 class Diff(PositionRule):
     """Defer iff max q < max p - alpha. Equation (5), Remark 1.
@@ -72,6 +77,7 @@ class Diff(PositionRule):
     dial: ClassVar[Dial] = Dial("alpha", -1.0, 1.0, lossless=-1.0, drafter=1.0)
     needs: ClassVar[frozenset[str]] = frozenset({"drafter_max", "verifier_max"})
     reads_drafter_confidence: ClassVar[bool] = True
+    plug_in: ClassVar[bool] = True
 
     alpha: float = 0.2
 
@@ -80,14 +86,18 @@ class Diff(PositionRule):
         return summary["verifier_max"] - summary["drafter_max"] > self.alpha
 
 
+@register
 @dataclass(frozen=True)
 class DiffLog(PositionRule):
     """Defer iff H(q) > H(p) + alpha (nats)."""
 
     name: ClassVar[str] = "diff_log"
-    dial: ClassVar[Dial] = Dial("alpha", -MOST_NATS, MOST_NATS, lossless=-MOST_NATS, drafter=MOST_NATS)
+    dial: ClassVar[Dial] = Dial(
+        "alpha", -MOST_NATS, MOST_NATS, lossless=-MOST_NATS, drafter=MOST_NATS, sweep=(-4.0, 4.0)
+    )
     needs: ClassVar[frozenset[str]] = frozenset({"drafter_entropy", "verifier_entropy"})
     reads_drafter_confidence: ClassVar[bool] = True
+    plug_in: ClassVar[bool] = True
 
     alpha: float = 0.2
 
@@ -96,6 +106,7 @@ class DiffLog(PositionRule):
         return summary["drafter_entropy"] - summary["verifier_entropy"] > self.alpha
 
 
+@register
 @dataclass(frozen=True)
 class Opt(PositionRule):
     """Defer iff max q < max p - alpha D_TV(p, q). Equation (10).
@@ -110,6 +121,8 @@ class Opt(PositionRule):
     dial: ClassVar[Dial] = Dial("alpha", -1.0, 1.0, lossless=None, drafter=None, unbounded=True)
     needs: ClassVar[frozenset[str]] = frozenset({"drafter_max", "verifier_max", "tv"})
     reads_drafter_confidence: ClassVar[bool] = True
+    plug_in: ClassVar[bool] = True
+    dial_is_price: ClassVar[bool] = True
 
     alpha: float = 0.2
 
@@ -118,6 +131,7 @@ class Opt(PositionRule):
         return summary["verifier_max"] - summary["drafter_max"] > self.alpha * summary["tv"]
 
 
+@register
 @dataclass(frozen=True)
 class OptLog(PositionRule):
     """Defer iff H(q) > H(p) + alpha D_TV(p, q); alpha is any finite number, none is lossless."""
@@ -126,6 +140,8 @@ class OptLog(PositionRule):
     dial: ClassVar[Dial] = Dial("alpha", -5.0, 5.0, lossless=None, drafter=None, unbounded=True)
     needs: ClassVar[frozenset[str]] = frozenset({"drafter_entropy", "verifier_entropy", "tv"})
     reads_drafter_confidence: ClassVar[bool] = True
+    plug_in: ClassVar[bool] = True
+    dial_is_price: ClassVar[bool] = True
 
     alpha: float = 0.2
 
@@ -134,6 +150,7 @@ class OptLog(PositionRule):
         return summary["drafter_entropy"] - summary["verifier_entropy"] > self.alpha * summary["tv"]
 
 
+@register
 @dataclass(frozen=True)
 class OptVerifier(PositionRule):
     """OPT decided with P := p: defer iff p(v_q) < max p - alpha D_TV(p, q). It trusts p, never q's
@@ -146,6 +163,8 @@ class OptVerifier(PositionRule):
     name: ClassVar[str] = "opt_verifier"
     dial: ClassVar[Dial] = Dial("alpha", -1.0, 2.0, lossless=-1.0, drafter=None)
     needs: ClassVar[frozenset[str]] = frozenset({"verifier_max", "verifier_at_drafter_argmax", "tv"})
+    plug_in: ClassVar[bool] = True
+    dial_is_price: ClassVar[bool] = True
 
     alpha: float = 0.2
 
@@ -155,6 +174,7 @@ class OptVerifier(PositionRule):
         return gap > self.alpha * summary["tv"]
 
 
+@register
 @dataclass(frozen=True)
 class BiLD(PositionRule):
     """BiLD* of the paper's Table 3: defer iff D(q, p) > alpha, executed speculatively.
@@ -165,7 +185,7 @@ class BiLD(PositionRule):
     """
 
     name: ClassVar[str] = "bild"
-    dial = Dial("alpha", 0.0, MOST_NATS, lossless=0.0, drafter=None)
+    dial = Dial("alpha", 0.0, MOST_NATS, lossless=0.0, drafter=None, sweep=(0.0, 8.0))
     needs = frozenset({"cross_entropy"})
     reads_drafter_confidence: ClassVar[bool] = True
 
@@ -185,6 +205,7 @@ class BiLD(PositionRule):
         return summary[self.discrepancy] > self.alpha
 
 
+@register
 @dataclass(frozen=True)
 class Fuzzy(PositionRule):
     """Fuzzy speculative decoding (arXiv 2502.20704): keep iff JSD(p, q) < threshold (nats), else the exact
@@ -205,6 +226,7 @@ class Fuzzy(PositionRule):
         return summary["js"] >= self.threshold
 
 
+@register
 @dataclass(frozen=True)
 class Lossless(PositionRule):
     """Speculative decoding (Leviathan et al. 2023): every drafted token is checked; the output law is p."""
@@ -221,6 +243,7 @@ class Lossless(PositionRule):
         return summary.full(True)
 
 
+@register
 @dataclass(frozen=True)
 class VerifierOnly(Lossless):
     """The verifier alone: never drafts. Its law is p, as lossless."""
@@ -229,6 +252,7 @@ class VerifierOnly(Lossless):
     drafts: ClassVar[bool] = False
 
 
+@register
 @dataclass(frozen=True)
 class DrafterOnly(PositionRule):
     """The drafter alone; a drafted token that the verifier's processing forbids is replaced."""

@@ -7,33 +7,10 @@ from dataclasses import fields
 from typing import Any
 
 from deferral_train.errors import InputError
-from deferral_train.rules.base import Rule
-from deferral_train.rules.baselines import Biased, Cactus, Ensemble, Lenient, Lossy, Mentored
-from deferral_train.rules.learned import Judge, LearnedRule
-from deferral_train.rules.position import (
-    BiLD,
-    Chow,
-    ChowLog,
-    Diff,
-    DiffLog,
-    DrafterOnly,
-    Fuzzy,
-    Lossless,
-    Opt,
-    OptLog,
-    OptVerifier,
-    VerifierOnly,
-)
-from deferral_train.rules.token import LogitMargin, TokenV1, TokenV2, TokenV3, Typical
+from deferral_train.rules import baselines, learned, position, token  # noqa: F401 - their rules register themselves
+from deferral_train.rules.base import RULES, Rule
 
-RULES: dict[str, type[Rule]] = {
-    rule.name: rule
-    for rule in (
-        *(Lossless, DrafterOnly, VerifierOnly, Lossy, Lenient, BiLD, Chow, ChowLog, Diff, DiffLog),
-        *(Opt, OptLog, OptVerifier, TokenV1, TokenV2, TokenV3, Ensemble, Typical, Mentored, Fuzzy, Cactus),
-        *(LogitMargin, Biased, Judge, LearnedRule),
-    )
-}
+__all__ = ["RULES", "make_rule", "short_label"]
 
 
 def make_rule(name: str, /, *, allow_import: bool = False, **parameters: Any) -> Rule:

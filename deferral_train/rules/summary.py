@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.rules.laws import Laws
+from deferral_train.rules.laws import Laws, gather_token, mean_under
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ FIELDS: dict[str, Field] = {
         # about the position, from the decision laws
         Field("drafter_max", "max q", "float", "drafter"),
         Field("verifier_max", "max p", "float", "verifier"),
+        Field("drafter_margin", "largest less second largest logit of the drafter", "float", "drafter"),
+        Field("verifier_margin", "largest less second largest logit of the verifier", "float", "verifier"),
         Field("drafter_argmax", "v_q, the lowest argmax of q", "int", "drafter"),
         Field("verifier_argmax", "v_p, the lowest argmax of p", "int", "verifier"),
         Field("drafter_at_verifier_argmax", "q(v_p)", "float", "both"),
@@ -55,8 +57,6 @@ FIELDS: dict[str, Field] = {
         Field("product_sum", "sum p q", "float", "both"),
         Field("drafter_logsumexp", "log normaliser of the drafter's logits", "float", "drafter"),
         Field("verifier_logsumexp", "log normaliser of the verifier's logits", "float", "verifier"),
-        Field("drafter_margin", "the drafter's largest logit less its second largest", "float", "drafter"),
-        Field("verifier_margin", "the verifier's largest logit less its second largest", "float", "verifier"),
         Field("tv_unscaled", "D_TV(p, q) of the decision laws", "float", "both"),
         # from the sampling laws
         Field("tv", "D_TV of the sampling laws (temperature 0: argmaxes differ)", "float", "both"),
@@ -105,7 +105,7 @@ CONTEXT_FIELDS = HIDDEN_FIELDS | {"draft_position", "position", *PREVIOUS_TOKENS
 COMPUTED_FIELDS = frozenset(FIELDS) - CONTEXT_FIELDS
 # What an external draft without a law cannot give: with a one-hot q these say nothing about the drafter.
 DRAFTER_CONFIDENCE_FIELDS = frozenset(
-    {"drafter_max", "drafter_at_verifier_argmax", "drafter_entropy", "drafter_sum_squares"}
+    {"drafter_max", "drafter_margin", "drafter_at_verifier_argmax", "drafter_entropy", "drafter_sum_squares"}
     | {"kl", "reverse_kl", "js", "cross_entropy", "product_sum", "drafter_logsumexp", "drafter_logprob"}
 )
 
@@ -241,16 +241,16 @@ def summarize(
     laws = Laws.of(
         drafter_logits, verifier_logits, temperature, drafter_sampling_logits, verifier_sampling_logits
     )
+    laws.check()
     if fields is None:
         fields = COMPUTED_FIELDS if token is not None else COMPUTED_FIELDS - TOKEN_FIELDS
     return summarize_laws(laws, fields, token)
 
 
 def summarize_laws(laws: Laws, fields: Iterable[str], token: Tensor | None = None) -> Summary:
-    """As `summarize`, from laws already made."""
+    """As `summarize`, from distributions already made; unchecked, so that nothing is copied to the host."""
     columns: dict[str, Tensor] = {}
-    # Entropies first: what they take along serves maxima and log probabilities too.
-    for name in sorted(fields, key=lambda name: (not name.endswith("entropy"), name)):
+    for name in sorted(fields):
         if name in TOKEN_FIELDS:
             if token is None:
                 raise InputError(f"summary field {name!r} needs token=")
@@ -264,71 +264,76 @@ def summarize_laws(laws: Laws, fields: Iterable[str], token: Tensor | None = Non
     return Summary(columns)
 
 
-def total_variation(p: Tensor, q: Tensor) -> Tensor:
-    """D_TV(p, q) = sum_v max(0, p - q), from laws [.., V]; clipped to [0, 1] against rounding."""
-    return ((p - q).abs_().sum(dim=-1) * 0.5).clamp(0.0, 1.0)
-
-
 def margin(logits: Tensor) -> Tensor:
-    """Largest logit less the second largest [..], at most `MOST_MARGIN`, which stands for an only token."""
-    if logits.shape[-1] < 2:
+    """Largest less second largest logit [..] of decision logits [.., V]: 0 where two tie.
+
+    At most `MOST_MARGIN`, which stands for a token that alone may be emitted (all others masked).
+    """
+    if logits.shape[-1] == 1:
         return torch.full_like(logits[..., 0], MOST_MARGIN)
-    top = logits.topk(2, dim=-1).values
-    return (top[..., 0] - top[..., 1]).clamp(max=MOST_MARGIN)
+    first, second = logits.topk(2, dim=-1).values.unbind(-1)
+    return (first - second).clamp(max=MOST_MARGIN)
 
 
-def _mean_under(logprobs: Tensor, values: Tensor) -> Tensor:
-    """sum_v exp(logprobs) * values over the tokens that have any probability (no 0 * inf)."""
-    weights = logprobs.exp()
-    return (weights * values.masked_fill(weights == 0, 0.0)).sum(dim=-1)
-
-
-def _kl(first: Tensor, second: Tensor) -> Tensor:
-    return _mean_under(first, first - second).clamp(min=0.0)
+def total_variation(both: Tensor, laws: Laws) -> Tensor:
+    """D_TV = sum_v max(0, p - q) of both distributions [.., V] each; at most 1 against rounding."""
+    return (laws.verifier(both) - laws.drafter(both)).clamp(min=0.0).sum(dim=-1).clamp(max=1.0)
 
 
 def _js(laws: Laws) -> Tensor:
     # Finite stand-ins for log 0: where both are 0 the gradient of logaddexp would be NaN.
-    least = torch.finfo(laws.drafter_logits.dtype).min / 4
-    both = laws.drafter_logprobs.clamp(min=least), laws.verifier_logprobs.clamp(min=least)
-    middle = torch.logaddexp(*both) - math.log(2)
-    halves = _mean_under(laws.drafter_logprobs, laws.drafter_logprobs - middle)
-    halves = halves + _mean_under(laws.verifier_logprobs, laws.verifier_logprobs - middle)
-    return (halves * 0.5).clamp(min=0.0)
+    logs = laws.logprobs.clamp(min=torch.finfo(laws.decision.dtype).min / 4)
+    middle = torch.logaddexp(*logs.split(1, dim=laws.axis)) - math.log(2)
+    halves = mean_under(laws.probs, laws.logprobs - middle)
+    return ((laws.drafter(halves) + laws.verifier(halves)) * 0.5).clamp(min=0.0)
+
+
+def _kl(laws: Laws) -> Tensor:
+    excess = laws.verifier_logprobs - laws.drafter_logprobs
+    return mean_under(laws.verifier(laws.probs), excess).clamp(min=0.0)
+
+
+def _reverse_kl(laws: Laws) -> Tensor:
+    excess = laws.drafter_logprobs - laws.verifier_logprobs
+    return mean_under(laws.drafter(laws.probs), excess).clamp(min=0.0)
 
 
 def _sampled_tv(laws: Laws) -> Tensor:
     if laws.greedy:
-        return laws.sampled_argmaxes_differ.to(laws.drafter_logits.dtype)
-    return total_variation(laws.p, laws.q)
+        return (laws.drafter(laws.best) != laws.verifier(laws.best)).to(laws.decision.dtype)
+    return total_variation(laws.sampled, laws)
 
 
 _FORMULAS: dict[str, Callable[[Laws], Tensor]] = {
-    "drafter_max": lambda laws: laws.drafter_side.largest,
-    "verifier_max": lambda laws: laws.verifier_side.largest,
-    "drafter_argmax": lambda laws: laws.drafter_side.argmax,
-    "verifier_argmax": lambda laws: laws.verifier_side.argmax,
-    "drafter_at_verifier_argmax": lambda laws: laws.drafter_side.logprob(laws.verifier_side.argmax).exp(),
-    "verifier_at_drafter_argmax": lambda laws: laws.verifier_side.logprob(laws.drafter_side.argmax).exp(),
-    "drafter_entropy": lambda laws: laws.drafter_side.entropy,
-    "verifier_entropy": lambda laws: laws.verifier_side.entropy,
-    "kl": lambda laws: _kl(laws.verifier_logprobs, laws.drafter_logprobs),
-    "reverse_kl": lambda laws: _kl(laws.drafter_logprobs, laws.verifier_logprobs),
-    "js": _js,
-    "cross_entropy": lambda laws: _mean_under(laws.verifier_logprobs, -laws.drafter_logprobs),
-    "drafter_sum_squares": lambda laws: laws.drafter_probs.square().sum(dim=-1),
-    "verifier_sum_squares": lambda laws: laws.verifier_probs.square().sum(dim=-1),
-    "product_sum": lambda laws: (laws.drafter_probs * laws.verifier_probs).sum(dim=-1),
-    "drafter_logsumexp": lambda laws: laws.drafter_logsumexp,
-    "verifier_logsumexp": lambda laws: laws.verifier_logsumexp,
+    "drafter_max": lambda laws: laws.drafter(laws.largest),
+    "verifier_max": lambda laws: laws.verifier(laws.largest),
     "drafter_margin": lambda laws: margin(laws.drafter_logits),
     "verifier_margin": lambda laws: margin(laws.verifier_logits),
-    "tv_unscaled": lambda laws: total_variation(laws.verifier_probs, laws.drafter_probs),
+    "drafter_argmax": lambda laws: laws.drafter(laws.argmax),
+    "verifier_argmax": lambda laws: laws.verifier(laws.argmax),
+    "drafter_at_verifier_argmax": lambda laws: gather_token(
+        laws.drafter_logprobs, laws.verifier(laws.argmax)
+    ).exp(),
+    "verifier_at_drafter_argmax": lambda laws: gather_token(
+        laws.verifier_logprobs, laws.drafter(laws.argmax)
+    ).exp(),
+    "drafter_entropy": lambda laws: laws.drafter(laws.entropy),
+    "verifier_entropy": lambda laws: laws.verifier(laws.entropy),
+    "kl": _kl,
+    "reverse_kl": _reverse_kl,
+    "js": _js,
+    "cross_entropy": lambda laws: mean_under(laws.verifier(laws.probs), -laws.drafter_logprobs),
+    "drafter_sum_squares": lambda laws: laws.drafter(laws.probs).square().sum(dim=-1),
+    "verifier_sum_squares": lambda laws: laws.verifier(laws.probs).square().sum(dim=-1),
+    "product_sum": lambda laws: (laws.drafter(laws.probs) * laws.verifier(laws.probs)).sum(dim=-1),
+    "drafter_logsumexp": lambda laws: laws.drafter(laws.peak - laws.largest_logprob),
+    "verifier_logsumexp": lambda laws: laws.verifier(laws.peak - laws.largest_logprob),
+    "tv_unscaled": lambda laws: total_variation(laws.probs, laws),
     "tv": _sampled_tv,
 }
 
 _TOKEN_FORMULAS: dict[str, Callable[[Laws, Tensor], Tensor]] = {
     "token": lambda laws, token: token,
-    "drafter_logprob": lambda laws, token: laws.drafter_side.logprob(token),
-    "verifier_logprob": lambda laws, token: laws.verifier_side.logprob(token),
+    "drafter_logprob": lambda laws, token: gather_token(laws.drafter_logprobs, token),
+    "verifier_logprob": lambda laws, token: gather_token(laws.verifier_logprobs, token),
 }

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
+from deferral_train.rules.laws import Laws
 from deferral_train.rules.summary import Summary
+
+HALF_ROUNDOFF = 2.0**-11  # unit roundoff of float16
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Candidates:
 
     Attributes:
         ids: [N, K] int64, no id twice in a row; -1 marks an empty place.
-        drafter_logprobs, verifier_logprobs: log q and log p (decision laws) [N, K]; -inf at empty places.
+        drafter_logprobs, verifier_logprobs: log q and log p (decision distributions) [N, K]; -inf at empty places.
         drafter_least, verifier_least: [N], no token outside has a higher log q, or log p: the last of each
             model's own top list.
     """
@@ -56,8 +59,53 @@ class Candidates:
         ids = torch.cat([drafter_ids, verifier_ids.masked_fill(again, -1)], dim=-1).long()
         drafter = torch.cat([drafter_top[0], verifier_top[0].masked_fill(again, -torch.inf)], dim=-1)
         verifier = torch.cat([drafter_top[1], verifier_top[1].masked_fill(again, -torch.inf)], dim=-1)
-        return cls(ids, drafter.double(), verifier.double(), drafter_top[0][..., -1].double(),
-                   verifier_top[1][..., -1].double())  # fmt: skip
+        return cls(ids, drafter, verifier, drafter_top[0][..., -1], verifier_top[1][..., -1])
+
+    @classmethod
+    def top(cls, laws: Laws, k: int) -> dict[str, Tensor]:
+        """Each model's K likeliest tokens at positions [N], likeliest first, as the columns that traces log.
+
+        Returns:
+            ``{model}_top_ids`` int32 and ``{model}_top_{other}_logprobs`` float16, [N, K] each: what either model gives
+            them; ``{model}_tail`` [N], the probability of all other tokens.
+        """
+        columns: dict[str, Tensor] = {}
+        given = {"drafter": laws.drafter_logprobs, "verifier": laws.verifier_logprobs}
+        for model, logprobs in given.items():
+            # Ranked by logits: log probabilities of tokens that differ may round to the same.
+            ids = getattr(laws, f"{model}_logits").topk(k, dim=-1).indices
+            columns[f"{model}_top_ids"] = ids.int()
+            columns[f"{model}_tail"] = (1 - logprobs.gather(-1, ids).exp().sum(dim=-1)).clamp(0.0, 1.0)
+            for other, theirs in given.items():
+                columns[f"{model}_top_{other}_logprobs"] = theirs.gather(-1, ids).half()
+        return columns
+
+    @property
+    def valid(self) -> Tensor:
+        """Places that hold a token, bool [N, K]."""
+        return self.ids >= 0
+
+    @property
+    def drafter_rest(self) -> Tensor:
+        """The drafter's probability of all other tokens, [N]."""
+        return (1 - self.drafter_logprobs.exp().sum(dim=-1)).clamp(0.0, 1.0)
+
+    @property
+    def verifier_rest(self) -> Tensor:
+        """The verifier's probability of all other tokens, [N]."""
+        return (1 - self.verifier_logprobs.exp().sum(dim=-1)).clamp(0.0, 1.0)
+
+    @property
+    def rounding(self) -> Tensor:
+        """Most by which float16 can have moved the candidates' probability under either model, [N].
+
+        A stored log-probability x is off by at most |x| u, u the unit roundoff: sum p (exp(|log p| u) - 1).
+        """
+        bounds = []
+        for logprobs in (self.drafter_logprobs, self.verifier_logprobs):
+            finite = logprobs.clamp(min=-1e4)  # exp of it is 0 as well
+            bounds.append((finite.exp() * torch.expm1(finite.abs() * HALF_ROUNDOFF)).sum(dim=-1))
+        return torch.maximum(*bounds)
 
     def with_token(self, token: Tensor, drafter_logprob: Tensor, verifier_logprob: Tensor) -> Candidates:
         """The candidates and one more token per position [N] (a gold token), unless it is among them."""
@@ -170,6 +218,37 @@ def align(summary: Summary, candidates: Candidates) -> tuple[Summary, Candidates
     return summary.with_fields(columns), replace(
         candidates, drafter_logprobs=drafter, verifier_logprobs=verifier
     )
+
+
+def tailed(
+    summary: Summary, candidates: Candidates | None, temperature: float, rule: str
+) -> tuple[Summary, TailedLaws, Candidates]:
+    """Summary, distributions and candidates of logged positions at a temperature above 0, made to agree.
+
+    Raises:
+        InputError: no candidates; a temperature above 1.
+    """
+    summary, candidates = align(summary, needs_candidates(candidates, rule))
+    tv = summary["tv"] if "tv" in summary else torch.zeros(summary.shape, dtype=torch.float64)
+    return summary, TailedLaws.of(candidates, tv, temperature), candidates
+
+
+Estimate = tuple[Tensor, Tensor]  # a value and how far the truth may be from it; NaN where no bound is known
+
+
+def exact(value: Tensor) -> Estimate:
+    """An estimate that is no estimate."""
+    return value, torch.zeros_like(value)
+
+
+def between(low: Tensor, high: Tensor, slack: Tensor) -> Estimate:
+    """The middle of a range; its half width, and `slack` beyond."""
+    return (low + high) / 2, (high - low).clamp(min=0.0) / 2 + slack
+
+
+def unbounded(first: Tensor, second: Tensor) -> Estimate:
+    """The mean of two stand-ins for the truth, with no bound."""
+    return (first + second) / 2, torch.full_like(first, torch.nan)
 
 
 def needs_candidates(candidates: Candidates | None, rule: str) -> Candidates:

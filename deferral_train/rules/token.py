@@ -13,10 +13,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.rules.base import Dial, TokenRule
+from deferral_train.rules.base import Dial, TokenRule, register
 from deferral_train.rules.summary import Summary
 
 
+@register
 @dataclass(frozen=True)
 class TokenV1(TokenRule):
     """Keep v iff q(v) >= max p - alpha. Equation (13). At alpha = -1 nothing is kept."""
@@ -31,13 +32,10 @@ class TokenV1(TokenRule):
 
     def keep(self, drafter_logprobs: Tensor, verifier_logprobs: Tensor, summary: Summary) -> Tensor:
         """max p - q(v) <= alpha, bool [.., K]."""
-        return self.keep_probs(drafter_logprobs.exp(), verifier_logprobs, summary)
-
-    def keep_probs(self, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
-        """The same, from probabilities."""
-        return summary["verifier_max"][..., None] - q <= self.alpha
+        return summary["verifier_max"].unsqueeze(-1) - drafter_logprobs.exp() <= self.alpha
 
 
+@register
 @dataclass(frozen=True)
 class TokenV2(TokenRule):
     """Keep v iff p(v) >= max p - alpha. Equation (14). At alpha = -1 nothing is kept."""
@@ -51,13 +49,10 @@ class TokenV2(TokenRule):
 
     def keep(self, drafter_logprobs: Tensor, verifier_logprobs: Tensor, summary: Summary) -> Tensor:
         """max p - p(v) <= alpha, bool [.., K]."""
-        return self.keep_probs(drafter_logprobs, verifier_logprobs.exp(), summary)
-
-    def keep_probs(self, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
-        """The same, from probabilities."""
-        return summary["verifier_max"][..., None] - p <= self.alpha
+        return summary["verifier_max"].unsqueeze(-1) - verifier_logprobs.exp() <= self.alpha
 
 
+@register
 @dataclass(frozen=True)
 class TokenV3(TokenRule):
     """Keep v iff p(v) >= (1 - alpha) max p. Equation (15).
@@ -74,13 +69,10 @@ class TokenV3(TokenRule):
 
     def keep(self, drafter_logprobs: Tensor, verifier_logprobs: Tensor, summary: Summary) -> Tensor:
         """p(v) >= (1 - alpha) max p, bool [.., K]."""
-        return self.keep_probs(drafter_logprobs, verifier_logprobs.exp(), summary)
-
-    def keep_probs(self, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
-        """The same, from probabilities."""
-        return p >= (1 - self.alpha) * summary["verifier_max"][..., None]
+        return verifier_logprobs.exp() >= (1 - self.alpha) * summary["verifier_max"].unsqueeze(-1)
 
 
+@register
 @dataclass(frozen=True)
 class Typical(TokenRule):
     """Typical acceptance (Medusa, arXiv 2401.10774): keep v iff p(v) > min(epsilon, delta exp(-H(p))).
@@ -110,6 +102,7 @@ class Typical(TokenRule):
         return verifier_logprobs > threshold
 
 
+@register
 @dataclass(frozen=True)
 class LogitMargin(TokenRule):
     """Greedy logit margin (transformers issue 48636): keep v iff max z_p - z_p(v) <= margin, z_p the logits.

@@ -1,28 +1,37 @@
 """Verification of a drafted block for a whole batch: accepted length, next token, origin of each token.
 
-Reading order: `verify_block`, then scoring.py (what the rule says), limit.py (the walk along the block), and
-`_corrections` and `_bonuses` (the next token). rowwise.py does the first three at once for large vocabularies on a
-CPU, dense.py the first in one graph on CUDA.
+`verify_block` is the whole of it, on any device and without a copy to the host but the one that looks for faults.
+What a rule does at a position is in its `step` (base.py), drawing a token in sampling.py. B batch, T drafted
+positions, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.rules import dense
-from deferral_train.rules.base import PositionRule, Rule, named
-from deferral_train.rules.block import BONUSES, Block
+from deferral_train.rules.base import Rule, RuleStep, named
+from deferral_train.rules.laws import MODELS, Laws, as_float, check_temperature, gather_token
 from deferral_train.rules.learned import Judge
-from deferral_train.rules.limit import Walk, walk
-from deferral_train.rules.rowwise import applies, verify_rows
-from deferral_train.rules.sampling import draw, given_numbers, uniforms
-from deferral_train.rules.scoring import score_block
+from deferral_train.rules.sampling import draw, uniforms
 from deferral_train.rules.summary import Summary
+
+_LOGITS = ("verifier_logits", "drafter_logits", "drafter_sampling_logits", "verifier_sampling_logits")
+BONUSES = ("verifier", "exact", "none")
+FAULTS = (
+    "drafter_logits has NaN, +inf or only -inf; logits must be finite, with -inf only for masked tokens",
+    "verifier_logits has NaN, +inf or only -inf; logits must be finite, with -inf only for masked tokens",
+    "drafted holds ids outside the vocabulary",
+    "a drafted token has probability 0 under the drafter's sampling distribution; pass the logits it was drawn from",
+    "lengths must lie between 0 and the number of drafted tokens",
+    "spent must hold one number >= 0 per row",
+)
 
 
 class Origin(IntEnum):
@@ -38,22 +47,38 @@ class Origin(IntEnum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What happens to a drafted block.
+    """A verified block, on the device of its logits.
 
     Attributes:
         accepted: [B] int64, drafted tokens emitted (kept + accepted).
         next_token: [B] int64, correction or bonus; -1 where the bonus is withheld.
-        origin: [B, T+1] int8, one Origin per emitted token, NONE after.
-        deferred: [B, T] bool, the decision at each drafted position (token rule: drafted token not kept; law
-            rule: drafted token held to the exact check or a stricter one). False where nothing was drafted.
+        kept: [B, T] bool, the drafted token stands by the rule's leave rather than by the exact check.
+        deferred: [B, T] bool, the decision at each drafted position (token rule: drafted token not kept; law rule:
+            drafted token held to the exact check or a stricter one). False where nothing was drafted.
+        lengths: tokens that were drafted, [B] int64, or T where every row drafted T.
         spent: [B] running estimated loss under max_request_loss, else None.
+        fault: [B] int64, 0 where the row's input was fine, else a code for `raise_fault`; the other entries of such a
+            row mean nothing.
     """
 
     accepted: Tensor
     next_token: Tensor
-    origin: Tensor
+    kept: Tensor
     deferred: Tensor
+    lengths: Tensor | int
     spent: Tensor | None
+    fault: Tensor
+
+    @cached_property
+    def origin(self) -> Tensor:
+        """[B, T+1] int8, one `Origin` per emitted token, NONE after. Worked out when it is first read."""
+        steps = torch.arange(self.kept.shape[1] + 1, device=self.kept.device)
+        stands = Origin.ACCEPTED - torch.nn.functional.pad(self.kept.view(torch.int8), (0, 1))
+        whole = self.accepted == self.lengths
+        last = Origin.RESAMPLED + whole.view(torch.int8)  # BONUS after a block that was emitted whole
+        last = last * (self.next_token >= 0)
+        origin = stands * (steps < self.accepted.unsqueeze(1))
+        return origin.scatter(1, self.accepted.unsqueeze(1), last.unsqueeze(1))
 
 
 def verify_block(
@@ -72,164 +97,462 @@ def verify_block(
     context: Summary | None = None,
     max_request_loss: float | None = None,
     spent: Tensor | None = None,
+    check: bool = True,
 ) -> Verdict:
-    """Verify a drafted block: draft + accept + residual of the rule's target law, for every row at once.
+    """Verify a drafted block: draft + accept + residual of the rule's target, for every row at once.
 
     Args:
         rule: decides; executed exactly (Narasimhan et al. 2025, Algorithms 1 and 4 to 6).
-        drafted: [B, T] int64, drawn from the drafter's sampling law.
-        drafter_logits: decision logits [B, T or T+1, V]; None for one-hot proposals (a draft without a law).
+        drafted: [B, T] int64, drawn from the drafter's sampling distribution.
+        drafter_logits: decision logits [B, T or T+1, V]; None for one-hot proposals (a draft without a distribution).
         verifier_logits: decision logits [B, T+1, V]; with bonus ``"none"`` T rows will do.
-        temperature: the sampling law is softmax(decision logits / temperature); 0 is greedy and draws nothing
-            from the generator.
-        drafter_sampling_logits, verifier_sampling_logits: logits after temperature and truncation, of the
-            shapes above, where the sampling law is another one; -inf = never.
-        lengths: [B], drafted tokens per row; default T.
-        bonus: after a block emitted whole, ``"verifier"`` draws from the verifier's law, ``"exact"`` from the
-            rule's target law (drafter logits have T+1 rows), ``"none"`` withholds it.
-        numbers: [B, T+1] in [0, 1), in place of the generator's: one per check, then the next token's (for callers
-            whose rows have a random stream each).
-        context: summary fields that logits do not give, [B, T, ..] (T+1 for an exact bonus).
-        max_request_loss: B, a limit on the estimated loss per request, in the units of `rule.estimated_gap`
-            (expected token errors, or the unit of a head's loss). A kept token costs max(gap, 0) and is kept
-            only if spent < B and spent + cost <= B; otherwise its position is executed losslessly. B = 0 is
-            lossless. Only kept tokens that are emitted are charged.
+        temperature: the sampling distribution is softmax(decision logits / temperature); 0 is greedy: it compares
+            argmaxes and draws nothing from the generator.
+        drafter_sampling_logits, verifier_sampling_logits: logits after temperature and truncation, of the same
+            shapes, where the sampling distribution is not softmax(decision / temperature); -inf = never.
+        lengths: [B], drafted tokens per row; default T. Positions beyond may hold anything.
+        bonus: token after a block that was emitted whole: ``"verifier"`` draws it from the verifier, ``"exact"`` from
+            the rule's target (drafter logits have T+1 rows), ``"none"`` withholds it (next_token = -1).
+        generator: of the random numbers; their count depends on the shape alone.
+        numbers: [B, T+1] in [0, 1), the caller's own in place of the generator's.
+        context: summary fields [B, T, ..] that logits do not give (hidden states, positions).
+        max_request_loss: limit B on the estimated loss per request (`rule.estimated_gap`, cut at 0). A token is kept
+            only if spent < B and spent + cost <= B; otherwise its position is executed losslessly. B = 0 is lossless.
+            Only kept tokens that are emitted are charged.
         spent: [B], what the request has spent before this block; default 0.
+        check: raise at once for what only the data tells (one copy to the host). With False the caller copies
+            ``Verdict.fault`` with the rest of the verdict and hands it to `raise_fault`.
 
     Raises:
-        InputError: naming the rule and what to mend: shapes or vocabularies that differ, NaN or infinite
-            logits, a drafted token that the drafter's law forbids, a rule that reads the drafter's confidence
-            where there is no drafter law.
+        InputError: naming the rule and what to mend: shapes or vocabularies that differ, NaN or infinite logits, a
+            drafted token that the drafter's distribution forbids, a rule that reads the drafter's confidence where
+            there is none.
     """
     with named(rule):
-        _check_request(rule, drafter_logits, bonus, max_request_loss)
-        block = Block.of(
-            drafted, drafter_logits, verifier_logits, temperature,
-            drafter_sampling_logits, verifier_sampling_logits, lengths, context,
+        given = _Given(
+            rule, drafted, drafter_logits, verifier_logits, drafter_sampling_logits, verifier_sampling_logits,
+            check_temperature(temperature), lengths, bonus, context, max_request_loss, spent,
         )  # fmt: skip
-        rows, drafts = drafted.shape
-        if bonus != "none" and verifier_logits.shape[1] == drafts:
-            raise InputError(
-                f"verifier_logits has shape {list(verifier_logits.shape)}; a bonus needs T+1 = {drafts + 1} rows"
-            )
-        limited = max_request_loss is not None
-        uniform: Tensor | None = None
-        last: Tensor | None = None
-        if block.temperature > 0 and numbers is not None:
-            uniform, last = given_numbers(numbers, rows, drafts)
-        elif block.temperature > 0:
-            uniform, last = uniforms(rows, drafts, generator, verifier_logits)
-        if uniform is not None and last is not None and applies(rule, block, limited):
-            found = verify_rows(rule, block, uniform, last)
-            deferred, next_token = found.deferred, found.correction
-            steps = Walk(found.accepted, found.kept, torch.ones_like(found.kept), None)
+        block = given.block()
+        if not block.positions:
+            return block.nothing()
+        checks, last = block.uniforms(generator, numbers)
+        summary = block.read(rule, max_request_loss is not None)
+        lossless = rule.is_lossless or not drafted.shape[1]
+        step = block.lossless_step() if lossless else rule.step(block.laws, summary, block.token)
+
+        passes, kept, allowed, spent = _passes(block, step, checks), step.kept, None, block.spent
+        if max_request_loss is None or lossless:
+            accepted = passes.cumprod(dim=1).sum(dim=1)
         else:
-            if uniform is not None and dense.applies(rule, block, limited):
-                scores = dense.score_dense(rule, block, limited, uniform)
-            else:
-                scores = score_block(rule, block, limited, uniform)
-            steps = walk(scores, block.lengths, uniform, max_request_loss, spent)
-            deferred = scores.deferred
-            next_token = _corrections(rule, block, steps, deferred, last)
-        next_token, spent = _bonuses(rule, block, steps, next_token, bonus, last, max_request_loss)
-        return Verdict(steps.accepted, next_token, _origins(steps, block, next_token), deferred, spent)
+            exact = _passes(block, block.lossless_step(), checks)
+            cost = rule.estimated_gap(summary) if step.gap is None else step.gap
+            accepted, allowed, spent = _walk(passes, exact, kept, cost, block.spent, max_request_loss)
+            kept = kept & allowed
+
+        rejected = accepted < block.lengths
+        next_token = block.target_at(step, allowed, accepted, rejected)
+        if last is not None:
+            checked = rejected if lossless else block.checked_at(step, allowed, accepted, rejected)
+            next_token = draw(block.weights(next_token, accepted, checked), last)
+        if bonus == "exact" and not rule.is_lossless:
+            beyond, spent = block.exact_bonus(rule, last, rejected, spent, max_request_loss)
+            next_token = torch.where(rejected, next_token, beyond)
+        elif bonus == "none":
+            next_token = torch.where(rejected, next_token, -1)
+        deferred, fault = block.inside(step.deferred), block.fault()
+        verdict = Verdict(accepted, next_token, block.inside(kept), deferred, block.lengths, spent, fault)
+    if check:
+        raise_fault(rule, fault.tolist())
+    return verdict
 
 
-def _check_request(rule: Rule, drafter_logits: Tensor | None, bonus: str, limit: float | None) -> None:
-    if bonus not in BONUSES:
-        raise InputError(f"bonus is {bonus!r}; use one of {', '.join(BONUSES)}")
-    if drafter_logits is None and rule.reads_drafter_confidence and not rule.is_lossless:
-        raise InputError(
-            "it reads the drafter's confidence, and these proposals come without a drafter law (one-hot); "
-            "use a rule that reads the verifier only, such as opt_verifier, token_v3 or lossless"
-        )
-    if drafter_logits is None and bonus == "exact":
-        raise InputError("bonus 'exact' needs the drafter's law after the block; these proposals have none")
-    if limit is not None and not 0 <= float(limit) < float("inf"):
-        raise InputError(f"max_request_loss is {limit}; use a finite number >= 0")
-
-
-def _corrections(rule: Rule, block: Block, steps: Walk, deferred: Tensor, uniform: Tensor | None) -> Tensor:
-    """The correction of rejected rows [B]; -1 elsewhere."""
-    next_token = torch.full_like(block.lengths, -1)
-    own = steps.allowed
-    if isinstance(rule, PositionRule):
-        own = own & ~deferred  # where it defers, its law is the verifier's
-    rows = (steps.accepted < block.lengths).nonzero(as_tuple=True)[0]
-    for batch, step in block.chunks(rows, steps.accepted[rows]):
-        number = None if uniform is None else uniform[batch]
-        next_token[batch] = _correction(rule, block, batch, step, own[batch, step], number)
-    return next_token
-
-
-def _bonuses(
-    rule: Rule,
-    block: Block,
-    steps: Walk,
-    next_token: Tensor,
-    bonus: str,
-    uniform: Tensor | None,
-    limit: float | None,
-) -> tuple[Tensor, Tensor | None]:
-    """next_token [B] with the bonus of rows that were emitted whole, and what is spent with it."""
-    spent = steps.spent
-    rows = (steps.accepted == block.lengths).nonzero(as_tuple=True)[0]
-    for batch, step in block.chunks(rows, block.lengths[rows]) if bonus != "none" else ():
-        if bonus == "verifier" or rule.is_lossless:
-            pi = block.verifier_row(batch, step).p
-        else:
-            pi, spent = _exact_bonus_law(rule, block, batch, step, limit, spent)
-        next_token[batch] = pi.argmax(dim=-1) if uniform is None else draw(pi, uniform[batch])
-    return next_token, spent
-
-
-def _correction(
-    rule: Rule, block: Block, batch: Tensor, step: Tensor, own: Tensor, uniform: Tensor | None
-) -> Tensor:
-    """A token from max(0, pi - q) at the rejected positions, [R]; from pi where nothing is left.
+def raise_fault(rule: Rule, faults: Sequence[int]) -> None:
+    """Raise the InputError of the first row whose `Verdict.fault` is not 0, naming the rule, the row and the remedy.
 
     Args:
-        own: where pi is the rule's law, [R]; elsewhere it is the verifier's.
+        faults: `Verdict.fault` on the host.
     """
-    laws, token = block.rows(batch, step), block.drafted[batch, step]
-    pi = laws.p
-    if not rule.is_lossless and bool(own.any()):
-        law = rule.step_law(laws, rule.read(laws, token, block.context_at(batch, step)), token)
-        pi = torch.where(own.unsqueeze(1), law, pi)
-    if uniform is None:
-        return pi.argmax(dim=-1)
-    excess = (pi - laws.q).clamp_(min=0.0)
-    nothing = excess.sum(dim=-1, keepdim=True) <= 0
-    return draw(torch.where(nothing, pi, excess) if bool(nothing.any()) else excess, uniform)
+    for row, fault in enumerate(faults):
+        if fault:
+            raise InputError(f"rule {rule.name}: row {row}: {FAULTS[int(fault) - 1]}")
 
 
-def _exact_bonus_law(
-    rule: Rule, block: Block, batch: Tensor, step: Tensor, limit: float | None, spent: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """pi after the block [R, V]; under a limit it is charged in full, and is p where it does not fit."""
-    drafter = block.drafter_logits
-    if drafter is None or drafter.shape[1] <= block.drafted.shape[1]:
-        raise InputError("bonus 'exact' needs drafter logits with T+1 rows: one more drafter step")
-    if rule.needs & {"verifier_hidden", "verifier_hidden_at_token"} and isinstance(rule, Judge):
-        raise InputError("bonus 'exact' has no drafted token to judge; use bonus='verifier'")
-    laws = block.rows(batch, step)
-    extra = frozenset() if limit is None else rule.gap_needs
-    summary = rule.read(laws, None, block.context_at(batch, step), extra)
-    pi = rule.law_from(laws, summary)
-    if limit is None or spent is None:
-        return pi, spent
-    cost = rule.estimated_gap(summary).clamp(min=0.0).to(spent)
-    fits = (spent[batch] < limit) & (spent[batch] + cost <= limit)
-    spent = spent.index_add(0, batch, torch.where(fits, cost, torch.zeros_like(cost)))
-    return torch.where(fits.unsqueeze(1), pi, laws.p), spent
+def _passes(block: _Block, step: RuleStep, checks: Tensor | None) -> Tensor:
+    """Drafted tokens that stand, each by itself: kept, or with probability min(1, pi(x) / q(x)); bool [B, T]."""
+    laws, token = block.laws, block.token
+    if checks is None:
+        emitted = laws.verifier(laws.best) if step.target is None else step.target
+        return block.inside(step.kept | (token == emitted))
+    q, p = block.at_token
+    if step.target is None:
+        return block.inside(accepts(p, q, checks, step.kept))
+    return block.inside(accepts(gather_token(step.target, token), q, checks))
 
 
-def _origins(steps: Walk, block: Block, next_token: Tensor) -> Tensor:
-    rows, drafts = block.drafted.shape
-    origin = torch.zeros(rows, drafts + 1, dtype=torch.int8, device=block.drafted.device)
-    emitted = torch.arange(drafts, device=origin.device) < steps.accepted.unsqueeze(1)
-    drafted = torch.where(steps.kept, int(Origin.KEPT), int(Origin.ACCEPTED))
-    origin[:, :drafts] = torch.where(emitted, drafted, int(Origin.NONE))
-    last = torch.where(steps.accepted < block.lengths, int(Origin.RESAMPLED), int(Origin.BONUS))
-    last = torch.where(next_token < 0, int(Origin.NONE), last)
-    return origin.scatter(1, steps.accepted.unsqueeze(1), last.to(torch.int8).unsqueeze(1))
+def accepts(pi: Tensor, q: Tensor, uniform: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Drafted tokens [B, T] that stand: kept, or u < pi(x) / q(x) with u uniform in [0, 1), bool."""
+    stands = uniform * q < pi
+    return stands if kept is None else kept | stands
+
+
+def _walk(
+    passes: Tensor, exact: Tensor, kept: Tensor, cost: Tensor, spent: Tensor, limit: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Accept along each row under a limit on the loss: accepted [B], where the rule was in force [B, T], spent [B].
+
+    Args:
+        passes, exact: drafted tokens that stand under the rule, and under lossless execution, bool [B, T].
+        cost: estimated loss of keeping, [B, T].
+    """
+    cost = cost.double().clamp(min=0.0)
+    alive = torch.ones_like(passes[:, 0])
+    accepted, allowed = torch.zeros_like(alive, dtype=torch.int64), []
+    for t in range(passes.shape[1]):
+        # A cost that is not a number is never within the limit.
+        fits = (spent < limit) & (spent + cost[:, t] <= limit)
+        alive = alive & torch.where(fits, passes[:, t], exact[:, t])
+        spent = torch.where(alive & kept[:, t] & fits, spent + cost[:, t], spent)
+        accepted = accepted + alive
+        allowed.append(fits)
+    return accepted, torch.stack(allowed, dim=1), spent
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The arguments of `verify_block`, checked as far as no data is needed."""
+
+    rule: Rule
+    drafted: Tensor
+    drafter_logits: Tensor | None
+    verifier_logits: Tensor
+    drafter_sampling_logits: Tensor | None
+    verifier_sampling_logits: Tensor | None
+    temperature: float
+    lengths: Tensor | None
+    bonus: str
+    context: Summary | None
+    limit: float | None
+    spent: Tensor | None
+
+    def block(self) -> _Block:
+        """The block, its logits in one tensor of both models and in one precision.
+
+        Raises:
+            InputError: shapes, vocabularies or requests that do not fit.
+        """
+        self._check_request()
+        rows, drafts = self._check_drafted()
+        after = drafts + (self.bonus != "none")  # positions of the verifier that are read
+        logits = self._logits(rows, drafts, after)
+        vocabulary, device = logits["verifier_logits"].shape[-1], self.drafted.device
+        token = self.drafted.long().clamp(0, vocabulary - 1)
+        suspects: dict[int, Tensor] = {}
+        lengths, mask, reads = self._lengths(rows, drafts, after, suspects)
+        if self.temperature == 0 and self.rule.is_lossless and self.limit is None:
+            logits = {name: one for name, one in logits.items() if name.startswith("verifier")}
+        elif self.drafter_logits is None:
+            certain = torch.full_like(logits["verifier_logits"][:, :drafts], -torch.inf)
+            logits["drafter_logits"] = certain.scatter(2, token.unsqueeze(2), 0.0)
+        return _Block(
+            drafted=self.drafted,
+            token=token,
+            lengths=lengths,
+            mask=mask,
+            reads=reads,
+            laws=self._laws(logits, drafts, after),
+            context=self._context(rows, drafts),
+            spent=self._spent(rows, device, suspects),
+            suspects=suspects,
+            logits=logits,
+        )
+
+    def _check_request(self) -> None:
+        if self.bonus not in BONUSES:
+            raise InputError(f"bonus is {self.bonus!r}; use one of {', '.join(BONUSES)}")
+        if self.drafter_logits is None:
+            if self.rule.reads_drafter_confidence and not self.rule.is_lossless:
+                raise InputError(
+                    "it reads the drafter's confidence, and these proposals come without a drafter law (one-hot); "
+                    "use a rule that reads the verifier only, such as opt_verifier, token_v3 or lossless"
+                )
+            if self.bonus == "exact":
+                raise InputError(
+                    "bonus 'exact' needs the drafter's law after the block; these proposals have none"
+                )
+            if self.drafter_sampling_logits is not None:
+                raise InputError(
+                    "drafter_sampling_logits without drafter_logits; pass both, or neither (one-hot)"
+                )
+        if self.limit is not None and not 0 <= float(self.limit) < float("inf"):
+            raise InputError(f"max_request_loss is {self.limit}; use a finite number >= 0")
+
+    def _check_drafted(self) -> tuple[int, int]:
+        drafted = self.drafted
+        if not isinstance(drafted, Tensor) or drafted.dim() != 2 or drafted.dtype.is_floating_point:
+            raise InputError("drafted must be an integer tensor [B, T] of token ids")
+        return drafted.shape[0], drafted.shape[1]
+
+    def _logits(self, rows: int, drafts: int, after: int) -> dict[str, Tensor]:
+        """Logits by name, in float32 or float64."""
+        vocabulary = as_float(self.verifier_logits, "verifier_logits").shape[-1]
+        found = {}
+        for name in _LOGITS:
+            given = getattr(self, name)
+            if given is None:
+                continue
+            found[name] = as_float(given, name)
+            shape, counts = tuple(given.shape), (drafts, drafts + 1)
+            if name == "verifier_sampling_logits":
+                counts = (self.verifier_logits.shape[1],)
+            if len(shape) == 3 and shape[-1] != vocabulary:
+                raise InputError(
+                    f"vocabularies differ: {name} has {shape[-1]}, verifier_logits {vocabulary}; "
+                    "cut or pad both to the tokenizer's size"
+                )
+            if len(shape) != 3 or shape[0] != rows or shape[1] not in counts:
+                wanted = " or ".join(f"[{rows}, {count}, V]" for count in counts)
+                raise InputError(f"{name} has shape {list(shape)}; for this block it must be {wanted}")
+        if found["verifier_logits"].shape[1] < after:
+            raise InputError(
+                f"verifier_logits has shape {list(self.verifier_logits.shape)}; a bonus needs T+1 = {after} rows"
+            )
+        ours = [one.shape[1] for name, one in found.items() if name.startswith("drafter")]
+        if self.bonus == "exact" and not self.rule.is_lossless and min(ours) < after:
+            raise InputError("bonus 'exact' needs drafter logits with T+1 rows: one more drafter step")
+        return found
+
+    def _laws(self, logits: dict[str, Tensor], drafts: int, after: int) -> Laws:
+        verifier = logits["verifier_logits"]
+        if "drafter_logits" not in logits:  # greedy and lossless: nobody asks for the drafter's
+            alone = logits.get("verifier_sampling_logits", verifier)
+            return Laws(alone[:, :after].unsqueeze(1), self.temperature, None, axis=1, columns=drafts)
+        sampling = None
+        if "drafter_sampling_logits" in logits or "verifier_sampling_logits" in logits:
+            scale = self.temperature or 1.0
+            sides = [
+                logits[f"{model}_sampling_logits"]
+                if f"{model}_sampling_logits" in logits
+                else logits[f"{model}_logits"] / scale
+                for model in MODELS
+            ]
+            sampling = _joined(sides[0], sides[1], drafts, after)
+        decision = _joined(logits["drafter_logits"], verifier, drafts, after)
+        if sampling is not None:
+            sampling = sampling.to(decision.dtype)
+        return Laws(decision, self.temperature, sampling, axis=1, columns=drafts)
+
+    def _lengths(
+        self, rows: int, drafts: int, after: int, suspects: dict[int, Tensor]
+    ) -> tuple[Tensor | int, Tensor | None, Tensor | None]:
+        if self.lengths is None:
+            return drafts, None, None
+        device = self.drafted.device
+        given = torch.as_tensor(self.lengths, device=device)
+        if given.shape != (rows,) or given.dtype.is_floating_point:
+            raise InputError(f"lengths has shape {list(given.shape)}; pass one integer per row, [{rows}]")
+        lengths = given.long().clamp(0, drafts)
+        suspects[4] = lengths != given
+        steps = torch.arange(after, device=device)
+        inside = steps < lengths.unsqueeze(1)
+        through = inside if self.bonus == "none" else steps <= lengths.unsqueeze(1)
+        ours = through if self.bonus == "exact" else inside
+        return lengths, inside[:, :drafts], torch.stack([ours, through], dim=1)
+
+    def _context(self, rows: int, drafts: int) -> Summary | None:
+        if self.context is None or not self.context.names:
+            return None
+        shape = tuple(self.context.shape)
+        if shape not in ((rows, drafts), (rows, drafts + 1)):
+            raise InputError(
+                f"context has leading shape {list(shape)}; it must be [{rows}, {drafts}] or [{rows}, {drafts + 1}]"
+            )
+        return self.context
+
+    def _spent(self, rows: int, device: torch.device, suspects: dict[int, Tensor]) -> Tensor | None:
+        if self.limit is None:
+            return None
+        if self.spent is None:
+            return torch.zeros(rows, dtype=torch.float64, device=device)
+        spent = torch.as_tensor(self.spent, dtype=torch.float64, device=device)
+        if spent.shape != (rows,):
+            raise InputError(
+                f"spent must hold one number >= 0 per row, [{rows}]; got shape {list(spent.shape)}"
+            )
+        suspects[5] = ~(spent >= 0)
+        return spent
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A drafted block ready to be verified. W positions are read: T, and one more where a bonus is drawn.
+
+    Attributes:
+        drafted: [B, T] as given. token: the same as int64 within the vocabulary.
+        lengths: drafted tokens per row, [B] int64, or T where every row drafted T.
+        mask: [B, T] bool, positions that were drafted; None where all were.
+        reads: positions of either model that are read, bool [B, 2, W]; None where all are.
+        laws: distributions of both models, [B, 2, W, V]; rules are shown the first T positions.
+        context: summary fields that logits do not give, [B, T (or T+1), ..].
+        spent: [B] float64 under a limit, else None.
+        suspects: faults of rows known from the arguments, by their place in `FAULTS`, bool [B].
+        logits: as given, by name.
+    """
+
+    drafted: Tensor
+    token: Tensor
+    lengths: Tensor | int
+    mask: Tensor | None
+    reads: Tensor | None
+    laws: Laws
+    context: Summary | None
+    spent: Tensor | None
+    suspects: dict[int, Tensor]
+    logits: dict[str, Tensor]
+
+    def nothing(self) -> Verdict:
+        """The verdict where nothing was drafted and no bonus is wanted."""
+        none = torch.zeros_like(self.token[:, :0].sum(dim=1))
+        flags = self.token.bool()
+        return Verdict(none, none - 1, flags, flags, self.lengths, self.spent, none)
+
+    def inside(self, flags: Tensor) -> Tensor:
+        """Flags [B, T] where tokens were drafted, False elsewhere."""
+        return flags if self.mask is None else flags & self.mask
+
+    @property
+    def positions(self) -> int:
+        """W."""
+        return self.laws.decision.shape[2]
+
+    def uniforms(
+        self, generator: torch.Generator | None, numbers: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Random numbers in [0, 1) of the checks [B, T] and of the next token [B]; none at temperature 0."""
+        rows, drafts = self.token.shape
+        if self.laws.greedy:
+            return None, None
+        if numbers is None:
+            return uniforms(rows, drafts, generator, self.token)
+        if tuple(numbers.shape) != (rows, drafts + 1):
+            raise InputError(
+                f"numbers has shape {list(numbers.shape)}; for this block it must be [{rows}, {drafts + 1}]"
+            )
+        numbers = numbers.to(device=self.token.device, dtype=torch.float64)
+        return numbers[:, :drafts], numbers[:, drafts]
+
+    def read(self, rule: Rule, limited: bool) -> Summary:
+        """The summary of the drafted positions that the rule reads; ``token`` is always there."""
+        extra = rule.gap_needs if limited else frozenset()
+        wanted = extra if rule.is_lossless else rule.needs | extra
+        return rule.read(self.laws, self.token, self._context_of(wanted), extra | {"token"})
+
+    def _context_of(self, wanted: frozenset[str]) -> Summary | None:
+        rows, drafts = self.token.shape
+        given = {} if self.context is None else {n: c[:, :drafts] for n, c in self.context.items()}
+        if "draft_position" in wanted and "draft_position" not in given:
+            given["draft_position"] = torch.arange(drafts, device=self.token.device).expand(rows, drafts)
+        return Summary(given)
+
+    def lossless_step(self) -> RuleStep:
+        """Every token deferred, none kept, the verifier's distribution emitted."""
+        deferred = torch.ones_like(self.token, dtype=torch.bool)
+        return RuleStep(deferred, ~deferred, None)
+
+    def target_at(self, step: RuleStep, allowed: Tensor | None, accepted: Tensor, rejected: Tensor) -> Tensor:
+        """The target after ``accepted`` tokens: probabilities [B, V], at temperature 0 the token [B] itself.
+
+        The rule's where the next drafted token was rejected and the limit allowed the rule, else the verifier's.
+        """
+        own = self.row((self.laws.best if self.laws.greedy else self.laws.sampled).select(1, -1), accepted)
+        if step.target is None:
+            return own
+        rules = rejected if allowed is None else rejected & self.row(allowed, accepted)
+        return torch.where(
+            rules if own.dim() == 1 else rules.unsqueeze(1), self.row(step.target, accepted), own
+        )
+
+    def checked_at(
+        self, step: RuleStep, allowed: Tensor | None, accepted: Tensor, rejected: Tensor
+    ) -> Tensor:
+        """Rows [B] whose rejected token failed a check, bool; a kept token is rejected only where it is forbidden."""
+        if step.target is not None:
+            return rejected
+        checked = step.deferred if allowed is None else step.deferred | ~allowed
+        return rejected & self.row(checked, accepted)
+
+    def weights(self, target: Tensor, accepted: Tensor, checked: Tensor) -> Tensor:
+        """Weights that the next token is drawn by, [B, V]: max(0, pi - q) after a failed check, else pi."""
+        rest = target - self.row(self.laws.sampled.select(1, 0), accepted)
+        excess = torch.where(checked.unsqueeze(1), rest, target).clamp(min=0.0)
+        return torch.where(excess.any(dim=1, keepdim=True), excess, target)  # pi where nothing is left
+
+    def row(self, values: Tensor, index: Tensor) -> Tensor:
+        """One position of each row, [B, ..] of [B, W or T, ..], at ``index`` [B] or the last."""
+        count = values.shape[1]
+        index = index.clamp(max=count - 1) if count <= self.token.shape[1] else index
+        at = index.view(-1, 1, *(1,) * (values.dim() - 2)).expand(-1, 1, *values.shape[2:])
+        return values.gather(1, at).squeeze(1)
+
+    def exact_bonus(
+        self, rule: Rule, last: Tensor | None, rejected: Tensor, spent: Tensor | None, limit: float | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """A token [B] of the rule's target after the block, and what is spent with it.
+
+        Under a limit it is charged in full, and is the verifier's where it does not fit.
+        """
+        if rule.needs & {"verifier_hidden", "verifier_hidden_at_token"} and isinstance(rule, Judge):
+            raise InputError("bonus 'exact' has no drafted token to judge; use bonus='verifier'")
+        drafts = self.token.shape[1]
+        place = (
+            torch.full_like(self.drafted[:, :1].sum(dim=1), drafts)
+            if isinstance(self.lengths, int)
+            else self.lengths
+        )
+        picked = {name: self.row(one, place) for name, one in self.logits.items()}
+        laws = Laws.of(
+            picked["drafter_logits"], picked["verifier_logits"], self.laws.temperature,
+            picked.get("drafter_sampling_logits"), picked.get("verifier_sampling_logits"),
+        )  # fmt: skip
+        given = {} if self.context is None else {n: self.row(c, place) for n, c in self.context.items()}
+        context = Summary({"draft_position": place, **given})
+        extra = frozenset() if limit is None else rule.gap_needs
+        summary = rule.read(laws, None, context, extra)
+        pi = rule.law_from(laws, summary)
+        if limit is not None and spent is not None:
+            cost = rule.estimated_gap(summary).clamp(min=0.0).to(spent)
+            fits = (spent < limit) & (spent + cost <= limit)
+            spent = torch.where(fits & ~rejected, spent + cost, spent)
+            pi = torch.where(fits.unsqueeze(1), pi, laws.p)
+        return (pi.argmax(dim=-1) if last is None else draw(pi, last)), spent
+
+    @cached_property
+    def at_token(self) -> tuple[Tensor, Tensor]:
+        """q(x) and p(x) of the drafted tokens x under the sampling distributions, [B, T] each."""
+        index = self.token.view(len(self.token), 1, -1, 1).expand(-1, 2, -1, -1)
+        drafter, verifier = self.laws.sampled.gather(3, index).squeeze(3).unbind(1)
+        return drafter, verifier
+
+    def fault(self) -> Tensor:
+        """The first fault of each row as 1 + its place in `FAULTS`, 0 where all is well, [B] int64."""
+        broken = self.laws.broken
+        if self.reads is not None:
+            broken = broken & self.reads[:, -broken.shape[1] :]
+        models = broken.any(dim=2)
+        unknown = self.inside(self.drafted != self.token).any(dim=1, keepdim=True)
+        flags = [models, unknown] if models.shape[1] == 2 else [unknown, models, unknown]
+        if not self.laws.greedy:
+            flags.append(self.inside(self.at_token[0] == 0).any(dim=1, keepdim=True))
+        # A fault that cannot be has the flag of one that comes before it, and so never shows.
+        known = sum(one.shape[1] for one in flags)
+        for place in range(known, max(self.suspects, default=0) + 1):
+            flags += [self.suspects[place].unsqueeze(1) if place in self.suspects else unknown]
+        first = torch.cat(flags, dim=1).max(dim=1)
+        return first.indices + first.values
+
+
+def _joined(drafter: Tensor, verifier: Tensor, drafts: int, after: int) -> Tensor:
+    """Both models' logits, [B, 2, W, V]; the verifier's stand for a drafter that has none after the block."""
+    beyond = drafter if drafter.shape[1] >= after else verifier
+    both = torch.cat([drafter[:, :drafts], beyond[:, drafts:after], verifier[:, :after]], dim=1)
+    return both.view(len(both), 2, after, both.shape[-1])

@@ -1,24 +1,22 @@
 """The decision of one engine step: rows with different rules, limits and temperatures, verified together.
 
-Knows nothing about vLLM. Greedy rows on a CPU go through greedy.py, all others through `rules.verify_block`.
-R rows, T drafted positions, V vocabulary, D hidden width.
+Knows nothing about vLLM. R rows, T drafted positions, V vocabulary, D hidden width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.rules import Origin, Rule, Summary, make_rule, verify_block
+from deferral_train.rules import Origin, Rule, Summary, Verdict, make_rule, verify_block
 from deferral_train.rules.sampling import draw
-from deferral_train.serving.greedy import UNLIMITED, ElsewhereError, verify_greedy
 
 LOSSLESS = make_rule("lossless")
+UNLIMITED = 1e30  # a limit nobody reaches: what it costs is counted, nothing is refused
 GREEDY_BELOW = 1e-5  # temperatures below are greedy, as in the engine
 
 
@@ -66,7 +64,7 @@ class Rows:
 
 @dataclass
 class Outcome:
-    """What happened to each row, on the host.
+    """Verdicts of a step's rows, on the host.
 
     Attributes:
         accepted: [R] int64, drafted tokens that stand.
@@ -97,21 +95,27 @@ class Outcome:
             torch.zeros(rows, dtype=torch.float64),
         )
 
-    def put(self, members: list[int], found: Mapping[str, np.ndarray | Tensor]) -> None:
-        """Fill in some rows, in their order."""
-        whole = len(members) == len(self.accepted)
-        for name, values in found.items():
-            place = getattr(self, name).numpy()
-            values = values.cpu().numpy() if isinstance(values, Tensor) else values
-            if whole:
-                place[...] = values
-            else:
-                place[members] = values
+    def put(self, members: list[int], verdict: Verdict, loss: Tensor | None) -> list[int]:
+        """Fill in some rows, in their order, in one copy from the device.
+
+        Returns:
+            Those whose input was faulty.
+        """
+        drafts = self.deferred.shape[1]
+        columns = [verdict.accepted, verdict.next_token, verdict.fault]
+        columns += [] if loss is None else [loss.double().view(torch.int64)]  # its bits
+        packed = torch.cat([torch.stack(columns, dim=1), verdict.origin, verdict.deferred], dim=1).cpu()
+        self.accepted[members], self.correction[members] = packed[:, 0], packed[:, 1]
+        if loss is not None:
+            self.loss[members] = packed[:, 3].contiguous().view(torch.float64)
+        self.origin[members] = packed[:, len(columns) : len(columns) + drafts + 1].to(torch.int8)
+        self.deferred[members] = packed[:, len(columns) + drafts + 1 :].bool()
+        return [row for row, fault in zip(members, packed[:, 2].tolist()) if fault]
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """What rows must share to be verified together; ``law``: whether their drafter's law is there."""
+    """Traits that rows share to be verified together; ``law``: whether their drafter's law is there."""
 
     rule: Rule
     limit: float | None
@@ -138,7 +142,8 @@ def verify(rows: Rows, plans: Sequence[Plan], numbers: Tensor | None) -> Outcome
         kind = _Kind(rule, limit, greedy, law and not (greedy and rule.is_lossless))
         groups.setdefault(kind, []).append(row)
     for kind, members in groups.items():
-        _verify_members(rows, plans, numbers, outcome, kind, members)
+        for row in _verify_group(rows, plans, numbers, outcome, kind, members):
+            _fault(rows, outcome, row)
     for row in rows.cut:
         if outcome.accepted[row] == rows.lengths[row] and row not in outcome.faults:
             _finish_cut(rows, numbers, outcome, row)
@@ -159,29 +164,8 @@ def _finish_cut(rows: Rows, numbers: Tensor | None, outcome: Outcome, row: int) 
 
 
 def needs_law(rule: Rule) -> bool:
-    """Whether a rule cannot do without what the drafter says of its own token."""
+    """True for a rule that cannot do without what the drafter says of its own token."""
     return rule.reads_drafter_confidence or "drafter_hidden" in rule.needs
-
-
-def _verify_members(
-    rows: Rows,
-    plans: Sequence[Plan],
-    numbers: Tensor | None,
-    outcome: Outcome,
-    kind: _Kind,
-    members: list[int],
-) -> None:
-    """Rows of one kind together; where that fails, one by one: a row that fails by itself gets one token and harms no
-    other.
-    """
-    try:
-        _verify_group(rows, plans, numbers, outcome, kind, members)
-    except InputError:
-        if len(members) == 1:
-            _fault(rows, outcome, members[0])
-            return
-        for row in members:
-            _verify_members(rows, plans, numbers, outcome, kind, [row])
 
 
 def _fault(rows: Rows, outcome: Outcome, row: int) -> None:
@@ -201,58 +185,46 @@ def _verify_group(
     outcome: Outcome,
     kind: _Kind,
     members: list[int],
-) -> None:
+) -> list[int]:
+    """Verify rows of one kind together; those that could not be, a row's fault being its own, are given back."""
     whole = len(members) == rows.drafted.shape[0]
     at = None if whole else torch.tensor(members, device=rows.drafted.device)
 
     def pick(tensor: Tensor) -> Tensor:
         return tensor if at is None else tensor.index_select(0, at)
 
-    drafted, lengths, verifier = pick(rows.drafted), pick(rows.lengths), pick(rows.verifier)
+    verifier = pick(rows.verifier)
     drafter = pick(rows.drafter) if kind.law and rows.drafter is not None else None
     context = {} if kind.rule.is_lossless else {name: pick(column) for name, column in rows.context.items()}
-    spent = [plans[row].spent for row in members]
-    if kind.greedy:
-        try:
-            found = verify_greedy(kind.rule, drafted, drafter, verifier, lengths, context, kind.limit, spent)
-        except ElsewhereError:
-            pass
-        else:
-            outcome.put(members, found)
-            return
     temperature, scaled, sampling = 0.0, None, None
     if not kind.greedy:
         given = None if rows.sampling is None else pick(rows.sampling)
         temperature, scaled, sampling = _scaled(
             [rows.temperatures[row] for row in members], drafter, verifier, given
         )
-    account = torch.tensor(spent, dtype=torch.float64, device=verifier.device)
-    verdict = verify_block(
-        kind.rule,
-        drafted,
-        drafter,
-        verifier,
-        temperature=temperature,
-        drafter_sampling_logits=scaled,
-        verifier_sampling_logits=sampling,
-        lengths=lengths,
-        bonus="none",
-        numbers=None if kind.greedy or numbers is None else pick(numbers),
-        context=Summary(context) if context else None,
-        max_request_loss=None if kind.rule.is_lossless else (UNLIMITED if kind.limit is None else kind.limit),
-        spent=account,
-    )
-    outcome.put(
-        members,
-        {
-            "accepted": verdict.accepted,
-            "correction": verdict.next_token,
-            "origin": verdict.origin,
-            "deferred": verdict.deferred,
-        },
-    )
-    if verdict.spent is not None:
-        outcome.put(members, {"loss": verdict.spent - account})
+    spent = torch.tensor([plans[row].spent for row in members], dtype=torch.float64, device=verifier.device)
+    try:
+        verdict = verify_block(
+            kind.rule,
+            pick(rows.drafted),
+            drafter,
+            verifier,
+            temperature=temperature,
+            drafter_sampling_logits=scaled,
+            verifier_sampling_logits=sampling,
+            lengths=pick(rows.lengths),
+            bonus="none",
+            numbers=None if kind.greedy or numbers is None else pick(numbers),
+            context=Summary(context) if context else None,
+            max_request_loss=None
+            if kind.rule.is_lossless
+            else (UNLIMITED if kind.limit is None else kind.limit),
+            spent=spent,
+            check=False,
+        )
+    except InputError:  # of the request, not of a row's data
+        return members
+    return outcome.put(members, verdict, None if verdict.spent is None else verdict.spent - spent)
 
 
 def _scaled(

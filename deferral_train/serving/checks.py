@@ -214,7 +214,7 @@ def check_heads(rule: Rule, vllm_config: Any) -> list[str]:
 
 
 def check_conditions(rule: Rule, vllm_config: Any, engine: str) -> list[str]:
-    """What differs here from what a certificate, or a head, was made under, as ``certified on X, running Y``.
+    """Differences from the conditions of a certificate, or a head, as ``certified on X, running Y``.
 
     Requests are served with the rule, since nothing says that it is wrong; the claim of the certificate is not made.
 

@@ -9,11 +9,15 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from deferral_train.rules import Rule
 
 VARIABLE = "DEFERRAL_TRAIN_COUNTERS"
 PLACES = 32  # drafted positions that are told apart; the last takes all beyond
@@ -164,3 +168,36 @@ class Collector:
                     if value:
                         family.add_metric([label, str(place)], value)
             yield family
+
+
+# What rules ask of a head.
+ANSWERS = frozenset({"gap", "tv", "defer", "score", "truth", "verifier_value"})
+
+
+class TimedHead:
+    """A rule's head whose answers are timed, as counter ``head_seconds``; everything else is the head's own."""
+
+    def __init__(self, head: Any, counters: Counters) -> None:
+        self._head, self._counters = head, counters
+
+    def __getattr__(self, name: str) -> Any:
+        own = getattr(self._head, name)
+        if name not in ANSWERS or not callable(own):
+            return own
+
+        def timed(*arguments: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return own(*arguments)
+            finally:
+                self._counters.add("head_seconds", time.perf_counter() - began)
+
+        return timed
+
+
+def with_timed_head(rule: Rule, counters: Counters) -> Rule:
+    """The rule with the time that its head takes counted; the rule itself where it has none."""
+    head = getattr(rule, "head", None)
+    if head is None or isinstance(head, TimedHead):
+        return rule
+    return replace(rule, head=TimedHead(head, counters))  # type: ignore[call-arg]

@@ -18,14 +18,13 @@ from deferral_train.rules import Rule
 from deferral_train.rules.summary import PREVIOUS_TOKENS
 from deferral_train.serving.blocks import GREEDY_BELOW, Outcome, Plan, Rows, verify
 from deferral_train.serving.config import ServingConfig
-from deferral_train.serving.counters import Counters
+from deferral_train.serving.counters import Counters, with_timed_head
 from deferral_train.serving.layout import Step, previous_tokens, spread, spread_host
 from deferral_train.serving.lossless_log import log_step
 from deferral_train.serving.proposals import Proposals
 from deferral_train.serving.requests import Request, Requests
 from deferral_train.serving.shadow import Shadow
 from deferral_train.serving.tally import tally
-from deferral_train.serving.timed import watch_head
 
 log = logging.getLogger("vllm.deferral_train")  # below vllm's logger, so that the engine formats it
 
@@ -66,6 +65,7 @@ class Seam:
 
     def adopt(self, config: ServingConfig, rule: Rule, mismatch: Sequence[str] = ()) -> None:
         """The settings in force from the next step on; what was known of requests is forgotten."""
+        rule = with_timed_head(rule, self.counters)
         self.config, self.rule, self.shadow = config, rule, config.mode == "shadow"
         self.requests = Requests(config, rule, mismatch)
         wants = rule.needs | (
@@ -76,7 +76,6 @@ class Seam:
         self.imagined = Shadow(path, config.spec, rule, self.label or "0")
         self.previous = [name for name in PREVIOUS_TOKENS if name in rule.needs]
         self.proposals = Proposals("drafter" in self.hidden)
-        watch_head(rule, self.counters)
 
     # What the runner's wrapped methods call
 

@@ -9,7 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deferral_train.rules import summarize
+from deferral_train.rules.laws import Laws
+from deferral_train.rules.summary import summarize_laws
+from deferral_train.rules.tails import Candidates
+from deferral_train.traces.schema import SUMMARY_COLUMNS, TOKEN_COLUMNS
+
+LOGGED = (*SUMMARY_COLUMNS, *TOKEN_COLUMNS)
 
 
 @dataclass
@@ -48,12 +53,14 @@ def columns_of(
 
     drafter, verifier = (joined(role)[:, :vocabulary].float() for role in ("drafter", "verifier"))
     token = joined("token")
-    summary = summarize(drafter, verifier, temperature=temperature, token=token)
+    laws = Laws.of(drafter, verifier, temperature)
+    laws.check()
+    summary = summarize_laws(laws, LOGGED, token)
     columns = {name: summary[name].numpy() for name in summary.names}
     columns |= {name: joined(name).numpy() for name in ("position", "draft_position", "origin")}
     columns["gold"] = np.full(len(token), -1)
     if top_k:
-        columns |= _candidates(drafter, verifier, top_k)
+        columns |= {name: column.numpy() for name, column in Candidates.top(laws, top_k).items()}
     most = torch.finfo(torch.float16).max
     for role in hidden:
         states = torch.cat([block.hidden[role] for block in blocks])
@@ -61,16 +68,3 @@ def columns_of(
     ends = np.cumsum([len(block.token) for block in blocks])[:-1]
     parts = {name: np.split(column, ends) for name, column in columns.items()}
     return [{name: column[place] for name, column in parts.items()} for place in range(len(blocks))]
-
-
-def _candidates(drafter: Tensor, verifier: Tensor, top_k: int) -> dict[str, np.ndarray]:
-    """Each model's K likeliest tokens, likeliest first, what both models give them, and what is left."""
-    logprobs = {"drafter": drafter.log_softmax(-1), "verifier": verifier.log_softmax(-1)}
-    columns: dict[str, np.ndarray] = {}
-    for role, own in logprobs.items():
-        top = own.topk(top_k, dim=-1)
-        columns[f"{role}_top_ids"] = top.indices.int().numpy()
-        columns[f"{role}_tail"] = (1 - top.values.exp().sum(-1)).clamp(0, 1).numpy()
-        for other, theirs in logprobs.items():
-            columns[f"{role}_top_{other}_logprobs"] = theirs.gather(-1, top.indices).half().numpy()
-    return columns

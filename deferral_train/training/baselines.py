@@ -14,12 +14,15 @@ from deferral_train.rules.base import PositionRule
 from deferral_train.rules.position import Opt
 from deferral_train.traces import Traces
 
-PLUG_INS = ("chow", "chow_log", "diff", "diff_log", "opt", "opt_log", "opt_verifier")
-DRAFT_PLUG_INS = ("chow", "chow_log")
-# Sweeps of the log rules' dials run to 20 nats for any vocabulary; decisions change below a few.
-LOG_RANGES = {"chow_log": (0.0, 6.0), "diff_log": (-4.0, 4.0), "opt_log": (-4.0, 4.0)}
 DIALS = 41
 ROWS = 400_000  # rows at most that the choice reads; each risk is then known to about 0.001
+
+
+def plug_ins(stage: str) -> list[str]:
+    """Names of the plug-in rules that a head of this stage is compared with."""
+    return [
+        name for name, rule in RULES.items() if rule.plug_in and (stage == "verify" or rule.stage == stage)
+    ]
 
 
 def opt_rules(alphas: Sequence[float]) -> list[PositionRule]:
@@ -27,15 +30,14 @@ def opt_rules(alphas: Sequence[float]) -> list[PositionRule]:
     return [Opt(alpha=alpha) for alpha in alphas]
 
 
-def candidates(names: Sequence[str] = PLUG_INS) -> list[PositionRule]:
+def candidates(names: Sequence[str]) -> list[PositionRule]:
     """Every plug-in rule at every dial value of its sweep, and the two that never and always defer."""
     found: list[PositionRule] = []
     for name in names:
         rule = RULES[name]()
         assert isinstance(rule, PositionRule)
         assert rule.dial is not None
-        low, high = LOG_RANGES.get(name, (rule.dial.low, rule.dial.high))
-        found += [rule.with_dial(low + (high - low) * i / (DIALS - 1)) for i in range(DIALS)]
+        found += [rule.with_dial(value) for value in rule.dial.swept(DIALS)]
     return found
 
 
@@ -44,7 +46,7 @@ def best_plug_in(
     z: Tensor,
     alphas: Sequence[float],
     temperature: float | None = None,
-    names: Sequence[str] = PLUG_INS,
+    names: Sequence[str] | None = None,
     rows: Tensor | None = None,
 ) -> list[PositionRule]:
     """For every alpha the plug-in rule and dial of least estimated L_spec on these traces.
@@ -52,7 +54,7 @@ def best_plug_in(
     ``z [N]`` labels the gap, of all rows or of those in ``rows``. L_spec(r) = const + E[r (alpha tv - z)], so two
     sums per candidate serve every alpha.
     """
-    rules = candidates(names)
+    rules = candidates(plug_ins("verify") if names is None else names)
     fields = sorted(frozenset({"tv"}).union(*(rule.needs for rule in rules)))
     summary = traces.summary(fields, temperature)
     if rows is not None:

@@ -84,7 +84,7 @@ def main(words: Sequence[str]) -> int:
         out / "fit.provenance.json", provenance.collect({"seed": cli.config["data"]["seed"]})
     )
     try:
-        with lightning_errors():
+        with provenance.one_writer(out, "fit"), lightning_errors():
             trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config["ckpt_path"], weights_only=True)
             if trainer.global_step == 0:
                 raise InputError("the run ended before its first step; give trainer.max_time more time")

@@ -126,7 +126,7 @@ class TraceDataModule(pl.LightningDataModule):
             refuse_other_candidates(fit, self._others(self.traces))
         fit_memory(head, fit)
         parts = [fit_table(part, head, self.truth, self.temperature) for part in (fit, *self.further)]
-        names = baselines.DRAFT_PLUG_INS if head.stage == "draft" else baselines.PLUG_INS
+        names = baselines.plug_ins(head.stage)
         rows = labelled(fit, self.truth)
         best = baselines.best_plug_in(fit, parts[0]["z"], self.alphas, self.temperature, names, rows)
         joined = (

@@ -86,7 +86,7 @@ def check_trainer_flags(given: Mapping[str, Any]) -> None:
 
 @contextmanager
 def lightning_errors() -> Iterator[None]:
-    """What Lightning raises on flags that do not fit the machine or each other, as an InputError of one line.
+    """Context in which Lightning's errors on flags that do not fit become an InputError of one line.
 
     Its own class of error, and plain ones that it raises itself; an error from anywhere else is passed on.
     """

@@ -12,6 +12,7 @@ from deferral_train.heads.artifact import full_config
 from deferral_train.training.checkpoint import load_checkpoint
 from deferral_train.training.datamodule import TraceDataModule
 from deferral_train.training.module import DeferralModule
+from deferral_train.training.resuming import traces_keys
 
 LIGHTNING = (
     "epoch",
@@ -48,6 +49,12 @@ def check_resumable(path: str | Path, module: DeferralModule, data: TraceDataMod
     ]
     pairs += [("model", checkpoint.get("hyper_parameters", {}), dict(module.hparams))]
     pairs += [("data", checkpoint.get("datamodule_hyper_parameters", {}), dict(data.hparams))]
+    if "deferral_traces" not in checkpoint:
+        raise InputError(
+            f"ckpt_path={path}: does not record what its traces held (an earlier release); "
+            "leave ckpt_path out to start anew"
+        )
+    pairs += [("contents of data", checkpoint["deferral_traces"], traces_keys(data))]
     for section, before, after in pairs:
         _refuse_changes(path, section, before, after)
     return int(checkpoint["global_step"])

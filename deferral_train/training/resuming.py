@@ -58,6 +58,8 @@ def take_up(out: Path, now: Mapping[str, Any], resume: bool) -> None:
     Raises:
         InputError: with ``resume``, a checkpoint of other settings or inputs; names what changed.
     """
+    if not provenance.is_first_process():
+        return
     checkpoints = sorted((out / CHECKPOINTS).glob("*.ckpt")) if (out / CHECKPOINTS).is_dir() else []
     if checkpoints and resume:
         remedy = "resume=False or --fresh starts over, another folder keeps both"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deferral_train.collecting import kernels
 from deferral_train.collecting import measure as module
 from deferral_train.collecting.measure import Measure
-from deferral_train.rules.summary import COMPUTED_FIELDS, FIELDS, summarize
+from deferral_train.rules.summary import FIELDS, summarize
+from deferral_train.traces.schema import SUMMARY_COLUMNS, TOKEN_COLUMNS
 
 ROWS, VOCAB, PADDED = 70, 1200, 1230
 
@@ -26,14 +26,6 @@ def logits() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return drafter, verifier, torch.randint(VOCAB, (ROWS,), generator=generator)
 
 
-@pytest.fixture(params=["numpy", "torch"])
-def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The passes as a CPU runs them, and as a GPU does."""
-    if request.param == "torch":
-        monkeypatch.setattr(kernels, "in_numpy", lambda tensor: False)
-
-
-@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0, 1.7])
 def test_equals_the_float64_reference(logits: tuple, temperature: float) -> None:
     drafter, verifier, token = logits
@@ -41,8 +33,8 @@ def test_equals_the_float64_reference(logits: tuple, temperature: float) -> None
     known = [part[:, :VOCAB].double() for part in (drafter, verifier)]
     reference = summarize(*known, token=token, temperature=temperature)
     assert bool(columns.pop("finite").all())
-    assert set(columns) == set(COMPUTED_FIELDS)
-    for name in COMPUTED_FIELDS:
+    assert set(columns) == {*SUMMARY_COLUMNS, *TOKEN_COLUMNS}
+    for name in columns:
         if FIELDS[name].dtype == "int":
             assert torch.equal(columns[name], reference[name]), name
         else:
@@ -52,7 +44,6 @@ def test_equals_the_float64_reference(logits: tuple, temperature: float) -> None
             )
 
 
-@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("k", [1, 8, 64, VOCAB])
 def test_candidates_are_the_k_likeliest_with_their_tails(logits: tuple, k: int) -> None:
     drafter, verifier, token = logits
@@ -74,7 +65,6 @@ def test_candidates_are_the_k_likeliest_with_their_tails(logits: tuple, k: int) 
         torch.testing.assert_close(columns[f"{role}_tail"].double(), tail, atol=1e-5, rtol=0)
 
 
-@pytest.mark.usefixtures("library")
 def test_ties_go_to_the_lowest_id_and_candidates_stay_distinct(logits: tuple) -> None:
     drafter, verifier, token = logits
     columns = Measure(VOCAB, 64)(drafter, verifier, torch.arange(2), token[:2])
@@ -94,7 +84,6 @@ def test_blocks_and_order_of_rows_do_not_matter(logits: tuple, monkeypatch: pyte
         torch.testing.assert_close(shuffled[name], values[rows], atol=1e-6, rtol=1e-6, msg=name)
 
 
-@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("model", [0, 1])
 def test_rows_that_are_not_finite_are_flagged_and_harm_no_other(
@@ -109,19 +98,6 @@ def test_rows_that_are_not_finite_are_flagged_and_harm_no_other(
     assert dirty["finite"].tolist() == others.tolist()
     for name in clean:
         assert torch.equal(clean[name][others], dirty[name][others]), name
-
-
-@pytest.mark.parametrize("width", [7, 1000, 1237])
-def test_equal_values_go_by_place_in_the_search_for_the_highest(width: int) -> None:
-    """Few distinct values, so that the bound of the search is met by many; a stable sort is the reference."""
-    values = -torch.randint(5, (30, width), generator=torch.Generator().manual_seed(2)).float()
-    values[:, 3] = 0.0
-    values[0] = 0.0
-    for k in (1, 5, 7):
-        best, tops = kernels.top_places(values, k)
-        expected = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
-        assert torch.equal(tops, expected)
-        assert torch.equal(best, expected[:, 0])
 
 
 def test_half_precision_logits_are_measured_in_float32(logits: tuple) -> None:

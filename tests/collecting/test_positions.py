@@ -12,7 +12,7 @@ import transformers
 from deferral_train.collecting import CollectConfig, collect
 from deferral_train.errors import InputError
 from deferral_train.pairs.load import make_pair
-from deferral_train.pairs.positions import Room, room_of
+from deferral_train.pairs.positions import PositionLimits, room_of
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.traces import open_traces
 
@@ -83,8 +83,8 @@ def test_the_room_is_what_a_forward_pass_takes(kind: str) -> None:
 
 def test_a_pair_has_the_room_of_the_smaller_and_relative_positions_set_no_bound() -> None:
     t5 = tiny.tiny_model("t5", 0)
-    assert room_of((t5, t5)) == Room(None, None)
-    assert room_of((t5, model_of("bart"))) == Room(ROOM, ROOM)
+    assert room_of((t5, t5)) == PositionLimits(None, None)
+    assert room_of((t5, model_of("bart"))) == PositionLimits(ROOM, ROOM)
 
 
 @pytest.mark.parametrize("prefixes", ["reference", "verifier"])

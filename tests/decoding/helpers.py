@@ -5,13 +5,10 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import pytest
 import torch
 from tiny_models import tiny_pair
 
 from deferral_train.decoding import CascadeOutput, cascade_generate
-from deferral_train.decoding.proposing import ModelProposer
-from deferral_train.decoding.tokens import TokenRows
 
 PROMPT_LENGTHS = (9, 4, 7, 1)
 
@@ -54,19 +51,3 @@ def emitted(output: CascadeOutput, row: int) -> list[int]:
     """The ids that a row emitted: whatever stands behind its prompt, padding left out."""
     width = output.sequences.shape[1] - int(output.stats.emitted.max())
     return output.sequences[row, width : width + int(output.stats.emitted[row])].tolist()
-
-
-def draft_without_looking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on an accelerator: no host copy of the tokens, and drafts that go on past their end."""
-    rows, proposer = TokenRows.__init__, ModelProposer.__init__
-
-    def without_host(self: TokenRows, *arguments: Any, **named: Any) -> None:
-        rows(self, *arguments, **named)
-        self._host = None
-
-    def unwatched(self: ModelProposer, *arguments: Any, **named: Any) -> None:
-        proposer(self, *arguments, **named)
-        self.watches = False
-
-    monkeypatch.setattr(TokenRows, "__init__", without_host)
-    monkeypatch.setattr(ModelProposer, "__init__", unwatched)

@@ -188,7 +188,7 @@ def test_a_limit_holds_without_blocks(name: str, execution: str) -> None:
     most = float(generate(drafter, verifier, inputs, rule, max_request_loss=1e9, **options).stats.spent.max())
     assert most > 0.0
     for limit in (most / 10, most / 2):
-        some = generate(drafter, verifier, inputs, rule, max_request_loss=limit, rows_at_once=2, **options)
+        some = generate(drafter, verifier, inputs, rule, max_request_loss=limit, **options)
         assert 0.0 < float(some.stats.spent.max()) <= limit
 
 

@@ -30,7 +30,7 @@ from deferral_train.rules import LearnedRule, Origin, PositionRule, make_rule
 PROMPTS = [
     Prompt(f"p{i}", " ".join(f"w{(i * 7 + j) % 30}" for j in range(2 + i % 4)), "w1 w2") for i in range(10)
 ]
-CONFIG = DecodeConfig(Settings(batch_size=2, queue=2, max_new_tokens=10), repetitions=2)
+CONFIG = DecodeConfig(Settings(batch_size=4, max_new_tokens=10), repetitions=2)
 RULES = ["lossless", "opt", "verifier_only", "drafter_only"]
 
 
@@ -93,7 +93,7 @@ from deferral_train.decoding import DecodeConfig, Settings, decode, load_pair
 from deferral_train.pairs.prompts import read_prompts
 folder = Path(sys.argv[1])
 pair = load_pair(str(folder / "drafter"), str(folder / "verifier"), device="cpu")
-config = DecodeConfig(Settings(batch_size=2, queue=1, max_new_tokens=24, temperature=0.9, seed=4), repetitions=6)
+config = DecodeConfig(Settings(batch_size=2, max_new_tokens=24, temperature=0.9, seed=4), repetitions=6)
 decode(pair, read_prompts(folder / "prompts.jsonl"), ["lossless", "opt"], config, sys.argv[2])
 """
 
@@ -117,9 +117,7 @@ def test_a_killed_run_resumes_to_the_same_outputs(tmp_path: Path) -> None:
     with open(tmp_path / "killed" / "outputs.jsonl", "a", encoding="utf-8") as file:
         file.write('{"rule": "lossless", "repetition": 5, "batch"')  # a line that the kill cut short
     models = load_pair(str(tmp_path / "drafter"), str(tmp_path / "verifier"), device="cpu")
-    config = DecodeConfig(
-        Settings(batch_size=2, queue=1, max_new_tokens=24, temperature=0.9, seed=4), repetitions=6
-    )
+    config = DecodeConfig(Settings(batch_size=2, max_new_tokens=24, temperature=0.9, seed=4), repetitions=6)
     for folder in ("killed", "whole"):
         decode(
             models, read_prompts(tmp_path / "prompts.jsonl"), ["lossless", "opt"], config, tmp_path / folder

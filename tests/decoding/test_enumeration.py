@@ -18,7 +18,8 @@ from transformers import GenerationConfig, LlamaConfig
 
 from deferral_train.decoding import cascade_generate
 from deferral_train.decoding.laws import SamplingLaws
-from deferral_train.rules import RULES, Origin, Rule, limit, make_rule, verify
+from deferral_train.rules import RULES, Origin, Rule, make_rule, verify
+from deferral_train.rules.laws import gather_token
 
 STEPS, BLOCK, START = 3, 2, 0
 Path = tuple[tuple[int, ...], tuple[int, ...], float]  # tokens, origins, probability
@@ -60,6 +61,11 @@ class Oracle:
         self.counts: list[int] = []
         self.probability = 1.0
         self.lossless = False
+        self.exact = (
+            False  # two tokens are drawn in every block: behind a rejection the first counts, else the second
+        )
+        self.rejected = False
+        self.drawn = 0
         self.asked_for_passes = 0
 
     def choose(self, chances: list[float]) -> int:
@@ -93,24 +99,31 @@ def oracle(monkeypatch: pytest.MonkeyPatch) -> Oracle:
         assert len(weights) == 1
         return torch.tensor([asked.choose((weights[0].double() / weights[0].double().sum()).tolist())])
 
-    def drafted(self: SamplingLaws, decision: Tensor, sampling: Any, generator: Any) -> Tensor:
+    def following(weights: Tensor, uniform: Any) -> Tensor:
+        asked.drawn += 1
+        counts = not asked.exact or (asked.drawn % 2 == 1) == asked.rejected
+        return token(weights, uniform) if counts else weights.argmax(dim=-1)
+
+    def drafted(self: SamplingLaws, decision: Tensor, sampling: Any, number: Any) -> Tensor:
         return token(torch.softmax(decision / self.temperature, dim=-1), None)
 
-    def passes(ratio: Tensor, uniform: Any) -> Tensor:
-        asked.asked_for_passes += int(ratio.numel() > 0)  # no limit is looked at where nothing was drafted
-        if asked.lossless and ratio.numel() and asked.asked_for_passes % 2:
+    def passes(laws: Any, drafts: Tensor, step: Any, checks: Any) -> Tensor:
+        asked.asked_for_passes += int(drafts.numel() > 0)  # no limit is looked at where nothing was drafted
+        if asked.lossless and drafts.numel() and asked.asked_for_passes % 2:
             # Under a limit of 0 the rule's own ratio, asked for first, is never in force.
-            return torch.ones_like(ratio, dtype=torch.bool)
+            return torch.ones_like(drafts, dtype=torch.bool)
+        target = laws.p if step.target is None else step.target
+        ratio = (gather_token(target, drafts) / gather_token(laws.q, drafts)).clamp(max=1.0)
         stands, found = True, []
         for chance in ratio[0].tolist():
             stands = stands and asked.choose([1.0 - chance, chance]) == 1
             found.append(stands)
+        asked.rejected = not stands
         return torch.tensor([found], dtype=torch.bool).reshape(1, -1)
 
-    # The numbers themselves are 0, so that every ratio is worked out in full.
     monkeypatch.setattr(verify, "uniforms", lambda b, t, g, like: (torch.zeros(b, t), torch.zeros(b)))
-    monkeypatch.setattr(verify, "draw", token)
-    monkeypatch.setattr(limit, "_passes", passes)
+    monkeypatch.setattr(verify, "draw", following)
+    monkeypatch.setattr(verify, "_passes", passes)
     monkeypatch.setattr(SamplingLaws, "draw", drafted)
     return asked
 
@@ -156,6 +169,8 @@ def enumerate_loop(
     oracle: Oracle, rule: Rule, size: int, **options: Any
 ) -> tuple[list[Path], Tabular, Tabular]:
     drafter, verifier = Tabular(size, 1), Tabular(size, 2)
+    blocks = "execution" not in options and rule.drafts and not rule.is_lossless
+    oracle.exact = blocks and options.get("bonus") == "exact"
     config = GenerationConfig(max_length=1 + STEPS, do_sample=True, return_dict_in_generate=True)
 
     def run() -> tuple[tuple[int, ...], tuple[int, ...]]:

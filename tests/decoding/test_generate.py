@@ -56,7 +56,7 @@ def test_constraints_know_their_row() -> None:
         return [4 + row, 11 + row, 20 + len(ids) % 7]
 
     expected = greedy(verifier, inputs, prefix_allowed_tokens_fn=allowed)
-    options = {"prefix_allowed_tokens_fn": allowed, "rows_at_once": 2}
+    options = {"prefix_allowed_tokens_fn": allowed}
     assert torch.equal(generate(drafter, verifier, inputs, "lossless", **options).sequences, expected)
 
 
@@ -164,8 +164,6 @@ def test_the_hub_folder() -> None:
     ("options", "message"),
     [
         ({"num_draft_tokens": 0}, "num_draft_tokens is 0"),
-        ({"rows_at_once": -1}, "rows_at_once is -1"),
-        ({"rows_at_once": 2.5}, "rows_at_once is 2.5"),
         ({"drafter": None}, "drafter is missing"),
         ({"execution": "eager"}, "execution is 'eager'"),
         ({"execution": "lazy", "rule": "opt"}, "stage"),

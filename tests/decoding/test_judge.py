@@ -20,9 +20,8 @@ from deferral_train.heads import DeferralHead, GapHead, JudgeHead
 from deferral_train.heads.artifact import set_operating_point
 from deferral_train.heads.rules import learned_rule, rule_from_spec
 from deferral_train.rules import Rule, make_rule
-from deferral_train.rules.emission import residual
+from deferral_train.rules.emission import acceptance, residual
 from deferral_train.rules.laws import Laws
-from deferral_train.rules.scoring import pass_ratio
 from deferral_train.rules.summary import Summary
 
 WIDTH, BLOCK, ROOM = 32, 4, 12
@@ -123,7 +122,7 @@ def test_the_emitted_law_by_enumeration_and_in_the_loop() -> None:
     for token in range(len(q)):  # every draft, its check and its correction, added up in float64
         context = Summary({"verifier_hidden_at_token": states[token][None]})
         law = rule.step_law(laws, rule.read(laws, torch.tensor([token]), context), torch.tensor([token]))[0]
-        passes = pass_ratio(law[token], q[token])
+        passes = acceptance(law[token], q[token])
         found[token] += q[token] * passes
         found += q[token] * (1 - passes) * residual(law, q)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)

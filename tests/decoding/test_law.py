@@ -144,7 +144,7 @@ def test_verifier_bonus_follows_the_verifier_and_drafts_follow_the_target(name: 
 @pytest.mark.parametrize("name", ["lossless", "opt", "token_v3"])
 def test_rows_that_wait_follow_the_same_law(name: str) -> None:
     rule = rule_named(name)
-    sequences, _ = sample(rule, seed=9, rows=400, rows_at_once=5, bonus="exact")
+    sequences, _ = sample(rule, seed=9, rows=400, bonus="exact")
     counts = torch.bincount(torch.tensor([s[0] * SIZE + s[1] for s in sequences]), minlength=SIZE**2)
     law = torch.stack([target(rule, ())[t] * target(rule, (t,)) for t in range(SIZE)]).flatten()
     assert_law(counts, law)

@@ -22,7 +22,7 @@ from deferral_train.pairs.load import make_pair
 from deferral_train.pairs.prompts import Prompt
 
 PROMPTS = [Prompt(f"p{i}", f"w{i} w{i + 3} w7", "w1") for i in range(4)]
-CONFIG = DecodeConfig(Settings(batch_size=2, queue=1, max_new_tokens=6))
+CONFIG = DecodeConfig(Settings(batch_size=2, max_new_tokens=6))
 
 
 @pytest.fixture(scope="module")

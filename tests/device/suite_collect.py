@@ -45,7 +45,7 @@ def prompts(count: int = 5) -> list[Prompt]:
 
 
 def pair_on(drafter: str, verifier: str, kind: str = "llama") -> ModelPair:
-    models = tiny_pair(kind, 3)
+    models = tiny_pair(kind, 3, layers=1)
     return make_pair(models[0].to(drafter), models[1].to(verifier), models[2])
 
 

@@ -25,7 +25,7 @@ def test_lossless_text_is_the_verifiers_own_whatever_is_given(kind: str) -> None
     plain = generate(pair_of(kind)[0], verifier, inputs, "lossless", max_new_tokens=TOKENS)
     own = [emitted(plain, row) for row in range(4)]
     texts = [own[0], [*own[1][:5], 7, 7, 7], [], [9] * 30]
-    result = generate(GivenDraft(texts), verifier, inputs, "lossless", max_new_tokens=TOKENS, rows_at_once=3)
+    result = generate(GivenDraft(texts), verifier, inputs, "lossless", max_new_tokens=TOKENS)
     assert torch.equal(result.sequences, plain.sequences)
     calls = result.stats.verifier_calls.tolist()
     assert calls[0] == 1  # the whole text in one pass, up to the limit

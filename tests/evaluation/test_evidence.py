@@ -43,7 +43,7 @@ def decoded(folder: Path, fail_after: int | None = None) -> Path:
 
         pair.decode_batch = breaking
     specs = ["lossless", *(f"learned:head={folder / 'head'},alpha={alpha}" for alpha in (0.0, 0.5))]
-    config = DecodeConfig(Settings(batch_size=8, queue=1, max_new_tokens=5))
+    config = DecodeConfig(Settings(batch_size=8, max_new_tokens=5))
     decode(pair, PROMPTS, {spec: rule_from_spec(spec) for spec in specs}, config, folder / "decode")
     return folder / "decode"
 

@@ -90,7 +90,7 @@ def test_card_and_config_state_what_a_stranger_needs(tmp_path):
         "evaluation": {"dataset": "validation traces", "metrics": {"regret": -0.125}},
     }
     head.save_pretrained(tmp_path / "head")
-    export.run(str(tmp_path / "head"), str(tmp_path / "out"))
+    export.run(export.ExportConfig(str(tmp_path / "head"), str(tmp_path / "out")))
     certificate = {
         "metric": "exact_match",
         "limit": 0.01,

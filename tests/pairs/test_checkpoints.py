@@ -15,6 +15,7 @@ from tiny_models import save_tiny_pair, tiny_model, tiny_pair
 
 from deferral_train import load_pair
 from deferral_train.cli import main
+from deferral_train.collecting import CollectConfig
 from deferral_train.errors import InputError
 from deferral_train.pairs import checkpoint as checkpoints
 from deferral_train.pairs.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -189,6 +190,11 @@ def test_a_map_loads_through_accelerate(pair: tuple[Path, Path]) -> None:
     found = load_models(*pair, device_map="auto")
     bare = load_models(*pair, device="cpu")
     torch.testing.assert_close(logits(found.verifier).cpu(), logits(bare.verifier))
+
+
+def test_a_spread_verifier_has_one_process() -> None:
+    with pytest.raises(InputError, match="device_map='auto', devices=2, num_nodes=1: a spread verifier"):
+        CollectConfig(device_map="auto", devices=2)
 
 
 def test_maps_and_devices_that_are_not_there(

@@ -17,11 +17,11 @@ from deferral_train.pairs.gate import GateResult, check_pair
 from deferral_train.pairs.load import load_models, load_tokenizer, make_pair
 from deferral_train.pairs.overlap import find_overlap, read_training_ids
 from deferral_train.pairs.padding import IGNORED, next_token_logits
-from deferral_train.pairs.prompts import Prompt
+from deferral_train.pairs.prompts import Prompt, write_prompts
 from deferral_train.pairs.scratch.alignable import alignable, draft_weights
-from deferral_train.pairs.scratch.batches import PairBatches, WindowBatches
+from deferral_train.pairs.scratch.batches import AnswerBatches, PairBatches, WindowBatches
 from deferral_train.pairs.scratch.optimise import LoopSettings, optimise
-from deferral_train.pairs.scratch.tokenizer import train_tokenizer
+from deferral_train.pairs.scratch.tokenizer import QUESTION, train_tokenizer
 from deferral_train.pairs.scratch.train import train_pair
 from deferral_train.pairs.scratch.train_config import ModelSize, PairConfig, PairText, Schedule
 
@@ -363,3 +363,43 @@ def test_a_diverging_training_stops_with_advice(text, tmp_path):
 def test_tokenizer_folder_loads_as_what_was_trained(llama):
     tokenizer = load_tokenizer(llama[0] / "verifier")
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+
+
+def test_the_gate_scores_a_pair_of_questions_through_its_template(tmp_path):
+    """Nats of the answer alone, given the question as the template writes it; computed here without the gate."""
+    rows = [Prompt(f"q{n}", f"how many of {n % 7}", f"there are {n % 7} of it") for n in range(60)]
+    write_prompts(tmp_path / "rows.jsonl", rows)
+    config = PairConfig(
+        text=PairText(files=(str(tmp_path / "rows.jsonl"),), answers=True),
+        vocab_size=300,
+        context=64,
+        drafter=ModelSize(1, 16, 1, 32),
+        verifier=ModelSize(2, 16, 1, 32),
+        drafter_schedule=Schedule(10, 4),
+        verifier_schedule=Schedule(30, 4),
+    )
+    told: list[str] = []
+    result = train_pair(config, tmp_path / "pair")
+    pair = load_models(result.drafter, result.verifier, device="cpu")
+    assert pair.tokenizer.chat_template == QUESTION
+    gate = check_pair(pair, rows[:5], tries=1, say=told.append)
+    nats = tokens = 0.0
+    for row in rows[:5]:
+        question = pair.tokenizer(row.prompt)["input_ids"]
+        answer = [*pair.tokenizer(row.reference)["input_ids"], pair.tokenizer.eos_token_id]
+        with torch.inference_mode():
+            law = pair.verifier(torch.tensor([question + answer])).logits[0].log_softmax(-1)
+        for place, token in enumerate(answer):
+            nats -= float(law[len(question) + place - 1, token])
+        tokens += len(answer)
+    assert gate.verifier_nats == pytest.approx(nats / tokens, rel=1e-4)
+    assert gate.tokens == tokens
+    assert told == ["gate: timing the passes of both models, measurement 1 of at most 1"]
+
+
+def test_answers_are_learned_and_questions_are_not(tmp_path):
+    batch = AnswerBatches([[5, 6, 7]], [[8, 9]], 0, 1, 0).batch(0)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8]]
+    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 8, 9]]
+    with pytest.raises(InputError, match=r"text\.answers is for kind: llama"):
+        PairConfig(kind="t5", text=PairText(files=("a",), targets=("b",), answers=True))

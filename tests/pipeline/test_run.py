@@ -137,7 +137,9 @@ def test_verdict_bounds_the_loss_per_prompt_with_the_certificate(finished):
     assert bound["smallest"] <= bound["bound"] + 1e-6
     assert bound["prompts"] == 10
     rows = [json.loads(line) for line in (finished / "decode" / "outputs.jsonl").read_text().splitlines()]
-    same = loss_bound([row for row in rows if row["rule"] == "lossless"], "lossless", 0.95)
+    same = loss_bound(
+        [row for row in rows if row["rule"] == "lossless"], "lossless", 0.95, "chrf", "mean sentence chrF"
+    )
     assert same["bound"] == pytest.approx(
         same["smallest"], abs=1e-6
     )  # no prompt loses anything against itself

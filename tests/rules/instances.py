@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from deferral_train.rules import Rule, Summary, make_rule
+from deferral_train.rules import RULES, Rule, Summary, make_rule
 from deferral_train.testing import RuleReport, check_rule
 
 
@@ -71,6 +71,12 @@ PARAMETERS: dict[str, list[dict]] = {
     "biased": [{"bias": 0.0}, {"bias": 0.23}, {"bias": 1.0}],
     "judge": [{"threshold": 0.4}, {"threshold": 1.0}],
     "learned": [{"alpha": 0.07}, {"alpha": -0.2}],
+}
+# A rule that is not spoken of above is tried over its dial.
+PARAMETERS |= {
+    name: [{rule.dial.parameter: value} for value in rule.dial.swept(4)] if rule.dial else [{}]
+    for name, rule in RULES.items()
+    if name not in PARAMETERS
 }
 HEADS = {"judge": TokenJudge(), "learned": LinearGap()}
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import reference
 import torch
 from instances import PARAMETERS, DraftGap, instances, label, reports
 
-from deferral_train.rules import RULES, make_rule, reference
+from deferral_train.rules import RULES, make_rule
 from deferral_train.rules.base import PositionRule
 from deferral_train.testing import Case, cases, check_rule, enumerate_emission
 
@@ -34,6 +35,7 @@ def target(rule, case: Case) -> torch.Tensor:
 
 def test_the_table_covers_every_rule():
     assert set(PARAMETERS) == set(RULES)
+    assert all(PARAMETERS.values())
 
 
 def test_the_cases_cover_what_is_asked():

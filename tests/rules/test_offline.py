@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 from instances import DraftGap, build, instances, label
 
 from deferral_train.errors import InputError
 from deferral_train.rules import make_rule, summarize
-from deferral_train.rules.base import PositionRule
+from deferral_train.rules.base import LawRule, PositionRule
 from deferral_train.rules.emission import rejection_mass
 from deferral_train.rules.laws import Laws
 from deferral_train.rules.offline import (
@@ -153,3 +156,54 @@ def test_what_cannot_be_scored_offline_is_refused():
         rejection_rate(make_rule("token_v3"), summary, candidates, temperature=1.5)
     value, _ = rejection_rate(make_rule("learned", head=DraftGap()), summary)
     assert value.shape == (N,)
+
+
+@dataclass(frozen=True)
+class Tilted(LawRule):
+    """A rule of a user's own: it says nothing of bounds. At temperature 0 it emits the drafter's argmax."""
+
+    name: ClassVar[str] = "tilted"
+
+    def law(self, q, p, summary):
+        return 0.7 * q + 0.3 * p
+
+
+@dataclass(frozen=True)
+class TiltedByHand(Tilted):
+    name: ClassVar[str] = "tilted_by_hand"
+
+    def greedy(self, laws, summary):
+        return laws.drafter(laws.best)
+
+
+def test_a_rule_that_states_no_bound_is_scored_without_one():
+    drafter, verifier, candidates, summary, _ = logged(1.0)
+    rule = Tilted()
+    value, bound = rejection_rate(rule, summary, candidates)
+    exact = rejection_mass(rule.target(drafter, verifier), sampling(drafter, 1.0))
+    assert bool(bound.isnan().all())
+    torch.testing.assert_close(value, exact, atol=0.05, rtol=0)
+    law, bound = emitted_law(rule, summary, candidates)
+    assert bool(bound.isnan().all())
+    assert not bool(law.isnan().any())
+
+
+def test_a_users_rule_is_not_taken_for_lossless_at_temperature_zero():
+    drafter, verifier, candidates, summary, gold = logged(0.0)
+    rule = Tilted()
+    pi = rule.target(drafter, verifier, 0.0)
+    value, bound = rejection_rate(rule, summary, candidates, 0.0)
+    assert not bool(bound.any())
+    torch.testing.assert_close(value, rejection_mass(pi, sampling(drafter, 0.0)).round(), atol=0, rtol=0)
+    assert float(value.sum()) == 0 < float(summary.tv.sum())
+    with pytest.raises(InputError, match="rule tilted_by_hand: its greedy token is not known"):
+        emitted_gold_risk(TiltedByHand(), summary, candidates, gold, 0.0)
+
+
+def test_candidates_say_what_they_leave_out():
+    drafter, verifier, candidates, _, _ = logged(1.0)
+    for logits, rest in ((drafter, candidates.drafter_rest), (verifier, candidates.verifier_rest)):
+        law = torch.softmax(logits, -1)
+        inside = law.gather(1, candidates.ids.clamp(min=0)) * candidates.valid
+        torch.testing.assert_close(rest, 1 - inside.sum(1), atol=1e-12, rtol=0)
+    assert 0 < float(candidates.rounding.max()) < 2e-3

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 
 import pytest
+import reference
 import torch
 
 from deferral_train.errors import InputError
-from deferral_train.rules import FIELDS, Summary, reference, summarize
+from deferral_train.rules import FIELDS, Summary, summarize
 from deferral_train.rules.summary import COMPUTED_FIELDS, CONTEXT_FIELDS
 from deferral_train.testing import cases
 

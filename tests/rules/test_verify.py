@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import reference
 import torch
 from instances import HEADS, build, instances, label
 
 from deferral_train.errors import InputError
-from deferral_train.rules import Origin, Summary, make_rule, reference, summarize, verify_block
-from deferral_train.rules import block as blocks
+from deferral_train.rules import Origin, Summary, make_rule, summarize, verify_block
 from deferral_train.rules.sampling import uniforms
+from deferral_train.rules.verify import raise_fault
 from deferral_train.testing import top_k
 
 B, T, V = 24, 4, 7
@@ -324,6 +325,16 @@ def test_bad_blocks_are_refused_by_name():
     refused("leading shape", context=Summary({"position": torch.zeros(B)}))
 
 
+def test_a_fault_travels_in_the_verdict_and_is_raised_on_the_host():
+    drafted, drafter, verifier = block()
+    rule = make_rule("opt")
+    fine = verify_block(rule, drafted, drafter, verifier, check=False)
+    assert fine.fault.tolist() == [0] * B
+    raise_fault(rule, fine.fault.tolist())
+    with pytest.raises(InputError, match="rule opt: row 1: drafter_logits has NaN"):
+        raise_fault(rule, [0, 1, 0])
+
+
 def _forbid(drafter, drafted):
     drafter = drafter.clone()
     drafter[0, 0, drafted[0, 0]] = -torch.inf
@@ -373,6 +384,18 @@ def test_an_empty_block_under_a_limit_gives_a_bonus_and_spends_nothing(temperatu
     assert verdict.spent.tolist() == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_empty_block_without_a_bonus_emits_nothing(temperature):
+    drafted, verifier = torch.empty(3, 0, dtype=torch.int64), torch.randn(3, 0, 7)
+    for logits in (torch.randn(3, 0, 7), None):
+        verdict = verify_block(
+            make_rule("token_v3"), drafted, logits, verifier, temperature=temperature, bonus="none"
+        )
+        assert verdict.accepted.tolist() == [0, 0, 0]
+        assert verdict.next_token.tolist() == [-1, -1, -1]
+        assert verdict.origin.tolist() == [[0], [0], [0]]
+
+
 def test_random_numbers_of_the_callers_own_stand_in_for_the_generators():
     drafted, drafter, verifier = block()
     numbers = torch.rand(B, T + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -398,24 +421,3 @@ def test_without_a_bonus_the_verifiers_last_row_may_be_left_out(temperature):
     assert torch.equal(whole.next_token, short.next_token)
     with pytest.raises(InputError, match="a bonus needs T\\+1"):
         verify_block(rule, drafted, drafter, verifier[:, :T])
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("rule", instances(), ids=label)
-def test_position_by_position_is_the_same_as_all_at_once(rule, temperature, monkeypatch):
-    drafted, drafter, verifier = block(seed=21)
-    if temperature == 0.0:
-        drafted = drafter[:, :T].argmax(-1)
-
-    def verdict():
-        generator = torch.Generator().manual_seed(22)
-        found = verify_block(
-            rule, drafted, drafter, verifier, temperature=temperature, generator=generator,
-            drafter_sampling_logits=drafter / 2 if temperature else None,
-        )  # fmt: skip
-        return found.accepted, found.next_token, found.origin, found.deferred
-
-    at_once = verdict()
-    monkeypatch.setattr(blocks, "CHUNK_ELEMENTS", V)
-    for one, other in zip(at_once, verdict(), strict=True):
-        assert torch.equal(one, other)

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from deferral_train.heads import GapHead
-from deferral_train.rules import RULES, LawRule, Origin, make_rule, verify_block
+from deferral_train.rules import RULES, Origin, Summary, make_rule, verify_block
 from deferral_train.serving import blocks
 from deferral_train.serving.blocks import Plan, Rows, verify
 from deferral_train.serving.counters import Counters
-from deferral_train.serving.greedy import ElsewhereError
 from deferral_train.serving.tally import tally
 
 R, T, V = 12, 3, 9
@@ -77,25 +76,28 @@ GREEDY |= {f"{name}, strict": rule.with_dial(rule.dial.low) for name, rule in GR
 
 
 @pytest.mark.parametrize("limit", [None, 0.0, 0.15, 0.6])
-def test_greedy_rows_get_from_numpy_what_verify_block_gives_them(limit, monkeypatch):
+def test_greedy_rows_of_every_rule_are_verified_as_each_would_be_alone(limit):
     block = rows([0.0] * R)
     block.verifier[::5, :, 2] = -torch.inf  # forbidden by a processor
     block.verifier[3, 1] = block.verifier[3, 1].round()  # ties
     block.context = {"position": torch.arange(R * T).view(R, T)}
-    own, taken = blocks.verify_greedy, []
     for name, rule in GREEDY.items():
-        plans = [Plan(rule, limit, 0.02 * (row % 3)) for row in range(R)]
-        taken.clear()
-        monkeypatch.setattr(blocks, "verify_greedy", lambda *a: (taken.append(own(*a)), taken[-1])[1])
-        short = verify(block, plans, None)
-        known = not isinstance(rule, LawRule) and rule.name != "fuzzy"  # which reads a divergence of its own
-        assert bool(taken) == (known or rule.is_lossless), name
-        monkeypatch.setattr(blocks, "verify_greedy", elsewhere)
-        whole = verify(block, plans, None)
-        for field in ("accepted", "correction", "origin", "deferred"):
-            assert torch.equal(getattr(short, field), getattr(whole, field)), (name, field)
-        torch.testing.assert_close(short.loss, whole.loss, atol=1e-5, rtol=0)
-    assert 0 < int(short.accepted.sum()) < int(block.lengths.sum())
+        spent = torch.tensor([0.02 * (row % 3) for row in range(R)], dtype=torch.float64)
+        together = verify(block, [Plan(rule, limit, float(one)) for one in spent], None)
+        for row in range(R):
+            one = slice(row, row + 1)
+            alone = verify_block(
+                rule, block.drafted[one], block.drafter[one], block.verifier[one], temperature=0.0,
+                lengths=block.lengths[one], bonus="none", context=Summary({"position": block.context["position"][one]}),
+                max_request_loss=None if limit is None else limit, spent=spent[one],
+            )  # fmt: skip
+            assert together.accepted[row] == alone.accepted[0], name
+            assert together.correction[row] == alone.next_token[0], name
+            assert torch.equal(together.origin[row], alone.origin[0]), name
+            assert torch.equal(together.deferred[row], alone.deferred[0]), name
+            if limit is not None and not rule.is_lossless:
+                assert together.loss[row] == pytest.approx(float(alone.spent[0] - spent[row])), name
+    assert 0 < int(together.accepted.sum()) < int(block.lengths.sum())
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -110,10 +112,6 @@ def test_rows_at_their_own_dial_of_one_head_in_one_step(temperature):
         assert mixed.accepted[row] == alone.accepted[row]
         assert torch.equal(mixed.deferred[row], alone.deferred[row])
     assert not torch.equal(strict.deferred, lenient.deferred)
-
-
-def elsewhere(*arguments):
-    raise ElsewhereError
 
 
 def test_without_a_drafter_law_a_rule_that_reads_it_is_served_lossless_and_named():

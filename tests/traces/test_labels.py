@@ -12,7 +12,6 @@ from deferral_train.errors import InputError
 from deferral_train.rules import risks
 from deferral_train.rules.summary import summarize
 from deferral_train.traces import Manifest, TraceWriter, open_traces, prepare_folder, read_candidates
-from deferral_train.traces.candidates import first_appearances
 from deferral_train.traces.schema import SUMMARY_COLUMNS, TOKEN_COLUMNS
 from deferral_train.traces.truth import gap
 
@@ -122,12 +121,3 @@ def test_candidates_of_traces_without_any(tmp_path: Path) -> None:
         writer.write(chunk, make_columns(manifest, chunk))
     with pytest.raises(InputError, match="log no candidates"):
         read_candidates(open_traces(tmp_path))
-
-
-def test_first_appearances() -> None:
-    ids = torch.tensor([[3, 1, 3, 2], [5, 5, 5, 5], [0, 1, 2, 3]])
-    assert first_appearances(ids).tolist() == [
-        [True, True, False, True],
-        [True, False, False, False],
-        [True] * 4,
-    ]

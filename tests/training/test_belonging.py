@@ -32,7 +32,7 @@ def refused(config, tmp_path, match, **changes):
     with pytest.raises(InputError, match=match) as caught:
         fit(replace(config, figure_every=0, **changes), tmp_path / "out")
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "checkpoints").exists()
 
 
 FINGERPRINT = {"name": "a", "revision": None, "config": "c1", "weights": "w1"}

@@ -168,4 +168,4 @@ def test_labels_that_are_not_finite_are_refused_by_name(split, value, config, fo
     with pytest.raises(InputError, match="label of the gap") as caught:
         fit(replace(config, truth="exact", **{split: wrong}), tmp_path / "out")
     assert known.manifest.prompt_ids[0] in str(caught.value)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "checkpoints").exists()

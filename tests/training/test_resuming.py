@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from training.trace_maker import small_language, write_traces
 
-from deferral_train import provenance
+from deferral_train import cli, provenance
 from deferral_train.errors import InputError
 from deferral_train.heads.fingerprint import weights_key
 from deferral_train.training.fit import fit
@@ -81,3 +81,28 @@ def test_a_fit_of_an_earlier_release_is_not_silently_taken(config, folder):
 def test_a_second_fit_in_the_folder_is_told_at_once(config, folder):
     with provenance.one_writer(folder, "fit"), pytest.raises(InputError, match="another fit is working"):
         fit(config, folder)
+
+
+def words(folders, out, *more):
+    return [
+        "fit", "--data.train", str(folders["train"]), "--data.val", str(folders["val"]), "--out", str(out),
+        "--model.head.class_path", "GapHead", "--model.head.init_args.features", "[drafter_max, verifier_max, tv]",
+        "--model.head.init_args.hidden", "[4]", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu",
+        "--trainer.enable_progress_bar", "false", *more,
+    ]  # fmt: skip
+
+
+def test_the_command_resumes_under_the_checkpoints_settings_and_traces_alone(folders, tmp_path, capsys):
+    assert cli.main(words(folders, tmp_path / "a")) == 0
+    again = ["--ckpt_path", str(tmp_path / "a" / "checkpoints" / "last.ckpt"), "--trainer.max_epochs", "2"]
+    for more, said in (
+        (["--model.lr", "1e-5"], "model.lr was 0.003 there and is 1e-05 here"),
+        (["--data.train", str(folders["test"])], "contents of data.train was"),
+    ):
+        capsys.readouterr()
+        assert cli.main(words(folders, tmp_path / "b", *again, *more)) == 2
+        assert said in capsys.readouterr().err
+    assert cli.main(words(folders, tmp_path / "b", *again)) == 0
+    with provenance.one_writer(tmp_path / "c", "fit"):
+        assert cli.main(words(folders, tmp_path / "c")) == 2
+    assert "another fit is working" in capsys.readouterr().err

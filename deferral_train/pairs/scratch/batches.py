@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.pairs.padding import IGNORED, pad
+from deferral_train.pairs.padding import IGNORED, answered, pad
 
 
 class Batches(Protocol):
@@ -56,16 +56,20 @@ class PairBatches:
         self._planned: tuple[int, list[list[int]]] | None = None
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        epoch, within = divmod(step, self.per_epoch)
-        if self._planned is None or self._planned[0] != epoch:
-            self._planned = (epoch, self._plan(epoch))
-        rows = self._planned[1][within]
+        rows = self._rows(step)
         input_ids = pad([self.sources[i] for i in rows], self.pad_id)
         return {
             "input_ids": input_ids,
             "attention_mask": (input_ids != self.pad_id).long(),
             "labels": pad([self.targets[i] for i in rows], IGNORED),
         }
+
+    def _rows(self, step: int) -> list[int]:
+        """Indices of the pairs of a step's batch."""
+        epoch, within = divmod(step, self.per_epoch)
+        if self._planned is None or self._planned[0] != epoch:
+            self._planned = (epoch, self._plan(epoch))
+        return self._planned[1][within]
 
     def _plan(self, epoch: int) -> list[list[int]]:
         """Shuffle, sort by length within stretches of 50 batches, shuffle the batches."""
@@ -79,6 +83,19 @@ class PairBatches:
             batches += [alike[at : at + self.size] for at in range(0, len(alike), self.size)]
         shuffled = _order(len(batches), self.seed + 1, epoch).tolist()
         return [batches[i] for i in shuffled]
+
+
+class AnswerBatches(PairBatches):
+    """The same for one decoder: prompt and answer follow each other, and the answer alone is learned."""
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        inputs, labels = zip(*(answered(self.sources[i], self.targets[i]) for i in self._rows(step)))
+        mask = pad([[1] * len(row) for row in inputs], 0)
+        return {
+            "input_ids": pad(inputs, self.pad_id),
+            "attention_mask": mask,
+            "labels": pad(labels, IGNORED),
+        }
 
 
 @lru_cache(maxsize=4)

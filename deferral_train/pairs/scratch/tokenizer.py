@@ -6,15 +6,21 @@ from collections.abc import Iterable
 from typing import Any
 
 PAD, EOS = "<pad>", "</s>"
+# A question as a pair that was trained on answers has read it: as it is. Having a template at all is what says that
+# a reference is an answer with an end, and no text that goes on.
+QUESTION = "{{ messages[-1]['content'] }}"
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, close_texts: bool) -> Any:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, close_texts: bool, chat_template: str | None = None
+) -> Any:
     """A transformers tokenizer of at most ``vocab_size`` ids: pad 0, end 1, 256 bytes, merges.
 
     Args:
         texts: what merges are learned from.
         close_texts: append the end-of-sequence token to every encoded text (encoder-decoder models expect
             it).
+        chat_template: what the tokenizer makes of a question.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -39,4 +45,5 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, close_texts: bool) ->
         eos_token=EOS,
         clean_up_tokenization_spaces=False,
         padding_side="right" if close_texts else "left",
+        chat_template=chat_template,
     )

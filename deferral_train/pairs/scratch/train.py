@@ -18,13 +18,14 @@ from deferral_train import provenance
 from deferral_train.errors import InputError
 from deferral_train.pairs import overlap
 from deferral_train.pairs.checkpoint import without_bars
+from deferral_train.pairs.encode import encode_prompts
 from deferral_train.pairs.gate import GateResult, check_pair
 from deferral_train.pairs.load import load_models, load_tokenizer
 from deferral_train.pairs.prompts import Prompt
-from deferral_train.pairs.scratch.batches import Batches, PairBatches, WindowBatches
+from deferral_train.pairs.scratch.batches import AnswerBatches, Batches, PairBatches, WindowBatches
 from deferral_train.pairs.scratch.models import load_trained, new_model
 from deferral_train.pairs.scratch.optimise import LoopSettings, Report, optimise
-from deferral_train.pairs.scratch.tokenizer import train_tokenizer
+from deferral_train.pairs.scratch.tokenizer import QUESTION, train_tokenizer
 from deferral_train.pairs.scratch.train_config import PairConfig, Schedule
 from deferral_train.pairs.scratch.training_text import TrainingText, load_training_text
 
@@ -85,7 +86,7 @@ def _taken_up(config: PairConfig, out: Path, progress: Progress | None, fresh: b
 
 
 def made_from(config: PairConfig) -> dict[str, Any]:
-    """What decides the weights: the hash of the settings, and the contents of the texts.
+    """The facts that decide the weights: hash of the settings, contents of the texts.
 
     The interpreter's own sources are its version.
     """
@@ -226,7 +227,8 @@ def _publish(folder: Path, *parts: Any) -> None:
 def _tokenizer(config: PairConfig, folder: Path, text: TrainingText) -> Any:
     if not folder.is_dir():
         texts = (side for item in text.train for side in (item.prompt, item.reference) if side)
-        _publish(folder, train_tokenizer(texts, config.vocab_size, close_texts=config.kind == "t5"))
+        template = QUESTION if config.text.answers else None
+        _publish(folder, train_tokenizer(texts, config.vocab_size, config.kind == "t5", template))
     return load_tokenizer(folder)
 
 
@@ -236,6 +238,19 @@ def _encoded(config: PairConfig, tokenizer: Any, texts: Sequence[Prompt]) -> Cal
         sources = _encode(tokenizer, [text.prompt for text in texts], config.context)
         targets = _encode(tokenizer, [text.reference or "" for text in texts], config.context)
         return partial(PairBatches, sources, targets, tokenizer.pad_token_id)
+    if config.text.answers:
+        # As they are encoded wherever the pair is used; what does not fit into the context is left out.
+        kept = [
+            row
+            for row in encode_prompts(tokenizer, texts, require_reference=True).kept
+            if len(row.input_ids) + len(row.reference_ids) <= config.context
+        ]
+        if not kept:
+            raise InputError(
+                f"text.answers: no question with its answer fits into context={config.context}; raise it"
+            )
+        sources, targets = [row.input_ids for row in kept], [row.reference_ids for row in kept]
+        return partial(AnswerBatches, sources, targets, tokenizer.pad_token_id)
     stream: list[int] = []
     for ids in _encode(tokenizer, [text.prompt for text in texts], None):
         stream += [*ids, tokenizer.eos_token_id]

@@ -88,6 +88,9 @@ class PairText:
             part).
         heldout_targets: the other side of ``heldout``.
         start, limit: rows (lines of parallel text) of each file to pass over, and most to take.
+        answers: rows of tables are questions with answers: a llama pair learns to follow each prompt with its
+            reference and to end there; the prompt itself is not learned. The tokenizer gets a chat template, so
+            that a reference counts as an answer with an end wherever the pair is used.
     """
 
     files: tuple[str, ...] = ("stdlib",)
@@ -96,6 +99,7 @@ class PairText:
     heldout_targets: tuple[str, ...] = ()
     start: int = 0
     limit: int | None = None
+    answers: bool = False
 
     def __post_init__(self) -> None:
         if not self.files:
@@ -154,6 +158,10 @@ class PairConfig:
             raise InputError(
                 "text.targets is set; a llama pair learns from plain text, leave it out or use kind: t5"
             )
+        if self.text.answers and self.kind == "t5":
+            raise InputError(
+                "text.answers is for kind: llama; a t5 pair names the other side in text.targets"
+            )
         if self.verifier_schedule.distil:
             raise InputError("verifier_schedule.distil: the verifier learns from text alone; set it to 0")
 
@@ -161,6 +169,8 @@ class PairConfig:
         """Hash of what changes the trained weights; how often to checkpoint does not."""
         values: dict[str, Any] = asdict(self)
         del values["checkpoint_seconds"]
+        if not values["text"]["answers"]:  # pairs from before there were answers keep their hash
+            del values["text"]["answers"]
         for name in ("drafter_schedule", "verifier_schedule"):
             if not values[name]["alignable_top_k"]:  # pairs from before there was a mask keep their hash
                 del values[name]["alignable_top_k"], values[name]["draft_window"]

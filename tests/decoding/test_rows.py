@@ -1,4 +1,4 @@
-"""Whatever is asked: a greedy row of a batch, waiting or not, is what it is when decoded alone."""
+"""Whatever is asked: a greedy row of a batch is what it is when decoded alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from decoding.test_counts import heads
 
 from deferral_train.decoding import CascadeOutput
 from deferral_train.decoding.stopping import ConfidenceStop, CumulativeStop
-from deferral_train.decoding.tokens import TokenRows
 from deferral_train.rules import PositionRule, Rule, make_rule
 from deferral_train.rules.summary import Summary
 
@@ -42,7 +41,7 @@ def prompts(kind: str, draw: random.Random, rows: int) -> dict[str, torch.Tensor
 
 
 def options_of(draw: random.Random) -> dict[str, Any]:
-    """A call at random: rows end early, at many places, and others take theirs."""
+    """A call at random: rows end early, at many places."""
     execution = draw.choice(["speculative", "speculative", "token", "lazy", "sequence"])
     options: dict[str, Any] = {
         "rule": rule_of(draw, execution),
@@ -72,13 +71,11 @@ def test_a_row_is_what_it_is_alone(kind: str, seed: int) -> None:
     draw = random.Random(1000 * seed + len(kind))
     drafter, verifier, _ = pair_of(kind, draw.choice(["sometimes", "never"]))
     inputs, options = prompts(kind, draw, 7), options_of(draw)
-    rule, compile = options.pop("rule"), draw.choice(["off", "off", "static"])
-    batch = generate(
-        drafter, verifier, inputs, rule, rows_at_once=draw.choice([2, 3, 4]), compile=compile, **options
-    )
+    rule = options.pop("rule")
+    batch = generate(drafter, verifier, inputs, rule, **options)
     for row in draw.sample(range(7), 3):
         alone = generate(drafter, verifier, row_of(kind, inputs, row), rule, **options)
-        assert told(batch, row) == told(alone, 0), (row, rule, options, compile)
+        assert told(batch, row) == told(alone, 0), (row, rule, options)
         if alone.stats.spent is not None:
             limit, spent = options["max_request_loss"], float(batch.stats.spent[row])
             assert spent <= limit
@@ -98,37 +95,15 @@ class LateDeferral(PositionRule):
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 @pytest.mark.parametrize("execution", ["lazy", "token"])
-@pytest.mark.parametrize("at_once", [None, 3])
-def test_rows_that_end_before_the_verifier_has_run(kind: str, execution: str, at_once: int | None) -> None:
-    """The longest prompt, by which the others were padded, has left; or another row has come into its place."""
+def test_rows_that_end_before_the_verifier_has_run(kind: str, execution: str) -> None:
+    """The longest prompt, by which the others were padded, has left."""
     drafter, verifier, _ = pair_of(kind, "never")
     inputs = prompts_for(kind, rows=5)
     first = generate(drafter, verifier, inputs, "drafter_only")
     texts = [emitted(first, row) for row in range(5)]
     assert any(texts[0][0] not in text[:6] for text in texts[1:3])
     options = {"execution": execution, "eos_token_id": texts[0][0]}
-    batch = generate(drafter, verifier, inputs, LateDeferral(), rows_at_once=at_once, **options)
+    batch = generate(drafter, verifier, inputs, LateDeferral(), **options)
     for row in range(5):
         alone = generate(drafter, verifier, row_of(kind, inputs, row), LateDeferral(), **options)
         assert told(batch, row) == told(alone, 0)
-
-
-def test_no_prompt_is_fed_twice_where_rows_cannot_be_exchanged() -> None:
-    drafter, verifier, _ = pair_of("llama")
-    inputs = prompts_for("llama", rows=9)
-    options = {"rows_at_once": 4, "execution": "token", "rule": "opt", "eos_token_id": [5, 9, 17, 23, 31]}
-    static = generate(drafter, verifier, inputs, compile="static", **options)
-    assert static.stats.ways["verifier"].startswith("dynamic")
-    assert static.stats.verifier_passes == static.stats.drafter_passes  # both are asked at every token
-
-
-def test_rows_in_any_order_keep_their_tokens() -> None:
-    rows = TokenRows(torch.arange(10, 15)[:, None], None, 12, 4, 0, at_once=3)
-    rows.extend([2, 1, 2])
-    rows.exchange([1], [3])  # 0, 3, 2: as far apart as neighbours would be
-    rows.extend([0, 2, 0])
-    assert rows.rows == [0, 3, 2]
-    assert len(set(rows.lengths)) == 1
-    rows.write(0, torch.tensor([[20, 21], [30, 31], [40, 41]]))
-    assert rows.window(3, 2)[:, [0, 3, 4]].tolist() == [[10, 20, 21], [13, 30, 31], [12, 40, 41]]
-    assert rows.ids[1, 3:].tolist() == [0] * 14

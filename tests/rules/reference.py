@@ -7,7 +7,6 @@ but the rule's parameters. Laws are lists of V floats. Used by tests and by noth
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,12 +42,6 @@ def sampling_law(decision: Law, given: Law | None, temperature: float) -> Law:
 def entropy(law: Law) -> float:
     """-sum p log p."""
     return -math.fsum(x * math.log(x) for x in law if x > 0)
-
-
-def margin(logits: Sequence[float]) -> float:
-    """Largest logit less the second largest."""
-    first, second = sorted(logits, reverse=True)[:2]
-    return min(first - second, 1e4)
 
 
 def cross_entropy(p: Law, q: Law) -> float:
@@ -101,6 +94,8 @@ class Position:
         fields: dict[str, float | int] = {
             "drafter_max": max(q),
             "verifier_max": max(p),
+            "drafter_margin": margin(self.drafter),
+            "verifier_margin": margin(self.verifier),
             "drafter_argmax": self.v_q,
             "verifier_argmax": self.v_p,
             "drafter_at_verifier_argmax": q[self.v_p],
@@ -116,8 +111,6 @@ class Position:
             "product_sum": math.fsum(a * b for a, b in zip(p, q)),
             "drafter_logsumexp": log_normaliser(self.drafter),
             "verifier_logsumexp": log_normaliser(self.verifier),
-            "drafter_margin": margin(self.drafter),
-            "verifier_margin": margin(self.verifier),
             "tv_unscaled": total_variation(p, q),
             "tv": self.tv,
         }
@@ -132,6 +125,13 @@ def log_normaliser(logits: Law) -> float:
     """log sum exp(z)."""
     top = max(logits)
     return top + math.log(math.fsum(math.exp(z - top) for z in logits))
+
+
+def margin(logits: Law) -> float:
+    """The largest logit less the largest of the others; 1e4 stands for an only token."""
+    top = argmax(logits)
+    others = logits[:top] + logits[top + 1 :]
+    return min(logits[top] - max(others), 1e4) if others else 1e4
 
 
 def defers(rule: Any, at: Position) -> bool:

@@ -1,0 +1,186 @@
+"""A query as a value, and the many ways of writing it that mean the same."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+OPPOSITE = {"=": "==", "==": "="}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """``column operator value``, or with ``upper`` a range that includes both ends.
+
+    Attributes:
+        column: of the queried table, or ``table.column`` of the joined one.
+        operator: ``=``, ``>``, ``>=``, ``<`` or ``<=``; ``between`` with ``upper``.
+        value: number or text.
+    """
+
+    column: str
+    operator: str
+    value: int | str
+    upper: int | None = None
+
+
+@dataclass(frozen=True)
+class Join:
+    """A second table whose ``column`` equals ``own`` of the queried one."""
+
+    table: str
+    own: str
+    column: str
+
+
+@dataclass(frozen=True)
+class Query:
+    """The meaning of a query, whatever the way of writing.
+
+    Attributes:
+        select: columns, ``count``, or an aggregate as ``avg lines``.
+        table: what it is asked of.
+        where: conditions that all hold.
+        join: a second table for conditions on it.
+        group: column of a group; it is also selected.
+        order, falling: column of the order and its direction. limit: rows that are kept.
+    """
+
+    select: tuple[str, ...]
+    table: str
+    where: tuple[Condition, ...] = ()
+    join: Join | None = None
+    group: str | None = None
+    order: str | None = None
+    falling: bool = True
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Style:
+    """One way of writing.
+
+    Attributes:
+        upper: keywords and functions in capitals.
+        alias: 0 none, 1 a letter after the table, 2 a letter after ``AS``; a join always has one.
+        count: what is counted: ``*`` or ``1``.
+        equal: ``=`` or ``==``.
+        between: a range as ``BETWEEN``, else as two comparisons.
+        comma: a join as two tables and a condition, else with ``JOIN``.
+        labelled: computed columns get a name.
+        closed: a semicolon at the end.
+    """
+
+    upper: bool = True
+    alias: int = 0
+    count: str = "*"
+    equal: str = "="
+    between: bool = True
+    comma: bool = False
+    labelled: bool = False
+    closed: bool = False
+
+    @classmethod
+    def drawn(cls, draw: random.Random) -> Style:
+        """Every habit drawn by itself, all its forms alike."""
+        return cls(
+            upper=draw.random() < 0.5,
+            alias=draw.randrange(3),
+            count=draw.choice("*1"),
+            equal=draw.choice(("=", "==")),
+            between=draw.random() < 0.5,
+            comma=draw.random() < 0.5,
+            labelled=draw.random() < 0.5,
+            closed=draw.random() < 0.5,
+        )
+
+
+def write(query: Query, style: Style, draw: random.Random | None = None) -> str:
+    """The query in SQL.
+
+    Args:
+        draw: shuffles the conditions; without, they stay in their order.
+    """
+    return _Writer(query, style).text(draw)
+
+
+@dataclass(frozen=True)
+class _Writer:
+    query: Query
+    style: Style
+
+    def text(self, draw: random.Random | None) -> str:
+        query, word = self.query, self._word
+        parts = [word("select"), ", ".join(self._selected()), word("from"), self._tables()]
+        conditions = [part for condition in query.where for part in self._condition(condition)]
+        if query.join is not None and self.style.comma:
+            conditions.append(self._joined(query.join))
+        if draw is not None:
+            draw.shuffle(conditions)
+        if conditions:
+            parts += [word("where"), f" {word('and')} ".join(conditions)]
+        if query.group is not None:
+            parts += [word("group by"), self._column(query.group)]
+        if query.order is not None:
+            parts += [word("order by"), self._column(query.order), word("desc" if query.falling else "asc")]
+        if query.limit is not None:
+            parts += [word("limit"), str(query.limit)]
+        return " ".join(parts) + (";" if self.style.closed else "")
+
+    def _word(self, text: str) -> str:
+        return text.upper() if self.style.upper else text
+
+    def _selected(self) -> Sequence[str]:
+        columns = [] if self.query.group is None else [self._column(self.query.group)]
+        for item in self.query.select:
+            function, _, column = item.rpartition(" ")
+            if item == "count":
+                columns.append(f"{self._word('count')}({self.style.count})" + self._label("total"))
+            elif function:
+                columns.append(f"{self._word(function)}({self._column(column)})" + self._label("result"))
+            else:
+                columns.append(self._column(item))
+        return columns
+
+    def _label(self, name: str) -> str:
+        return f" {self._word('as')} {name}" if self.style.labelled else ""
+
+    def _tables(self) -> str:
+        join = self.query.join
+        first = self._table(self.query.table)
+        if join is None:
+            return first
+        if self.style.comma:
+            return f"{first}, {self._table(join.table)}"
+        return (
+            f"{first} {self._word('join')} {self._table(join.table)} {self._word('on')} {self._joined(join)}"
+        )
+
+    def _table(self, table: str) -> str:
+        alias = self._alias(table)
+        return table + (f" {self._word('as')}" * (self.style.alias == 2) + f" {alias}" if alias else "")
+
+    def _alias(self, table: str) -> str:
+        return table[0] if self.style.alias or self.query.join is not None else ""
+
+    def _joined(self, join: Join) -> str:
+        return f"{self._column(join.own)} {self.style.equal} {self._column(f'{join.table}.{join.column}')}"
+
+    def _column(self, name: str) -> str:
+        table, _, column = name.rpartition(".")
+        alias = self._alias(table or self.query.table)
+        return f"{alias}.{column}" if alias else column
+
+    def _condition(self, condition: Condition) -> list[str]:
+        column, value = self._column(condition.column), _literal(condition.value)
+        if condition.upper is not None:
+            if self.style.between:
+                return [f"{column} {self._word('between')} {value} {self._word('and')} {condition.upper}"]
+            return [f"{column} >= {value}", f"{column} <= {condition.upper}"]
+        operator = self.style.equal if condition.operator == "=" else condition.operator
+        return [f"{column} {operator} {value}"]
+
+
+def _literal(value: int | str) -> str:
+    return str(value) if isinstance(value, int) else "'" + value.replace("'", "''") + "'"

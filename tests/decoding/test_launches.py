@@ -1,0 +1,83 @@
+"""What a block costs an accelerator beside the models: operators and copies to the host, batch 1, 5 drafted tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from decoding.small import ONE, llama, near, own
+from launches import LaunchCounter
+from torch.utils._python_dispatch import _disable_current_modes
+
+from deferral_train import cascade_generate
+from deferral_train.decoding import loop
+
+OUTSIDE = {"greedy": (22, 1), "sampled": (42, 1)}  # beside verification
+SAMPLING: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "top_k": 0, "temperature": 0.9},
+}
+
+
+@contextlib.contextmanager
+def uncounted(monkeypatch: pytest.MonkeyPatch, *places: tuple[Any, str]) -> Iterator[None]:
+    """These functions run outside of any counting."""
+    with monkeypatch.context() as patch:
+        for owner, name in places:
+            patch.setattr(owner, name, _without_modes(getattr(owner, name)))
+        yield
+
+
+def _without_modes(function: Any) -> Any:
+    @functools.wraps(function)
+    def run(*arguments: Any, **named: Any) -> Any:
+        with _disable_current_modes():
+            return function(*arguments, **named)
+
+    return run
+
+
+def per_block(
+    monkeypatch: pytest.MonkeyPatch, rule: str, how: str, also: tuple[tuple[Any, str], ...] = ()
+) -> tuple[float, float, Counter[str]]:
+    """Operators and host copies of a block: a longer text less a shorter one, per block between them."""
+    verifier = llama()
+    drafter = near(verifier, 0.02)
+    places = [
+        (model, name)
+        for model in (drafter, verifier)
+        for name in ("forward", "prepare_inputs_for_generation")
+    ]
+    found = []
+    with uncounted(monkeypatch, *places, *also):
+        for tokens in (12, 72):
+            counter = LaunchCounter()
+            generator = torch.Generator().manual_seed(0)
+            with counter:
+                output = own(
+                    verifier, ONE, custom_generate=cascade_generate, drafter=drafter, rule=rule, eos_token_id=None,
+                    pad_token_id=0, max_new_tokens=tokens, return_dict_in_generate=True, generator=generator,
+                    **SAMPLING[how],
+                )  # fmt: skip
+            found.append((counter, output.stats.verifier_passes))
+    (short, few), (long, many) = found
+    blocks = many - few
+    assert blocks >= 5
+    operators = {name: count / blocks for name, count in (long.operators - short.operators).items()}
+    return (
+        (long.launches - short.launches) / blocks,
+        (long.host_copies - short.host_copies) / blocks,
+        Counter(operators),
+    )
+
+
+@pytest.mark.parametrize("how", list(OUTSIDE))
+def test_drafting_and_emitting_stay_within_their_share(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    operators, copies, which = per_block(monkeypatch, "opt", how, ((loop, "verify_block"),))
+    assert operators <= OUTSIDE[how][0], which
+    assert copies <= OUTSIDE[how][1]

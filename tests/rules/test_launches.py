@@ -1,0 +1,67 @@
+"""What verifying a block costs an accelerator: operators and copies to the host, for every rule of the catalogue."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from instances import instances, label
+
+from deferral_train.rules import verify_block
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from launches import LaunchCounter
+
+B, T, V = 1, 5, 64
+# Operators of one block where every row drafted T: greedy, and sampled. A ragged batch adds those of its masks.
+LOSSLESS, PLAIN, RAGGED = (18, 36), (32, 56), 12
+DEARER = {
+    "fuzzy": (34, 56),  # a Jensen-Shannon divergence of both models
+    "ensemble": (36, 56),  # greedy: the mixture's own argmax
+    "biased": (37, 56),
+    "cactus": (32, 60),
+    "lossy": (32, 62),  # a sort and prefix sums
+    "mentored": (32, 260),  # its cap is searched for in four grids
+    "judge": (44, 62),  # two thirds of it the head of the tests
+    "learned": (44, 66),
+}
+
+
+def counted(rule, temperature, **options):
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(2, B, T + 1, V, generator=generator)
+    drafted = logits[0, :, :T].argmax(-1)
+    with LaunchCounter() as count:
+        verify_block(
+            rule, drafted, logits[0, :, :T], logits[1], temperature=temperature, check=False, **options
+        )
+    return count
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("rule", instances(), ids=label)
+def test_a_block_costs_few_operators_and_no_copy_to_the_host(rule, temperature):
+    budget = (LOSSLESS if rule.is_lossless else DEARER.get(rule.name, PLAIN))[temperature > 0]
+    for options, more in (({}, 0), ({"lengths": torch.full((B,), T)}, RAGGED), ({"bonus": "none"}, 4)):
+        count = counted(rule, temperature, **options)
+        assert count.host_copies == 0, count.copies
+        assert count.launches <= budget + more, (options, count.launches, count.operators)
+
+
+def test_a_limit_adds_no_copy():
+    rule = next(rule for rule in instances() if rule.name == "opt")
+    assert counted(rule, 1.0, max_request_loss=1.0).host_copies == 0
+
+
+def test_the_counter_sees_what_waits_for_the_device():
+    values = torch.randn(4)
+    with LaunchCounter() as count:
+        values.view(2, 2).exp().sum().item()
+        values[values > 0]
+        bool(values.any())
+    assert count.operators["exp"] == count.operators["sum"] == 1
+    assert count.copies["_local_scalar_dense"] >= 1
+    assert count.copies["masked index"] == 1
+    assert count.host_copies >= 3
