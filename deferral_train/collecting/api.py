@@ -15,7 +15,7 @@ from deferral_train.collecting.config import ON_POLICY_TOKENS, CollectConfig
 from deferral_train.collecting.engine import run_engine
 from deferral_train.collecting.launch import launch, processes
 from deferral_train.collecting.mining import Mined, Quality
-from deferral_train.collecting.plan import Plan, make_plan, read_any_prompts, size_text
+from deferral_train.collecting.plan import CollectionPlan, make_plan, read_any_prompts, size_text
 from deferral_train.collecting.prefixes import make_source
 from deferral_train.collecting.progress import check_room
 from deferral_train.collecting.sequence_work import label_sequences
@@ -157,7 +157,7 @@ def _rank() -> int:
     return launched.rank if launched else int(os.environ.get("LOCAL_RANK", "0"))  # Lightning's own processes
 
 
-def _say_left_out(plan: Plan) -> None:
+def _say_left_out(plan: CollectionPlan) -> None:
     if _rank() != 0:
         return
     for word, verb in (("skipped", "left out"), ("cut", "cut short")):

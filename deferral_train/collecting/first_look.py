@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from deferral_train.collecting.batches import BatchCollector
-from deferral_train.collecting.plan import Plan, duration
+from deferral_train.collecting.plan import CollectionPlan, duration
 from deferral_train.collecting.sequence import Score, prompt_seed
 from deferral_train.collecting.sequence_labels import SequenceLabels
 from deferral_train.errors import InputError
@@ -86,7 +86,7 @@ class Look:
 
 
 @torch.inference_mode()
-def first_look(collector: BatchCollector, plan: Plan, prompts: int = PROMPTS) -> Look:
+def first_look(collector: BatchCollector, plan: CollectionPlan, prompts: int = PROMPTS) -> Look:
     """Label some prompts of a plan.
 
     Args:
@@ -145,7 +145,7 @@ def needs_look(labels: SequenceLabels, scales: Sequence[float]) -> bool:
     return has_corpus_metric(labels) or (len(labels.settings.metrics) > 1 and not scales)
 
 
-def cost(look: Look, plan: Plan) -> str:
+def cost(look: Look, plan: CollectionPlan) -> str:
     """Announces places, generated tokens and hours of the whole plan, projected from a first look."""
     times = len(plan.prompts) / look.prompts
     return (

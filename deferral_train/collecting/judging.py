@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deferral_train.collecting.scoring import Scores
+from deferral_train.collecting.scoring import ModelOutputs
 from deferral_train.collecting.substitute import Substitution, rescore
 from deferral_train.rules.laws import gather_token, lowest_argmax
 from deferral_train.traces.schema import JUDGED_COLUMN, JUDGED_HIDDEN
@@ -21,7 +21,7 @@ def judge_columns(
     model: Any,
     drafter: Tensor,
     verifier: Tensor,
-    scores: Scores,
+    scores: ModelOutputs,
     texts: Sequence[Sequence[int]],
     prompts: Sequence[Sequence[int]],
     labels: Sequence[Sequence[int]] | None,

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from deferral_train.collecting.continuations import Branch, Path, Verifier, finish
+from deferral_train.collecting.continuations import Branch, ReadTexts, Verifier, finish
 
 # Finished texts and the references of their prompts to scores [n]; NaN where a scorer gave none.
 Score = Callable[[Sequence[str], Sequence[str | None]], np.ndarray]
@@ -81,7 +81,7 @@ class GreedyTexts:
         favourites: of every text.
     """
 
-    def __init__(self, path: Path, favourites: Sequence[Favourites]) -> None:
+    def __init__(self, path: ReadTexts, favourites: Sequence[Favourites]) -> None:
         self.path, self.favourites = path, favourites
         self._wanted: dict[Branch, None] = {}
         self._finished: dict[Branch, list[int]] = {}
@@ -125,7 +125,7 @@ def differing(favourites: Favourites) -> list[int]:
 
 def finished_places(
     verifier: Verifier,
-    path: Path,
+    path: ReadTexts,
     favourites: Sequence[Favourites],
     chosen: Sequence[Sequence[int]],
     own: bool = False,
@@ -163,7 +163,7 @@ def finished_places(
 
 @dataclass
 class ScoredTexts:
-    """Scores of texts by prompt, each text scored once.
+    """ModelOutputs of texts by prompt, each text scored once.
 
     Args:
         score: of texts against references.
@@ -175,7 +175,7 @@ class ScoredTexts:
     _known: dict[tuple[int, str], float] = field(default_factory=dict)
 
     def __call__(self, items: Sequence[tuple[int, str]]) -> np.ndarray:
-        """Scores [n] of (row, text)."""
+        """ModelOutputs [n] of (row, text)."""
         new = [item for item in dict.fromkeys(items) if item not in self._known]
         if new:
             found = self.score([text for _, text in new], [self.references[row] for row, _ in new])
