@@ -27,7 +27,7 @@ TEACHER_ROWS = 256  # positions per block of the teacher's law
 
 @dataclass(frozen=True)
 class TraceRows:
-    """TraceRows of one batch.
+    """Trace rows of one batch.
 
     Attributes:
         columns: every column of the layout, [N] or [N, K].
@@ -85,7 +85,7 @@ class BatchCollector:
         self.measure = Measure(pair.vocab_size, manifest.top_k, manifest.temperature)
 
     def __call__(self, chunk: Chunk, batch: int) -> TraceRows:
-        """TraceRows of the chunk's batch with this number."""
+        """Trace rows of the chunk's batch with this number."""
         return self.rows(self.score(chunk, batch))
 
     def score(self, chunk: Chunk, batch: int) -> Scored:
@@ -129,7 +129,7 @@ class BatchCollector:
     def _score(
         self, prompts: Sequence[EncodedPrompt], continuations: Continuations
     ) -> tuple[dict[str, ModelOutputs], Tensor]:
-        """ModelOutputs by role; the scored places are the same for all, because the tokens are."""
+        """Outputs by role; the scored places are the same for all, because the tokens are."""
         models = {"drafter": self.pair.drafter, "verifier": self.pair.verifier}
         if self.teacher is not None:
             models["teacher"] = self.teacher

@@ -163,7 +163,7 @@ def finished_places(
 
 @dataclass
 class ScoredTexts:
-    """ModelOutputs of texts by prompt, each text scored once.
+    """Scores of texts by prompt, each text scored once.
 
     Args:
         score: of texts against references.
@@ -175,7 +175,7 @@ class ScoredTexts:
     _known: dict[tuple[int, str], float] = field(default_factory=dict)
 
     def __call__(self, items: Sequence[tuple[int, str]]) -> np.ndarray:
-        """ModelOutputs [n] of (row, text)."""
+        """Scores [n] of (row, text)."""
         new = [item for item in dict.fromkeys(items) if item not in self._known]
         if new:
             found = self.score([text for _, text in new], [self.references[row] for row, _ in new])
