@@ -88,7 +88,7 @@ class LearnedRule(PositionRule):
 
     def step(self, laws: Laws, summary: Summary, token: Tensor) -> RuleStep:
         """As any position rule's, with the gap that it was decided by: a head is asked once a block."""
-        if self._own is not None:
+        if self._own is not None or type(self).defer is not LearnedRule.defer:
             return super().step(laws, summary, token)
         gap = self.head.gap(summary)
         return self._decided(self._defer_by(gap, summary), laws, token, gap)

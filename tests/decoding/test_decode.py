@@ -140,7 +140,7 @@ def test_finished_outputs_survive_too_little_memory(
         return whole(*arguments, **named)
 
     monkeypatch.setattr(pair, "decode_batch", scarce)
-    with pytest.raises(InputError, match="out of memory at batch_size=2"):
+    with pytest.raises(InputError, match="out of memory at batch_size=4"):
         decode(pair, PROMPTS, ["lossless"], CONFIG, tmp_path)
     assert len(rows_of(tmp_path)) == 10
     monkeypatch.undo()
