@@ -48,7 +48,7 @@ class Case:
 
 @dataclass(frozen=True)
 class RuleReport:
-    """What `check_rule` found.
+    """Result of `check_rule`: the properties of a rule that were measured.
 
     Attributes:
         name: of the rule.

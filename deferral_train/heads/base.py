@@ -1,4 +1,4 @@
-"""DeferralHead: what every head shares. Features in, normalisation inside, expected loss gap out.
+"""Base class of heads: features in, normalisation inside, estimated loss gap out.
 
 N rows, C raw columns, F features. A head estimates gap = E_P[l(y,q) - l(y,p)]; its rule defers where
 gap > alpha * tv (docs/equations.md, Lemma 4).
@@ -92,9 +92,7 @@ class DeferralHead(nn.Module):
         raise NotImplementedError
 
     def extra_columns(self) -> tuple[str, ...]:
-        """Raw columns needed besides the features; the zero-one gap is known to be 0 where the argmaxes
-        agree.
-        """
+        """Raw columns needed besides the features: the zero-one gap is 0 where the argmaxes agree."""
         return ("argmaxes_differ",) if self.gated else ()
 
     def make_body(self, kind: str, hidden: Sequence[int]) -> nn.Module:
@@ -102,9 +100,7 @@ class DeferralHead(nn.Module):
         return make_body(kind, self.inputs.out_features + self.inputs_beside, self.outputs, hidden)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Raw columns ``[N, C]`` to named outputs ``[N]``: ``gap``, and at the draft stage ``tv`` and
-        ``reject``.
-        """
+        """Raw columns ``[N, C]`` to named outputs ``[N]``: ``gap``; at the draft stage also ``tv``, ``reject``."""
         raise NotImplementedError
 
     # What rules, traces and training read

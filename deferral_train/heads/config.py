@@ -148,7 +148,7 @@ def _check_schema(config: Mapping[str, Any], head: DeferralHead) -> None:
 
 
 def _schema_differences(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
-    """What differs, in words; nothing where the config records no schema and its hash alone must do."""
+    """Texts that name each difference of two schemas; none where the config records only a hash."""
     for key in ("version", "stage"):
         if key in recorded and recorded[key] != here[key]:
             yield f"{key} {str(recorded[key])[:40]!r}, here {here[key]!r}"
@@ -162,7 +162,7 @@ def _schema_differences(recorded: Mapping[str, Any], here: Mapping[str, Any]) ->
 
 
 def _feature_text(row: Any) -> str:
-    """``drafter_max:logit`` of a schema's row; ``none`` past the end."""
+    """A schema row as text for messages, such as ``'drafter_max:logit'``; ``none`` where a list has ended."""
     if row is None:
         return "none"
     if not isinstance(row, list) or len(row) != 3:

@@ -1,4 +1,4 @@
-"""What a head costs where it is exported: microseconds of a call from raw columns to decision's numbers."""
+"""Time of one head call on the exporting machine, microseconds, from raw columns ``[N, C]`` to the outputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BATCHES = (1, 5)  # a token, and a drafted block
 
 
 def call_inputs(head: DeferralHead, columns: Tensor) -> tuple[Tensor, ...]:
-    """What ``head(...)`` takes for raw columns ``[N, C]``: the columns, and alpha ``[N]`` where it is an input."""
+    """Arguments of ``head(...)`` for raw columns ``[N, C]``: these, and alpha ``[N]`` = 0.1 where it is an input."""
     if isinstance(head, CostSensitiveHead):
         return columns, torch.full_like(columns[:, 0], 0.1)
     return (columns,)

@@ -1,4 +1,4 @@
-"""What heads are trained to minimise. Each objective takes (head, batch, generator) and gives a scalar.
+"""Training objectives of heads: functions of (head, batch, generator) that give the scalar loss to minimise.
 
 A batch is a dictionary of tensors over N rows: ``x`` raw columns [N, C], ``z`` unbiased label of the gap,
 ``tv`` exact total variation; where asked for also ``reject`` (probability that the drafted token is

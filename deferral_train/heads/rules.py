@@ -1,4 +1,4 @@
-"""Heads as rules: the token rule of a truth head, and what ``--rules`` on the command line means."""
+"""Rules that use a head: the token rule of a truth head, and rules from text as ``--rules`` takes them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROUNDS = 4  # eight raise the objective by 2e-6 of 0.2 on the Multi30k pair
 
 @dataclass(frozen=True)
 class LearnedTokenRule(TokenRule):
-    """Which tokens to keep, by a learned P^ in place of P.
+    """Token rule that keeps drafted tokens by a head's estimate P^ of the true next-token distribution P.
 
     Plain: keep v where value - P^(v) <= alpha, equation (12), ``value`` being what the verifier's emission is worth
     (:meth:`TruthHead.verifier_value`); for greedy decoding, and as in the paper. ``priced``, for sampling: keep all but

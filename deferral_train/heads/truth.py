@@ -30,9 +30,9 @@ AT_ARGMAXES = ("drafter_at_verifier_argmax", "drafter_max", "verifier_max", "ver
 
 
 class TruthHead(DeferralHead):
-    """Common part: three numbers (a, b, c) per position, read by :meth:`log_truth` of a subclass.
+    """Base of heads that estimate P^(v) from three numbers (a, b, c) per position; subclasses give :meth:`log_truth`.
 
-    ``forward`` gives the gap and, as ``truth``, what the verifier's emission is worth. With the body's last
+    ``forward`` gives the gap and, as ``truth``, :meth:`verifier_value`. With the body's last
     layer at zero, (a, b, c) = (1, 0, 0): training starts from P^ = p.
     """
 
@@ -92,7 +92,7 @@ class TruthHead(DeferralHead):
             return self.log_truth(x.reshape(-1, x.shape[-1]), *logs).exp().reshape(shape)
 
     def verifier_value(self, summary: Summary) -> Tensor:
-        """What leaving the emission to the verifier is worth, ``[..]``: P^(v_p), or E_P p(y) for loss prob."""
+        """Estimated chance ``[..]`` that the verifier's token is right: P^(v_p), or E_P p(y) for loss prob."""
         return self._predict(summary, "truth")
 
 

@@ -1,4 +1,4 @@
-"""Rules driven by an estimator given as an object: any object with these names will do."""
+"""Rules that decide by a learned estimator: any object with the protocol's attributes will do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deferral_train.rules.tails import Candidates, Estimate
 
 @runtime_checkable
 class GapEstimator(Protocol):
-    """What `LearnedRule` asks of a head.
+    """Protocol of the heads that `LearnedRule` accepts.
 
     `features`: summary fields it reads; `stage`: ``"draft"`` or ``"verify"``; `gap(summary)`: the estimate of
     E_P[l(y,q) - l(y,p)] [..], in units of the head's loss. At the draft stage also `tv(summary)`: the

@@ -80,7 +80,7 @@ def attach(
 
 
 def announce(config: ServingConfig, rule: Rule, mismatch: list[str], conditions: Sequence[str] = ()) -> None:
-    """Say once what is in force."""
+    """Log once the rule and settings in force."""
     if config.mode == "shadow":
         log.warning("deferral: shadow mode; served lossless, counting what %s would do", config.spec)
     elif rule.is_lossless:

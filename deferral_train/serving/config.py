@@ -1,4 +1,4 @@
-"""What a user may say to the plug-in: at start, in ``additional_config``, and per request, in ``vllm_xargs``.
+"""Settings of the plug-in: of the engine, from ``additional_config``, and of a request, from ``vllm_xargs``.
 
 Knows nothing about vLLM. Every refusal is one line that names the field, its value and the remedy.
 """
@@ -159,7 +159,7 @@ class ServingConfig:
 
 @dataclass(frozen=True)
 class RequestOptions:
-    """What a request says about itself.
+    """Options of one request, from its ``vllm_xargs``.
 
     Attributes:
         lossless: serve this request lossless.

@@ -32,7 +32,7 @@ from deferral_train.traces.folder import Folder, open_folder
 from deferral_train.traces.manifest import write_header
 
 if TYPE_CHECKING:
-    from deferral_train.serving.blocks import Outcome, Rows
+    from deferral_train.serving.blocks import DraftedRows, Outcome
     from deferral_train.serving.layout import Step
 log = logging.getLogger("vllm.deferral_train")
 TOGETHER = 16  # blocks turned into columns at a time: one by one it costs several times as much
@@ -118,7 +118,9 @@ class TraceLog:
             ids = list(getattr(state, "prompt_token_ids", None) or [])
             self.folder.append_line(PROMPTS, json.dumps({"id": name, "prompt_token_ids": ids}))
 
-    def take(self, step: Step, rows: Rows, outcome: Outcome, raw: Tensor, places: Sequence[int]) -> None:
+    def take(
+        self, step: Step, rows: DraftedRows, outcome: Outcome, raw: Tensor, places: Sequence[int]
+    ) -> None:
         """Hand over the blocks of logged requests; raw [R, T, V] are the verifier's logits as the model gave them."""
         for place in places:
             name = step.names[place]
@@ -160,7 +162,7 @@ class TraceLog:
         self.counters.add("log_dropped")
 
     @staticmethod
-    def _block(step: Step, rows: Rows, outcome: Outcome, raw: Tensor, place: int) -> BlockRows:
+    def _block(step: Step, rows: DraftedRows, outcome: Outcome, raw: Tensor, place: int) -> BlockRows:
         accepted, length = int(outcome.accepted[place]), int(rows.lengths[place])
         count = min(accepted + 1, length)
         assert rows.drafter is not None
