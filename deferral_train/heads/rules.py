@@ -12,7 +12,6 @@ from torch import Tensor
 
 from deferral_train.errors import InputError
 from deferral_train.heads.base import DeferralHead
-from deferral_train.heads.judge import JudgeHead
 from deferral_train.heads.own import import_head_class
 from deferral_train.heads.truth import TruthHead
 from deferral_train.rules import make_rule
@@ -100,7 +99,7 @@ def learned_rule(
 
     A token head gives a token rule unless ``tokenwise`` is False; a truth mixture gives one if it is True.
     """
-    if isinstance(head, JudgeHead):
+    if head.dial != "alpha":
         raise InputError(
             "a judge head answers rule judge (judge:head=FOLDER,threshold=0.5) or, at stage 'draft', "
             "--stop acceptance:head=FOLDER"
@@ -110,7 +109,7 @@ def learned_rule(
     if alpha is None:
         raise InputError("this head has no chosen alpha; give one, e.g. learned:head=FOLDER,alpha=0.1")
     if tokenwise is None:
-        tokenwise = head.head_type == "token"
+        tokenwise = head.tokenwise
     if not tokenwise:
         return LearnedRule(head=head, alpha=float(alpha))
     if not isinstance(head, TruthHead):
@@ -126,7 +125,7 @@ def judge_rule(head: DeferralHead, threshold: float | None = None) -> Rule:
     Raises:
         InputError: another head, one of the draft stage, or no threshold.
     """
-    if not isinstance(head, JudgeHead):
+    if head.dial != "threshold":
         raise InputError(
             f"rule judge: a {head.head_type} head has no score; use learned:head=FOLDER,alpha=0.1"
         )

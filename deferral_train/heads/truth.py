@@ -36,6 +36,7 @@ class TruthHead(DeferralHead):
     layer at zero, (a, b, c) = (1, 0, 0): training starts from P^ = p.
     """
 
+    needs_candidates = True
     losses: ClassVar[tuple[str, ...]] = ("zero_one",)
     at_argmaxes: Tensor
 
@@ -107,6 +108,7 @@ class TruthMixtureHead(TruthHead):
     """
 
     head_type = "truth_mixture"
+    objectives = ("likelihood", "squared", "huber", "cost_sensitive")
     masks: Tensor
 
     def __init__(self, features: Sequence[str], **arguments: Any) -> None:
@@ -156,6 +158,8 @@ class TokenHead(TruthHead):
     """
 
     head_type = "token"
+    objectives = ("candidates", "squared", "huber")
+    tokenwise = True
     losses = ("zero_one", "prob")
 
     @property

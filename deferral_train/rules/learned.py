@@ -160,15 +160,15 @@ class Judge(LawRule):
     def logged_rejection(
         self, summary: Summary, candidates: Candidates | None, temperature: float
     ) -> Estimate:
-        """Refused: what it says of a token may follow from the token's own state."""
+        """Raises InputError: the score may depend on the drafted token's own hidden state, so no bound is known."""
         raise InputError("rule judge judges drafted tokens one by one; measure it with decode")
 
     def logged_law(self, summary: Summary, candidates: Candidates, temperature: float) -> Estimate:
-        """Refused."""
+        """Raises InputError, as `logged_rejection`."""
         return self.logged_rejection(summary, candidates, temperature)
 
     def greedy_token(self, summary: Summary, candidates: Candidates | None) -> Estimate:
-        """Refused."""
+        """Raises InputError, as `logged_rejection`."""
         return self.logged_rejection(summary, candidates, 0.0)
 
     def _approval_of_all(self, laws: Laws, summary: Summary) -> Tensor:

@@ -135,7 +135,7 @@ class Collector:
         self.folder = folder
 
     def describe(self) -> list:
-        """Nothing in advance, so that registering reads no files."""
+        """An empty list, so that registering reads no files."""
         return []
 
     def collect(self) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""Trace logging of a greedy step in which no request has a rule: the engine's own sampler decides, we look on.
+"""Trace logging of greedy steps in which no request has a rule: verdicts are read off the engine's own tokens.
 
 Nothing is done for requests that are not logged. R logged rows with drafts, T drafted positions, V vocabulary, B batch.
 """

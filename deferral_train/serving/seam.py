@@ -1,4 +1,4 @@
-"""The plug-in in one worker: which rows of a step are ours, their verdicts, and what is counted, charged and logged.
+"""The plug-in in one vLLM worker: picks the rows of a step that need it, verifies, counts, charges and logs them.
 
 Knows the engine's runner by attribute; attach.py puts it there. R rows with drafts, T drafted positions, V vocabulary.
 """
@@ -30,7 +30,7 @@ log = logging.getLogger("vllm.deferral_train")  # below vllm's logger, so that t
 
 
 class Seam:
-    """The plug-in in one worker.
+    """The plug-in in one vLLM worker: verifies the drafted rows of each step by their rules.
 
     Args:
         runner: vLLM's V1 model runner.
@@ -144,7 +144,7 @@ class Seam:
             log.exception("deferral: trace logging failed for one step; requests are not affected")
 
     def begin_step(self, metadata: Any, sampling_metadata: Any) -> Step | None:
-        """The rows to decide; None where the engine's own sampler does the same."""
+        """Collect the rows of a step to be verified; None where the engine's own sampler does the same."""
         counts = metadata.num_draft_tokens
         members = [row for row, count in enumerate(counts) if count > 0]
         names = [self.runner.input_batch.req_ids[row] for row in members]

@@ -111,7 +111,7 @@ class TraceLog:
     # Called by the engine's thread
 
     def started(self, name: str, state: Any, called: str | None = None) -> None:
-        """A logged request was admitted, to be ``called`` so; its prompt is kept only where the user asked for text."""
+        """Register a logged request as ``called``; its prompt is kept only where the user asked for text."""
         if called is not None:
             self._names[name] = called
         if self.settings.text:
@@ -143,12 +143,12 @@ class TraceLog:
             time.sleep(0.001)
 
     def finished(self, names: Sequence[str]) -> None:
-        """Requests that the engine no longer holds."""
+        """Hand over ids of requests that the engine no longer holds: their blocks are complete."""
         for name in names:
             self._waiting.put((name, None))
 
     def close(self) -> None:
-        """Write what is there, then say that logging ended on purpose."""
+        """Write the remaining blocks, and record that logging ended on purpose."""
         self._waiting.put(("", None))
         self._thread.join(CLOSING_SECONDS)
         if self._thread.is_alive():
@@ -204,7 +204,7 @@ class TraceLog:
         log.exception("deferral: trace logging failed; requests are not affected")
 
     def _handle(self, name: str, block: BlockRows | None) -> bool:
-        """One message; False after the last."""
+        """Act on one queued message; False after the last."""
         if block is not None:
             self._taken.append((name, block))
             elements = sum(taken.verifier.numel() for _, taken in self._taken)
@@ -262,7 +262,7 @@ class TraceLog:
         )
 
     def _write(self) -> None:
-        """One shard of the requests that are ready."""
+        """Write one shard of the requests that are complete."""
         ready, self._ready, self._ready_rows = self._ready, [], 0
         if self.stopped is not None:
             return
