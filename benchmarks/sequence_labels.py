@@ -14,6 +14,7 @@ in every redraw. Texts and calls are those of ``deferral-train decode`` (benchma
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,6 +211,15 @@ def fewest_calls(
     return float(shares[near][0]) if near.any() else None
 
 
+def finite(value: Any) -> Any:
+    """A copy in which what is no number, as beyond a rule's outermost settings, is None."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def main() -> int:
     parser = study_flags(__doc__, "runs/sequence-labels")
     parser.add_argument("--pair", default="en-fr", choices=("en-fr", "en-de"))
@@ -249,7 +259,7 @@ def main() -> int:
             "head": DeferralHead.from_pretrained(head).metadata, "at_calls": rows, "fewest_calls": fewest,
             "points": points, "provenance": provenance.collect({"seed": 0}),
         }  # fmt: skip
-        provenance.write_json(options.out, provenance.plain(record))
+        provenance.write_json(options.out, finite(provenance.plain(record)))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What a batch of prompts becomes: rows for the writer, on the models' device, in a fixed order.
+"""Turns a batch of prompts into trace rows: both models' passes, measured on their device, in a fixed order.
 
 N scored positions of the batch.
 """

@@ -1,4 +1,4 @@
-"""What a collect run is asked for: typed, checked, and split into what decides bytes and what does not."""
+"""Settings of a collect run, checked, and split into those that decide the bytes and those that do not."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ class CollectConfig:
 
     @property
     def prefix_name(self) -> str:
-        """What the manifest says: ``cascade:<rule>`` for cascades."""
+        """The prefix source as the manifest records it: ``cascade:<rule>`` for cascades."""
         return f"cascade:{self.rule}" if self.prefixes == "cascade" else self.prefixes
 
     @property
@@ -192,7 +192,7 @@ class CollectConfig:
         return ON_POLICY_TOKENS if self.on_policy and self.max_new_tokens is None else self.max_new_tokens
 
     def deciding(self) -> dict[str, Any]:
-        """What the bytes depend on beyond what the manifest has a field for."""
+        """Settings that the bytes of the shards depend on and that the manifest has no field of its own for."""
         names = ["chat", "template", "max_prompt_tokens"]
         names += ["num_draft_tokens"] if self.prefixes == "cascade" else []
         return {"max_new_tokens": self.new_tokens, **{name: getattr(self, name) for name in names}}

@@ -65,7 +65,7 @@ class Path:
 
 @dataclass
 class Tally:
-    """What was written so far: ``texts`` that went on behind a branch, and their ``tokens``."""
+    """Counts of generated text: ``texts`` that went on behind a branch, and their ``tokens``."""
 
     texts: int = 0
     tokens: int = 0

@@ -310,7 +310,7 @@ def prompts_hash(prompts: Sequence[EncodedPrompt], on_policy: bool) -> str:
 
 
 def announcement(plan: Plan, out: str, done: set[int], seconds_per_token: float | None) -> str:
-    """What a run is about to do: tokens, time, bytes."""
+    """One line that announces a run: prompts left, tokens, time and bytes."""
     todo = [chunk.id for chunk in plan.manifest.chunks if chunk.id not in done]
     tokens = sum(plan.rows[chunk] for chunk in todo)
     size = sum(plan.chunk_bytes(chunk) for chunk in todo)

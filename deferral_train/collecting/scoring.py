@@ -36,7 +36,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Past:
-    """What later passes over the same texts may start from.
+    """Caches and encoder states from which later passes over the same texts start.
 
     Attributes:
         cache: keys and values of every column, in full layers.
@@ -50,7 +50,7 @@ class Past:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model made of a batch: ``logits`` [M, V], ``hidden`` [N, D] float16 or None, ``past`` where kept."""
+    """A model's outputs over a batch: ``logits`` [M, V], ``hidden`` [N, D] float16 or None, ``past`` where kept."""
 
     logits: Tensor
     hidden: Tensor | None

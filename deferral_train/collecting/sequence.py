@@ -26,7 +26,7 @@ Text = Callable[[Sequence[int]], str]  # tokens to text
 
 @dataclass(frozen=True)
 class Favourites:
-    """What the models favour along one text, a token per place.
+    """Both models' argmaxes along one text, a token per place.
 
     Attributes:
         drafter: v_q.

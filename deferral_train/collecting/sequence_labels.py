@@ -45,7 +45,7 @@ FEWEST_SCORED = 40  # before that, a share says little
 
 @dataclass(frozen=True)
 class LabelSettings:
-    """What decides sequence labels.
+    """Settings that decide sequence labels.
 
     Attributes:
         metrics: names, in the order of the columns.

@@ -69,7 +69,7 @@ def sampler(temperature: float, uniforms: Uniforms) -> Callable[[Tensor, Sequenc
 
 @dataclass(frozen=True)
 class Draws:
-    """What is put at one labelled place.
+    """The tokens that are put at one labelled place, a pair per sample.
 
     Attributes:
         row, place: where.

@@ -1,4 +1,4 @@
-"""What a collection with sequence labels does before its first shard: settings checked, scales fixed, cost told."""
+"""Before the first shard of a collection with sequence labels: checks settings, fixes scales, tells the cost."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def label_sequences(
 
 
 def earlier_look(out: str, plan: Plan) -> dict[str, Any] | None:
-    """What an earlier start of the same collection found; None where there was none."""
+    """The first look that an earlier start of the same collection recorded; None where there was none."""
     folder = open_folder(out)
     if folder.size(HEADER) is None:
         return None

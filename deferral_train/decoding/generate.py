@@ -33,7 +33,7 @@ from deferral_train.rules.registry import make_rule
 
 @dataclass
 class CascadeOutput(ModelOutput):
-    """What ``cascade_generate`` returns with ``return_dict_in_generate=True``.
+    """The result of ``cascade_generate`` with ``return_dict_in_generate=True``.
 
     Attributes:
         sequences: [R, L] ids, prompt included, padded on the right.

@@ -39,7 +39,7 @@ class BatchResult:
 
 @dataclass(frozen=True)
 class Generation:
-    """What ``Pair.generate`` gives back, in the order of the prompts.
+    """The result of ``Pair.generate``, in the order of the prompts.
 
     Attributes:
         texts: decoded, special tokens left out.
@@ -109,7 +109,7 @@ class Pair:
         return found
 
     def facts(self, options: Settings) -> dict[str, Any]:
-        """What a certificate depends on besides the weights: engine, number formats, temperature, vocabulary."""
+        """Conditions of a certificate besides the weights: engine, number formats, temperature, vocabulary."""
         drafter, verifier = self.models.drafter, self.models.verifier
         return {
             "engine": f"transformers {transformers.__version__}",

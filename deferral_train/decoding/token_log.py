@@ -1,4 +1,4 @@
-"""What both models thought of every emitted token, for people who want to look (``decode --log-tokens``)."""
+"""Records both models' likeliest tokens beside every emitted one (``decode --log-tokens``)."""
 
 from __future__ import annotations
 

@@ -22,6 +22,13 @@ def is_linear(head: GapHead) -> bool:
     return isinstance(head.body, nn.Sequential) and len(head.body) == 1
 
 
+def linear_layer(head: GapHead) -> nn.Linear:
+    """The one layer of a linear head's body."""
+    layer = next(head.body.children())
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
 @torch.no_grad()
 def fold(head: GapHead) -> GapHead:
     """The same estimates from tables: every ``X_embedding`` becomes ``X_worth``.
@@ -42,9 +49,7 @@ def fold(head: GapHead) -> GapHead:
     arguments = {key: head.config[key] for key in ("stage", "loss", "body", "hidden", "recalibration")}
     folded = GapHead(names, widths=widths, **arguments)
     old, new = _spans(head), _spans(folded)
-    layer, target = head.body[0], folded.body[0]
-    assert isinstance(layer, nn.Linear)
-    assert isinstance(target, nn.Linear)
+    layer, target = linear_layer(head), linear_layer(folded)
     assert head.inputs.lookups is not None
     target.bias.copy_(layer.bias)
     for feature, name in zip(head.inputs.features, names):

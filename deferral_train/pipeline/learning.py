@@ -51,7 +51,7 @@ ROUNDS = "rounds"  # what the head of rounds is called in a run, and their folde
 
 @dataclass(frozen=True)
 class RoundsSettings:
-    """What rounds are asked for.
+    """Settings of rounds of learning.
 
     Attributes:
         rounds: collections along the cascade's own text, after the first along the verifier's.

@@ -153,9 +153,12 @@ class Judge(LawRule):
         approved = self.approved(summary).unsqueeze(-1) & allowed
         return torch.where(approved, laws.q, laws.p)
 
-    def _greedy_step(self, laws: Laws, summary: Summary, token: Tensor) -> Tensor:
-        stands = self.approved(summary) & laws.allows(token)
-        return torch.where(stands, token, laws.verifier(laws.best))
+    def step(self, laws: Laws, summary: Summary, token: Tensor) -> RuleStep:
+        """At temperature 0 an approved token stands, any other gives way to the verifier's argmax."""
+        if not laws.greedy:
+            return super().step(laws, summary, token)
+        kept = self.approved(summary) & laws.allows(token) & (token != laws.verifier(laws.best))
+        return RuleStep(~kept, kept, None)
 
     def logged_rejection(
         self, summary: Summary, candidates: Candidates | None, temperature: float

@@ -24,12 +24,12 @@ HINT = "judge:rate=0.3 (share of judged tokens that are acceptable) or judge:tau
 
 
 def is_judge(truth: str) -> bool:
-    """Whether labels are those of judged tokens: ``judge``, ``judge:tau=X``, ``judge:rate=R``, ``judge:sequence=T``."""
+    """True for a truth of judged tokens: ``judge``, ``judge:tau=X``, ``judge:rate=R``, ``judge:sequence=T``."""
     return truth == "judge" or truth.startswith("judge:")
 
 
 def judges_sequences(truth: str) -> bool:
-    """Whether a token is acceptable where its sequence gap is small: ``judge:sequence``, or ``judge:sequence=T``."""
+    """True for ``judge:sequence`` and ``judge:sequence=T``, which accept a token whose sequence gap is small."""
     return truth.partition("=")[0] == "judge:sequence"
 
 

@@ -1,4 +1,4 @@
-"""What a trace folder says about itself: the header, ``manifest.json``.
+"""The header of a trace folder, ``manifest.json``.
 
 It is written once, before the first shard, and fixes everything that decides the bytes of the shards: pair, prompts,
 prefixes, chunks with their seeds and batches.
@@ -142,7 +142,7 @@ def require(holds: bool, problem: str) -> None:
 
 
 def is_count(value: Any, most: int = 2**62) -> bool:
-    """Whether a JSON value is a whole number from 0 to ``most``."""
+    """True for a JSON value that is a whole number from 0 to ``most``."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
 
 
@@ -232,7 +232,7 @@ def read_header(folder: Folder) -> Manifest:
 
 
 def differences(before: Manifest, now: Manifest) -> list[str]:
-    """What two headers disagree in, as ``name: before -> now``; empty where one can continue the other."""
+    """Differences of two headers, as ``name: before -> now``; empty where one can continue the other."""
     plain = json.loads(json.dumps([before.as_json(), now.as_json()]))
     return list(_compare(plain[0], plain[1], ""))
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deferral_train.errors import InputError
 from deferral_train.heads.base import DeferralHead
-from deferral_train.heads.folding import is_linear
+from deferral_train.heads.folding import is_linear, linear_layer
 from deferral_train.heads.gap import GapHead
 
 RIDGE = "ridge"  # objective
@@ -51,8 +51,7 @@ def fit_ridge(
     offsets = mean[-1] - shift @ candidates
     errors = _errors(head, val, candidates, offsets)
     best = int(errors.argmin())
-    layer = head.body[0]  # type: ignore[index]
-    assert isinstance(layer, nn.Linear)
+    layer = linear_layer(head)
     layer.weight.copy_(candidates[:, best].to(layer.weight))
     layer.bias.copy_(offsets[best].to(layer.bias))
     return float(penalties[best])

@@ -1,5 +1,4 @@
-"""What a training run reports about a head on held-out rows: one object that owns the metrics and names the
-scalars.
+"""Validation of a head during training: one object that owns the metrics on held-out rows and names the scalars.
 
 Headline ``regret``: where the traces know the exact truth, the head's exact regret averaged over the alpha
 grid, 0 at best. On real text absolute regret is not identifiable from one gold token per prefix; there it

@@ -29,11 +29,6 @@ from deferral_train.training.fit import fit
 
 pretend_device.install()
 
-# Goes once a pass puts its inputs where the model is, and a cache its selection where the layer is.
-APART = pytest.mark.xfail(
-    strict=False, reason="passes and caches take their tensors from the verifier's first device"
-)
-
 
 def prompts(count: int = 5) -> list[Prompt]:
     random = np.random.default_rng(0)
@@ -108,7 +103,7 @@ def test_every_mode_of_collect(mode: str, tmp_path: Path) -> None:
     same_traces(tmp_path, ("sim", "sim"), **MODES[mode])
 
 
-@pytest.mark.parametrize("mode", ["reference", "drafter", pytest.param("cascade", marks=APART)])
+@pytest.mark.parametrize("mode", ["reference", "drafter", "cascade"])
 def test_collect_with_the_models_on_two_devices(mode: str, tmp_path: Path) -> None:
     same_traces(tmp_path, ("cpu", "sim"), **MODES[mode])
 
@@ -262,7 +257,6 @@ def test_the_verdict_of_a_serving_step(name: str, limit: float | None) -> None:
     assert not outcomes[1].faults
 
 
-@APART
 def test_a_verifier_spread_by_accelerate_decodes_and_collects() -> None:
     accelerate = pytest.importorskip("accelerate")
     from deferral_train.decoding import cascade_generate
