@@ -203,19 +203,20 @@ def _fit_stop(
 
 def _check_same_head(spec: str, head: str) -> None:
     """Refuse a rule whose head has other weights than the one that would get its certificate."""
-    from deferral_train.heads.artifact import load_head
+    from deferral_train.heads import DeferralHead
     from deferral_train.heads.fingerprint import weights_key
     from deferral_train.heads.rules import parse_spec
 
     named = parse_spec(spec)[1].get("head")
-    if named is not None and weights_key(load_head(str(named))) != weights_key(load_head(head)):
+    stored = None if named is None else weights_key(DeferralHead.from_pretrained(str(named)))
+    if stored is not None and stored != weights_key(DeferralHead.from_pretrained(head)):
         raise InputError(
             f"rule={spec} has another head than head={head}; name one and the same, or leave head out"
         )
 
 
 def _store(head: str, choice: Choice, certificate: Mapping[str, Any], evidence: Evidence | None) -> None:
-    from deferral_train.heads.artifact import load_head, set_operating_point
+    from deferral_train.heads import DeferralHead, set_operating_point
 
     if choice.setting.rule not in ("learned", "learned_token", "judge"):
         raise InputError(
@@ -223,7 +224,7 @@ def _store(head: str, choice: Choice, certificate: Mapping[str, Any], evidence: 
             "nothing was stored: leave head out, or choose with rule=learned or judge"
         )
     if evidence is not None:
-        evidence.check_head(load_head(head), choice.setting.label, head)
+        evidence.check_head(DeferralHead.from_pretrained(head), choice.setting.label, head)
     set_operating_point(head, choice.setting.value, certificate)
 
 

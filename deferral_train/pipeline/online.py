@@ -16,7 +16,7 @@ from deferral_train.decoding.pair import Settings
 from deferral_train.evaluation import skew
 from deferral_train.evaluation.outputs import check_metrics, score_outputs
 from deferral_train.heads import DeferralHead
-from deferral_train.heads.artifact import set_operating_point
+from deferral_train.heads.export import set_operating_point
 from deferral_train.heads.rules import learned_rule, rule_from_spec
 from deferral_train.pipeline import ask
 from deferral_train.pipeline.closing import short

@@ -34,7 +34,7 @@ from deferral_train.pipeline.text import part_path, prepare_text
 from deferral_train.pipeline.verdict import Measured, make_verdict
 from deferral_train.pipeline.wish import FOLDER
 from deferral_train.rules.base import Rule
-from deferral_train.serving.paste import engine_line
+from deferral_train.serving.engine_command import engine_line
 from deferral_train.traces import Traces, open_traces
 
 TRACES = tuple(f"traces/{part}" for part in PARTS)

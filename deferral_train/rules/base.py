@@ -1,4 +1,4 @@
-"""What a rule is: a dial, the summary fields it needs, and one of three questions.
+"""Base classes of deferral rules: position, token and distribution rules, their dial and the summary they read.
 
 A position rule answers "defer?", a token rule "keep this token?", a law rule gives the target law itself. The
 target law of all three is derived here, once. Decisions read the laws before temperature and truncation;
@@ -137,7 +137,7 @@ class Rule:
 
     @property
     def is_lossless(self) -> bool:
-        """Whether the dial stands at its lossless end, so that execution is exactly lossless."""
+        """True where the dial stands at its lossless end, so that the output follows the verifier exactly."""
         return (
             self.dial is not None and self.dial.lossless is not None and self.dial_value == self.dial.lossless
         )

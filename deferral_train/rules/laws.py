@@ -150,7 +150,7 @@ class Laws:
         return drafter, verifier
 
     def at(self, index: tuple[Tensor, ...]) -> Laws:
-        """The same at some positions (advanced indexing of the leading shape)."""
+        """These distributions at some positions (advanced indexing of the leading shape)."""
         assert self.axis == 0
         sampling = None if self.sampling is None else self.sampling[(slice(None), *index)]
         return Laws(self.decision[(slice(None), *index)], self.temperature, sampling)

@@ -1,4 +1,4 @@
-"""Rules driven by an estimator given as an object: any object with these names will do."""
+"""Rules that decide by a learned estimator: any object with the protocol's attributes will do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deferral_train.rules.tails import Candidates, Estimate
 
 @runtime_checkable
 class GapEstimator(Protocol):
-    """What `LearnedRule` asks of a head.
+    """Protocol of the heads that `LearnedRule` accepts.
 
     `features`: summary fields it reads; `stage`: ``"draft"`` or ``"verify"``; `gap(summary)`: the estimate of
     E_P[l(y,q) - l(y,p)] [..], in units of the head's loss. At the draft stage also `tv(summary)`: the
@@ -163,15 +163,15 @@ class Judge(LawRule):
     def logged_rejection(
         self, summary: Summary, candidates: Candidates | None, temperature: float
     ) -> Estimate:
-        """Refused: what it says of a token may follow from the token's own state."""
+        """Raises InputError: the score may depend on the drafted token's own hidden state, so no bound is known."""
         raise InputError("rule judge judges drafted tokens one by one; measure it with decode")
 
     def logged_law(self, summary: Summary, candidates: Candidates, temperature: float) -> Estimate:
-        """Refused."""
+        """Raises InputError, as `logged_rejection`."""
         return self.logged_rejection(summary, candidates, temperature)
 
     def greedy_token(self, summary: Summary, candidates: Candidates | None) -> Estimate:
-        """Refused."""
+        """Raises InputError, as `logged_rejection`."""
         return self.logged_rejection(summary, candidates, 0.0)
 
     def _approval_of_all(self, laws: Laws, summary: Summary) -> Tensor:

@@ -17,7 +17,7 @@ from deferral_train.commands import decode as decode_command
 from deferral_train.decoding.stopping import AcceptanceStop, HeadStop
 from deferral_train.errors import InputError
 from deferral_train.heads import DeferralHead, GapHead, JudgeHead
-from deferral_train.heads.artifact import set_operating_point
+from deferral_train.heads.export import set_operating_point
 from deferral_train.heads.rules import learned_rule, rule_from_spec
 from deferral_train.rules import Rule, make_rule
 from deferral_train.rules.emission import acceptance, residual

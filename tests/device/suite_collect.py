@@ -22,7 +22,7 @@ from deferral_train.pairs.gate import check_pair
 from deferral_train.pairs.load import ModelPair, make_pair
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.rules import make_rule
-from deferral_train.serving.blocks import Plan, Rows, verify
+from deferral_train.serving.blocks import DraftedRows, RowSettings, verify
 from deferral_train.traces import open_traces
 from deferral_train.training.config import FitConfig
 from deferral_train.training.fit import fit
@@ -241,11 +241,11 @@ def test_the_verdict_of_a_serving_step(name: str, limit: float | None) -> None:
     place = torch.arange(rows * drafts).view(rows, drafts)
     outcomes = []
     for device in ("cpu", "sim"):
-        step = Rows(
+        step = DraftedRows(
             drafted.to(device), lengths.to(device), verifier.to(device), temperatures, drafter.to(device),
             [True] * rows, context={"position": place.to(device)},
         )  # fmt: skip
-        plans = [Plan(STEP_RULES[name](), limit, 0.02 * row) for row in range(rows)]
+        plans = [RowSettings(STEP_RULES[name](), limit, 0.02 * row) for row in range(rows)]
         outcomes.append(verify(step, plans, numbers.to(device)))
     for field in ("accepted", "correction", "origin", "deferred"):
         ours, theirs = (torch.as_tensor(getattr(one, field)) for one in outcomes)
