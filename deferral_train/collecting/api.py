@@ -26,7 +26,7 @@ from deferral_train.pairs.prompts import Prompt
 from deferral_train.provenance import one_writer
 from deferral_train.traces import Manifest, open_traces
 from deferral_train.traces.folder import Folder, open_folder
-from deferral_train.traces.manifest import SEQUENCE_LABELS
+from deferral_train.traces.kinds import SEQUENCE_LABELS
 from deferral_train.traces.writer import clear_folder, refuse_changes
 
 

@@ -24,8 +24,6 @@ from torch import Tensor
 from deferral_train.collecting.continuations import Branch, Path, Verifier, finish
 from deferral_train.collecting.sequence import Place, prompt_seed
 
-FORMS = ("position", "token")
-
 
 class Uniforms:
     """Uniform numbers in [0, 1) by (text, position, sample), the same whatever batch the text is in.

@@ -196,17 +196,9 @@ def test_thresholds_that_cannot_be_meant(t5: ModelPair, labelled: Traces, truth:
 
 
 def test_the_serving_engine_makes_no_labels(tmp_path: Path) -> None:
+    config = CollectConfig("d", "v", "p", prefixes="verifier", temperature=0.0, labels="selfjudge")
     with pytest.raises(InputError, match="labels='selfjudge': engine 'vllm' makes none"):
-        collect_command.run(
-            str(tmp_path),
-            "d",
-            "v",
-            "p",
-            prefixes="verifier",
-            temperature=0.0,
-            labels="selfjudge",
-            engine="vllm",
-        )
+        collect_command.run(config, str(tmp_path), engine="vllm")
 
 
 def test_traces_without_labels_are_named(t5: ModelPair, tmp_path: Path) -> None:
