@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deferral_train.collecting.config import CollectConfig
 from deferral_train.errors import InputError
@@ -58,7 +58,9 @@ def run(
         raise InputError(
             f"plan: it tells the cost of labels 'sequence', not of {config.labels!r}; leave it out"
         )
-    scores = None
+    scores: dict[str, Any] | None = None
+    if config.labels == "autojudge":
+        scores = {config.metrics[0]: _quality(config.metrics[0])}
     if config.labels == SEQUENCE_LABELS:
         from deferral_train.evaluation.scorers import make_scorers
 
@@ -67,7 +69,6 @@ def run(
         config,
         out,
         progress,
-        quality=_quality(config.metrics[0]) if config.labels == "autojudge" else None,
         scores=scores,
         plan_only=plan,
         existing="fresh" if fresh else "resume",
