@@ -165,9 +165,8 @@ class BatchCollector:
             laws["drafter"],
             laws["verifier"],
             scores["verifier"],
-            continuations.tokens,
+            continuations,
             [prompt.input_ids for prompt in prompts],
-            continuations.labels,
             int(self.manifest.labels.get("window", 0)),
             int(self.manifest.chunking["batch_tokens"]),
         )

@@ -24,7 +24,7 @@ from deferral_train.pairs.positions import PositionLimits, room_of
 from deferral_train.pairs.prompts import Prompt, read_prompts
 from deferral_train.traces import Chunk, Manifest
 from deferral_train.traces.folder import open_folder
-from deferral_train.traces.manifest import JUDGE_LABELS, SEQUENCE_LABELS
+from deferral_train.traces.kinds import JUDGE_LABELS, SEQUENCE_LABELS
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 TEXTS_TOGETHER = (

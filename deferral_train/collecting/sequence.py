@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from deferral_train.collecting.continuations import Branch, ReadTexts, Verifier, finish
+from deferral_train.collecting.continuations import Branch, CachedTexts, Verifier, finish
 
 # Finished texts and the references of their prompts to scores [n]; NaN where a scorer gave none.
 Score = Callable[[Sequence[str], Sequence[str | None]], np.ndarray]
@@ -81,7 +81,7 @@ class GreedyTexts:
         favourites: of every text.
     """
 
-    def __init__(self, path: ReadTexts, favourites: Sequence[Favourites]) -> None:
+    def __init__(self, path: CachedTexts, favourites: Sequence[Favourites]) -> None:
         self.path, self.favourites = path, favourites
         self._wanted: dict[Branch, None] = {}
         self._finished: dict[Branch, list[int]] = {}
@@ -125,7 +125,7 @@ def differing(favourites: Favourites) -> list[int]:
 
 def finished_places(
     verifier: Verifier,
-    path: ReadTexts,
+    path: CachedTexts,
     favourites: Sequence[Favourites],
     chosen: Sequence[Sequence[int]],
     own: bool = False,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deferral_train.collecting.continuations import ReadTexts, Tally, Verifier
+from deferral_train.collecting.continuations import CachedTexts, Tally, Verifier
 from deferral_train.collecting.prefixes import Continuations
 from deferral_train.collecting.scoring import ModelOutputs
 from deferral_train.collecting.sequence import (
@@ -144,12 +144,12 @@ class SequenceLabels:
         past = scores["verifier"].past
         assert past is not None
         starts = [1 if self.pair.is_encoder_decoder else len(prompt.input_ids) for prompt in prompts]
-        path = ReadTexts(continuations.tokens, starts, past)
+        path = CachedTexts(continuations.tokens, starts, past)
         texts = self._places(prompts, path, laws)
         return self._table(lengths, *self._measured(prompts, texts), str(rows.device))
 
     def _places(
-        self, prompts: Sequence[EncodedPrompt], path: ReadTexts, laws: Mapping[str, Sequence[Tensor]]
+        self, prompts: Sequence[EncodedPrompt], path: CachedTexts, laws: Mapping[str, Sequence[Tensor]]
     ) -> tuple[list[list[Place]], list[int], list[str | None]]:
         """Of every labelled place its samples, the token that it is about, and every prompt's reference."""
         settings, pair = self.settings, self.pair

@@ -21,10 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deferral_train.collecting.continuations import Branch, ReadTexts, Verifier, finish
+from deferral_train.collecting.continuations import Branch, CachedTexts, Verifier, finish
 from deferral_train.collecting.sequence import Place, prompt_seed
-
-FORMS = ("position", "token")
 
 
 class Uniforms:
@@ -123,7 +121,7 @@ def draw_tokens(
 
 
 def sampled_places(
-    verifier: Verifier, path: ReadTexts, draws: Sequence[Draws], how: Sampling, uniforms: Uniforms
+    verifier: Verifier, path: CachedTexts, draws: Sequence[Draws], how: Sampling, uniforms: Uniforms
 ) -> list[list[Place]]:
     """Both finished texts of every sample of every place."""
     wanted: dict[Branch, None] = {}

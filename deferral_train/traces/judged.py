@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deferral_train.errors import InputError
 from deferral_train.rules.summary import TOKEN_FIELDS, Summary
-from deferral_train.traces.manifest import JUDGE_LABELS
+from deferral_train.traces.kinds import JUDGE_LABELS
 from deferral_train.traces.reader import Traces
 from deferral_train.traces.schema import JUDGED_COLUMN
 from deferral_train.traces.sequence import sequence_gap

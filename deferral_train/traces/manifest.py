@@ -14,12 +14,10 @@ from typing import Any
 
 from deferral_train.errors import InputError
 from deferral_train.traces.folder import Folder
+from deferral_train.traces.kinds import JUDGE_LABELS, PREFIX_SOURCES, SEQUENCE_LABELS
 from deferral_train.traces.schema import READABLE_VERSIONS, RELEASES, SCHEMA_VERSION, Layout
 
 HEADER = "manifest.json"
-PREFIX_SOURCES = ("reference", "drafter", "verifier")  # or "cascade:<rule>"
-JUDGE_LABELS = ("selfjudge", "autojudge")
-SEQUENCE_LABELS = "sequence"
 MOST_METRICS = 64
 WIDEST = 1 << 20  # most candidates or hidden numbers of a row
 # Say how an output came to be or where a checkpoint lies, not what it is: free to differ between runs.

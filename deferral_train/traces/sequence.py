@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.traces.manifest import SEQUENCE_LABELS
+from deferral_train.traces.kinds import SEQUENCE_LABELS
 from deferral_train.traces.reader import Traces
 from deferral_train.traces.schema import SEQUENCE_ERROR, SEQUENCE_GAP, SEQUENCE_TOKEN, SEQUENCE_WORDS
 

@@ -61,13 +61,11 @@ def same_traces(tmp_path: Path, devices: tuple[str, str], kind: str = "llama", *
             **settings,
         }
     )
-    quality = _length if config.labels == "autojudge" else None
+    scores = {config.metrics[0]: _length} if config.labels == "autojudge" else None
     found = []
     for name, places in (("cpu", ("cpu", "cpu")), ("sim", devices)):
         out = tmp_path / name
-        collect(
-            config, out, progress=False, models=pair_on(*places, kind), prompts=prompts(), quality=quality
-        )
+        collect(config, out, progress=False, models=pair_on(*places, kind), prompts=prompts(), scores=scores)
         found.append(open_traces(out, verify=True))
     here, there = found
     assert len(here) == len(there) > 20
