@@ -166,7 +166,8 @@ def _walk(
         q, _ = drafter.step(prompts, parents, tokens, False)
         p, states = verifier.step(prompts, parents, tokens, True)
         best_q, best_p = q.argmax(-1).tolist(), p.argmax(-1).tolist()
-        decisions = {label: _defer(rule, q, p, states, depth).tolist() for label, rule in rules.items()}
+        summary = _summary(rules, q, p, states, depth)
+        decisions = {label: _defer(rule, q, p, summary).tolist() for label, rule in rules.items()}
         children: dict[tuple[int, int], list[Walk]] = {}
         for label, own in walks.items():
             for walk in own:
@@ -208,14 +209,19 @@ def _end(walk: Walk, eos: bool, full: bool) -> None:
         walk.calls += walk.place > 0
 
 
-def _defer(rule: Rule, q: Tensor, p: Tensor, states: Tensor | None, depth: int) -> Tensor:
-    """Whether a rule emits another token than the drafter's favourite, bool [N]."""
-    if not isinstance(rule, PositionRule | TokenRule):
-        return rule.target(q, p, temperature=0.0).argmax(-1) != q.argmax(-1)
-    needs = {*rule.needs, *(TOKEN_NEEDS if isinstance(rule, TokenRule) else ()), "tv"}
+def _summary(rules: Mapping[str, Rule], q: Tensor, p: Tensor, states: Tensor | None, depth: int) -> Summary:
+    """Every field that a rule reads, once for all rules."""
+    needs = frozenset({"tv", *TOKEN_NEEDS}).union(*(getattr(rule, "needs", ()) for rule in rules.values()))
     summary = summarize(q, p, temperature=0.0, token=q.argmax(-1), fields=sorted(needs & COMPUTED_FIELDS))
     context = {"position": torch.full((len(q),), depth)} if "position" in needs else {}
     if "verifier_hidden" in needs:
         assert states is not None
         context["verifier_hidden"] = states
-    return defers(rule, Summary({**dict(summary), **context}))
+    return Summary({**dict(summary), **context})
+
+
+def _defer(rule: Rule, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
+    """Whether a rule emits another token than the drafter's favourite, bool [N]."""
+    if not isinstance(rule, PositionRule | TokenRule):
+        return rule.target(q, p, temperature=0.0).argmax(-1) != q.argmax(-1)
+    return defers(rule, summary)

@@ -178,7 +178,10 @@ class Learning:
     ) -> None:
         self.pair, self.validation = pair, validation
         # Once each: a fit sets some aside by prompt, and texts that repeat would be on both sides.
-        self.fit_prompts = list({prompt.prompt: prompt for prompt in reversed(fit_prompts)}.values())[::-1]
+        first: dict[str, Prompt] = {}
+        for prompt in fit_prompts:
+            first.setdefault(prompt.prompt, prompt)
+        self.fit_prompts = list(first.values())
         self.scorers, self.settings, self.out = dict(scorers), settings, Path(out)
         ids, texts = {prompt.id for prompt in fit_prompts}, {prompt.prompt for prompt in fit_prompts}
         shared = [prompt.id for prompt in validation if prompt.id in ids or prompt.prompt in texts]
