@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from deferral_train.decoding.compatibility import check_consulted, check_head, heads_of, with_counting
@@ -226,13 +225,17 @@ class Pair:
             "eos_token_id": list(self.models.eos_ids) or None,
             "pad_token_id": self._pad_id(),
             "return_dict_in_generate": True,
-            "past_key_values": DynamicCache(),  # never filled; spares generate the making of one
+            # What the verifier's own configuration asks for is made here, or is no matter of the text.
+            "stop_strings": None,
+            "cache_implementation": None,
         }
 
     def _criteria(self, options: Settings) -> StoppingCriteriaList:
-        if not options.stop_strings:
+        inherited = self.models.verifier.generation_config.stop_strings or ()
+        strings = options.stop_strings or ([inherited] if isinstance(inherited, str) else inherited)
+        if not strings:
             return StoppingCriteriaList()
-        return StoppingCriteriaList([StopStringCriteria(self.tokenizer, list(options.stop_strings))])
+        return StoppingCriteriaList([StopStringCriteria(self.tokenizer, list(strings))])
 
     def _pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
