@@ -113,7 +113,9 @@ def test_batches_and_chunks_move_values_by_rounding_alone(
         together = collected(pair, tmp_path / f"{name}2", batch_tokens=10_000, chunk_prompts=100)
         first, second = alone.summary(), together.summary()
         for field in first:
-            torch.testing.assert_close(first[field], second[field], atol=1e-5, rtol=1e-5, msg=field)
+            # A margin is a difference of logits and carries their rounding, that of values several times as large.
+            atol = 4e-5 if field.endswith("_margin") else 1e-5
+            torch.testing.assert_close(first[field], second[field], atol=atol, rtol=1e-5, msg=field)
 
 
 POSITION_RULES = (
