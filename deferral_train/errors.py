@@ -72,7 +72,7 @@ class MissingExtraError(InputError):
 
 
 def missing_extra(error: ModuleNotFoundError) -> MissingExtraError:
-    """What to install for a module that is absent; an absent module that no extra brings is raised again."""
+    """The error that says what to install for an absent module; one that no extra brings is raised again."""
     top = (error.name or "").split(".")[0]
     if top not in EXTRAS:
         raise error
@@ -81,7 +81,7 @@ def missing_extra(error: ModuleNotFoundError) -> MissingExtraError:
 
 @contextlib.contextmanager
 def config_errors(prefix: str = "") -> Iterator[None]:
-    """What jsonargparse raises on a config or flags that do not fit becomes an InputError.
+    """Turns what jsonargparse raises on a config or flags that do not fit into an InputError.
 
     Besides its own error it lets through those of the YAML reader and of the file system, and a TypeError where a
     section holds a single value.

@@ -48,7 +48,7 @@ class Case:
 
 @dataclass(frozen=True)
 class RuleReport:
-    """What `check_rule` found.
+    """Result of `check_rule`: the properties of a rule that were measured.
 
     Attributes:
         name: of the rule.
@@ -108,7 +108,7 @@ def check_rule(rule: Rule, context: Callable[[int], Summary] | None = None, seed
 
 
 def kind_of(rule: Rule) -> str:
-    """position, token or law."""
+    """Kind of a rule: ``"position"``, ``"token"`` or ``"law"``."""
     for kind, base in (("position", PositionRule), ("token", TokenRule), ("law", LawRule)):
         if isinstance(rule, base):
             return kind

@@ -21,10 +21,9 @@ EXPORT = """
 import torch
 from deferral_train.commands import export
 from deferral_train.heads import GapHead
-from deferral_train.heads.artifact import full_config
 head = GapHead(["drafter_max", "verifier_max"])
 state = {"head." + name: tensor for name, tensor in head.state_dict().items()}
-torch.save({"deferral_head": full_config(head), "state_dict": state}, "best.ckpt")
+torch.save({"deferral_head": head.stored_config(), "state_dict": state}, "best.ckpt")
 export.run(export.ExportConfig("best.ckpt", "head", alpha=0.25))
 export.run(export.ExportConfig("head", "again"))
 """

@@ -145,7 +145,7 @@ def _collected(pair: Pair, prompts: Sequence[Prompt], kind: str, work: Path, tol
     out = work / f"{kind}-{prompts[0].id.replace('#', '-').replace('/', '-')}-{len(prompts)}"
     collect(
         config, out, progress=False, models=pair.models, prompts=prompts,
-        quality=lambda texts, references: per_prompt("chrf", texts, references).tolist(),
+        scores={"chrf": lambda texts, references: per_prompt("chrf", texts, references).tolist()},
     )  # fmt: skip
     return open_traces(out)
 

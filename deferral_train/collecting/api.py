@@ -14,8 +14,8 @@ from deferral_train.collecting.batches import BatchCollector
 from deferral_train.collecting.config import ON_POLICY_TOKENS, CollectConfig
 from deferral_train.collecting.engine import run_engine
 from deferral_train.collecting.launch import launch, processes
-from deferral_train.collecting.mining import Mined, Quality
-from deferral_train.collecting.plan import Plan, make_plan, read_any_prompts, size_text
+from deferral_train.collecting.mining import Mined
+from deferral_train.collecting.plan import CollectionPlan, make_plan, read_any_prompts, size_text
 from deferral_train.collecting.prefixes import make_source
 from deferral_train.collecting.progress import check_room
 from deferral_train.collecting.sequence_work import label_sequences
@@ -26,7 +26,7 @@ from deferral_train.pairs.prompts import Prompt
 from deferral_train.provenance import one_writer
 from deferral_train.traces import Manifest, open_traces
 from deferral_train.traces.folder import Folder, open_folder
-from deferral_train.traces.manifest import SEQUENCE_LABELS
+from deferral_train.traces.kinds import SEQUENCE_LABELS
 from deferral_train.traces.writer import clear_folder, refuse_changes
 
 
@@ -37,7 +37,6 @@ def collect(
     *,
     models: ModelPair | None = None,
     prompts: Sequence[Prompt] | None = None,
-    quality: Quality | None = None,
     scores: Mapping[str, Any] | None = None,
     plan_only: bool = False,
     existing: str = "resume",
@@ -50,9 +49,9 @@ def collect(
         progress: announce, show a bar, and say what was left out.
         models: a pair already in memory, in place of ``config.drafter`` and ``config.verifier``.
         prompts: prompts already read, in place of ``config.prompts``.
-        quality: scores of finished texts against references, for ``labels="autojudge"``; what
-            ``config.label_metric`` names is looked up by the command.
-        scores: for ``labels="sequence"`` a scorer (:data:`~deferral_train.collecting.sequence.Score`) of each metric.
+        scores: a scorer of each metric in ``config.metrics``, for ``labels="sequence"``
+            (:data:`~deferral_train.collecting.sequence.Score`) and ``labels="autojudge"``
+            (:data:`~deferral_train.collecting.mining.Quality`); the command looks them up by name.
         plan_only: for ``labels="sequence"``: say what it would take, and write nothing.
         existing: traces in ``out``: ``resume`` goes on with them and refuses those of other settings or inputs,
             ``replace`` removes these, ``fresh`` removes any.
@@ -69,16 +68,17 @@ def collect(
     if config.rule is not None:
         # A mistyped rule is refused before any model is loaded.
         rule_from_spec(config.rule, typed=[config.rule])
-    if config.labels == "autojudge" and quality is None:
-        raise InputError("labels='autojudge': pass quality=, which scores finished texts against references")
+    metric = config.metrics[0]
+    if config.labels == "autojudge" and metric not in (scores or {}):
+        raise InputError(f"labels='autojudge': no scorer for {metric}; pass scores={{{metric!r}: ...}}")
     pair, teacher = _models(config, models)
     given = list(prompts) if prompts is not None else read_any_prompts(config)
     plan = make_plan(
         config, pair, given[: config.limit], teacher, pair.device.type, handed_over=models is not None
     )
     source = make_source(config)
-    if config.labels == "autojudge" and quality is not None:
-        source = Mined(config.new_tokens or ON_POLICY_TOKENS, quality, config.label_tolerance)
+    if config.labels == "autojudge" and scores is not None:
+        source = Mined(config.new_tokens or ON_POLICY_TOKENS, scores[metric], config.label_tolerance)
     third = teacher.verifier if teacher else None
     collector = BatchCollector(pair, third, source, plan.manifest, plan.prompts)
     if config.labels == SEQUENCE_LABELS:
@@ -157,7 +157,7 @@ def _rank() -> int:
     return launched.rank if launched else int(os.environ.get("LOCAL_RANK", "0"))  # Lightning's own processes
 
 
-def _say_left_out(plan: Plan) -> None:
+def _say_left_out(plan: CollectionPlan) -> None:
     if _rank() != 0:
         return
     for word, verb in (("skipped", "left out"), ("cut", "cut short")):

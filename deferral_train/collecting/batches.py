@@ -1,4 +1,4 @@
-"""What a batch of prompts becomes: rows for the writer, on the models' device, in a fixed order.
+"""Turns a batch of prompts into trace rows: both models' passes, measured on their device, in a fixed order.
 
 N scored positions of the batch.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from deferral_train.collecting.judging import judge_columns
 from deferral_train.collecting.measure import Measure
 from deferral_train.collecting.prefixes import Continuations, PrefixSource
-from deferral_train.collecting.scoring import Scores, make_inputs, score
+from deferral_train.collecting.scoring import ModelOutputs, make_inputs, score
 from deferral_train.collecting.sequence_labels import SequenceLabels
 from deferral_train.pairs.encode import EncodedPrompt
 from deferral_train.pairs.load import ModelPair
@@ -26,8 +26,8 @@ TEACHER_ROWS = 256  # positions per block of the teacher's law
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows of one batch.
+class TraceRows:
+    """Trace rows of one batch.
 
     Attributes:
         columns: every column of the layout, [N] or [N, K].
@@ -54,7 +54,7 @@ class Scored:
 
     numbers: Sequence[int]
     continuations: Continuations
-    scores: dict[str, Scores]
+    scores: dict[str, ModelOutputs]
     rows: Tensor
     labels: dict[str, Tensor]
 
@@ -84,8 +84,8 @@ class BatchCollector:
         self.manifest, self.prompts = manifest, prompts
         self.measure = Measure(pair.vocab_size, manifest.top_k, manifest.temperature)
 
-    def __call__(self, chunk: Chunk, batch: int) -> Rows:
-        """Rows of the chunk's batch with this number."""
+    def __call__(self, chunk: Chunk, batch: int) -> TraceRows:
+        """Trace rows of the chunk's batch with this number."""
         return self.rows(self.score(chunk, batch))
 
     def score(self, chunk: Chunk, batch: int) -> Scored:
@@ -102,10 +102,12 @@ class BatchCollector:
         prompts = [self.prompts[number] for number in numbers]
         scores, rows = self._score(prompts, continuations)
         labels = self._labels(prompts, continuations, scores, rows)
-        scores = {role: Scores(one.logits, one.hidden) for role, one in scores.items()}  # the cache may go
+        scores = {
+            role: ModelOutputs(one.logits, one.hidden) for role, one in scores.items()
+        }  # the cache may go
         return Scored(numbers, continuations, scores, rows, labels)
 
-    def rows(self, scored: Scored) -> Rows:
+    def rows(self, scored: Scored) -> TraceRows:
         """The rest: from logits to columns. Touches no model, so that another thread may do it."""
         scores, rows = scored.scores, scored.rows
         tokens = [token for row in scored.continuations.tokens for token in row]
@@ -122,12 +124,12 @@ class BatchCollector:
         columns |= scored.labels
         if self.teacher is not None:
             columns |= self._truth(scores, rows)
-        return Rows(columns, finite, suspects)
+        return TraceRows(columns, finite, suspects)
 
     def _score(
         self, prompts: Sequence[EncodedPrompt], continuations: Continuations
-    ) -> tuple[dict[str, Scores], Tensor]:
-        """Scores by role; the scored places are the same for all, because the tokens are."""
+    ) -> tuple[dict[str, ModelOutputs], Tensor]:
+        """Outputs by role; the scored places are the same for all, because the tokens are."""
         models = {"drafter": self.pair.drafter, "verifier": self.pair.verifier}
         if self.teacher is not None:
             models["teacher"] = self.teacher
@@ -139,14 +141,14 @@ class BatchCollector:
             judges = role == "verifier" and bool(self.manifest.labels)
             found = score(model, inputs, judges or role in self.manifest.hidden, keep_past=judges)
             hidden = None if found.hidden is None else found.hidden.to(device)
-            scores[role] = Scores(found.logits.to(device), hidden, found.past)
+            scores[role] = ModelOutputs(found.logits.to(device), hidden, found.past)
         return scores, inputs.rows.to(device)
 
     def _labels(
         self,
         prompts: Sequence[EncodedPrompt],
         continuations: Continuations,
-        scores: dict[str, Scores],
+        scores: dict[str, ModelOutputs],
         rows: Tensor,
     ) -> dict[str, Tensor]:
         """Columns of labels, which need the verifier once more."""
@@ -163,14 +165,13 @@ class BatchCollector:
             laws["drafter"],
             laws["verifier"],
             scores["verifier"],
-            continuations.tokens,
+            continuations,
             [prompt.input_ids for prompt in prompts],
-            continuations.labels,
             int(self.manifest.labels.get("window", 0)),
             int(self.manifest.chunking["batch_tokens"]),
         )
 
-    def _suspects(self, scores: dict[str, Scores], rows: Tensor) -> dict[str, Tensor]:
+    def _suspects(self, scores: dict[str, ModelOutputs], rows: Tensor) -> dict[str, Tensor]:
         known = self.pair.vocab_size
         return {
             role: ~torch.isfinite(one.logits[:, :known].index_select(0, rows)).all(dim=1)
@@ -197,12 +198,12 @@ class BatchCollector:
             }
         return context
 
-    def _truth(self, scores: dict[str, Scores], rows: Tensor) -> dict[str, Tensor]:
+    def _truth(self, scores: dict[str, ModelOutputs], rows: Tensor) -> dict[str, Tensor]:
         """The truth group under P := the teacher's law."""
         parts = [self._truth_block(scores, block) for block in rows.split(TEACHER_ROWS)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def _truth_block(self, scores: dict[str, Scores], rows: Tensor) -> dict[str, Tensor]:
+    def _truth_block(self, scores: dict[str, ModelOutputs], rows: Tensor) -> dict[str, Tensor]:
         laws = {
             role: one.logits[:, : self.pair.vocab_size].index_select(0, rows).float().softmax(dim=-1)
             for role, one in scores.items()

@@ -1,4 +1,4 @@
-"""What a collect run is asked for: typed, checked, and split into what decides bytes and what does not."""
+"""Settings of a collect run, checked, and split into those that decide the bytes and those that do not."""
 
 from __future__ import annotations
 
@@ -6,52 +6,68 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from deferral_train.collecting.sequence_sampling import FORMS
 from deferral_train.errors import InputError
-from deferral_train.traces.manifest import JUDGE_LABELS, PREFIX_SOURCES, SEQUENCE_LABELS
+from deferral_train.traces.kinds import JUDGE_LABELS, PREFIX_SOURCES, SEQUENCE_LABELS
 
 HIDDEN = {"none": (), "drafter": ("drafter",), "verifier": ("verifier",), "both": ("drafter", "verifier")}
 ON_POLICY_TOKENS = 128
 SEQUENCE_METRICS = ("sentence_bleu", "chrf1")
 LABEL_REFERENCES = ("given", "verifier")
+LABEL_FORMS = ("position", "token")
 
 
 @dataclass(frozen=True)
 class CollectConfig:
-    """Settings of :func:`deferral_train.collecting.collect`.
+    """Run both models over prompts and log their token distributions as traces; run again to resume.
+
+    Models and prompts may be left empty where :func:`deferral_train.collecting.collect` is handed them.
 
     Attributes:
-        drafter, verifier: checkpoint folders or hub ids; may be left empty where models are handed over.
-        prompts: file, data set name or fsspec address; may be left empty where prompts are handed over.
-        prefixes: ``reference``, ``drafter``, ``verifier`` or ``cascade``.
-        rule: rule of a cascade, as ``--rules`` takes it (``opt:alpha=0.2``, ``learned:head=FOLDER``).
+        drafter: checkpoint folder or hub id of the small model.
+        verifier: checkpoint folder or hub id of the large model, same tokenizer.
+        prompts: jsonl, csv, tsv, parquet or text file (.gz too), a datasets name, or an fsspec address.
+        prefixes: reference (teacher-forced), drafter, verifier or cascade (on-policy).
+        rule: rule of a cascade, such as opt:alpha=0.2 or learned:head=FOLDER.
         num_draft_tokens: most tokens a cascade drafts per block.
-        temperature: of sampled prefixes and of the laws that ``tv`` compares; 0 is greedy.
-        log_top_k: K, candidates of each model with both log-probabilities; 0 logs none.
-        hidden: whose last hidden states are logged, in 16 bit: none, drafter, verifier, both.
-        teacher: a third checkpoint whose law fills the truth group.
-        labels: judge labels of the drafter's favourite tokens, ``selfjudge`` or ``autojudge``; ``sequence``: what the
-            finished text is worth; None for none.
-        label_window: tokens after a substitution that SelfJudge rescores.
-        label_metric: what AutoJudge compares finished texts by, one metric; of ``sequence`` one or several. Empty:
-            chrf for AutoJudge, `SEQUENCE_METRICS` for ``sequence``.
-        label_share: of the places of each prompt that ``sequence`` labels.
-        label_samples: continuations of each side at temperature > 0.
-        label_reference: ``given``, or ``verifier``: texts are scored against the verifier's own.
-        label_form: at temperature > 0: ``position`` averages over drafts, ``token`` is about one drafted token.
-        label_scales: deviations that the metrics' gaps are divided by; empty takes those of a first look.
-        label_tolerance: loss of it, against the verifier's own text, that a swap may cost.
+        temperature: of sampled prefixes and of the distributions whose distance is logged; 0 is greedy.
+        log_top_k: candidates logged of each model, with both log-probabilities; 0 logs the summary alone.
+        hidden: whose last hidden states to log in 16 bit: none, drafter, verifier or both.
+        teacher: third checkpoint whose distribution is logged as truth.
+        labels: judge labels of drafted tokens (docs/judges.md): selfjudge (rescored suffix) or autojudge (finished
+            texts compared), with prefixes verifier and temperature 0; or sequence: what the finished text is worth
+            with the drafter's token and with the verifier's (docs/which_label.md).
+        label_window: tokens after a substitution that selfjudge rescores.
+        label_metric: what finished texts are scored by: chrf, chrf1, sentence_bleu, gsm8k, exact_match, rougeL, ...;
+            for sequence also corpus_bleu, corpus_chrf, command:PROGRAM (reads and answers lines of JSON) and
+            module:function, and several together; default chrf for autojudge, sentence_bleu chrf1 for sequence.
+        label_tolerance: loss of it, against the verifier's own text, that a token may cost (chrf from 0 to 1).
+        label_share: share of the places of each prompt that sequence labels.
+        label_samples: continuations of each side at a temperature above 0.
+        label_reference: what texts are scored against: given, or verifier (its own finished text).
+        label_form: at a temperature above 0: position (averages over drafts) or token (about one drafted token).
+        label_scales: what each metric's gaps are divided by; default their deviations in a first look.
         chunk_prompts: prompts per shard, the unit of work and of resuming.
-        batch_tokens: most padded tokens in a batch; None picks by device and vocabulary.
-        max_new_tokens: most tokens of a prefix; None: 128 on-policy, no limit on references.
-        max_prompt_tokens: longer prompts are left out and named; None: what the models can place.
-        max_bytes: stop cleanly before shards exceed this many bytes.
-        limit: use only the first so many prompts.
-        seed: base seed; every chunk has its own, derived from it.
-        devices, num_nodes: processes per node and machines; under torchrun or srun what was started.
-        device, dtype, drafter_device, device_map: as ``load_models`` takes them.
-        chat, template, prompt_format, reference_path, prompt_field, reference_field, subset, split: see
-            ``read_prompts`` and ``encode_prompts``.
+        batch_tokens: most padded tokens per batch; default by device and vocabulary.
+        max_new_tokens: most tokens per prefix; default 128 on-policy, unlimited on references.
+        max_prompt_tokens: longer prompts are left out and named; default what the models can place.
+        max_bytes: stop cleanly before the shards exceed this many bytes.
+        limit: use the first so many prompts only.
+        seed: base seed; every shard has one of its own, derived from it.
+        devices: processes per node; under torchrun or srun as many as were started.
+        num_nodes: machines; under torchrun or srun those used.
+        device: auto, cpu, cuda, cuda:N or mps.
+        dtype: auto, float32, float16 or bfloat16.
+        drafter_device: device of the drafter, where it is not the verifier's.
+        device_map: auto spreads the verifier over several GPUs and the CPU (needs accelerate); also balanced,
+            balanced_low_0, sequential.
+        chat: auto (the tokenizer's chat template where it has one), on or off.
+        template: text around each prompt, with {prompt} in it.
+        prompt_format: jsonl, csv, tsv, parquet, text, mmlu or dataset; default by suffix.
+        reference_path: second file of parallel text.
+        prompt_field: column of the prompt.
+        reference_field: column of the reference.
+        subset: configuration of a named data set.
+        split: split of a data set.
     """
 
     drafter: str = ""
@@ -138,10 +154,10 @@ class CollectConfig:
     def _check_sequence(self) -> None:
         if not 0 < self.label_share <= 1:
             raise InputError(f"label_share={self.label_share}: use a share above 0 and up to 1")
-        if self.label_reference not in LABEL_REFERENCES or self.label_form not in FORMS:
+        if self.label_reference not in LABEL_REFERENCES or self.label_form not in LABEL_FORMS:
             raise InputError(
                 f"label_reference={self.label_reference!r}, label_form={self.label_form!r}: use "
-                f"{' or '.join(LABEL_REFERENCES)}, and {' or '.join(FORMS)}"
+                f"{' or '.join(LABEL_REFERENCES)}, and {' or '.join(LABEL_FORMS)}"
             )
         if self.temperature == 0 and (self.label_samples > 1 or self.label_form == "token"):
             raise InputError(
@@ -183,7 +199,7 @@ class CollectConfig:
 
     @property
     def prefix_name(self) -> str:
-        """What the manifest says: ``cascade:<rule>`` for cascades."""
+        """The prefix source as the manifest records it: ``cascade:<rule>`` for cascades."""
         return f"cascade:{self.rule}" if self.prefixes == "cascade" else self.prefixes
 
     @property
@@ -192,7 +208,7 @@ class CollectConfig:
         return ON_POLICY_TOKENS if self.on_policy and self.max_new_tokens is None else self.max_new_tokens
 
     def deciding(self) -> dict[str, Any]:
-        """What the bytes depend on beyond what the manifest has a field for."""
+        """Settings that the bytes of the shards depend on and that the manifest has no field of its own for."""
         names = ["chat", "template", "max_prompt_tokens"]
         names += ["num_draft_tokens"] if self.prefixes == "cascade" else []
         return {"max_new_tokens": self.new_tokens, **{name: getattr(self, name) for name in names}}

@@ -49,7 +49,7 @@ def most_probable(logits: Tensor, branches: Sequence[Branch], steps: int) -> Ten
 
 
 @dataclass(frozen=True)
-class Path:
+class CachedTexts:
     """Texts of a batch and what the verifier's pass over them left.
 
     Attributes:
@@ -65,7 +65,7 @@ class Path:
 
 @dataclass
 class Tally:
-    """What was written so far: ``texts`` that went on behind a branch, and their ``tokens``."""
+    """Counts of generated text: ``texts`` that went on behind a branch, and their ``tokens``."""
 
     texts: int = 0
     tokens: int = 0
@@ -93,7 +93,7 @@ class Verifier:
 
 
 def finish(
-    verifier: Verifier, path: Path, branches: Sequence[Branch], choose: Choose = most_probable
+    verifier: Verifier, path: CachedTexts, branches: Sequence[Branch], choose: Choose = most_probable
 ) -> dict[Branch, list[int]]:
     """Each branch's finished text: the path's tokens before its place, its own token, and what follows.
 
@@ -117,7 +117,7 @@ def finish(
     return finished
 
 
-def _groups(path: Path, branches: Sequence[Branch], most: int) -> Iterator[list[Branch]]:
+def _groups(path: CachedTexts, branches: Sequence[Branch], most: int) -> Iterator[list[Branch]]:
     """Branches of one column, at most ``most`` together; those of long texts first, which end about together."""
 
     def column(one: Branch) -> int:
@@ -133,7 +133,9 @@ def _groups(path: Path, branches: Sequence[Branch], most: int) -> Iterator[list[
         yield group
 
 
-def _continue(verifier: Verifier, path: Path, group: Sequence[Branch], choose: Choose) -> list[list[int]]:
+def _continue(
+    verifier: Verifier, path: CachedTexts, group: Sequence[Branch], choose: Choose
+) -> list[list[int]]:
     """Tokens after each branch's own, up to and with the end of sequence."""
     device = verifier.model.device
     first = group[0]

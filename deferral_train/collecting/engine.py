@@ -16,9 +16,9 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 from torch.utils.data import DataLoader
 
 from deferral_train.collecting.batches import BatchCollector, Scored
-from deferral_train.collecting.plan import Plan
+from deferral_train.collecting.plan import CollectionPlan
 from deferral_train.collecting.progress import Progress
-from deferral_train.collecting.shelf import Shelf
+from deferral_train.collecting.shard_writer import ShardWriterThread
 from deferral_train.pairs.load import ModelPair
 from deferral_train.traces import Chunk, TraceWriter, prepare_folder
 from deferral_train.traces.folder import open_folder
@@ -28,7 +28,7 @@ from deferral_train.traces.ledger import read_ledger, write_ledger
 class CollectData(pl.LightningDataModule):
     """The batches of this process: its share of the chunks that nobody has finished."""
 
-    def __init__(self, plan: Plan, out: str) -> None:
+    def __init__(self, plan: CollectionPlan, out: str) -> None:
         super().__init__()
         self.plan, self.out = plan, out
         self.prepare_data_per_node = False
@@ -87,12 +87,12 @@ class Budget:
 
     Args:
         plan: knows the most bytes of each chunk.
-        shelf: knows the bytes written.
+        writer: knows the bytes written.
         most: bytes this process may write.
     """
 
-    def __init__(self, plan: Plan, shelf: Shelf, most: int) -> None:
-        self.plan, self.shelf, self.most = plan, shelf, most
+    def __init__(self, plan: CollectionPlan, writer: ShardWriterThread, most: int) -> None:
+        self.plan, self.writer, self.most = plan, writer, most
         self.stopped = False
         self._current: int | None = None
 
@@ -100,8 +100,8 @@ class Budget:
         """Asked before every batch; decides when a chunk begins, and never again once it said no."""
         if self.stopped or chunk.id == self._current:
             return not self.stopped
-        self.shelf.drain()
-        self.stopped = self.shelf.bytes + self.plan.chunk_bytes(chunk.id) > self.most
+        self.writer.drain()
+        self.stopped = self.writer.bytes + self.plan.chunk_bytes(chunk.id) > self.most
         self._current = chunk.id
         return not self.stopped
 
@@ -113,21 +113,21 @@ class ShardWriter(BasePredictionWriter):
         plan: the work. out: trace folder. max_bytes: see :class:`Budget`. progress: whether to show any.
     """
 
-    def __init__(self, plan: Plan, out: str, max_bytes: int | None, progress: bool) -> None:
+    def __init__(self, plan: CollectionPlan, out: str, max_bytes: int | None, progress: bool) -> None:
         super().__init__(write_interval="batch")
         self.plan, self.out, self.max_bytes, self.show = plan, out, max_bytes, progress
-        self.shelf: Shelf | None = None
+        self.writer: ShardWriterThread | None = None
         self.progress: Progress | None = None
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         data, module = trainer.datamodule, pl_module  # type: ignore[attr-defined]
         assert isinstance(module, CollectModule)
         module.work = data.work()
-        self.shelf = Shelf(
+        self.writer = ShardWriterThread(
             TraceWriter(self.out, self.plan.manifest, trainer.global_rank), module.collector.rows
         )
         if self.max_bytes is not None:
-            module.budget = Budget(self.plan, self.shelf, self._share(trainer))
+            module.budget = Budget(self.plan, self.writer, self._share(trainer))
         if self.show and trainer.is_global_zero:
             self.progress = Progress(self.plan, self.out, data.done_before, trainer.world_size)
             self.progress.begin(module.work, module.collector)
@@ -150,21 +150,21 @@ class ShardWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         assert isinstance(pl_module, CollectModule)
-        assert self.shelf is not None
+        assert self.writer is not None
         if prediction is None:
             return
-        self.shelf.put(pl_module.work[batch][0], prediction)
+        self.writer.put(pl_module.work[batch][0], prediction)
         if self.progress is not None:
-            self.progress.advance(len(prediction.rows), self.shelf.bytes)
+            self.progress.advance(len(prediction.rows), self.writer.bytes)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, CollectModule)
-        if self.shelf is not None:
-            self.shelf.close()
+        if self.writer is not None:
+            self.writer.close()
             if pl_module.budget is not None and pl_module.budget.stopped:
-                self.shelf.writer.stop(f"max_bytes={self.max_bytes}")
+                self.writer.writer.stop(f"max_bytes={self.max_bytes}")
         if self.progress is not None:
-            self.progress.end(self.shelf.bytes if self.shelf else 0)
+            self.progress.end(self.writer.bytes if self.writer else 0)
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             tidy(self.out)
@@ -172,10 +172,10 @@ class ShardWriter(BasePredictionWriter):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        if self.shelf is not None:
-            self.shelf.abandon()
+        if self.writer is not None:
+            self.writer.abandon()
         if self.progress is not None:
-            self.progress.end(self.shelf.bytes if self.shelf else 0)
+            self.progress.end(self.writer.bytes if self.writer else 0)
 
 
 def tidy(out: str) -> None:
@@ -188,7 +188,7 @@ def tidy(out: str) -> None:
 def run_engine(
     pair: ModelPair,
     collector: BatchCollector,
-    plan: Plan,
+    plan: CollectionPlan,
     out: str,
     *,
     devices: int,

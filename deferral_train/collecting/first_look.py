@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from deferral_train.collecting.batches import BatchCollector
-from deferral_train.collecting.plan import Plan, duration
+from deferral_train.collecting.plan import CollectionPlan, duration
 from deferral_train.collecting.sequence import Score, prompt_seed
 from deferral_train.collecting.sequence_labels import SequenceLabels
 from deferral_train.errors import InputError
@@ -38,7 +38,7 @@ class CorpusMetric(Protocol):
 
 @dataclass(frozen=True)
 class Look:
-    """What was found.
+    """Labels of a few prompts, made before the rest to fix scales and tell the cost.
 
     Attributes:
         prompts: looked at.
@@ -86,7 +86,7 @@ class Look:
 
 
 @torch.inference_mode()
-def first_look(collector: BatchCollector, plan: Plan, prompts: int = PROMPTS) -> Look:
+def first_look(collector: BatchCollector, plan: CollectionPlan, prompts: int = PROMPTS) -> Look:
     """Label some prompts of a plan.
 
     Args:
@@ -136,17 +136,17 @@ def bind(
 
 
 def has_corpus_metric(labels: SequenceLabels) -> bool:
-    """Whether a metric is taken at the corpus of the path."""
+    """True where a metric is a corpus score, linearised at the corpus of the path."""
     return any(isinstance(one, CorpusMetric) for one in labels.scores.values())
 
 
 def needs_look(labels: SequenceLabels, scales: Sequence[float]) -> bool:
-    """Whether something must be fixed by a first look."""
+    """True where scales or a corpus must be fixed before the first shard."""
     return has_corpus_metric(labels) or (len(labels.settings.metrics) > 1 and not scales)
 
 
-def cost(look: Look, plan: Plan) -> str:
-    """What labelling the whole plan will take."""
+def cost(look: Look, plan: CollectionPlan) -> str:
+    """Announces places, generated tokens and hours of the whole plan, projected from a first look."""
     times = len(plan.prompts) / look.prompts
     return (
         f"collect: about {look.places * times:,.0f} places to label in {len(plan.prompts):,} prompts, "

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deferral_train.collecting.scoring import Scores
+from deferral_train.collecting.prefixes import Continuations
+from deferral_train.collecting.scoring import ModelOutputs
 from deferral_train.collecting.substitute import Substitution, rescore
 from deferral_train.rules.laws import gather_token, lowest_argmax
 from deferral_train.traces.schema import JUDGED_COLUMN, JUDGED_HIDDEN
@@ -21,10 +22,9 @@ def judge_columns(
     model: Any,
     drafter: Tensor,
     verifier: Tensor,
-    scores: Scores,
-    texts: Sequence[Sequence[int]],
+    scores: ModelOutputs,
+    continuations: Continuations,
     prompts: Sequence[Sequence[int]],
-    labels: Sequence[Sequence[int]] | None,
     window: int,
     batch_tokens: int,
 ) -> dict[str, Tensor]:
@@ -32,11 +32,14 @@ def judge_columns(
 
     Args:
         model: the verifier.
-        drafter, verifier: logits [N, V] over the tokens that both know.
+        drafter: logits [N, V] over the tokens that both know.
+        verifier: the same of the verifier.
         scores: of the verifier's pass, with hidden states and past.
-        texts: tokens that follow each prompt. prompts: token ids of each.
-        labels: AutoJudge's verdicts per text (+1, -1, 0), which are then the scores; None computes SelfJudge's.
-        window: N of SelfJudge.
+        continuations: texts that follow the prompts; where they bring labels, AutoJudge's (+1, -1, 0), these are the
+            scores, else SelfJudge's are computed.
+        prompts: token ids of each.
+        window: tokens after the favourite that SelfJudge rescores.
+        batch_tokens: most padded tokens per pass.
 
     Returns:
         Where the favourite is the text's own token the score is 0, and the state that of the next position (zeros at
@@ -44,6 +47,7 @@ def judge_columns(
     """
     assert scores.past is not None
     assert scores.hidden is not None
+    texts, labels = continuations.tokens, continuations.labels
     token = torch.tensor([one for text in texts for one in text], device=verifier.device)
     favourite = lowest_argmax(drafter)
     normaliser = verifier.float().logsumexp(-1)

@@ -26,7 +26,7 @@ class Launch:
 
 
 def launch(environment: Mapping[str, str] | None = None) -> Launch | None:
-    """What the launcher says, None where there is none.
+    """Rank and number of processes from the environment of torchrun or srun; None where neither started us.
 
     Raises:
         InputError: nodes with different numbers of processes.

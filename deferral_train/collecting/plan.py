@@ -24,7 +24,7 @@ from deferral_train.pairs.positions import PositionLimits, room_of
 from deferral_train.pairs.prompts import Prompt, read_prompts
 from deferral_train.traces import Chunk, Manifest
 from deferral_train.traces.folder import open_folder
-from deferral_train.traces.manifest import JUDGE_LABELS, SEQUENCE_LABELS
+from deferral_train.traces.kinds import JUDGE_LABELS, SEQUENCE_LABELS
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 TEXTS_TOGETHER = (
@@ -34,7 +34,7 @@ BATCH_LOGITS = 1 << 28  # most logits of one model in a batch
 
 
 @dataclass(frozen=True)
-class Plan:
+class CollectionPlan:
     """Prompts by number and the manifest that fixes what is done with them.
 
     Attributes:
@@ -107,7 +107,7 @@ def make_plan(
     teacher: ModelPair | None,
     device: str,
     handed_over: bool = False,
-) -> Plan:
+) -> CollectionPlan:
     """Encode the prompts, leave out and name what cannot be used, and fix chunks, seeds and batches.
 
     Args:
@@ -146,7 +146,7 @@ def make_plan(
     )
     most = config.new_tokens or 0
     rows = [sum(most if config.on_policy else len(kept[n].reference_ids) for n in c.prompts) for c in chunks]
-    return Plan(tuple(kept), manifest, tuple(rows))
+    return CollectionPlan(tuple(kept), manifest, tuple(rows))
 
 
 def _unit_scales(config: CollectConfig) -> dict[str, Any]:
@@ -309,8 +309,8 @@ def prompts_hash(prompts: Sequence[EncodedPrompt], on_policy: bool) -> str:
     return digest.hexdigest()
 
 
-def announcement(plan: Plan, out: str, done: set[int], seconds_per_token: float | None) -> str:
-    """What a run is about to do: tokens, time, bytes."""
+def announcement(plan: CollectionPlan, out: str, done: set[int], seconds_per_token: float | None) -> str:
+    """One line that announces a run: prompts left, tokens, time and bytes."""
     todo = [chunk.id for chunk in plan.manifest.chunks if chunk.id not in done]
     tokens = sum(plan.rows[chunk] for chunk in todo)
     size = sum(plan.chunk_bytes(chunk) for chunk in todo)

@@ -23,7 +23,7 @@ from deferral_train.rules.verify import Origin
 
 @dataclass(frozen=True)
 class Continuations:
-    """What follows each prompt of a batch.
+    """The tokens that follow each prompt of a batch, and where they came from.
 
     Attributes:
         tokens: token ids, at least one per prompt.

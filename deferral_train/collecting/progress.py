@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from deferral_train.collecting.plan import Plan, announcement, refuse_small_disk, size_text
+from deferral_train.collecting.plan import CollectionPlan, announcement, refuse_small_disk, size_text
 
 
 class Progress:
@@ -22,7 +22,7 @@ class Progress:
         processes: how many share the rest.
     """
 
-    def __init__(self, plan: Plan, out: str, done: set[int], processes: int) -> None:
+    def __init__(self, plan: CollectionPlan, out: str, done: set[int], processes: int) -> None:
         self.plan, self.out, self.done, self.processes = plan, out, done, processes
         self._bar: Any | None = None
 
@@ -63,7 +63,7 @@ class Progress:
             self._bar.close()
 
 
-def check_room(plan: Plan, out: str, max_bytes: int | None) -> None:
+def check_room(plan: CollectionPlan, out: str, max_bytes: int | None) -> None:
     """Refuse early what the disk cannot hold; on-policy sizes are upper bounds and not held against it."""
     if plan.manifest.prefixes == "reference":
         size = sum(plan.chunk_bytes(number) for number in range(len(plan.rows)))

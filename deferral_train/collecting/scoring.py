@@ -36,7 +36,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Past:
-    """What later passes over the same texts may start from.
+    """Caches and encoder states from which later passes over the same texts start.
 
     Attributes:
         cache: keys and values of every column, in full layers.
@@ -49,8 +49,8 @@ class Past:
 
 
 @dataclass(frozen=True)
-class Scores:
-    """What a model made of a batch: ``logits`` [M, V], ``hidden`` [N, D] float16 or None, ``past`` where kept."""
+class ModelOutputs:
+    """A model's outputs over a batch: ``logits`` [M, V], ``hidden`` [N, D] float16 or None, ``past`` where kept."""
 
     logits: Tensor
     hidden: Tensor | None
@@ -120,7 +120,7 @@ def decoder_start(model: Any) -> int:
     return 0
 
 
-def score(model: Any, inputs: Inputs, want_hidden: bool = False, keep_past: bool = False) -> Scores:
+def score(model: Any, inputs: Inputs, want_hidden: bool = False, keep_past: bool = False) -> ModelOutputs:
     """Run the model; logits of the kept columns, hidden states of the scored positions, the cache where asked for.
 
     The hidden state is the decoder's output after its final norm, read by a hook: no other layer is kept.
@@ -141,7 +141,7 @@ def score(model: Any, inputs: Inputs, want_hidden: bool = False, keep_past: bool
     if keep_past:
         states = getattr(output, "encoder_last_hidden_state", None)
         past = Past(extra["past_key_values"], states, None if states is None else given["attention_mask"])
-    return Scores(logits.reshape(-1, logits.shape[-1]), hidden, past)
+    return ModelOutputs(logits.reshape(-1, logits.shape[-1]), hidden, past)
 
 
 def _empty_cache(model: Any) -> Any:

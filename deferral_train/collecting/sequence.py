@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from deferral_train.collecting.continuations import Branch, Path, Verifier, finish
+from deferral_train.collecting.continuations import Branch, CachedTexts, Verifier, finish
 
 # Finished texts and the references of their prompts to scores [n]; NaN where a scorer gave none.
 Score = Callable[[Sequence[str], Sequence[str | None]], np.ndarray]
@@ -26,7 +26,7 @@ Text = Callable[[Sequence[int]], str]  # tokens to text
 
 @dataclass(frozen=True)
 class Favourites:
-    """What the models favour along one text, a token per place.
+    """Both models' argmaxes along one text, a token per place.
 
     Attributes:
         drafter: v_q.
@@ -81,7 +81,7 @@ class GreedyTexts:
         favourites: of every text.
     """
 
-    def __init__(self, path: Path, favourites: Sequence[Favourites]) -> None:
+    def __init__(self, path: CachedTexts, favourites: Sequence[Favourites]) -> None:
         self.path, self.favourites = path, favourites
         self._wanted: dict[Branch, None] = {}
         self._finished: dict[Branch, list[int]] = {}
@@ -125,7 +125,7 @@ def differing(favourites: Favourites) -> list[int]:
 
 def finished_places(
     verifier: Verifier,
-    path: Path,
+    path: CachedTexts,
     favourites: Sequence[Favourites],
     chosen: Sequence[Sequence[int]],
     own: bool = False,

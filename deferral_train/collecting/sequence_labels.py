@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deferral_train.collecting.continuations import Path, Tally, Verifier
+from deferral_train.collecting.continuations import CachedTexts, Tally, Verifier
 from deferral_train.collecting.prefixes import Continuations
-from deferral_train.collecting.scoring import Scores
+from deferral_train.collecting.scoring import ModelOutputs
 from deferral_train.collecting.sequence import (
     Favourites,
     Place,
@@ -45,7 +45,7 @@ FEWEST_SCORED = 40  # before that, a share says little
 
 @dataclass(frozen=True)
 class LabelSettings:
-    """What decides sequence labels.
+    """Settings that decide sequence labels.
 
     Attributes:
         metrics: names, in the order of the columns.
@@ -125,7 +125,7 @@ class SequenceLabels:
         self,
         prompts: Sequence[EncodedPrompt],
         continuations: Continuations,
-        scores: Mapping[str, Scores],
+        scores: Mapping[str, ModelOutputs],
         rows: Tensor,
     ) -> dict[str, Tensor]:
         """Columns of a batch's positions, [N] and [N, M]; NaN (token -1) where not labelled.
@@ -144,12 +144,12 @@ class SequenceLabels:
         past = scores["verifier"].past
         assert past is not None
         starts = [1 if self.pair.is_encoder_decoder else len(prompt.input_ids) for prompt in prompts]
-        path = Path(continuations.tokens, starts, past)
+        path = CachedTexts(continuations.tokens, starts, past)
         texts = self._places(prompts, path, laws)
         return self._table(lengths, *self._measured(prompts, texts), str(rows.device))
 
     def _places(
-        self, prompts: Sequence[EncodedPrompt], path: Path, laws: Mapping[str, Sequence[Tensor]]
+        self, prompts: Sequence[EncodedPrompt], path: CachedTexts, laws: Mapping[str, Sequence[Tensor]]
     ) -> tuple[list[list[Place]], list[int], list[str | None]]:
         """Of every labelled place its samples, the token that it is about, and every prompt's reference."""
         settings, pair = self.settings, self.pair

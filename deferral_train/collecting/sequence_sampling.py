@@ -21,10 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deferral_train.collecting.continuations import Branch, Path, Verifier, finish
+from deferral_train.collecting.continuations import Branch, CachedTexts, Verifier, finish
 from deferral_train.collecting.sequence import Place, prompt_seed
-
-FORMS = ("position", "token")
 
 
 class Uniforms:
@@ -69,7 +67,7 @@ def sampler(temperature: float, uniforms: Uniforms) -> Callable[[Tensor, Sequenc
 
 @dataclass(frozen=True)
 class Draws:
-    """What is put at one labelled place.
+    """The tokens that are put at one labelled place, a pair per sample.
 
     Attributes:
         row, place: where.
@@ -123,7 +121,7 @@ def draw_tokens(
 
 
 def sampled_places(
-    verifier: Verifier, path: Path, draws: Sequence[Draws], how: Sampling, uniforms: Uniforms
+    verifier: Verifier, path: CachedTexts, draws: Sequence[Draws], how: Sampling, uniforms: Uniforms
 ) -> list[list[Place]]:
     """Both finished texts of every sample of every place."""
     wanted: dict[Branch, None] = {}

@@ -1,4 +1,4 @@
-"""What a collection with sequence labels does before its first shard: settings checked, scales fixed, cost told."""
+"""Before the first shard of a collection with sequence labels: checks settings, fixes scales, tells the cost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tqdm import tqdm
 from deferral_train.collecting.batches import BatchCollector
 from deferral_train.collecting.config import ON_POLICY_TOKENS, CollectConfig
 from deferral_train.collecting.first_look import cost, first_look, has_corpus_metric, needs_look
-from deferral_train.collecting.plan import Plan
+from deferral_train.collecting.plan import CollectionPlan
 from deferral_train.collecting.sequence_labels import LabelSettings, SequenceLabels
 from deferral_train.collecting.sequence_sampling import Sampling
 from deferral_train.errors import InputError
@@ -25,13 +25,13 @@ LOOKED = ("scales", "drift", "looked_at")  # what a first look adds to the label
 def label_sequences(
     config: CollectConfig,
     collector: BatchCollector,
-    plan: Plan,
+    plan: CollectionPlan,
     prompts: Sequence[Prompt],
     scores: Mapping[str, Any] | None,
     out: str = "",
     tell: bool = False,
     say: bool = False,
-) -> Plan:
+) -> CollectionPlan:
     """Have a collector make sequence labels; the plan comes back with scales and length drift in its manifest.
 
     Args:
@@ -72,8 +72,8 @@ def label_sequences(
     return _settled(collector, replace(labels, scores=look.scores), plan, own)
 
 
-def earlier_look(out: str, plan: Plan) -> dict[str, Any] | None:
-    """What an earlier start of the same collection found; None where there was none."""
+def earlier_look(out: str, plan: CollectionPlan) -> dict[str, Any] | None:
+    """The first look that an earlier start of the same collection recorded; None where there was none."""
     folder = open_folder(out)
     if folder.size(HEADER) is None:
         return None
@@ -83,7 +83,9 @@ def earlier_look(out: str, plan: Plan) -> dict[str, Any] | None:
     return found if len(found) == len(LOOKED) and labels == own else None
 
 
-def _settled(collector: BatchCollector, labels: SequenceLabels, plan: Plan, found: Mapping[str, Any]) -> Plan:
+def _settled(
+    collector: BatchCollector, labels: SequenceLabels, plan: CollectionPlan, found: Mapping[str, Any]
+) -> CollectionPlan:
     """The plan with what a first look found; the collector works by it."""
     collector.sequence = labels.with_scales(found["scales"], labels.scores)
     own = {**plan.manifest.labels, **found}
@@ -94,7 +96,7 @@ def _settled(collector: BatchCollector, labels: SequenceLabels, plan: Plan, foun
 
 def _check(
     config: CollectConfig,
-    plan: Plan,
+    plan: CollectionPlan,
     references: Mapping[str, str | None],
     scores: Mapping[str, Any] | None,
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from deferral_train.errors import InputError
@@ -14,51 +14,15 @@ if TYPE_CHECKING:
 STOPS = ("confidence", "cumulative", "entropy", "head", "acceptance", "speed")
 
 
-def run(
-    drafter: str,
-    verifier: str,
-    prompts: str,
-    out: str = "runs/decode",
-    rules: list[str] = ["lossless"],  # noqa: B006 - read only; the command line shows it as the default
-    prompt_format: str | None = None,
-    reference_path: str | None = None,
-    prompt_field: str | None = None,
-    reference_field: str | None = None,
-    template: str = "{prompt}",
-    split: str = "train",
-    start: int = 0,
-    limit: int | None = None,
-    num_draft_tokens: int = 5,
-    max_new_tokens: int = 128,
-    batch_size: int = 8,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    repetitions: int = 1,
-    execution: str = "speculative",
-    bonus: str = "verifier",
-    max_request_loss: float | None = None,
-    stop: str | None = None,
-    drafting: str | None = None,
-    stop_strings: list[str] = [],  # noqa: B006
-    chat: str = "auto",
-    log_tokens: int = 0,
-    metrics: list[str] = [],  # noqa: B006
-    accept_mismatch: bool = False,
-    device: str = "auto",
-    dtype: str = "auto",
-    drafter_device: str | None = None,
-    device_map: str | None = None,
-    fresh: bool = False,
-) -> int:
+@dataclass(frozen=True)
+class DecodeSettings:
     """Decode prompts with a drafter and a verifier under any rules, side by side.
 
     Writes outputs.jsonl (a line per rule, repetition and prompt, as batches finish), batches.jsonl and
     summary.json (quality, tokens/s, ms/token, calls, deferral and rejection rates, output length). The same
     call again resumes.
 
-    Args:
+    Attributes:
         drafter: checkpoint folder or hub id of the small model.
         verifier: checkpoint folder or hub id of the large model.
         prompts: jsonl, csv, parquet or text file, or the name of a data set.
@@ -101,6 +65,54 @@ def run(
         drafter_device: device of the drafter, where it is not the verifier's.
         device_map: auto spreads the verifier over several GPUs and the CPU (needs accelerate); also balanced,
             balanced_low_0, sequential.
+    """
+
+    drafter: str
+    verifier: str
+    prompts: str
+    out: str = "runs/decode"
+    rules: list[str] = field(default_factory=lambda: ["lossless"])
+    prompt_format: str | None = None
+    reference_path: str | None = None
+    prompt_field: str | None = None
+    reference_field: str | None = None
+    template: str = "{prompt}"
+    split: str = "train"
+    start: int = 0
+    limit: int | None = None
+    num_draft_tokens: int = 5
+    max_new_tokens: int = 128
+    batch_size: int = 8
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    repetitions: int = 1
+    execution: str = "speculative"
+    bonus: str = "verifier"
+    max_request_loss: float | None = None
+    stop: str | None = None
+    drafting: str | None = None
+    stop_strings: list[str] = field(default_factory=list)
+    chat: str = "auto"
+    log_tokens: int = 0
+    metrics: list[str] = field(default_factory=list)
+    accept_mismatch: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    drafter_device: str | None = None
+    device_map: str | None = None
+
+
+# The command line takes every field of the config as a flag and a YAML key.
+SETTINGS = DecodeSettings
+
+
+def run(config: DecodeSettings, *, fresh: bool = False) -> int:
+    """Decode under every rule, score the outputs and print the summary.
+
+    Args:
+        config: see the fields above.
         fresh: remove the outputs of another run from ``out`` and start over.
     """
     from deferral_train.decoding.decode import DecodeConfig, decode
@@ -110,31 +122,47 @@ def run(
     from deferral_train.heads.rules import rule_from_spec
     from deferral_train.pairs.prompts import read_prompts
 
-    spec = drafting_from_spec(drafting) if drafting is not None else None
+    drafting = drafting_from_spec(config.drafting) if config.drafting is not None else None
+    given = {name: getattr(config, name) for name in Settings.__dataclass_fields__}
     settings = Settings(
-        num_draft_tokens, max_new_tokens, batch_size, temperature, top_k, top_p, seed, execution, bonus,
-        max_request_loss, stop_from_spec(stop), tuple(stop_strings), chat, accept_mismatch,
-        drafting=spec.plan if spec is not None else None,
-    )  # fmt: skip
-    config = DecodeConfig(settings, repetitions, log_tokens)
-    named = {spec: rule_from_spec(spec, typed=rules) for spec in rules}
-    if len(named) < len(rules):
+        **given
+        | {
+            "stop": stop_from_spec(config.stop),
+            "stop_strings": tuple(config.stop_strings),
+            "drafting": drafting.plan if drafting is not None else None,
+        }
+    )
+    rules = {spec: rule_from_spec(spec, typed=config.rules) for spec in config.rules}
+    if len(rules) < len(config.rules):
         raise InputError("rules: the same rule is given twice; name each once")
-    texts = read_prompts(
-        prompts, prompt_format, reference_path=reference_path, prompt_field=prompt_field,
-        reference_field=reference_field, template=template, split=split, start=start, limit=limit,
-    )  # fmt: skip
-    check_metrics(metrics, texts)
+    prompts = read_prompts(
+        config.prompts,
+        config.prompt_format,
+        reference_path=config.reference_path,
+        prompt_field=config.prompt_field,
+        reference_field=config.reference_field,
+        template=config.template,
+        split=config.split,
+        start=config.start,
+        limit=config.limit,
+    )
+    check_metrics(config.metrics, prompts)
     pair = load_pair(
-        drafter, verifier, device, dtype, smaller=spec.smaller if spec is not None else (),
-        drafter_device=drafter_device, device_map=device_map,
-    )  # fmt: skip
-    summary = decode(pair, texts, named, config, out, fresh)
-    if metrics:
-        summary = score_outputs(out, metrics, pair.models, texts, chat=chat)
-    for line in table(summary, metrics):
+        config.drafter,
+        config.verifier,
+        config.device,
+        config.dtype,
+        smaller=drafting.smaller if drafting is not None else (),
+        drafter_device=config.drafter_device,
+        device_map=config.device_map,
+    )
+    asked = DecodeConfig(settings, config.repetitions, config.log_tokens)
+    summary = decode(pair, prompts, rules, asked, config.out, fresh)
+    if config.metrics:
+        summary = score_outputs(config.out, config.metrics, pair.models, prompts, chat=config.chat)
+    for line in table(summary, config.metrics):
         print(line)
-    print(f"outputs and summary in {out}")
+    print(f"outputs and summary in {config.out}")
     return 0
 
 

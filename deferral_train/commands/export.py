@@ -46,9 +46,9 @@ SETTINGS = ExportConfig
 def run(config: ExportConfig) -> int:
     """Read the head, and write its folder under a lock; then the graph and the upload where they were asked for."""
     from deferral_train.heads.artifact import foreign_files
-    from deferral_train.heads.artifact import push_to_hub as upload
     from deferral_train.heads.base import DeferralHead
     from deferral_train.heads.export import export_head
+    from deferral_train.heads.export import push_to_hub as upload
     from deferral_train.heads.own import import_head_class
     from deferral_train.provenance import one_writer
 

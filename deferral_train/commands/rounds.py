@@ -2,42 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any
 
-def run(
-    drafter: str,
-    verifier: str,
-    prompts: str,
-    validation: str,
-    out: str = "runs/rounds",
-    reference_path: str | None = None,
-    validation_reference_path: str | None = None,
-    start: int = 0,
-    limit: int | None = None,
-    validation_start: int = 0,
-    validation_limit: int | None = None,
-    prompt_format: str | None = None,
-    prompt_field: str | None = None,
-    reference_field: str | None = None,
-    template: str = "{prompt}",
-    rounds: int = 2,
-    calls: float = 0.7,
-    label_metric: list[str] = ["sentence_bleu", "chrf1"],  # noqa: B006
-    label_share: float = 1.0,
-    own_share: float = 0.5,
-    label_reference: str = "given",
-    objectives: list[str] = ["ridge"],  # noqa: B006
-    length_tolerance: float = 0.01,
-    temperature: float = 0.0,
-    num_draft_tokens: int = 5,
-    max_new_tokens: int = 128,
-    batch_size: int = 32,
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-) -> int:
+
+@dataclass(frozen=True)
+class RoundsConfig:
     """Label, fit and decode in rounds; choose round, head and price on validation prompts. Run again to resume.
 
-    Args:
+    Attributes:
         drafter: checkpoint folder or hub id of the small model.
         verifier: checkpoint folder or hub id of the large model, same tokenizer.
         prompts: prompts to label and fit on: jsonl, csv, tsv, parquet or text (.gz too).
@@ -69,33 +42,81 @@ def run(
         device: auto, cpu, cuda, cuda:N.
         dtype: auto, float32, float16 or bfloat16.
     """
+
+    drafter: str
+    verifier: str
+    prompts: str
+    validation: str
+    out: str = "runs/rounds"
+    reference_path: str | None = None
+    validation_reference_path: str | None = None
+    start: int = 0
+    limit: int | None = None
+    validation_start: int = 0
+    validation_limit: int | None = None
+    prompt_format: str | None = None
+    prompt_field: str | None = None
+    reference_field: str | None = None
+    template: str = "{prompt}"
+    rounds: int = 2
+    calls: float = 0.7
+    label_metric: list[str] = field(default_factory=lambda: ["sentence_bleu", "chrf1"])
+    label_share: float = 1.0
+    own_share: float = 0.5
+    label_reference: str = "given"
+    objectives: list[str] = field(default_factory=lambda: ["ridge"])
+    length_tolerance: float = 0.01
+    temperature: float = 0.0
+    num_draft_tokens: int = 5
+    max_new_tokens: int = 128
+    batch_size: int = 32
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+# The command line takes every field of the config as a flag and a YAML key.
+SETTINGS = RoundsConfig
+
+
+def run(config: RoundsConfig) -> int:
+    """Read both sets of prompts, learn in rounds, and print a line of each."""
     from deferral_train.decoding.pair import load_pair
     from deferral_train.evaluation.scorers import make_scorers
     from deferral_train.pairs.prompts import read_prompts
     from deferral_train.pipeline.learning import Learning, RoundsSettings
 
+    given = {name: getattr(config, name) for name in RoundsSettings.__dataclass_fields__ if name != "metrics"}
     settings = RoundsSettings(
-        rounds, calls, tuple(label_metric), label_share, own_share, label_reference, tuple(objectives),
-        length_tolerance, temperature, num_draft_tokens, max_new_tokens, batch_size, seed,
-    )  # fmt: skip
-    shared = {"prompt_field": prompt_field, "reference_field": reference_field, "template": template}
-    own = read_prompts(
-        prompts, prompt_format, reference_path=reference_path, start=start, limit=limit, **shared
+        **given | {"metrics": tuple(config.label_metric), "objectives": tuple(config.objectives)}
     )
-    held_out = read_prompts(
-        validation, prompt_format, reference_path=validation_reference_path, start=validation_start,
-        limit=validation_limit, **shared,
-    )  # fmt: skip
+    columns = {name: getattr(config, name) for name in ("prompt_field", "reference_field", "template")}
+    prompts = read_prompts(
+        config.prompts,
+        config.prompt_format,
+        reference_path=config.reference_path,
+        start=config.start,
+        limit=config.limit,
+        **columns,
+    )
+    validation = read_prompts(
+        config.validation,
+        config.prompt_format,
+        reference_path=config.validation_reference_path,
+        start=config.validation_start,
+        limit=config.validation_limit,
+        **columns,
+    )
     scorers = make_scorers(settings.metrics)
-    pair = load_pair(drafter, verifier, device, dtype)
-    content = Learning(pair, own, held_out, scorers, settings, out).run()
+    pair = load_pair(config.drafter, config.verifier, config.device, config.dtype)
+    content = Learning(pair, prompts, validation, scorers, settings, config.out).run()
     for line in table(content):
         print(line)
-    print(f"chosen head in {out}/head, all rounds in {out}/rounds.json")
+    print(f"chosen head in {config.out}/head, all rounds in {config.out}/rounds.json")
     return 0
 
 
-def table(content: dict) -> list[str]:
+def table(content: dict[str, Any]) -> list[str]:
     """A line for each round: what it was labelled on, and its best head at the wished calls."""
     lines = [f"{'round':>5} {'labelled':>9} {'price':>7} {'alpha':>9} {'calls':>6} {'loss':>8} {'length':>7}"]
     for record in content["rounds"]:

@@ -44,6 +44,7 @@ class Grown:
         ended: rows that draft no further.
         sources: who handed on each token of each row.
         missing: rows where Max-Gram had fewer tokens than it was asked for.
+        device: of the tokens, where a draft without a piece is read.
     """
 
     counts: list[int]
@@ -51,6 +52,7 @@ class Grown:
     sources: list[list[int]]
     missing: list[bool]
     pieces: list[Piece] = field(default_factory=list)
+    device: torch.device | None = None
 
     @classmethod
     def empty(cls, caps: list[int]) -> Grown:
@@ -111,7 +113,7 @@ class Grown:
         return states
 
     def _zeros(self, depth: int, width: int) -> Tensor:
-        device = self.pieces[0].tokens.device if self.pieces else None
+        device = self.pieces[0].tokens.device if self.pieces else self.device
         return torch.zeros(len(self.counts), depth, width, device=device)
 
 

@@ -69,6 +69,7 @@ class CascadeProposer:
         if self.plan.max_gram is not None:
             self._catch_up()
         grown = self._latest = self._draft_for(0, list(limits))
+        grown.device = tokens.device
         depth, counts = max(grown.counts), list(grown.counts)
         if exact:
             self._look_ahead(grown)

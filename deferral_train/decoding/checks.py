@@ -161,7 +161,7 @@ def _check_settings(request: Request) -> None:
     if settings.stop is not None:
         check_stop(settings.stop)
     if request.token_streamer is not None and len(request.input_ids) != 1:
-        raise InputError(f"token_streamer: streams a single row, not {len(request.input_ids)}; leave it out")
+        raise InputError(f"streamer: streams a single row, not {len(request.input_ids)}; leave it out")
 
 
 def _check_execution(request: Request) -> None:
@@ -186,7 +186,7 @@ def _check_execution(request: Request) -> None:
     if request.token_log is not None:
         raise InputError(f"token_log needs execution='speculative', not {execution!r}")
     if request.token_streamer is not None and execution == "sequence":
-        raise InputError("token_streamer: execution='sequence' may take back a whole text; leave it out")
+        raise InputError("streamer: execution='sequence' may take back a whole text; leave it out")
 
 
 def _check_given(request: Request, given: GivenDraft) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ from deferral_train.rules.registry import make_rule
 
 @dataclass
 class CascadeOutput(ModelOutput):
-    """What ``cascade_generate`` returns with ``return_dict_in_generate=True``.
+    """The result of ``cascade_generate`` with ``return_dict_in_generate=True``.
 
     Attributes:
         sequences: [R, L] ids, prompt included, padded on the right.
@@ -98,7 +99,8 @@ def cascade_generate(
         max_request_loss: bound B on the summed estimated loss of kept tokens per row; beyond it a row is
             lossless.
         generator: source of randomness, on the CPU or on a device; default torch's.
-        token_streamer: gets the tokens of a single row as they are emitted (``put``, ``end``).
+        token_streamer: gets the tokens of a single row as they are emitted (``put``, ``end``); default the
+            ``streamer`` that ``generate`` was given.
         token_log: collects what both models thought of every token, see
             :mod:`deferral_train.decoding.token_log`.
         vocab_size: ids that both models know, where one or both pad their vocabulary beyond it.
@@ -110,6 +112,8 @@ def cascade_generate(
         InputError: anything that cannot work (see :mod:`deferral_train.decoding.checks`), before any work.
     """
     rule = make_rule(rule) if isinstance(rule, str) else rule
+    if token_streamer is None:
+        token_streamer = _streamer_of_generate()
     settings = Settings(
         num_draft_tokens=num_draft_tokens,
         execution=execution,
@@ -173,6 +177,20 @@ def cascade_generate(
     if not isinstance(proposer, CascadeProposer):
         return CascadeOutput(sequences, found)
     return CascadeOutput(sequences, found, proposer.counts, torch.tensor(proposer.passes))
+
+
+def _streamer_of_generate() -> Any:
+    """The ``streamer`` of the ``generate`` that called, which sends it the prompt but hands it to no callable."""
+    frame = sys._getframe(1)
+    for _ in range(8):  # decorators stand between
+        if frame.f_code.co_name == "generate" and frame.f_globals.get("__name__", "").startswith(
+            "transformers."
+        ):
+            return frame.f_locals.get("streamer")
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return None
 
 
 def _cached(

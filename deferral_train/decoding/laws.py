@@ -17,7 +17,6 @@ from transformers.generation import logits_process as hf
 
 from deferral_train.decoding.tokens import TokenRows
 from deferral_train.errors import InputError
-from deferral_train.rules.laws import lowest_argmax
 
 WARPERS = (
     hf.TemperatureLogitsWarper,
@@ -127,22 +126,26 @@ class SamplingLaws:
         # So far below 1 that its product with any sum is below that sum.
         return numbers.mul_(1.0 - 2.0**-51).to(device)
 
-    def draw(self, decision: Tensor, sampling: Tensor | None, number: Tensor | None) -> Tensor:
-        """One token per row from logits [B, V]; at temperature 0 the argmax.
+    def draw(
+        self, decision: Tensor, sampling: Tensor | None, number: Tensor | None, out: Tensor | None = None
+    ) -> Tensor:
+        """One token per row [B] from logits [B, V]; at temperature 0 the lowest argmax.
 
         Args:
             number: [B] in [0, 1), inverted through the cumulative sum: no copy to the host. A token of probability
                 0 is never drawn; float64, since a float32 sum over a large vocabulary would lose the tail.
+            out: [B, 1] to write the tokens to.
         """
         if number is None:
-            return lowest_argmax(decision if sampling is None else sampling)
+            logits = decision if sampling is None else sampling
+            return torch.argmax(logits, dim=-1, keepdim=True, out=out)[:, 0]
         if sampling is None:
             sampling = decision if self.temperature == 1.0 else decision / self.temperature
         cumulative = torch.softmax(sampling, dim=-1).cumsum(dim=-1, dtype=torch.float64)
         threshold = cumulative[:, -1:] * number[:, None]
+        found = torch.searchsorted(cumulative, threshold, right=True, out=out)
         # Logits that are not finite give no index; verification refuses them.
-        found = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=cumulative.shape[-1] - 1)
-        return found[:, 0]
+        return found.clamp_(max=cumulative.shape[-1] - 1)[:, 0]
 
     def draw_one(
         self, decision: Tensor, sampling: Tensor | None, generator: torch.Generator | None

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from deferral_train.decoding.compatibility import check_consulted, check_head, heads_of, with_counting
@@ -39,7 +38,7 @@ class BatchResult:
 
 @dataclass(frozen=True)
 class Generation:
-    """What ``Pair.generate`` gives back, in the order of the prompts.
+    """The result of ``Pair.generate``, in the order of the prompts.
 
     Attributes:
         texts: decoded, special tokens left out.
@@ -109,7 +108,7 @@ class Pair:
         return found
 
     def facts(self, options: Settings) -> dict[str, Any]:
-        """What a certificate depends on besides the weights: engine, number formats, temperature, vocabulary."""
+        """Conditions of a certificate besides the weights: engine, number formats, temperature, vocabulary."""
         drafter, verifier = self.models.drafter, self.models.verifier
         return {
             "engine": f"transformers {transformers.__version__}",
@@ -226,13 +225,17 @@ class Pair:
             "eos_token_id": list(self.models.eos_ids) or None,
             "pad_token_id": self._pad_id(),
             "return_dict_in_generate": True,
-            "past_key_values": DynamicCache(),  # never filled; spares generate the making of one
+            # What the verifier's own configuration asks for is made here, or is no matter of the text.
+            "stop_strings": None,
+            "cache_implementation": None,
         }
 
     def _criteria(self, options: Settings) -> StoppingCriteriaList:
-        if not options.stop_strings:
+        inherited = self.models.verifier.generation_config.stop_strings or ()
+        strings = options.stop_strings or ([inherited] if isinstance(inherited, str) else inherited)
+        if not strings:
             return StoppingCriteriaList()
-        return StoppingCriteriaList([StopStringCriteria(self.tokenizer, list(options.stop_strings))])
+        return StoppingCriteriaList([StopStringCriteria(self.tokenizer, list(strings))])
 
     def _pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id

@@ -187,7 +187,11 @@ class ModelProposer:
         """Draw the token [B] at ``place`` and write it behind each row's end."""
         sampling = growing.samplings[-1][:, 0] if growing.samplings else None
         number = None if numbers is None else numbers[:, place]
-        token = self.laws.draw(growing.decisions[-1][:, 0], sampling, number)
+        decision = growing.decisions[-1][:, 0]
+        column = self.tokens.column(place)
+        if column is not None and column.device == decision.device:
+            return self.laws.draw(decision, sampling, number, column)
+        token = self.laws.draw(decision, sampling, number)
         self.tokens.write(place, token[:, None])
         return token
 

@@ -1,6 +1,4 @@
-"""What happened in a run: counts per row, counts per drafted position, model passes, the origin of every
-token.
-"""
+"""Statistics of a call: counts per row and per drafted position, model passes, the origin of every token."""
 
 from __future__ import annotations
 

@@ -300,5 +300,5 @@ def check_stop(stop: Any) -> None:
 
 
 def wants_hidden(needs: frozenset[str]) -> bool:
-    """Whether the drafter's hidden states are asked for."""
+    """True where the drafter's hidden states are asked for."""
     return bool(needs & HIDDEN_FIELDS & {"drafter_hidden"})

@@ -84,7 +84,7 @@ def _both_laws(state: DecodingState, decision: Tensor, sampling: Tensor | None) 
 
 
 def decide_early(state: DecodingState, decision: Tensor, sampling: Tensor | None, drafted: Tensor) -> Tensor:
-    """What a draft-stage rule decides about the drafted tokens [B] from the drafter's law alone: defer, bool [B]."""
+    """Decisions of a draft-stage rule on drafted tokens, bool [B]: True defers."""
     rule = state.rule
     if rule.is_lossless or not (rule.needs or state.settings.max_request_loss is not None):
         return torch.full((len(decision),), rule.is_lossless, device=decision.device)

@@ -1,7 +1,8 @@
-"""What both models thought of every emitted token, for people who want to look (``decode --log-tokens``)."""
+"""Records both models' likeliest tokens beside every emitted one (``decode --log-tokens``)."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -40,8 +41,8 @@ class TokenLog:
                     entry |= {
                         "drafted": drafted[place][step],
                         "drafter_top": drafter[place][step],
-                        "gap": round(gaps[place][step], 6),
-                        "tv": round(distances[place][step], 6),
+                        "gap": _finite(gaps[place][step], 6),
+                        "tv": _finite(distances[place][step], 6),
                         "deferred": verified.deferred[place][step],
                     }
                 self.rows[row].append(entry)
@@ -63,10 +64,15 @@ class TokenLog:
         return self.rows[row][:emitted]
 
 
-def _candidates(logits: Tensor, top: int) -> list[list[list[list[float]]]]:
+def _finite(value: float, digits: int) -> float | None:
+    """A number as JSON has it: None for the log probability of a token that is forbidden."""
+    return round(value, digits) if math.isfinite(value) else None
+
+
+def _candidates(logits: Tensor, top: int) -> list[list[list[list[float | None]]]]:
     """Top ids and log probabilities [B, T, k, 2] as plain lists."""
     values, ids = torch.log_softmax(logits, dim=-1).topk(min(top, logits.shape[-1]), dim=-1)
     return [
-        [[[int(i), round(v, 4)] for i, v in zip(*pair)] for pair in zip(row_ids, row_values)]
+        [[[int(i), _finite(v, 4)] for i, v in zip(*pair)] for pair in zip(row_ids, row_values)]
         for row_ids, row_values in zip(ids.tolist(), values.tolist())
     ]

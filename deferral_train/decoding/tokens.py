@@ -125,6 +125,16 @@ class TokenRows:
         else:
             self.ids[self.index[:, None], self._columns(offset, offset + block.shape[1])] = block
 
+    def column(self, offset: int) -> Tensor | None:
+        """Where the token ``offset`` columns behind each row's end belongs, [B, 1], to be written in place; None where
+        the rows do not lie together.
+        """
+        together = self._block()
+        if together is None:
+            return None
+        begin = self.lengths[0] + offset
+        return self.ids[together, begin : begin + 1]
+
     def put(self, offsets: Tensor, values: Tensor) -> None:
         """One token per running row, ``offsets`` [B] columns behind its end."""
         self.ids[self.index, self._ends_on_device + offsets] = values

@@ -1,4 +1,4 @@
-"""What proposes tokens besides one model: Max-Gram, cascades of drafters, their laws and their speed.
+"""Proposers of tokens besides one model: Max-Gram, cascades of drafters, their distributions and their speed.
 
 Knows tokens and laws, nothing of models: ``decoding`` runs what is described here.
 """

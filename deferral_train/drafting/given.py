@@ -47,7 +47,7 @@ class GivenDraft:
 
 
 def displayed(output: Sequence[int], hidden: int, final: bool) -> list[int]:
-    """What is shown of an output: all but its last ``hidden`` tokens, and all of the final one."""
+    """The part of an output that is shown: all but its last ``hidden`` tokens, and all of the final one."""
     return list(output) if final or not hidden else list(output[:-hidden])
 
 

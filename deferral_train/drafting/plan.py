@@ -99,7 +99,7 @@ class Plan:
 
     @property
     def one_hot_tail(self) -> bool:
-        """Whether the verifier reviews tokens of Max-Gram that no drafter has reviewed."""
+        """True where the verifier reviews tokens of Max-Gram that no drafter has reviewed."""
         return self.k[0][-1] > 0
 
     @property

@@ -1,4 +1,4 @@
-"""What a plan would have done on texts that are already there: passes counted by replaying them, token for token.
+"""Counts the passes that a plan would have taken on texts that are there, by replaying them token for token.
 
 At temperature 0 a drafted token counts only while everything before it is what was emitted, so that each drafter's
 next token after each prefix of the emitted text decides every accepted length: exact under ``lossless`` for any plan
@@ -48,7 +48,7 @@ class Path:
     _copied: dict[Any, list[list[int]]] = field(default_factory=dict, repr=False, compare=False)
 
     def copies(self, max_gram: MaxGram, most: int) -> list[list[int]]:
-        """What Max-Gram proposes at each place, up to ``most`` tokens; a shorter proposal begins a longer one."""
+        """Max-Gram's proposals at each place, up to ``most`` tokens; a shorter proposal begins a longer one."""
         if (max_gram, most) not in self._copied:
             found = self._copied[max_gram, most] = []
             reader = max_gram.read(self.prompt, self.separate)
@@ -60,7 +60,7 @@ class Path:
 
 @dataclass(frozen=True)
 class Work:
-    """What one text cost.
+    """Passes that one text took.
 
     Attributes:
         tokens: emitted. calls: of the verifier. passes: of each drafter.
@@ -191,7 +191,7 @@ class _Replay:
         return [*inner.tokens[:accepted], own]
 
     def breaks_off(self, source: int, here: int) -> bool:
-        """Whether a drafter ends the text behind a wrong token."""
+        """True where a drafter ends the text behind a wrong token."""
         if source >= len(self.ending) or self.line[self.done : here] == self.path.tokens[self.done : here]:
             return False
         return self.chance.random() < self.ending[source]

@@ -25,7 +25,7 @@ from deferral_train.rules.sampling import draw, uniforms
 
 @dataclass(frozen=True)
 class Review:
-    """What a review leaves of a block.
+    """The outcome of a review of a block.
 
     Attributes:
         accepted: [B] int64, proposed tokens that stand.

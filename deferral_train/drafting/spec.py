@@ -1,4 +1,4 @@
-"""What ``--drafting`` on the command line means: a short form for one drafter, a YAML file for anything."""
+"""Reads the value of ``--drafting``: a short form for one drafter, a YAML file for anything."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def _powers(base: float, count: int) -> float:
 
 @dataclass(frozen=True)
 class Expected:
-    """What one round of a plan is expected to do.
+    """Expected tokens and passes of one round of a plan.
 
     Attributes:
         tokens: emitted per verifier pass, the verifier's own included.

@@ -30,7 +30,7 @@ COSTS = {
 
 
 @dataclass(frozen=True)
-class Point:
+class FrontierPoint:
     """One decoded setting: quality, latency relative to the verifier alone with its limits over batches (None
     where there are too few), deferral and rejection rate, verifier calls per emitted token (0 for the drafter
     alone), mean output length in tokens.
@@ -49,7 +49,7 @@ class Point:
 
 def decoded_points(
     summary: Mapping[str, Any], metric: str = "bleu", batches: Sequence[Mapping[str, Any]] = ()
-) -> dict[str, list[Point]]:
+) -> dict[str, list[FrontierPoint]]:
     """Settings by rule, in order of latency, from ``decode``'s summary; rules without a dial have one point.
 
     Args:
@@ -73,12 +73,12 @@ def decoded_points(
     alone = rules[VERIFIER]["seconds"]
     speeds = speed_table(batches)
     dials = dials_of(summary)
-    found: dict[str, list[Point]] = defaultdict(list)
+    found: dict[str, list[FrontierPoint]] = defaultdict(list)
     for label, rule in rules.items():
         setting = setting_of(label, dials)
         speed = speeds.get(label)
         found[label if setting is None else setting.family].append(
-            Point(
+            FrontierPoint(
                 label,
                 rule["quality"][metric],
                 rule["seconds"] / alone if speed is None else 1 / speed.value,
@@ -93,7 +93,7 @@ def decoded_points(
     return {name: sorted(points, key=lambda point: point.latency) for name, points in found.items()}
 
 
-def table2(points: Mapping[str, Sequence[Point]]) -> list[dict[str, Any]]:
+def table2(points: Mapping[str, Sequence[FrontierPoint]]) -> list[dict[str, Any]]:
     """Per rule: speed-up at the verifier's quality, and best quality without exceeding the verifier's
     latency.
 
@@ -120,7 +120,7 @@ def table2(points: Mapping[str, Sequence[Point]]) -> list[dict[str, Any]]:
     return rows
 
 
-def least_cost(line: Sequence[Point], quality: float, cost: str = "latency") -> float | None:
+def least_cost(line: Sequence[FrontierPoint], quality: float, cost: str = "latency") -> float | None:
     """Smallest cost on the line through ``line``, taken in order of that cost, with at least ``quality``; None
     where it is not reached.
     """
@@ -135,7 +135,7 @@ def least_cost(line: Sequence[Point], quality: float, cost: str = "latency") -> 
     return min(reached, default=None)
 
 
-def best_quality(line: Sequence[Point], latency: float) -> float | None:
+def best_quality(line: Sequence[FrontierPoint], latency: float) -> float | None:
     """Best quality on the line with at most ``latency``; None where every setting is slower."""
     found = [point.quality for point in line if point.latency <= latency]
     for first, second in itertools.pairwise(line):

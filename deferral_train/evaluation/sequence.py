@@ -21,7 +21,7 @@ from deferral_train.traces.sequence import labelled_rows
 
 @dataclass(frozen=True)
 class Decoded:
-    """What one setting of a rule did with the prompts.
+    """Quality and cost of decoding prompts with one setting of a rule.
 
     Attributes:
         calls: verifier calls per emitted token.
@@ -64,7 +64,7 @@ def composite_loss(
 
 @dataclass(frozen=True)
 class Predicted:
-    """What a cascade's own traces predict that its texts lose, per text.
+    """Loss of a cascade's texts as predicted from traces along them, per text.
 
     Attributes:
         loss: under each metric, [P, M]: summed gaps of the kept places over the label share.
@@ -105,7 +105,7 @@ def counted_loss(
     references: Mapping[str, str | None],
     scorers: Mapping[str, Any],
 ) -> np.ndarray:
-    """What a cascade's texts lose against the verifier's own, scored as they stand: [P, M].
+    """Loss of a cascade's texts against the verifier's own, by scoring both as they stand: [P, M].
 
     Args:
         own: traces along the cascade's text.

@@ -188,7 +188,7 @@ def _scores(
 
 
 def defers(rule: Rule, summary: Summary) -> Tensor:
-    """Whether a rule defers where the drafter's favourite was drafted, bool [N].
+    """Decisions of a rule where the drafter's argmax was drafted, bool [N]: True where it defers.
 
     Raises:
         InputError: a rule that answers neither for a position nor for a token.

@@ -18,6 +18,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from deferral_train.errors import InputError
 PREFIX = "sql:"
 WRONG, RIGHT = "wrong rows", "right"
 TOLERANCE = 1e-9
+KEPT_ROWS = 100
 Row = Sequence[Any]
 _ORDER = re.compile(r"\border\s+by\b", re.IGNORECASE)
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"")
@@ -72,7 +74,8 @@ class SqlRunner:
         # as_uri escapes ?, # and %, which would otherwise end the path or switch read-only off.
         self.uri = f"{Path(database).resolve().as_uri()}?mode=ro"
         self.limits = limits or Limits()
-        self._known: dict[str, Answer] = {}
+        state = Path(database).stat()
+        self._known = _known_answers(self.uri, state.st_mtime_ns, state.st_size, self.limits)
         self._process: subprocess.Popen[bytes] | None = None
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
@@ -83,10 +86,13 @@ class SqlRunner:
         self.close()
 
     def run(self, query: str) -> Answer:
-        """The answer of one query; the same query is run once."""
-        if query not in self._known:
-            self._known[query] = self._run(query)
-        return self._known[query]
+        """The answer of one query. Short answers are kept: many settings write the same queries."""
+        if query in self._known:
+            return self._known[query]
+        answer = self._run(query)
+        if answer.reason != "memory" and len(answer.rows or ()) <= KEPT_ROWS:
+            self._known[query] = answer
+        return answer
 
     def close(self) -> None:
         """End the process."""
@@ -128,6 +134,12 @@ class SqlRunner:
         self._lines = queue.SimpleQueue()
         threading.Thread(target=_pass_on, args=(self._process.stdout, self._lines), daemon=True).start()
         return self._process
+
+
+@lru_cache(maxsize=4)
+def _known_answers(uri: str, changed: int, size: int, limits: Limits) -> dict[str, Answer]:
+    """Answers of this process so far, by query, for one state of a database."""
+    return {}
 
 
 def _pass_on(lines: Iterable[bytes], into: queue.SimpleQueue[bytes]) -> None:

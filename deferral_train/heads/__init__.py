@@ -1,12 +1,14 @@
-"""Heads: learned estimators of the loss gap, and the folder they are exported to."""
+"""Heads: learned estimators of the loss gap, and the folder they are exported to.
 
-from deferral_train.heads.artifact import push_to_hub, set_operating_point
-from deferral_train.heads.base import DeferralHead
+Every module with a head class of the package is imported here: that is how an artifact finds it in :data:`HEADS`.
+"""
+
+from deferral_train.heads.base import HEADS, DeferralHead
 from deferral_train.heads.cost_sensitive import CostSensitiveHead
+from deferral_train.heads.export import push_to_hub, set_operating_point
 from deferral_train.heads.gap import GapHead
 from deferral_train.heads.judge import JudgeHead
 from deferral_train.heads.plug_in import PlugInHead
-from deferral_train.heads.registry import HEADS
 from deferral_train.heads.truth import TokenHead, TruthMixtureHead
 
 __all__ = [

@@ -1,6 +1,7 @@
-"""The exported head: config.json + model.safetensors + README.md in one folder, or the same on the Hub.
+"""Files of an exported head: config.json + model.safetensors + README.md in one folder, or the same on the Hub.
 
-Loading needs torch and safetensors alone. No pickle is read, and an artifact can name neither code nor paths.
+Knows dictionaries and tensors, no head class. Reading needs torch and safetensors alone. No pickle is read, and an
+artifact can name neither code nor paths.
 
 A folder holds one head. Its files are replaced together: all are written under hidden names, then one small file says
 that they are complete, then they take their names. Whenever that is interrupted, the folder holds the head from before
@@ -13,7 +14,6 @@ import contextlib
 import hashlib
 import json
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,60 +23,52 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from deferral_train.errors import InputError, MissingExtraError
-from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.card import make_card
-from deferral_train.heads.config import (
-    FORMAT_VERSION,
-    METADATA,
-    check_metadata,
-    head_from_config,
-    read_config,
-)
+from deferral_train.heads.config import read_config
 from deferral_train.heads.fingerprint import weights_key
 from deferral_train.provenance import json_bytes, naming, sha256, sync_folder, write_bytes, write_json
-from deferral_train.redaction import WITHHELD, redacted
 
 CONFIG, WEIGHTS, CARD, ONNX = "config.json", "model.safetensors", "README.md", "model.onnx"
 COMPLETE = ".complete.json"  # says that all new files lie beside the old ones under hidden names
 SLACK = 1 << 20  # bytes that a safetensors header may take
 
 
-def full_config(head: DeferralHead) -> dict[str, Any]:
-    """The head's config with what marks and explains the artifact: version, ``"lossy": true``, metadata.
+def write_artifact(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], card: str | None = None
+) -> None:
+    """Write config.json, model.safetensors and README.md in place of a head that lies in the folder.
+
+    Args:
+        folder: where to; made where it does not exist.
+        config: content of config.json.
+        tensors: weights by name.
+        card: text of README.md; None writes one from the config.
 
     Raises:
-        InputError: metadata of an unknown name, or out of the range that a reader takes.
+        InputError: weights that are not finite.
     """
-    unknown = sorted(set(head.metadata) - set(METADATA))
-    if unknown:
-        raise InputError(f"head metadata {', '.join(unknown)} is unknown; known: {', '.join(METADATA)}")
-    check_metadata(head.metadata)
-    return {"format_version": FORMAT_VERSION, "lossy": True, **head.config, **redacted(head.metadata)}
-
-
-def save_head(head: DeferralHead, folder: str | Path, card: str | None = None) -> Path:
-    """Write the three files in place of a head that lies there; a certificate of other weights is dropped, out loud.
-
-    Raises:
-        InputError: the folder holds the config of something that is no head.
-    """
-    folder = Path(folder)
-    refuse_foreign(folder)
-    drop_foreign_certificate(head)
-    config = full_config(head)
-    refuse_not_finite(folder, head.state_dict())
-    tensors = {name: t.detach().cpu().contiguous() for name, t in head.state_dict().items()}
+    refuse_not_finite(folder, tensors)
+    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     text = card if card is not None else make_card(config)
     replace_files(
         folder,
         {
-            WEIGHTS: save(tensors, metadata={"format": "pt"}),
+            WEIGHTS: save(plain, metadata={"format": "pt"}),
             CARD: text.encode("utf-8"),
             CONFIG: json_bytes(config),
         },
         stale=(ONNX,),
     )
-    return folder
+
+
+def read_artifact(folder: str | Path) -> tuple[dict[str, Any], Path]:
+    """config.json, and the path of the weights, of a folder or of a hub id ``owner/name`` where no folder exists.
+
+    Raises:
+        InputError: no such folder or repository, or a config that cannot be read.
+    """
+    path = Path(folder) if Path(folder).is_dir() else _download(str(folder))
+    return read_config(current_file(path, CONFIG)), current_file(path, WEIGHTS)
 
 
 def replace_files(folder: Path, files: Mapping[str, bytes], stale: tuple[str, ...] = ()) -> None:
@@ -179,16 +171,8 @@ def foreign_files(folder: str | Path) -> list[str]:
     )
 
 
-def drop_foreign_certificate(head: DeferralHead) -> None:
-    """Take away a certificate that was given to other weights, with a warning."""
-    problem = certificate_problem(head)
-    if problem is not None:
-        head.metadata = {name: value for name, value in head.metadata.items() if name != "certificate"}
-        warnings.warn(f"head: {problem}; its certificate is dropped", stacklevel=3)
-
-
 def certificate_problem(head: Any) -> str | None:
-    """Why the certificate in a head's metadata is not about these weights; None where it is, or where none is there.
+    """Reason why the certificate in a head's metadata is of other weights; None where it is not, or there is none.
 
     Certificates of earlier releases do not say which weights they are about: they are believed.
     """
@@ -201,23 +185,7 @@ def certificate_problem(head: Any) -> str | None:
     return f"weights are {key[:12]}, the certified ones {str(certificate['weights'])[:12]}"
 
 
-def load_head(folder: str | Path, cls: type[DeferralHead] | None = None) -> DeferralHead:
-    """Head in evaluation mode from a folder or, where no such folder exists, from a hub id ``owner/name``.
-
-    Raises InputError with one line where a file is absent, malformed, of another schema, or holds tensors
-    that do not fit the config.
-    """
-    path = Path(folder) if Path(folder).is_dir() else _download(str(folder))
-    config, weights = read_config(current_file(path, CONFIG)), current_file(path, WEIGHTS)
-    if cls is None:  # a class of one's own may not build on the meta device
-        with torch.device("meta"):
-            _check_size(weights, head_from_config(config).state_dict())
-    head = head_from_config(config, cls)
-    _load_weights(head, weights)
-    return head.eval()
-
-
-def _check_size(path: Path, expected: Mapping[str, torch.Tensor]) -> None:
+def check_size(path: Path, expected: Mapping[str, torch.Tensor]) -> None:
     """Refuse a config that claims another size than the weights have, before that size is allocated."""
     wanted = sum(t.numel() * t.element_size() for t in expected.values())
     try:
@@ -231,9 +199,13 @@ def _check_size(path: Path, expected: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-def _load_weights(head: DeferralHead, path: Path) -> None:
-    expected = head.state_dict()
-    _check_size(path, expected)
+def read_weights(path: Path, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file, checked against those expected.
+
+    Raises:
+        InputError: an absent or damaged file, or tensors of another name, shape, type, or not finite.
+    """
+    check_size(path, expected)
     try:
         tensors = load(path.read_bytes())
     except FileNotFoundError:
@@ -243,7 +215,7 @@ def _load_weights(head: DeferralHead, path: Path) -> None:
             f"{path} is no readable safetensors file: {' '.join(str(error).split())[:200]}"
         ) from None
     check_tensors(path, tensors, expected)
-    head.load_state_dict(tensors)
+    return tensors
 
 
 def check_tensors(
@@ -273,47 +245,11 @@ def refuse_not_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
             )
 
 
-def set_operating_point(
-    folder: str | Path, alpha: float, certificate: Mapping[str, Any] | None = None
-) -> None:
-    """Write a chosen alpha (a judge head's threshold) and its certificate into an exported head and renew its card."""
-    head = load_head(folder)
-    dial = "threshold" if head.head_type == "judge" else "alpha"
-    head.metadata = {**head.metadata, dial: float(alpha)}
-    head.metadata.pop("certificate", None)
-    if certificate is not None:
-        head.metadata["certificate"] = {**certificate, "weights": weights_key(head)}
-    save_head(head, folder)
-
-
-def push_to_hub(head: DeferralHead, folder: str | Path, repo_id: str, token: str | None = None) -> str:
-    """Save to ``folder`` and upload its files to ``repo_id``; returns the address. Needs huggingface_hub.
-
-    Raises InputError where the hub refuses: no such name, no token, a token that may not write, no network.
-    """
-    hub = _hub()
-    save_head(head, folder)
-    api = hub.HfApi(token=token)
-    patterns = [CONFIG, WEIGHTS, CARD, ONNX]
-    try:
-        api.create_repo(repo_id, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder), allow_patterns=patterns))
-    except Exception as error:  # refusals, no network, a bad name: each its own class
-        raise InputError(
-            f"{repo_id}: the hub did not take the head ({_without(token, ' '.join(str(error).split()))[:160]}); "
-            f"the files are in {folder}; check the name and that the token may write"
-        ) from None
-
-
-def _without(token: str | None, text: str) -> str:
-    return text.replace(token, WITHHELD) if token else text
-
-
 def _download(repo_id: str) -> Path:
     if repo_id.count("/") != 1 or repo_id.startswith((".", "/")):
         raise InputError(f"{repo_id!r} is neither a folder nor a hub id 'owner/name'")
     try:
-        return Path(_hub().snapshot_download(repo_id, allow_patterns=[CONFIG, WEIGHTS, CARD]))
+        return Path(import_hub().snapshot_download(repo_id, allow_patterns=[CONFIG, WEIGHTS, CARD]))
     except MissingExtraError:
         raise
     except Exception as error:
@@ -321,7 +257,8 @@ def _download(repo_id: str) -> Path:
         raise InputError(f"no folder {repo_id!r}, and the hub gave no head of that name: {reason}") from None
 
 
-def _hub() -> Any:
+def import_hub() -> Any:
+    """The module ``huggingface_hub``, or MissingExtraError that names the extra."""
     try:
         import huggingface_hub
     except ImportError:

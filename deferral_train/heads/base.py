@@ -1,4 +1,4 @@
-"""DeferralHead: what every head shares. Features in, normalisation inside, expected loss gap out.
+"""Base class of heads: features in, normalisation inside, estimated loss gap out.
 
 N rows, C raw columns, F features. A head estimates gap = E_P[l(y,q) - l(y,p)]; its rule defers where
 gap > alpha * tv (docs/equations.md, Lemma 4).
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from deferral_train.errors import InputError
+from deferral_train.heads import artifact
 from deferral_train.heads.bodies import make_body
-from deferral_train.heads.features import FeatureSet
+from deferral_train.heads.config import check_schema, constructor_arguments, stored_config, stored_metadata
+from deferral_train.heads.features import READABLE_VERSIONS, FeatureSet
 from deferral_train.heads.recalibration import CONFIDENCES, Recalibration
 from deferral_train.rules.summary import Summary
 
@@ -25,6 +28,9 @@ LOSSES = ("zero_one", "log", "prob", "sequence", "sequence_sampled")
 SEQUENCE_LOSSES = ("sequence", "sequence_sampled")
 # Losses whose gap is 0 where the argmaxes agree, because nothing is drafted but the argmax.
 GATED = ("zero_one", "sequence")
+
+# Head classes by ``head_type``: those of this package, which an artifact may name. A config never names code to import.
+HEADS: dict[str, type[DeferralHead]] = {}
 
 
 @contextlib.contextmanager
@@ -39,6 +45,19 @@ def decisions(x: Tensor) -> Iterator[None]:
 class DeferralHead(nn.Module):
     """Base of all heads. A subclass states ``head_type``, the number of body ``outputs`` and ``forward``.
 
+    A class of this package that states a ``head_type`` enters :data:`HEADS`; a user's own class does not, and is loaded
+    only where the user names it (:mod:`deferral_train.heads.own`). Class attributes tell the rest of the package what
+    a head is:
+
+    Attributes:
+        head_type: name in config.json.
+        objectives: training objectives that fit (:mod:`deferral_train.heads.objectives`); the first is the default.
+        dial: the number that its rule takes as operating point, ``"alpha"`` or ``"threshold"``.
+        takes_alpha: True where ``forward`` takes alpha ``[N]`` besides the columns and gives a score, no gap.
+        needs_candidates: True where its own objective reads logged candidate tokens.
+        tokenwise: True where it serves a token rule unless told otherwise.
+        inputs_beside: numbers that reach the body besides the features.
+
     Args:
         features: summary names with optional transforms (:mod:`deferral_train.heads.features`).
         stage: ``"verify"`` (both models have scored the position) or ``"draft"`` (only the drafter has).
@@ -51,9 +70,25 @@ class DeferralHead(nn.Module):
     """
 
     head_type: ClassVar[str]
-    inputs_beside: ClassVar[int] = 0  # numbers that reach the body besides the features
+    objectives: ClassVar[tuple[str, ...]] = ("squared", "huber", "cost_sensitive")
+    dial: ClassVar[str] = "alpha"
+    takes_alpha: ClassVar[bool] = False
+    needs_candidates: ClassVar[bool] = False
+    tokenwise: ClassVar[bool] = False
+    inputs_beside: ClassVar[int] = 0
     mean: Tensor
     scale: Tensor
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if "head_type" not in cls.__dict__ or not cls.__module__.startswith(f"{__package__}."):
+            return
+        other = HEADS.get(cls.head_type, cls)
+        if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(
+                f"{cls.__name__}: head_type {cls.head_type!r} is that of {other.__name__}; give another"
+            )
+        HEADS[cls.head_type] = cls
 
     def __init__(
         self,
@@ -92,9 +127,7 @@ class DeferralHead(nn.Module):
         raise NotImplementedError
 
     def extra_columns(self) -> tuple[str, ...]:
-        """Raw columns needed besides the features; the zero-one gap is known to be 0 where the argmaxes
-        agree.
-        """
+        """Raw columns needed besides the features: the zero-one gap is 0 where the argmaxes agree."""
         return ("argmaxes_differ",) if self.gated else ()
 
     def make_body(self, kind: str, hidden: Sequence[int]) -> nn.Module:
@@ -102,9 +135,7 @@ class DeferralHead(nn.Module):
         return make_body(kind, self.inputs.out_features + self.inputs_beside, self.outputs, hidden)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Raw columns ``[N, C]`` to named outputs ``[N]``: ``gap``, and at the draft stage ``tv`` and
-        ``reject``.
-        """
+        """Raw columns ``[N, C]`` to named outputs ``[N]``: ``gap``; at the draft stage also ``tv``, ``reject``."""
         raise NotImplementedError
 
     # What rules, traces and training read
@@ -215,15 +246,74 @@ class DeferralHead(nn.Module):
 
     # Artifact
 
+    def stored_config(self) -> dict[str, Any]:
+        """Content of config.json: :attr:`config` with version, ``"lossy": true`` and metadata.
+
+        Raises:
+            InputError: metadata of an unknown name, or out of the range that a reader takes.
+        """
+        return stored_config(self.config, self.metadata)
+
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> DeferralHead:
-        """Load a head from a folder or a hub id; see :func:`deferral_train.heads.artifact.load_head`."""
-        from deferral_train.heads.artifact import load_head
+        """Head in evaluation mode from a folder or, where no such folder exists, from a hub id ``owner/name``.
 
-        return load_head(folder, None if cls is DeferralHead else cls)
+        Called on a subclass, the folder must hold a head of that class; this is how a user's own class is loaded.
+
+        Raises:
+            InputError: a file that is absent, malformed or of another schema, or tensors that do not fit the config.
+        """
+        config, weights = artifact.read_artifact(folder)
+        own = None if cls is DeferralHead else cls
+        if own is None:  # a class of one's own may not build on the meta device
+            with torch.device("meta"):
+                artifact.check_size(weights, head_from_config(config).state_dict())
+        head = head_from_config(config, own)
+        head.load_state_dict(artifact.read_weights(weights, head.state_dict()))
+        return head.eval()
 
     def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> Path:
-        """Write config.json, model.safetensors and README.md; see :mod:`deferral_train.heads.artifact`."""
-        from deferral_train.heads.artifact import save_head
+        """Write config.json, model.safetensors and README.md in place of a head that lies in the folder.
 
-        return save_head(self, folder, card)
+        A certificate that was given to other weights is dropped with a warning.
+
+        Args:
+            folder: where to; made where it does not exist.
+            card: text of README.md; None writes one from the config.
+
+        Raises:
+            InputError: the folder holds something that is no head, weights are not finite, or metadata is out of range.
+        """
+        folder = Path(folder)
+        artifact.refuse_foreign(folder)
+        problem = artifact.certificate_problem(self)
+        if problem is not None:
+            self.metadata = {name: value for name, value in self.metadata.items() if name != "certificate"}
+            warnings.warn(f"head: {problem}; its certificate is dropped", stacklevel=2)
+        artifact.write_artifact(folder, self.stored_config(), self.state_dict(), card)
+        return folder
+
+
+def head_from_config(config: Mapping[str, Any], own: type[DeferralHead] | None = None) -> DeferralHead:
+    """Build the head that a stored config describes, with fresh weights.
+
+    Args:
+        config: content of config.json.
+        own: class of the caller's, accepted where its ``head_type`` is the config's; None takes the class in
+            :data:`HEADS`.
+
+    Raises:
+        InputError: an unknown type or version, a wrong field, or features whose schema is not the one recorded.
+    """
+    name, features, arguments = constructor_arguments(config)
+    if own is not None and own.head_type != name:
+        raise InputError(f"this folder holds a {name!r} head, not a {own.head_type!r} one")
+    if own is None and name not in HEADS:
+        raise InputError(
+            f"deferral_head_type {name[:80]!r} is unknown; known: {', '.join(HEADS)}; for a class of your own name it: "
+            "export --head_class MODULE.CLASS, or learned:head=FOLDER,class=MODULE.CLASS"
+        )
+    head = (own or HEADS[name])(features, **arguments)
+    check_schema(config, [head.inputs.schema_of(version) for version in reversed(READABLE_VERSIONS)])
+    head.metadata = stored_metadata(config)
+    return head

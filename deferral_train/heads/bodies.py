@@ -1,4 +1,4 @@
-"""Bodies: layers from normalised features ``[N, F]`` to the numbers that a head needs ``[N, O]``."""
+"""Trainable layers of a head, from normalised features ``[N, F]`` to its raw outputs ``[N, O]``."""
 
 from __future__ import annotations
 

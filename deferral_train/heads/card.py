@@ -1,6 +1,4 @@
-"""README.md of an exported head, by Hub conventions. Every recorded value is escaped: it may be model
-output.
-"""
+"""README.md of an exported head, by Hub conventions. Recorded values are escaped: they may be model output."""
 
 from __future__ import annotations
 

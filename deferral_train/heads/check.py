@@ -1,4 +1,4 @@
-"""The contract of a head, checked on summaries of random laws: what anyone's own head must pass."""
+"""Contract test of a deferral head, run on summaries of random distributions; user-defined heads must pass it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def example_summary(head: DeferralHead) -> Summary:
 
 
 def decision_of(head: DeferralHead) -> Callable[[Summary], Tensor]:
-    """What decides: the gap, or the head's own ``defer`` at alpha 0.1."""
+    """Function from a summary to decision values: the head's ``defer`` at alpha 0.1, or ``gap`` where it has none."""
     own = getattr(head, "defer", None)
     return head.gap if own is None else lambda summary: own(summary, 0.1)
 

@@ -1,19 +1,17 @@
-"""Reading config.json of a head: types, sizes and hashes are checked before anything is allocated."""
+"""config.json of a head as dictionaries: types, sizes and hashes are checked before anything is allocated."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from deferral_train.errors import InputError
-from deferral_train.heads.base import DeferralHead
-from deferral_train.heads.features import READABLE_VERSIONS
-from deferral_train.heads.registry import HEADS
 from deferral_train.provenance import hash_of
+from deferral_train.redaction import redacted
 
 FORMAT_VERSION = 1
 MAX_BYTES = 4 << 20
@@ -78,12 +76,31 @@ def _list_of(config: Mapping[str, Any], key: str, kind: type, limit: int) -> lis
     return values
 
 
-def head_from_config(config: Mapping[str, Any], cls: type[DeferralHead] | None = None) -> DeferralHead:
-    """Build the head that a config describes, with fresh weights.
+def stored_config(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Content of config.json: a head's config, the format version, ``"lossy": true`` and the redacted metadata.
 
-    ``cls`` is a class of the caller's own, accepted where its ``head_type`` is the config's. Raises
-    InputError for an unknown type or version, a wrong field, or features whose schema hash is not the one
-    recorded.
+    Raises:
+        InputError: metadata of an unknown name, or out of the range that a reader takes.
+    """
+    unknown = sorted(set(metadata) - set(METADATA))
+    if unknown:
+        raise InputError(f"head metadata {', '.join(unknown)} is unknown; known: {', '.join(METADATA)}")
+    check_metadata(metadata)
+    return {"format_version": FORMAT_VERSION, "lossy": True, **config, **redacted(metadata)}
+
+
+def stored_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The checked metadata among the fields of a stored config."""
+    metadata = {key: config[key] for key in METADATA if config.get(key) is not None}
+    check_metadata(metadata)
+    return metadata
+
+
+def constructor_arguments(config: Mapping[str, Any]) -> tuple[str, list[str], dict[str, Any]]:
+    """Head type, features and keyword arguments of the constructor that a stored config describes.
+
+    Raises:
+        InputError: an unknown version or field, or a field of another type or size.
     """
     version = config.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
@@ -93,53 +110,41 @@ def head_from_config(config: Mapping[str, Any], cls: type[DeferralHead] | None =
     unknown = sorted(set(config) - set(KNOWN))
     if unknown:
         raise InputError(f"head config field {unknown[0]!r} is unknown; use the release that wrote it")
-    head_class = _head_class(_typed(config, "deferral_head_type", str), cls)
     widths = _typed(config, "widths", dict, {})
     if not all(isinstance(v, int) and not isinstance(v, bool) for v in widths.values()):
         raise InputError("head config field 'widths' must map names to integers")
-    memory = {}
+    arguments = {
+        "stage": _typed(config, "stage", str),
+        "loss": _typed(config, "loss", str),
+        "body": _typed(config, "body", str),
+        "hidden": _list_of(config, "hidden", int, 16),
+        "widths": widths,
+        "recalibration": _typed(config, "recalibration", str, "none"),
+    }
     if "memory_entries" in config:  # only where a feature needs it, so that heads of others need not know it
-        memory["memory_entries"] = _typed(config, "memory_entries", int)
-    head = head_class(
-        _list_of(config, "features", str, MAX_FEATURES),
-        stage=_typed(config, "stage", str),
-        loss=_typed(config, "loss", str),
-        body=_typed(config, "body", str),
-        hidden=_list_of(config, "hidden", int, 16),
-        widths=widths,
-        recalibration=_typed(config, "recalibration", str, "none"),
-        **memory,
-    )
-    _check_schema(config, head)
-    head.metadata = {key: config[key] for key in METADATA if config.get(key) is not None}
-    check_metadata(head.metadata)
-    return head
+        arguments["memory_entries"] = _typed(config, "memory_entries", int)
+    features = _list_of(config, "features", str, MAX_FEATURES)
+    return _typed(config, "deferral_head_type", str), features, arguments
 
 
-def _head_class(name: str, cls: type[DeferralHead] | None) -> type[DeferralHead]:
-    if cls is not None:
-        if cls.head_type != name:
-            raise InputError(f"this folder holds a {name!r} head, not a {cls.head_type!r} one")
-        return cls
-    if name not in HEADS:
-        raise InputError(
-            f"deferral_head_type {name[:80]!r} is unknown; known: {', '.join(HEADS)}; for a class of your own name it: "
-            "export --head_class MODULE.CLASS, or learned:head=FOLDER,class=MODULE.CLASS"
-        )
-    return HEADS[name]
+def check_schema(config: Mapping[str, Any], schemas: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse features that are not those the weights were trained on, and say which differ.
 
+    Args:
+        config: as stored.
+        schemas: of the head built from it, in the words of every readable version, newest first.
 
-def _check_schema(config: Mapping[str, Any], head: DeferralHead) -> None:
-    """Refuse features that are not those the weights were trained on, and say which differ."""
+    Raises:
+        InputError: the recorded schema or its hash is none of these.
+    """
     recorded = config.get("schema_hash")
     written = _typed(config, "schema", dict, {})
     # What an earlier version recorded is compared in that version's words.
-    schemas = [head.inputs.schema_of(version) for version in reversed(READABLE_VERSIONS)]
     own = next((one for one in schemas if one["version"] == written.get("version")), schemas[0])
     different = list(_schema_differences(written, own))
     if recorded in ([hash_of(own)] if "version" in written else map(hash_of, schemas)) and not different:
         return
-    named = "; ".join(different[:4]) or f"hash {str(recorded)[:32]!r}, here {head.inputs.schema_hash!r}"
+    named = "; ".join(different[:4]) or f"hash {str(recorded)[:32]!r}, here {hash_of(schemas[0])!r}"
     more = f" (and {len(different) - 4} more)" if len(different) > 4 else ""
     raise InputError(
         f"the head was trained under another feature schema: {named}{more}; use the config and the release that "
@@ -148,7 +153,7 @@ def _check_schema(config: Mapping[str, Any], head: DeferralHead) -> None:
 
 
 def _schema_differences(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
-    """What differs, in words; nothing where the config records no schema and its hash alone must do."""
+    """Texts that name each difference of two schemas; none where the config records only a hash."""
     for key in ("version", "stage"):
         if key in recorded and recorded[key] != here[key]:
             yield f"{key} {str(recorded[key])[:40]!r}, here {here[key]!r}"
@@ -162,7 +167,7 @@ def _schema_differences(recorded: Mapping[str, Any], here: Mapping[str, Any]) ->
 
 
 def _feature_text(row: Any) -> str:
-    """``drafter_max:logit`` of a schema's row; ``none`` past the end."""
+    """A schema row as text for messages, such as ``'drafter_max:logit'``; ``none`` where a list has ended."""
     if row is None:
         return "none"
     if not isinstance(row, list) or len(row) != 3:

@@ -1,4 +1,4 @@
-"""What a head costs where it is exported: microseconds of a call from raw columns to decision's numbers."""
+"""Time of one head call on the exporting machine, microseconds, from raw columns ``[N, C]`` to the outputs."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from deferral_train.heads.base import DeferralHead
-from deferral_train.heads.cost_sensitive import CostSensitiveHead
 
 BATCHES = (1, 5)  # a token, and a drafted block
 
 
 def call_inputs(head: DeferralHead, columns: Tensor) -> tuple[Tensor, ...]:
-    """What ``head(...)`` takes for raw columns ``[N, C]``: the columns, and alpha ``[N]`` where it is an input."""
-    if isinstance(head, CostSensitiveHead):
+    """Arguments of ``head(...)`` for raw columns ``[N, C]``: these, and alpha ``[N]`` = 0.1 where it is an input."""
+    if head.takes_alpha:
         return columns, torch.full_like(columns[:, 0], 0.1)
     return (columns,)
 

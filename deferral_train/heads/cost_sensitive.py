@@ -21,6 +21,8 @@ class CostSensitiveHead(DeferralHead):
     """
 
     head_type = "cost_sensitive"
+    objectives = ("cost_sensitive",)
+    takes_alpha = True
     inputs_beside = 2
 
     @property

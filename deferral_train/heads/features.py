@@ -183,9 +183,7 @@ class FeatureSet(nn.Module):
 
     @property
     def schema(self) -> dict[str, Any]:
-        """What the head reads, as its config records it: version of the vocabulary, stage, rows of name, transform,
-        width in order.
-        """
+        """Features as config.json records them: version, stage, and rows of name, transform, width in order."""
         rows = [[f.name, f.transform, self.width_of(f.name)] for f in self.features]
         return {"version": SCHEMA_VERSION, "stage": self.stage, "features": rows}
 

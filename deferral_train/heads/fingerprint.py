@@ -1,4 +1,4 @@
-"""Short texts that stand for weights in memory and for a whole rule: equal texts, equal decisions.
+"""Hashes of weights in memory and JSON-like keys of whole rules: equal keys, equal decisions.
 
 Records of decoded outputs, of traces and of certificates name what they were made with by these.
 """

@@ -1,4 +1,4 @@
-"""Fold a linear head: what its weights make of each token's embedding becomes a table of one number per token."""
+"""Fold a linear head: the product of weights and embedding becomes a table of one number per token."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from deferral_train.heads.lookups import COSINE, EMBEDDINGS, MATRIX
 
 
 def reads_embeddings(head: GapHead) -> bool:
-    """Whether a feature of the head is an embedding."""
+    """True where a feature of the head is a token embedding."""
     return any(feature.name in EMBEDDINGS for feature in head.inputs.features)
 
 
 def is_linear(head: GapHead) -> bool:
-    """Whether the head's body is one linear map."""
+    """True where the head's body is one linear layer."""
     return isinstance(head.body, nn.Sequential) and len(head.body) == 1
 
 
@@ -70,7 +70,7 @@ def fold(head: GapHead) -> GapHead:
 
 
 def _worth(head: GapHead, weight: Tensor, columns: slice) -> Tensor:
-    """What the body makes of each row of the matrix, [V]."""
+    """Contribution [V] of each row of the matrix to the head's output: normalised embedding times weight."""
     assert head.inputs.lookups is not None
     rows = head.inputs.lookups.matrix.double()
     normalised = (rows - head.mean[columns].double()) * head.scale[columns].double()

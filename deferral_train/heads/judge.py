@@ -23,6 +23,8 @@ class JudgeHead(DeferralHead):
     """
 
     head_type = "judge"
+    objectives = ("judge",)
+    dial = "threshold"
 
     def __init__(self, features: Sequence[str], *, body: str = "linear", **arguments: Any) -> None:
         super().__init__(features, body=body, **arguments)

@@ -1,4 +1,4 @@
-"""Features that look a token up: embeddings of the two argmaxes, what they are worth, and their cosine.
+"""Features read from tables by token id: embeddings of the two argmaxes, their folded weights, and their cosine.
 
 An embedding is a row of the verifier's output matrix. A linear body makes of it a weighted sum, one number per token of
 the vocabulary, so that a fitted linear head is stored with tables of such numbers in place of the matrix

@@ -67,7 +67,7 @@ class Memory(nn.Module):
             )
 
     def columns(self, summary: Summary, order: int, leave_out: Tensor | None = None) -> Tensor:
-        """What followed the last ``order`` tokens, ``[.., 4]``: log(1 + n), shares of v_p and of v_q, their difference.
+        """Counts of the last ``order`` tokens, ``[.., 4]``: log(1 + n), shares of v_p and of v_q, their difference.
 
         Args:
             leave_out: gold tokens ``[..]`` of rows that were counted themselves: each sees the memory without itself,

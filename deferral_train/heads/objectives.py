@@ -1,4 +1,4 @@
-"""What heads are trained to minimise. Each objective takes (head, batch, generator) and gives a scalar.
+"""Training objectives of heads: functions of (head, batch, generator) that give the scalar loss to minimise.
 
 A batch is a dictionary of tensors over N rows: ``x`` raw columns [N, C], ``z`` unbiased label of the gap,
 ``tv`` exact total variation; where asked for also ``reject`` (probability that the drafted token is
@@ -9,7 +9,7 @@ gold_verifier`` (q and p of gold) and logged candidates (:data:`CANDIDATES`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,12 +17,10 @@ from torch.nn import functional as F
 
 from deferral_train.errors import InputError
 from deferral_train.heads.base import DeferralHead
-from deferral_train.heads.cost_sensitive import CostSensitiveHead
 from deferral_train.heads.judge import JudgeHead
-from deferral_train.heads.truth import TokenHead, TruthHead, TruthMixtureHead
+from deferral_train.heads.truth import TokenHead, TruthMixtureHead
 
 Batch = Mapping[str, Tensor]
-H = TypeVar("H", bound=DeferralHead)
 # [N, K] log q, log p of the logged union, whether an entry is the gold token, whether it is distinct and
 # present, whether it is v_p or v_q; [N] log tail masses.
 CANDIDATES = (
@@ -76,14 +74,14 @@ def cost_sensitive(head: DeferralHead, batch: Batch, generator: torch.Generator)
     """
     alpha = draw_alpha(batch["z"], generator)
     margin = batch["z"] - alpha * batch["tv"]
-    if isinstance(head, CostSensitiveHead):
-        score = head.score(batch["x"], alpha)
+    if head.takes_alpha:
+        score = head(batch["x"], alpha)["score"]
     else:
         out = head(batch["x"])
         tv = out["tv"] if head.stage == "draft" else batch["tv"]
         score = 8 * (out["gap"] - alpha * tv)
     loss = (margin.abs() * F.softplus(-score * margin.sign())).mean()
-    if head.stage == "draft" and not isinstance(head, CostSensitiveHead):
+    if head.stage == "draft" and not head.takes_alpha:
         loss = loss + _draft_terms(out, batch)
     return loss
 
@@ -95,7 +93,7 @@ def likelihood(head: DeferralHead, batch: Batch, generator: torch.Generator) -> 
     The second term shares a and b with the first and needs the candidates; without them the first stands
     alone.
     """
-    mixture = _expect(head, TruthMixtureHead, "likelihood")
+    mixture = cast(TruthMixtureHead, _fitting(head, "likelihood"))
     classes = mixture.class_logits(batch["x"]).float()
     loss = F.cross_entropy(classes, batch["target"])
     if "cand_gold" not in batch:
@@ -120,7 +118,7 @@ def candidates(head: DeferralHead, batch: Batch, generator: torch.Generator) -> 
     Under loss prob also the log loss of E_P p(y), E_P q(y) against p(gold), q(gold), which are unbiased for
     them.
     """
-    token = _expect(head, TokenHead, "candidates")
+    token = cast(TokenHead, _fitting(head, "candidates"))
     odds = token.log_odds(batch["x"], batch["cand_drafter"], batch["cand_verifier"]).float()
     each = F.binary_cross_entropy_with_logits(odds, batch["cand_gold"].float(), reduction="none")
     loss = (each * batch["cand_valid"]).sum(-1).mean()
@@ -132,7 +130,7 @@ def candidates(head: DeferralHead, batch: Batch, generator: torch.Generator) -> 
 
 def judge(head: DeferralHead, batch: Batch, generator: torch.Generator) -> Tensor:
     """Mean of :func:`judge_losses`."""
-    each, weight = judge_losses(_expect(head, JudgeHead, "judge"), batch)
+    each, weight = judge_losses(cast(JudgeHead, _fitting(head, "judge")), batch)
     return (weight * each).sum() / weight.sum().clamp_min(1)
 
 
@@ -151,9 +149,12 @@ def judge_losses(head: JudgeHead, batch: Batch) -> tuple[Tensor, Tensor]:
     return each, told
 
 
-def _expect(head: DeferralHead, kind: type[H], objective: str) -> H:
-    if not isinstance(head, kind):
-        raise InputError(f"objective {objective!r} trains a {kind.head_type} head, not {head.head_type!r}")
+def _fitting(head: DeferralHead, objective: str) -> DeferralHead:
+    """The head, or InputError where it does not state the objective."""
+    if objective not in head.objectives:
+        raise InputError(
+            f"objective {objective!r} does not fit a {head.head_type} head; use objective='auto'"
+        )
     return head
 
 
@@ -166,31 +167,17 @@ OBJECTIVES: dict[str, Objective] = {
     "candidates": candidates,
     "judge": judge,
 }
-_DEFAULTS = {
-    "cost_sensitive": "cost_sensitive",
-    "truth_mixture": "likelihood",
-    "token": "candidates",
-    "judge": "judge",
-}
 
 
 def objective_for(head: DeferralHead, name: str = "auto") -> str:
-    """Check that an objective fits a head; ``"auto"`` picks the head's own."""
+    """Name of the objective that a head is trained by: the first that it states for ``"auto"``, else ``name``.
+
+    Raises:
+        InputError: an unknown objective, or one that does not fit the head.
+    """
     if name == "auto":
-        return _DEFAULTS.get(head.head_type, "squared")
+        return head.objectives[0]
     if name not in OBJECTIVES:
         raise InputError(f"objective {name!r} is unknown; known: auto, {', '.join(OBJECTIVES)}")
-    fits = {
-        "likelihood": isinstance(head, TruthMixtureHead),
-        "candidates": isinstance(head, TokenHead),
-        "cost_sensitive": not isinstance(head, TokenHead | JudgeHead),
-        "judge": isinstance(head, JudgeHead),
-    }.get(name, not isinstance(head, CostSensitiveHead | JudgeHead))
-    if not fits:
-        raise InputError(f"objective {name!r} does not fit a {head.head_type} head; use objective='auto'")
+    _fitting(head, name)
     return name
-
-
-def needs_candidates(head: DeferralHead) -> bool:
-    """Whether the head's own objective reads logged candidates."""
-    return isinstance(head, TruthHead)

@@ -1,5 +1,4 @@
-"""ONNX form of a head: one file, dynamic batch, raw columns in, decisions' numbers out; checked against
-torch.
+"""ONNX form of a head: one file with a dynamic batch, from raw columns to outputs; checked against torch.
 
 Recalibration, transforms and normalisation are inside the graph, so a server feeds the summary's numbers as
 they are, in the order that the graph's metadata states.
@@ -29,7 +28,7 @@ OUTPUTS = ("gap", "tv", "reject", "truth", "score")
 
 
 class _Flat(nn.Module):
-    """A head with a tuple of outputs, as exporters want it."""
+    """Wrapper that gives a head's outputs as a tuple, as the exporter needs."""
 
     def __init__(self, head: DeferralHead, names: Sequence[str]) -> None:
         super().__init__()
@@ -76,7 +75,7 @@ def export_onnx(head: DeferralHead, path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Without torch's own notes: about torchvision, which no head uses, and about torch's use of itself."""
+    """Context that mutes the exporter's notes about torchvision, which no head uses, and about torch itself."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

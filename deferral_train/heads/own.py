@@ -1,4 +1,4 @@
-"""Head classes of the user's own: imported where the user typed the name, never where a file names it."""
+"""User-defined head classes: imported where the user typed the name, never where a file names it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ import os
 import sys
 
 from deferral_train.errors import InputError
-from deferral_train.heads.artifact import full_config
-from deferral_train.heads.base import DeferralHead
-from deferral_train.heads.config import head_from_config
-from deferral_train.heads.registry import HEADS
+from deferral_train.heads.base import HEADS, DeferralHead, head_from_config
 
 
 def import_head_class(name: str) -> type[DeferralHead]:
-    """The class that the user typed as ``my_heads.MyHead`` or ``my_heads:MyHead``; modules here are found, too.
+    """Import a head class named ``my_heads.MyHead`` or ``my_heads:MyHead``, from the current folder, too.
 
     Raises:
         InputError: no such module or class, or no head.
@@ -54,7 +51,7 @@ def check_own_class(head: DeferralHead) -> None:
             f"none of {', '.join(HEADS)}"
         )
     try:
-        again = head_from_config(json.loads(json.dumps(full_config(head))), cls)
+        again = head_from_config(json.loads(json.dumps(head.stored_config())), cls)
     except (TypeError, InputError) as error:
         raise InputError(
             f"{cls.__name__}: cannot be built again from its config ({error}), no export of it could be loaded; "

@@ -1,4 +1,4 @@
-"""Was a head made for this vocabulary? Its token ids and laws mean nothing under another one."""
+"""Check that a head was fitted for the pair's vocabulary: its token ids mean other tokens under another one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from deferral_train.errors import InputError
 
 
 def different(recorded: Mapping[str, Any], here: Mapping[str, Any], names: tuple[str, ...]) -> Iterator[str]:
-    """What differs of the ``names`` that both sides state, in words."""
+    """Texts ``NAME is HERE, the head's RECORDED`` of the entries of ``names`` that both sides state and that differ."""
     for name in names:
         if name in recorded and name in here and recorded[name] != here[name]:
             yield f"{name} is {here[name]}, the head's {recorded[name]}"

@@ -1,4 +1,4 @@
-"""Heads as rules: the token rule of a truth head, and what ``--rules`` on the command line means."""
+"""Rules that use a head: the token rule of a truth head, and rules from text as ``--rules`` takes them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from deferral_train.errors import InputError
 from deferral_train.heads.base import DeferralHead
-from deferral_train.heads.judge import JudgeHead
 from deferral_train.heads.own import import_head_class
 from deferral_train.heads.truth import TruthHead
 from deferral_train.rules import make_rule
@@ -31,7 +30,7 @@ ROUNDS = 4  # eight raise the objective by 2e-6 of 0.2 on the Multi30k pair
 
 @dataclass(frozen=True)
 class LearnedTokenRule(TokenRule):
-    """Which tokens to keep, by a learned P^ in place of P.
+    """Token rule that keeps drafted tokens by a head's estimate P^ of the true next-token distribution P.
 
     Plain: keep v where value - P^(v) <= alpha, equation (12), ``value`` being what the verifier's emission is worth
     (:meth:`TruthHead.verifier_value`); for greedy decoding, and as in the paper. ``priced``, for sampling: keep all but
@@ -100,7 +99,7 @@ def learned_rule(
 
     A token head gives a token rule unless ``tokenwise`` is False; a truth mixture gives one if it is True.
     """
-    if isinstance(head, JudgeHead):
+    if head.dial != "alpha":
         raise InputError(
             "a judge head answers rule judge (judge:head=FOLDER,threshold=0.5) or, at stage 'draft', "
             "--stop acceptance:head=FOLDER"
@@ -110,7 +109,7 @@ def learned_rule(
     if alpha is None:
         raise InputError("this head has no chosen alpha; give one, e.g. learned:head=FOLDER,alpha=0.1")
     if tokenwise is None:
-        tokenwise = head.head_type == "token"
+        tokenwise = head.tokenwise
     if not tokenwise:
         return LearnedRule(head=head, alpha=float(alpha))
     if not isinstance(head, TruthHead):
@@ -126,7 +125,7 @@ def judge_rule(head: DeferralHead, threshold: float | None = None) -> Rule:
     Raises:
         InputError: another head, one of the draft stage, or no threshold.
     """
-    if not isinstance(head, JudgeHead):
+    if head.dial != "threshold":
         raise InputError(
             f"rule judge: a {head.head_type} head has no score; use learned:head=FOLDER,alpha=0.1"
         )

@@ -30,12 +30,13 @@ AT_ARGMAXES = ("drafter_at_verifier_argmax", "drafter_max", "verifier_max", "ver
 
 
 class TruthHead(DeferralHead):
-    """Common part: three numbers (a, b, c) per position, read by :meth:`log_truth` of a subclass.
+    """Base of heads that estimate P^(v) from three numbers (a, b, c) per position; subclasses give :meth:`log_truth`.
 
-    ``forward`` gives the gap and, as ``truth``, what the verifier's emission is worth. With the body's last
+    ``forward`` gives the gap and, as ``truth``, :meth:`verifier_value`. With the body's last
     layer at zero, (a, b, c) = (1, 0, 0): training starts from P^ = p.
     """
 
+    needs_candidates = True
     losses: ClassVar[tuple[str, ...]] = ("zero_one",)
     at_argmaxes: Tensor
 
@@ -92,7 +93,7 @@ class TruthHead(DeferralHead):
             return self.log_truth(x.reshape(-1, x.shape[-1]), *logs).exp().reshape(shape)
 
     def verifier_value(self, summary: Summary) -> Tensor:
-        """What leaving the emission to the verifier is worth, ``[..]``: P^(v_p), or E_P p(y) for loss prob."""
+        """Estimated chance ``[..]`` that the verifier's token is right: P^(v_p), or E_P p(y) for loss prob."""
         return self._predict(summary, "truth")
 
 
@@ -107,6 +108,7 @@ class TruthMixtureHead(TruthHead):
     """
 
     head_type = "truth_mixture"
+    objectives = ("likelihood", "squared", "huber", "cost_sensitive")
     masks: Tensor
 
     def __init__(self, features: Sequence[str], **arguments: Any) -> None:
@@ -156,6 +158,8 @@ class TokenHead(TruthHead):
     """
 
     head_type = "token"
+    objectives = ("candidates", "squared", "huber")
+    tokenwise = True
     losses = ("zero_one", "prob")
 
     @property

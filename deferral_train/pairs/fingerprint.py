@@ -50,7 +50,7 @@ def file_fingerprint(path: str | Path) -> dict[str, Any]:
 
 
 def model_facts(model: Any) -> dict[str, Any]:
-    """What a loaded model is, for tables: ``{"model_type", "parameters"}``."""
+    """Type and size of a loaded model, for tables: ``{"model_type", "parameters"}``."""
     return {
         "model_type": model.config.model_type,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

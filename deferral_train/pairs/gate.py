@@ -1,4 +1,4 @@
-"""Whether a pair is worth hours of work: the verifier must be clearly better, and its pass clearly dearer."""
+"""Checks that a pair is worth hours of work: the verifier clearly better, its pass clearly dearer."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class GateResult:
         return self.verifier_seconds / self.drafter_seconds
 
     def reasons(self, min_nats: float = 0.2, min_cost_ratio: float = 3.0) -> list[str]:
-        """What speaks against the pair, in words; empty where it passes."""
+        """Reasons against the pair, in words; empty where it passes."""
         found = []
         if not self.advantage >= min_nats:
             found.append(

@@ -1,4 +1,4 @@
-"""What a pair was trained on must not be what a head is fitted, tuned or judged on."""
+"""Refuses prompts that a pair was trained on, where a head is to be fitted, tuned or judged on them."""
 
 from __future__ import annotations
 

@@ -45,23 +45,11 @@ class Prompt:
     reference: str | None = None
 
 
-def read_prompts(
-    path: str | Path,
-    format: str | None = None,
-    *,
-    reference_path: str | Path | None = None,
-    prompt_field: str | None = None,
-    reference_field: str | None = None,
-    id_field: str | None = None,
-    template: str = "{prompt}",
-    subset: str | None = None,
-    split: str = "train",
-    start: int = 0,
-    limit: int | None = None,
-) -> list[Prompt]:
-    """Read prompts in file order; ids are ``id_field`` (or a field ``id``), else ``<name>:<row, from 1>``.
+@dataclass(frozen=True)
+class PromptSource:
+    """Where prompts come from, and which of its fields and rows they are.
 
-    Args:
+    Attributes:
         path: a file (also as ``.gz``, ``.bz2`` or ``.xz``), a folder with a data set, or a name for ``datasets``.
         format: one of ``FORMATS``; default by suffix, ``text`` (a prompt per line) for unknown ones.
         reference_path: second file of parallel text, line by line the reference of the prompt.
@@ -69,6 +57,7 @@ def read_prompts(
             (``messages.0.content``). Default: the one of ``PROMPT_FIELDS`` that a row has, and of several the first
             if it is ``prompt`` or ``question``; other rows are refused until the field is named.
         reference_field: the same for references, among ``REFERENCE_FIELDS``, or none.
+        id_field: the same for ids; default a field ``id``, else ``<name>:<row, from 1>``.
         template: text around every prompt, for example ``"translate English to German: {prompt}"``.
         subset: configuration of a named data set.
         split: split of a data set.
@@ -76,25 +65,56 @@ def read_prompts(
         limit: most rows to read, None for all.
 
     Raises:
+        InputError: a template without ``{prompt}``, rows that cannot be meant.
+    """
+
+    path: str | Path
+    format: str | None = None
+    reference_path: str | Path | None = None
+    prompt_field: str | None = None
+    reference_field: str | None = None
+    id_field: str | None = None
+    template: str = "{prompt}"
+    subset: str | None = None
+    split: str = "train"
+    start: int = 0
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if "{prompt}" not in self.template:
+            raise InputError(f"template={self.template!r} has no {{prompt}}; write it where the prompt goes")
+        if self.start < 0 or (self.limit is not None and self.limit < 1):
+            raise InputError(f"start={self.start}, limit={self.limit}: start must be >= 0 and limit >= 1")
+
+
+def read_prompts(path: str | Path, format: str | None = None, **fields: Any) -> list[Prompt]:
+    """Read prompts in file order.
+
+    Args:
+        path: a file, a folder with a data set, or a name for ``datasets``.
+        format: one of ``FORMATS``; default by suffix.
+        fields: any other of :class:`PromptSource`, by name.
+
+    Raises:
         InputError: file or field missing, a row that cannot be read (named by number), unequal line counts,
             repeated ids, no rows.
     """
-    if "{prompt}" not in template:
-        raise InputError(f"template={template!r} has no {{prompt}}; write it where the prompt goes")
-    if start < 0 or (limit is not None and limit < 1):
-        raise InputError(f"start={start}, limit={limit}: start must be >= 0 and limit >= 1")
-    path, kind = _resolve(path, format)
-    name = _stem(str(path))
-    if reference_path is not None:
-        rows: Iterable[Mapping[str, Any]] = _parallel_rows(path, reference_path, kind)
+    source = PromptSource(path, format, **fields)
+    place, kind = _resolve(source.path, source.format)
+    if source.reference_path is not None:
+        rows: Iterable[Mapping[str, Any]] = _parallel_rows(place, source.reference_path, kind)
+    elif kind == "dataset":
+        rows = _dataset_rows(place, source.subset, source.split)
     else:
-        rows = _ROWS[kind](path) if kind != "dataset" else _dataset_rows(path, subset, split)
-    stop = None if limit is None else start + limit
-    fields = _Fields(prompt_field, reference_field, id_field, template, name)
-    prompts = [fields.read(row, number) for number, row in islice(enumerate(rows, 1), start, stop)]
+        rows = _ROWS[kind](place)
+    stop = None if source.limit is None else source.start + source.limit
+    reader = _RowReader(source, _stem(str(place)))
+    prompts = [reader.read(row, number) for number, row in islice(enumerate(rows, 1), source.start, stop)]
     if not prompts:
-        raise InputError(f"{path}: no rows from row {start + 1} on; give a file with at least one prompt")
-    _refuse_repeated(prompts, path)
+        raise InputError(
+            f"{place}: no rows from row {source.start + 1} on; give a file with at least one prompt"
+        )
+    _refuse_repeated(prompts, place)
     return prompts
 
 
@@ -114,34 +134,29 @@ def write_prompts(path: str | Path, prompts: Iterable[Prompt]) -> None:
 
 
 @dataclass(frozen=True)
-class _Fields:
-    """How a row becomes a :class:`Prompt`; ``name`` is the data set's name, for ids and messages."""
+class _RowReader:
+    """Makes a :class:`Prompt` of a row; ``name`` is the data set's name, for ids and messages."""
 
-    prompt: str | None
-    reference: str | None
-    id: str | None
-    template: str
+    source: PromptSource
     name: str
 
     def read(self, row: Mapping[str, Any], number: int) -> Prompt:
         where = f"{self.name}, row {number}"
-        prompt = self._value(row, self.prompt, PROMPT_FIELDS, where, "prompt_field")
+        prompt = self._value(row, self.source.prompt_field, PROMPT_FIELDS, where, "prompt_field")
         if prompt is None:
-            tried = self.prompt or ", ".join(PROMPT_FIELDS)
+            tried = self.source.prompt_field or ", ".join(PROMPT_FIELDS)
             raise InputError(f"{where}: no {tried} in {_names(row)}; name the field with prompt_field")
-        reference = self._value(row, self.reference, REFERENCE_FIELDS, where, "reference_field")
-        return Prompt(
-            self._identifier(row, number, where), self.template.replace("{prompt}", prompt), reference
-        )
+        reference = self._value(row, self.source.reference_field, REFERENCE_FIELDS, where, "reference_field")
+        text = self.source.template.replace("{prompt}", prompt)
+        return Prompt(self._identifier(row, number, where), text, reference)
 
     def _identifier(self, row: Mapping[str, Any], number: int, where: str) -> str:
-        value = row.get("id") if self.id is None else _reach(row, self.id, where, "id_field")
-        if value is None and self.id is not None:
-            raise InputError(
-                f"{where}: field {self.id!r} is null; give every row an id, or leave id_field out"
-            )
+        field = self.source.id_field
+        value = row.get("id") if field is None else _reach(row, field, where, "id_field")
+        if value is None and field is not None:
+            raise InputError(f"{where}: field {field!r} is null; give every row an id, or leave id_field out")
         identifier = f"{self.name}:{number}" if value is None else str(value)
-        _refuse_surrogates(identifier, where, self.id or "id")
+        _refuse_surrogates(identifier, where, field or "id")
         return identifier
 
     @staticmethod

@@ -9,11 +9,10 @@ from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from deferral_train.errors import InputError
-from deferral_train.heads.base import SEQUENCE_LOSSES
+from deferral_train.heads.base import HEADS, SEQUENCE_LOSSES
 from deferral_train.heads.bodies import BODIES
 from deferral_train.heads.objectives import OBJECTIVES
 from deferral_train.heads.recalibration import KINDS as RECALIBRATIONS
-from deferral_train.heads.registry import HEADS
 from deferral_train.rules.risks import LOSSES
 from deferral_train.traces import Traces
 from deferral_train.training.config import FitConfig, make_head

@@ -51,7 +51,7 @@ ROUNDS = "rounds"  # what the head of rounds is called in a run, and their folde
 
 @dataclass(frozen=True)
 class RoundsSettings:
-    """What rounds are asked for.
+    """Settings of rounds of learning.
 
     Attributes:
         rounds: collections along the cascade's own text, after the first along the verifier's.
@@ -96,7 +96,7 @@ class RoundsSettings:
 
 
 @dataclass(frozen=True)
-class Point:
+class DecodedPoint:
     """A head's rule at one alpha, decoded on the validation prompts.
 
     Attributes:
@@ -129,11 +129,11 @@ class Candidate:
     head: str
     objective: str
     length_price: float
-    points: tuple[Point, ...]
-    at_wish: Point
+    points: tuple[DecodedPoint, ...]
+    at_wish: DecodedPoint
 
 
-def at_calls(points: Sequence[Point], calls: float) -> Point:
+def at_calls(points: Sequence[DecodedPoint], calls: float) -> DecodedPoint:
     """A point's numbers at given calls, linear between its neighbours, the nearest end beyond the last.
 
     Args:
@@ -146,7 +146,7 @@ def at_calls(points: Sequence[Point], calls: float) -> Point:
         return float(np.interp(calls, known, list(values)))
 
     scores = {name: between([point.scores[name] for point in points]) for name in points[0].scores}
-    return Point(
+    return DecodedPoint(
         between([point.alpha for point in points]),
         float(np.clip(calls, known[0], known[-1])),
         between([point.loss for point in points]),
@@ -274,7 +274,7 @@ class Learning:
 
     def _points(
         self, folder: Path, head: DeferralHead, alphas: Sequence[float], lossless: Decoded
-    ) -> list[Point]:
+    ) -> list[DecodedPoint]:
         rules = {f"alpha={alpha:g}": learned_rule(head, alpha) for alpha in dict.fromkeys(alphas)}
         rows = self._decoded(rules, folder / "decode")
         points = []
@@ -283,9 +283,11 @@ class Learning:
             points.append(self._point(rule.dial_value, found, lossless))
         return points
 
-    def _point(self, alpha: float, found: Decoded, lossless: Decoded) -> Point:
+    def _point(self, alpha: float, found: Decoded, lossless: Decoded) -> DecodedPoint:
         loss = composite_loss(found, lossless, self.settings.metrics, self.scales)
-        return Point(alpha, found.calls / lossless.calls, loss, found.words / lossless.words, found.scores)
+        return DecodedPoint(
+            alpha, found.calls / lossless.calls, loss, found.words / lossless.words, found.scores
+        )
 
     def _decode_lossless(self) -> Decoded:
         rows = self._decoded({LOSSLESS: None}, self.out / LOSSLESS)

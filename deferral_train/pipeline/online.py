@@ -16,7 +16,7 @@ from deferral_train.decoding.pair import Settings
 from deferral_train.evaluation import skew
 from deferral_train.evaluation.outputs import check_metrics, score_outputs
 from deferral_train.heads import DeferralHead
-from deferral_train.heads.artifact import set_operating_point
+from deferral_train.heads.export import set_operating_point
 from deferral_train.heads.rules import learned_rule, rule_from_spec
 from deferral_train.pipeline import ask
 from deferral_train.pipeline.closing import short
@@ -26,7 +26,7 @@ from deferral_train.pipeline.heads import BEST, LEARNED
 from deferral_train.pipeline.pair import open_pair
 from deferral_train.pipeline.text import read_part
 from deferral_train.pipeline.wish import FOLDER as CALIBRATION
-from deferral_train.pipeline.wish import Wish, certified_point
+from deferral_train.pipeline.wish import CertificateSearch, certified_point
 from deferral_train.rules.base import Rule
 from deferral_train.traces import open_traces
 
@@ -95,7 +95,9 @@ def certify_wish(run: RunContext, results: Results, plug_in: str) -> dict[str, A
         LEARNED: (f"learned:head={head}", learned_rule(DeferralHead.from_pretrained(head), alpha=0.0)),
     }
     found = certified_point(
-        Wish(run.config.point, run.config.decode, run.metric, run.folder / CALIBRATION, run.config.seed),
+        CertificateSearch(
+            run.config.point, run.config.decode, run.metric, run.folder / CALIBRATION, run.config.seed
+        ),
         Pair(open_pair(run.config.pair, results["pair"])),
         read_part(run.folder, "calibration"),
         run.open("validation"),

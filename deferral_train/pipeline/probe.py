@@ -35,7 +35,7 @@ def ceiling(
     num_draft_tokens: int,
     seed: int,
 ) -> dict[str, Any]:
-    """What lossless speculation, the best plug-in rule and hindsight reach on prompts that chose nothing.
+    """The ceiling of a pair: lossless speculation, the best plug-in rule and hindsight, on prompts that chose nothing.
 
     Args:
         traces: of the probed prompts.

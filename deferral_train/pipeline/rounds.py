@@ -33,7 +33,7 @@ LABEL = "head"
 
 @dataclass(frozen=True)
 class Rounds:
-    """What stays the same in every round.
+    """Settings that stay the same in every round.
 
     Attributes:
         collecting: how to collect; ``prefixes``, ``rule`` and prompts are set here. Its temperature and

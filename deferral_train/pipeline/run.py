@@ -34,7 +34,7 @@ from deferral_train.pipeline.text import part_path, prepare_text
 from deferral_train.pipeline.verdict import Measured, make_verdict
 from deferral_train.pipeline.wish import FOLDER
 from deferral_train.rules.base import Rule
-from deferral_train.serving.paste import engine_line
+from deferral_train.serving.engine_command import engine_line
 from deferral_train.traces import Traces, open_traces
 
 TRACES = tuple(f"traces/{part}" for part in PARTS)
@@ -136,21 +136,20 @@ class Run:
 
     def stages(self) -> list[Stage]:
         """The table of contents of a run."""
-        c = self.config
-        wish = () if c.point.max_loss is None else (FOLDER,)
-        evaluated = (
-            "evaluation/scores.json",
-            "evaluation/scores.csv",
-            "evaluation/prefixes.json",
-            "evaluation/breakdowns.json",
-            "evaluation/breakdowns.csv",
-            "evaluation/figures",
-        )
-        rules = spec_inputs([*c.rules, *c.decoded])
-        cascades = (*c.frontier.rules, *c.frontier.token_cascades, *c.frontier.sequence_cascades)
-        wished = c.decode if wish else c.decode.num_draft_tokens
         return [
             *self.first_stages(),
+            *self.learning_stages(),
+            *self.scoring_stages(),
+            *self.question_stages(),
+            *self.last_stages(),
+        ]
+
+    def learning_stages(self) -> list[Stage]:
+        """From a pair to a head with its operating point."""
+        c = self.config
+        wish = () if c.point.max_loss is None else (FOLDER,)
+        wished = c.decode if wish else c.decode.num_draft_tokens
+        return [
             Stage(
                 name="pair",
                 title="a drafter and a verifier",
@@ -185,9 +184,24 @@ class Run:
                 after=("fit",),
                 outputs=("point.json", "head", *wish),
                 work=self.point,
-                inputs=rules,
+                inputs=spec_inputs([*c.rules, *c.decoded]),
                 replace=bool(wish),
             ),
+        ]
+
+    def scoring_stages(self) -> list[Stage]:
+        """Rules on the test prompts: from their traces, and decoded."""
+        c = self.config
+        evaluated = (
+            "evaluation/scores.json",
+            "evaluation/scores.csv",
+            "evaluation/prefixes.json",
+            "evaluation/breakdowns.json",
+            "evaluation/breakdowns.csv",
+            "evaluation/figures",
+        )
+        rules = spec_inputs([*c.rules, *c.decoded])
+        return [
             Stage(
                 name="evaluate",
                 title="all rules on the test traces",
@@ -213,7 +227,13 @@ class Run:
                 inputs=rules,
                 replace=True,
             ),
-            *self.question_stages(),
+        ]
+
+    def last_stages(self) -> list[Stage]:
+        """Costs of whole rules, predictions against counts, drafting, verdict and page."""
+        c = self.config
+        cascades = (*c.frontier.rules, *c.frontier.token_cascades, *c.frontier.sequence_cascades)
+        return [
             Stage(
                 name="frontier",
                 title="quality against cost of whole rules",

@@ -60,7 +60,7 @@ def make_verdict(
         chosen: ``label`` (in the decode folder), ``spec``, ``rule``, ``parameter``, ``value``.
         point: ``max_quality_loss``, points of the metric below lossless beyond which a speed-up is no help, and
             ``confidence`` of the bound on the loss per prompt.
-        engine: line and reason, see `serving.paste.engine_line`.
+        engine: line and reason, see `serving.engine_command.engine_line`.
 
     Returns:
         what ``verdict.json`` holds; ``status`` is "ok" where the chosen rule is faster than the verifier alone and

@@ -39,7 +39,7 @@ def check_wish(config: OperatingPointConfig, prompts: list[Prompt], rules: int) 
 
 
 @dataclass(frozen=True)
-class Wish:
+class CertificateSearch:
     """Settings of the search for a certified setting.
 
     Attributes:
@@ -55,7 +55,7 @@ class Wish:
 
 
 def certified_point(
-    wish: Wish,
+    search: CertificateSearch,
     pair: Pair,
     prompts: list[Prompt],
     traces: Traces,
@@ -74,7 +74,7 @@ def certified_point(
     Raises:
         InputError: as :func:`check_wish`.
     """
-    config, section = wish.point, wish.section
+    config, section = search.point, search.section
     check_wish(config, prompts, len(rules))
     sweeps = {name: rule for name, (_, rule) in rules.items()}
     dials = operate.spread(traces, sweeps, config.shares, section.temperature, section.num_draft_tokens)
@@ -83,21 +83,21 @@ def certified_point(
         max_new_tokens=section.max_new_tokens,
         batch_size=BATCH,
         temperature=section.temperature,
-        seed=wish.seed,
+        seed=search.seed,
     )
     tried = {"lossless": rule_from_spec("lossless"), **operate.labelled(rules, dials)}
-    decode(pair, prompts, tried, DecodeConfig(settings), wish.folder)
-    evidence = read_evidence(wish.folder)
-    if wish.metric not in ALWAYS:
-        score_outputs(wish.folder, (wish.metric,), pair.models, prompts)
+    decode(pair, prompts, tried, DecodeConfig(settings), search.folder)
+    evidence = read_evidence(search.folder)
+    if search.metric not in ALWAYS:
+        score_outputs(search.folder, (search.metric,), pair.models, prompts)
     try:
         choice = choose_from_outputs(
             evidence.rows,
-            metric=wish.metric,
+            metric=search.metric,
             max_loss=config.max_loss,
             confidence=config.confidence,
             dials=evidence.dials,
-            seed=wish.seed,
+            seed=search.seed,
         )
     except NoSettingError as error:  # what was computed so far is worth its report
         return {"name": None, "reason": str(error), "limit": config.max_loss}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deferral_train.errors import InputError
-from deferral_train.evaluation.frontier import VERIFIER, Point, table2
+from deferral_train.evaluation.frontier import VERIFIER, FrontierPoint, table2
 from deferral_train.redaction import redacted
 from deferral_train.report.shadow import Sums, find_shadow
 
@@ -187,7 +187,7 @@ def check_frontier(frontier: Mapping[str, Any], path: Path) -> None:
     """Rates lie in their ranges, the verifier alone is the unit of latency, Table 2 follows from the points."""
     for entry in frontier["entries"]:
         where = f"{path}: temperature {entry['temperature']:g}"
-        points = {name: [Point(**point) for point in line] for name, line in entry["points"].items()}
+        points = {name: [FrontierPoint(**point) for point in line] for name, line in entry["points"].items()}
         alone = points[VERIFIER][0].latency
         _require(math.isclose(alone, 1.0, rel_tol=1e-6), where, f"latency of {VERIFIER} = 1")
         for point in (point for line in points.values() for point in line):

@@ -1,4 +1,4 @@
-"""What a rule is: a dial, the summary fields it needs, and one of three questions.
+"""Base classes of deferral rules: position, token and distribution rules, their dial and the summary they read.
 
 A position rule answers "defer?", a token rule "keep this token?", a law rule gives the target law itself. The
 target law of all three is derived here, once. Decisions read the laws before temperature and truncation;
@@ -137,7 +137,7 @@ class Rule:
 
     @property
     def is_lossless(self) -> bool:
-        """Whether the dial stands at its lossless end, so that execution is exactly lossless."""
+        """True where the dial stands at its lossless end, so that the output follows the verifier exactly."""
         return (
             self.dial is not None and self.dial.lossless is not None and self.dial_value == self.dial.lossless
         )
@@ -327,9 +327,10 @@ class TokenRule(Rule):
     def step(self, laws: Laws, summary: Summary, token: Tensor) -> RuleStep:
         """A kept token stands; any other is checked against pi_Token, for which every token is asked."""
         if laws.greedy:
-            asked = [gather_token(model(laws.logprobs), token) for model in (laws.drafter, laws.verifier)]
-            keep = self.keep(asked[0].unsqueeze(-1), asked[1].unsqueeze(-1), summary).squeeze(-1)
-            return RuleStep(~keep, keep & laws.allows(token), None)
+            q, p = laws.of_token(laws.logprobs, token)
+            keep = self.keep(q.unsqueeze(-1), p.unsqueeze(-1), summary).squeeze(-1)
+            allowed = p > -torch.inf if laws.sampling is None else laws.allows(token)
+            return RuleStep(~keep, keep & allowed, None)
         keeps = self.keep(laws.drafter_logprobs, laws.verifier_logprobs, summary)
         allowed = keeps & laws.support
         target = keep_law(laws.q, laws.p, allowed)
@@ -419,13 +420,16 @@ class LawRule(Rule):
 
     def step(self, laws: Laws, summary: Summary, token: Tensor) -> RuleStep:
         """A token is kept where it stands with a higher probability than in the exact check."""
+        if laws.greedy and self.lossless_when_greedy:
+            deferred = torch.ones_like(token, dtype=torch.bool)
+            return RuleStep(deferred, ~deferred, None)
         if laws.greedy:
             emitted, exact = self._greedy_step(laws, summary, token), laws.verifier(laws.best)
             kept = (emitted == token) & (token != exact)
             return RuleStep(~kept, kept, emitted)
         target = self._step_law(laws, summary, token)
-        own, q, p = (gather_token(one, token) for one in (target, laws.q, laws.p))
-        kept = torch.minimum(own, q) > p
+        q, p = laws.of_token(laws.sampled, token)
+        kept = torch.minimum(gather_token(target, token), q) > p
         return RuleStep(~kept, kept, target)
 
     def _greedy_step(self, laws: Laws, summary: Summary, token: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deferral_train.rules.base import Dial, LawRule, register
+from deferral_train.rules.base import Dial, LawRule, RuleStep, register
 from deferral_train.rules.emission import residual
 from deferral_train.rules.floors import capped, clip_between, floor_for_cut, mentored_cap, normalising_floor
 from deferral_train.rules.laws import Laws
@@ -40,8 +40,9 @@ class Lossy(LawRule):
 
     def law(self, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
         """pi [.., V]."""
-        cap = self.cap
-        return clip_between(q, p, normalising_floor(q, p, cap), cap)
+        low = torch.minimum(q, capped(p, self.cap))
+        floor = floor_for_cut(q, p, (q - low).sum(dim=-1, keepdim=True))
+        return torch.maximum(low, p * floor)
 
     @property
     def cap(self) -> float:
@@ -214,7 +215,7 @@ class Ensemble(LawRule):
             return laws.drafter(laws.best)
         both = laws.probs if laws.sampling is None else torch.softmax(laws.sampling, dim=-1)
         mixture = self.law(laws.drafter(both), laws.verifier(both), summary)
-        return mixture.masked_fill(~laws.support, -1.0).argmax(dim=-1)
+        return torch.where(laws.support, mixture, -1.0).argmax(dim=-1)
 
     def rejection_range(self, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
         """Rejection can only fall where tokens are merged."""
@@ -224,6 +225,9 @@ class Ensemble(LawRule):
         """Between a merged and a dispersed tail."""
         first, second = self._stand_ins(summary, laws)
         return torch.minimum(first, second), torch.maximum(first, second)
+
+    def _greedy_step(self, laws: Laws, summary: Summary, token: Tensor) -> Tensor:
+        return super()._greedy_step(laws, summary, token) if self.weight == 0 else self.greedy(laws, summary)
 
     def greedy_token(self, summary: Summary, candidates: Candidates | None) -> Estimate:
         """argmax of the mixture among the candidates; the bound is 1 where an unlogged token could have more."""
@@ -263,6 +267,13 @@ class Biased(LawRule):
         """v_q where the margin allows it, else v_p, [..]."""
         drafter, verifier = laws.drafter(laws.best), laws.verifier(laws.best)
         return torch.where(self.stands(summary), drafter, verifier)
+
+    def step(self, laws: Laws, summary: Summary, token: Tensor) -> RuleStep:
+        """At temperature 0 the draft is the drafter's argmax, which stands or gives way to the verifier's."""
+        if not laws.greedy:
+            return super().step(laws, summary, token)
+        kept = self.stands(summary) & laws.allows(token) & (token != laws.verifier(laws.best))
+        return RuleStep(~kept, kept, None)
 
     def stands(self, summary: Summary) -> Tensor:
         """max p - p(v_q) <= bias/(1 - bias) and bias > 0: the draft stands at temperature 0, bool [..]."""

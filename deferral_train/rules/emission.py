@@ -1,4 +1,4 @@
-"""From a target law pi to what a drafted position emits, derived once for every rule.
+"""Acceptance, residual and emitted distribution of a drafted position, from a rule's target pi.
 
 Draft x ~ q, accept with probability min(1, pi(x)/q(x)), else sample max(0, pi - q), normalised. The q is the
 law that x was really drawn from: it is never renormalised onto another support. Shapes [.., V];
@@ -48,7 +48,7 @@ def rejection_mass(pi: Tensor, q: Tensor) -> Tensor:
 
 
 def emitted_law(pi: Tensor, q: Tensor) -> Tensor:
-    """What draft + accept + residual emits, enumerated: q * acceptance + rejection mass * residual.
+    """Distribution of the emitted token, [.., V], summed in full: q * acceptance + rejection mass * residual.
 
     Equals pi wherever pi sums to one: the identity that every rule is tested by.
     """

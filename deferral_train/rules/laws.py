@@ -141,8 +141,16 @@ class Laws:
     def _shown(self, one: Tensor) -> Tensor:
         return one if self.columns is None else one[:, : self.columns]
 
+    def of_token(self, both: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        """The drafter's and the verifier's entry at one token of each position, [..] each; in one operator."""
+        index = token.unsqueeze(self.axis).unsqueeze(-1)
+        shape = [*index.shape]
+        shape[self.axis] = 2
+        drafter, verifier = both.gather(-1, index.expand(shape)).squeeze(-1).unbind(self.axis)
+        return drafter, verifier
+
     def at(self, index: tuple[Tensor, ...]) -> Laws:
-        """The same at some positions (advanced indexing of the leading shape)."""
+        """These distributions at some positions (advanced indexing of the leading shape)."""
         assert self.axis == 0
         sampling = None if self.sampling is None else self.sampling[(slice(None), *index)]
         return Laws(self.decision[(slice(None), *index)], self.temperature, sampling)

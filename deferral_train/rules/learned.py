@@ -1,4 +1,4 @@
-"""Rules driven by an estimator given as an object: any object with these names will do."""
+"""Rules that decide by a learned estimator: any object with the protocol's attributes will do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deferral_train.rules.tails import Candidates, Estimate
 
 @runtime_checkable
 class GapEstimator(Protocol):
-    """What `LearnedRule` asks of a head.
+    """Protocol of the heads that `LearnedRule` accepts.
 
     `features`: summary fields it reads; `stage`: ``"draft"`` or ``"verify"``; `gap(summary)`: the estimate of
     E_P[l(y,q) - l(y,p)] [..], in units of the head's loss. At the draft stage also `tv(summary)`: the
@@ -88,7 +88,7 @@ class LearnedRule(PositionRule):
 
     def step(self, laws: Laws, summary: Summary, token: Tensor) -> RuleStep:
         """As any position rule's, with the gap that it was decided by: a head is asked once a block."""
-        if self._own is not None:
+        if self._own is not None or type(self).defer is not LearnedRule.defer:
             return super().step(laws, summary, token)
         gap = self.head.gap(summary)
         return self._decided(self._defer_by(gap, summary), laws, token, gap)
@@ -153,22 +153,25 @@ class Judge(LawRule):
         approved = self.approved(summary).unsqueeze(-1) & allowed
         return torch.where(approved, laws.q, laws.p)
 
-    def _greedy_step(self, laws: Laws, summary: Summary, token: Tensor) -> Tensor:
-        stands = self.approved(summary) & laws.allows(token)
-        return torch.where(stands, token, laws.verifier(laws.best))
+    def step(self, laws: Laws, summary: Summary, token: Tensor) -> RuleStep:
+        """At temperature 0 an approved token stands, any other gives way to the verifier's argmax."""
+        if not laws.greedy:
+            return super().step(laws, summary, token)
+        kept = self.approved(summary) & laws.allows(token) & (token != laws.verifier(laws.best))
+        return RuleStep(~kept, kept, None)
 
     def logged_rejection(
         self, summary: Summary, candidates: Candidates | None, temperature: float
     ) -> Estimate:
-        """Refused: what it says of a token may follow from the token's own state."""
+        """Raises InputError: the score may depend on the drafted token's own hidden state, so no bound is known."""
         raise InputError("rule judge judges drafted tokens one by one; measure it with decode")
 
     def logged_law(self, summary: Summary, candidates: Candidates, temperature: float) -> Estimate:
-        """Refused."""
+        """Raises InputError, as `logged_rejection`."""
         return self.logged_rejection(summary, candidates, temperature)
 
     def greedy_token(self, summary: Summary, candidates: Candidates | None) -> Estimate:
-        """Refused."""
+        """Raises InputError, as `logged_rejection`."""
         return self.logged_rejection(summary, candidates, 0.0)
 
     def _approval_of_all(self, laws: Laws, summary: Summary) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a rule would have done on logged positions: deferral, rejection and emitted law, from a Summary.
+"""Offline scores of a rule on logged positions: deferral, rejection and emitted distribution, with bounds.
 
 Position rules are exact from the summary alone, at any temperature that its `tv` belongs to. Token and law
 rules read the logged candidates; every number comes as (value, bound), |truth - value| <= bound being what

@@ -235,7 +235,7 @@ class Lossless(PositionRule):
 
     @property
     def is_lossless(self) -> bool:
-        """Always."""
+        """True: every drafted token is checked."""
         return True
 
     def defer(self, summary: Summary) -> Tensor:

@@ -12,6 +12,12 @@ from deferral_train.rules.base import RULES, Rule
 
 __all__ = ["RULES", "make_rule", "short_label"]
 
+# In the order in which people read of them; rules of other modules come last.
+_ORDER = [f"deferral_train.rules.{one}" for one in ("position", "token", "baselines", "learned")]
+_READ = sorted(RULES.items(), key=lambda pair: [*_ORDER, pair[1].__module__].index(pair[1].__module__))
+RULES.clear()
+RULES.update(_READ)
+
 
 def make_rule(name: str, /, *, allow_import: bool = False, **parameters: Any) -> Rule:
     """A rule by name, for example ``make_rule("opt", alpha=0.2)``.

@@ -283,9 +283,10 @@ def total_variation(both: Tensor, laws: Laws) -> Tensor:
 def _js(laws: Laws) -> Tensor:
     # Finite stand-ins for log 0: where both are 0 the gradient of logaddexp would be NaN.
     logs = laws.logprobs.clamp(min=torch.finfo(laws.decision.dtype).min / 4)
-    middle = torch.logaddexp(*logs.split(1, dim=laws.axis)) - math.log(2)
-    halves = mean_under(laws.probs, laws.logprobs - middle)
-    return ((laws.drafter(halves) + laws.verifier(halves)) * 0.5).clamp(min=0.0)
+    excess = logs - torch.logaddexp(*logs.split(1, dim=laws.axis))  # log p - log(p + q)
+    halves = (laws.probs * excess).sum(dim=-1).split(1, dim=laws.axis)
+    mean = laws.drafter((halves[0] + halves[1]) * 0.5) + math.log(2)
+    return mean.clamp(min=0.0)
 
 
 def _kl(laws: Laws) -> Tensor:

@@ -1,4 +1,4 @@
-"""Logged candidates as laws: what is known of each token, and what the unlogged tail may hold.
+"""Distributions on logged candidate tokens, with bounds on the probability of the unlogged tail.
 
 With tail masses t_q, t_p and the exact D_TV, the tail's excess d = sum_tail (q - p)+ and its overlap o = t_q
 - d are known exactly. Two stand-ins for the tail bracket everything computed here: *dispersed*, the pseudo
@@ -237,7 +237,7 @@ Estimate = tuple[Tensor, Tensor]  # a value and how far the truth may be from it
 
 
 def exact(value: Tensor) -> Estimate:
-    """An estimate that is no estimate."""
+    """A known value as an estimate: the value with a bound of zero."""
     return value, torch.zeros_like(value)
 
 

@@ -182,8 +182,9 @@ def _passes(block: _Block, step: RuleStep, checks: Tensor | None) -> Tensor:
     """Drafted tokens that stand, each by itself: kept, or with probability min(1, pi(x) / q(x)); bool [B, T]."""
     laws, token = block.laws, block.token
     if checks is None:
-        emitted = laws.verifier(laws.best) if step.target is None else step.target
-        return block.inside(step.kept | (token == emitted))
+        if step.target is not None:
+            return block.inside(token == step.target)
+        return block.inside(step.kept | (token == laws.verifier(laws.best)))
     q, p = block.at_token
     if step.target is None:
         return block.inside(accepts(p, q, checks, step.kept))
@@ -529,9 +530,7 @@ class _Block:
     @cached_property
     def at_token(self) -> tuple[Tensor, Tensor]:
         """q(x) and p(x) of the drafted tokens x under the sampling distributions, [B, T] each."""
-        index = self.token.view(len(self.token), 1, -1, 1).expand(-1, 2, -1, -1)
-        drafter, verifier = self.laws.sampled.gather(3, index).squeeze(3).unbind(1)
-        return drafter, verifier
+        return self.laws.of_token(self.laws.sampled, self.token)
 
     def fault(self) -> Tensor:
         """The first fault of each row as 1 + its place in `FAULTS`, 0 where all is well, [B] int64."""

@@ -1,4 +1,4 @@
-"""Putting the plug-in into a worker: one sampler object, and four methods of one runner and its drafter.
+"""Attach the plug-in to a vLLM worker: one sampler is replaced, four methods of runner and drafter are wrapped.
 
 Everything is done on instances, nothing on vLLM's classes, so that a second engine in the process is not touched.
 B requests of a batch, V vocabulary.
@@ -80,7 +80,7 @@ def attach(
 
 
 def announce(config: ServingConfig, rule: Rule, mismatch: list[str], conditions: Sequence[str] = ()) -> None:
-    """Say once what is in force."""
+    """Log once the rule and settings in force."""
     if config.mode == "shadow":
         log.warning("deferral: shadow mode; served lossless, counting what %s would do", config.spec)
     elif rule.is_lossless:

@@ -21,11 +21,13 @@ GREEDY_BELOW = 1e-5  # temperatures below are greedy, as in the engine
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How one row is to be executed.
+class RowSettings:
+    """Rule and loss limit under which one row of a step is verified.
 
     Attributes:
-        rule: decides. limit: on the estimated loss of the request, None for none. spent: of it so far.
+        rule: decides which drafted tokens stand.
+        limit: on the estimated loss of the whole request, in units of the rule's estimate; None for none.
+        spent: estimated loss of the request so far.
     """
 
     rule: Rule = LOSSLESS
@@ -34,8 +36,8 @@ class Plan:
 
 
 @dataclass
-class Rows:
-    """Drafted blocks of one step.
+class DraftedRows:
+    """Drafted blocks of one engine step, one row per request, with both models' logits.
 
     Attributes:
         drafted: [R, T] int64; 0 beyond a row's length.
@@ -45,7 +47,7 @@ class Rows:
         verifier: [R, T, V], logits after processors, before temperature: what decisions read.
         temperatures: [R], below `GREEDY_BELOW` greedy.
         drafter: [R, T, V] in the drafter's own type; None where no row has a law.
-        has_law: per row, whether ``drafter`` is the law that its tokens were drawn from.
+        has_law: per row, True where ``drafter`` is the distribution that its tokens were drawn from.
         sampling: [R, T, V], verifier logits after temperature and truncation; None where that is
             ``verifier / temperature``.
         context: summary fields that logits do not give, [R, T, ..].
@@ -86,7 +88,7 @@ class Outcome:
 
     @classmethod
     def empty(cls, rows: int, drafts: int) -> Outcome:
-        """Places to be filled group by group."""
+        """Verdicts of no accepted token, to be filled in by `put`, group by group."""
         return cls(
             torch.zeros(rows, dtype=torch.int64),
             torch.full((rows,), -1, dtype=torch.int64),
@@ -115,7 +117,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Kind:
-    """Traits that rows share to be verified together; ``law``: whether their drafter's law is there."""
+    """Key of rows that are verified together; ``law`` is True where the drafter's distribution is there."""
 
     rule: Rule
     limit: float | None
@@ -123,26 +125,26 @@ class _Kind:
     law: bool
 
 
-def verify(rows: Rows, plans: Sequence[Plan], numbers: Tensor | None) -> Outcome:
-    """Verify every row by its own plan; rows that share rule, limit and kind of sampling go through together.
+def verify(rows: DraftedRows, settings: Sequence[RowSettings], numbers: Tensor | None) -> Outcome:
+    """Verify every row by its own settings; rows that share rule, limit and kind of sampling go through together.
 
     Args:
-        plans: one per row.
+        settings: one per row.
         numbers: [R, T+1] in [0, 1), each row's own random numbers; None where every row is greedy.
     """
     count, drafts = rows.drafted.shape
     outcome = Outcome.empty(count, drafts)
     groups: dict[_Kind, list[int]] = {}
-    for row, plan in enumerate(plans):
-        rule, law = plan.rule, bool(rows.has_law[row]) if rows.drafter is not None else False
+    for row, own in enumerate(settings):
+        rule, law = own.rule, bool(rows.has_law[row]) if rows.drafter is not None else False
         if not law and not rule.is_lossless and needs_law(rule):
             outcome.unlawful.append(row)
             rule = LOSSLESS
-        limit, greedy = None if rule.is_lossless else plan.limit, rows.temperatures[row] < GREEDY_BELOW
+        limit, greedy = None if rule.is_lossless else own.limit, rows.temperatures[row] < GREEDY_BELOW
         kind = _Kind(rule, limit, greedy, law and not (greedy and rule.is_lossless))
         groups.setdefault(kind, []).append(row)
     for kind, members in groups.items():
-        for row in _verify_group(rows, plans, numbers, outcome, kind, members):
+        for row in _verify_group(rows, settings, numbers, outcome, kind, members):
             _fault(rows, outcome, row)
     for row in rows.cut:
         if outcome.accepted[row] == rows.lengths[row] and row not in outcome.faults:
@@ -150,7 +152,7 @@ def verify(rows: Rows, plans: Sequence[Plan], numbers: Tensor | None) -> Outcome
     return outcome
 
 
-def _finish_cut(rows: Rows, numbers: Tensor | None, outcome: Outcome, row: int) -> None:
+def _finish_cut(rows: DraftedRows, numbers: Tensor | None, outcome: Outcome, row: int) -> None:
     """The token after a block that was cut short and emitted whole: from the verifier's law there."""
     place, greedy = int(rows.lengths[row]), rows.temperatures[row] < GREEDY_BELOW
     logits = rows.verifier[row, place].float()
@@ -168,8 +170,8 @@ def needs_law(rule: Rule) -> bool:
     return rule.reads_drafter_confidence or "drafter_hidden" in rule.needs
 
 
-def _fault(rows: Rows, outcome: Outcome, row: int) -> None:
-    """The verifier's highest finite logit, and no drafted token."""
+def _fault(rows: DraftedRows, outcome: Outcome, row: int) -> None:
+    """Settle a row whose logits are faulty: no drafted token, then the verifier's highest finite logit."""
     outcome.faults.append(row)
     logits = rows.verifier[row, 0].float()
     outcome.accepted[row] = 0
@@ -179,8 +181,8 @@ def _fault(rows: Rows, outcome: Outcome, row: int) -> None:
 
 
 def _verify_group(
-    rows: Rows,
-    plans: Sequence[Plan],
+    rows: DraftedRows,
+    settings: Sequence[RowSettings],
     numbers: Tensor | None,
     outcome: Outcome,
     kind: _Kind,
@@ -202,7 +204,9 @@ def _verify_group(
         temperature, scaled, sampling = _scaled(
             [rows.temperatures[row] for row in members], drafter, verifier, given
         )
-    spent = torch.tensor([plans[row].spent for row in members], dtype=torch.float64, device=verifier.device)
+    spent = torch.tensor(
+        [settings[row].spent for row in members], dtype=torch.float64, device=verifier.device
+    )
     try:
         verdict = verify_block(
             kind.rule,

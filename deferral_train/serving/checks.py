@@ -1,4 +1,4 @@
-"""What is refused when the engine starts, each in one line, before any weight is loaded.
+"""Checks of the engine's settings at start, before any weight is loaded; each refusal is one line.
 
 Reads the engine's config by attribute; imports vLLM only to ask for its version.
 """
@@ -189,7 +189,7 @@ def describe_pair(vllm_config: Any) -> dict[str, Any]:
 
 
 def check_heads(rule: Rule, vllm_config: Any) -> list[str]:
-    """Why the rule's head is not for the served pair, in words; empty where it is, or where nothing was recorded.
+    """Reasons why the rule's head does not fit the served pair; empty where it does, or where nothing was recorded.
 
     A head of other weights than its certificate's, or a certificate of another pair, counts: every request is then
     served lossless. What a head records of engine and number formats does not, see :func:`check_conditions`.

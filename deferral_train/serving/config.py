@@ -1,4 +1,4 @@
-"""What a user may say to the plug-in: at start, in ``additional_config``, and per request, in ``vllm_xargs``.
+"""Settings of the plug-in: of the engine, from ``additional_config``, and of a request, from ``vllm_xargs``.
 
 Knows nothing about vLLM. Every refusal is one line that names the field, its value and the remedy.
 """
@@ -113,7 +113,7 @@ class ServingConfig:
 
     @classmethod
     def parse(cls, value: Any) -> ServingConfig:
-        """From the JSON value under ``additional_config["deferral"]``.
+        """Settings from the JSON value under ``additional_config["deferral"]``.
 
         Raises:
             InputError: an unknown key, or a value of the wrong type or range.
@@ -159,7 +159,7 @@ class ServingConfig:
 
 @dataclass(frozen=True)
 class RequestOptions:
-    """What a request says about itself.
+    """Options of one request, from its ``vllm_xargs``.
 
     Attributes:
         lossless: serve this request lossless.
@@ -175,7 +175,7 @@ class RequestOptions:
 
     @classmethod
     def parse(cls, extra_args: Mapping[str, Any] | None) -> RequestOptions:
-        """From a request's extra arguments; names without our prefix are others' business.
+        """Options from a request's extra arguments; names without our prefix are ignored.
 
         Raises:
             InputError: an unknown name with our prefix, or a wrong value.
@@ -201,7 +201,7 @@ class RequestOptions:
         return options
 
     def admit(self, config: ServingConfig, rule: Rule) -> None:
-        """Refuse what the server does not grant.
+        """Refuse options that the server does not grant.
 
         Raises:
             InputError: a dial that the rule has not or that is out of range, a limit above the server's.

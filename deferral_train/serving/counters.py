@@ -74,7 +74,7 @@ class Counters:
             self.values = np.zeros(SIZE, dtype=np.float64)
 
     def add(self, name: str, amount: float = 1.0) -> None:
-        """Count."""
+        """Add ``amount`` to a counter."""
         self.values[self.index[name]] += amount
 
     def add_block(self, prefix: str, amounts: np.ndarray) -> None:
@@ -108,7 +108,7 @@ def make_folder() -> str:
 
 
 def remove_folder(folder: str) -> None:
-    """At exit of the process that made it."""
+    """Delete a counter folder; called at exit of the process that made it."""
     if os.environ.get(VARIABLE) == folder:
         del os.environ[VARIABLE]
     shutil.rmtree(folder, ignore_errors=True)
@@ -129,13 +129,13 @@ def read_folder(folder: str) -> dict[str, Counters]:
 
 
 class Collector:
-    """What ``prometheus_client`` asks on every scrape."""
+    """Prometheus collector: reads the workers' counter files on every scrape and adds them up."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
 
     def describe(self) -> list:
-        """Nothing in advance, so that registering reads no files."""
+        """An empty list, so that registering reads no files."""
         return []
 
     def collect(self) -> Iterator[Any]:

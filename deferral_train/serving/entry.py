@@ -1,4 +1,4 @@
-"""Where vLLM calls us: the ``vllm.general_plugins`` entry point.
+"""Entry point ``vllm.general_plugins``: vLLM calls it in each of its processes.
 
 `register` runs in every process of every engine on this installation, ours or not. It wraps two methods that run once
 per start; without ``additional_config["deferral"]`` both do nothing more than they did.

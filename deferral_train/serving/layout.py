@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deferral_train.serving.requests import Request
+from deferral_train.serving.requests import ServedRequest
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Step:
 
     members: list[int]
     names: list[str]
-    requests: list[Request]
+    requests: list[ServedRequest]
     drafted: np.ndarray
     lengths: np.ndarray
     counts: list[int]

@@ -1,4 +1,4 @@
-"""Trace logging of a greedy step in which no request has a rule: the engine's own sampler decides, we look on.
+"""Trace logging of greedy steps in which no request has a rule: verdicts are read off the engine's own tokens.
 
 Nothing is done for requests that are not logged. R logged rows with drafts, T drafted positions, V vocabulary, B batch.
 """
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from deferral_train.rules import Origin
-from deferral_train.serving.blocks import Outcome, Rows
+from deferral_train.serving.blocks import DraftedRows, Outcome
 from deferral_train.serving.layout import Step, places_of
 from deferral_train.serving.proposals import Proposals
-from deferral_train.serving.requests import Request
+from deferral_train.serving.requests import ServedRequest
 
 
 class StepReader(Protocol):
@@ -27,7 +27,7 @@ class StepReader(Protocol):
     proposals: Proposals
     sample_hidden: Tensor | None
 
-    def request(self, name: str) -> Request:
+    def request(self, name: str) -> ServedRequest:
         """A request of the batch."""
 
     def positions_of(self, at: Tensor, names: Sequence[str]) -> Tensor:
@@ -65,7 +65,7 @@ def log_step(seam: StepReader, metadata: Any, logits: Tensor, tokens: Tensor) ->
         members, names, [], drafted, lengths, counts, [0.0] * len(members), {},
         seam.positions_of(metadata.logits_indices[targets], names),
     )  # fmt: skip
-    rows = Rows(
+    rows = DraftedRows(
         torch.from_numpy(drafted),
         torch.from_numpy(lengths),
         raw,

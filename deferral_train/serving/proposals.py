@@ -1,4 +1,4 @@
-"""What the drafter thought when it drafted: its logits at every drafted position, by request.
+"""The drafter's logits (and hidden states) at every drafted position of the last step, kept by request.
 
 The engine keeps the drafter's probabilities only for batches with sampling, and gives all of them up when one row has
 none. Here each row has its own, greedy ones included. B requests, k drafted positions, V vocabulary, D hidden width.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Proposals:
-    """Logits of the last drafted blocks.
+    """Buffer of the drafter's logits of the last drafted blocks.
 
     Args:
         hidden: keep the drafter's hidden states too.
@@ -27,18 +27,18 @@ class Proposals:
         self._rows: dict[str, int] = {}
 
     def begin(self, wanted: bool) -> None:
-        """Before the drafter runs; what was kept of the step before is gone."""
+        """Clear the buffer before the drafter runs; ``wanted`` says if this step is to be kept."""
         self._steps, self._hidden_steps, self._rows = [], [], {}
         self.open = wanted
 
     def add(self, logits: Tensor, hidden: Tensor) -> None:
-        """One drafted position of every request: logits [B, V], hidden states [B, D]."""
+        """Keep one drafted position of every request: logits [B, V], hidden states [B, D]."""
         self._steps.append(logits)
         if self.hidden:
             self._hidden_steps.append(hidden.clone())  # the engine's own memory, used again
 
     def finish(self, names: Sequence[str]) -> None:
-        """After the drafter ran, for the requests in its order of rows."""
+        """Close the step after the drafter ran; ``names`` are the request ids in its order of rows."""
         self.open = False
         if any(len(step) < len(names) for step in self._steps):
             self._steps = []

@@ -1,4 +1,4 @@
-"""What the plug-in remembers of each request: its rule, its limit, what it has spent, whether it is logged.
+"""State of each request in the engine: its rule, its loss limit and the loss spent, and if it is logged.
 
 Kept by request id beside the engine's own state, so that it survives preemption; forgotten when the engine does.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from deferral_train.errors import InputError
 from deferral_train.rules import Rule
-from deferral_train.serving.blocks import GREEDY_BELOW, Plan
+from deferral_train.serving.blocks import GREEDY_BELOW, RowSettings
 from deferral_train.serving.config import RequestOptions, ServingConfig
 
 MOST_DIALS = (
@@ -21,28 +21,29 @@ MOST_DIALS = (
 
 
 @dataclass
-class Request:
-    """One request in the engine.
+class ServedRequest:
+    """State of one request in the engine.
 
     Attributes:
-        plan: rule, limit and what is spent of it.
+        settings: rule, limit on the estimated loss, and the loss spent so far.
         refused: why the configured rule is not in force: "asked", "temperature", "pair" or "options"; None where it is.
-        logged: whether its blocks go to the traces. name: what it is called there, None for the engine's id.
+        logged: True where its blocks go to the traces.
+        name: its name in the traces; None for the engine's id.
     """
 
-    plan: Plan
+    settings: RowSettings
     refused: str | None
     logged: bool
     name: str | None = None
 
     @property
     def idle(self) -> bool:
-        """Whether the engine's own sampler would do."""
-        return self.plan.rule.is_lossless and not self.logged
+        """True where the engine's own sampler gives the same: no rule is in force and nothing is logged."""
+        return self.settings.rule.is_lossless and not self.logged
 
     def spend(self, loss: float) -> None:
-        """Charge what a block cost."""
-        self.plan = Plan(self.plan.rule, self.plan.limit, self.plan.spent + loss)
+        """Add the estimated loss of a block to what the request has spent."""
+        self.settings = RowSettings(self.settings.rule, self.settings.limit, self.settings.spent + loss)
 
 
 class Requests:
@@ -58,13 +59,13 @@ class Requests:
         self.config, self.rule, self.mismatch = config, rule, list(mismatch)
         self.certified = _certified_temperature(rule)
         self.conditions: list[str] = []  # what differs from what the head was certified on
-        self._known: dict[str, Request] = {}
+        self._known: dict[str, ServedRequest] = {}
         self._dialled: dict[float, Rule] = {}
 
     def __len__(self) -> int:
         return len(self._known)
 
-    def of(self, name: str, temperature: float, extra_args: Mapping[str, Any] | None) -> Request:
+    def of(self, name: str, temperature: float, extra_args: Mapping[str, Any] | None) -> ServedRequest:
         """The state of a request, made when it is first seen."""
         known = self._known.get(name)
         if known is None:
@@ -79,18 +80,18 @@ class Requests:
         """Drop requests that the engine no longer holds (aborted before they were reported finished)."""
         return self.forget([name for name in self._known if not alive(name)])
 
-    def _admit(self, name: str, temperature: float, extra_args: Mapping[str, Any] | None) -> Request:
+    def _admit(self, name: str, temperature: float, extra_args: Mapping[str, Any] | None) -> ServedRequest:
         logged = self.config.log is not None and chosen(name, self.config.log.fraction)
         try:
             options = RequestOptions.parse(extra_args)
             options.admit(self.config, self.rule)
         except InputError:  # refused at the front door; a request that came round it is served lossless
-            return Request(Plan(), "options", logged)
+            return ServedRequest(RowSettings(), "options", logged)
         refused = self._refused(options, temperature)
         if refused is not None:
-            return Request(Plan(), refused, logged, options.name)
+            return ServedRequest(RowSettings(), refused, logged, options.name)
         limit = self.config.max_request_loss if options.max_request_loss is None else options.max_request_loss
-        return Request(Plan(self._at(options.dial), limit), None, logged, options.name)
+        return ServedRequest(RowSettings(self._at(options.dial), limit), None, logged, options.name)
 
     def _refused(self, options: RequestOptions, temperature: float) -> str | None:
         if options.lossless:
@@ -113,7 +114,7 @@ class Requests:
 
 
 def chosen(name: str, fraction: float) -> bool:
-    """Whether a request is among the logged share: by a hash of its id, the same on every rank."""
+    """True where a request is in the logged share ``fraction``, by a hash of its id: the same on every rank."""
     return zlib.crc32(name.encode()) < fraction * 2**32
 
 

@@ -1,4 +1,4 @@
-"""A trace folder that an engine left unfinished, made ready to be continued.
+"""Prepare a trace folder that an engine left unfinished for being continued.
 
 Unlike a collecting run's, its header grows with its shards. What is kept are the shards up to the first that is
 missing, cut or altered; their prompts are done, all others are not.

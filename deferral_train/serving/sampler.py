@@ -1,4 +1,4 @@
-"""The sampler that stands in the engine's place: bonus and log probabilities are the engine's, verdicts are ours.
+"""Replacement of vLLM's rejection sampler: verdicts by rules; bonus tokens and log probabilities stay vLLM's.
 
 Imported only inside a running engine. R rows with drafts, T drafted positions, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""The plug-in in one worker: which rows of a step are ours, their verdicts, and what is counted, charged and logged.
+"""The plug-in in one vLLM worker: picks the rows of a step that need it, verifies, counts, charges and logs them.
 
 Knows the engine's runner by attribute; attach.py puts it there. R rows with drafts, T drafted positions, V vocabulary.
 """
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from deferral_train.rules import Rule
 from deferral_train.rules.summary import PREVIOUS_TOKENS
-from deferral_train.serving.blocks import GREEDY_BELOW, Outcome, Plan, Rows, verify
+from deferral_train.serving.blocks import GREEDY_BELOW, DraftedRows, Outcome, RowSettings, verify
 from deferral_train.serving.config import ServingConfig
 from deferral_train.serving.counters import Counters, with_timed_head
 from deferral_train.serving.layout import Step, previous_tokens, spread, spread_host
 from deferral_train.serving.lossless_log import log_step
 from deferral_train.serving.proposals import Proposals
-from deferral_train.serving.requests import Request, Requests
+from deferral_train.serving.requests import Requests, ServedRequest
 from deferral_train.serving.shadow import Shadow
 from deferral_train.serving.tally import tally
 
@@ -30,7 +30,7 @@ log = logging.getLogger("vllm.deferral_train")  # below vllm's logger, so that t
 
 
 class Seam:
-    """The plug-in in one worker.
+    """The plug-in in one vLLM worker: verifies the drafted rows of each step by their rules.
 
     Args:
         runner: vLLM's V1 model runner.
@@ -64,7 +64,7 @@ class Seam:
         self._closed = False
 
     def adopt(self, config: ServingConfig, rule: Rule, mismatch: Sequence[str] = ()) -> None:
-        """The settings in force from the next step on; what was known of requests is forgotten."""
+        """Put settings in force from the next step on; the state of all requests is dropped."""
         rule = with_timed_head(rule, self.counters)
         self.config, self.rule, self.shadow = config, rule, config.mode == "shadow"
         self.requests = Requests(config, rule, mismatch)
@@ -73,36 +73,36 @@ class Seam:
         )
         self.hidden = {role for role in ("drafter", "verifier") if f"{role}_hidden" in wants}
         path = None if self.label is None else config.shadow_file
-        self.imagined = Shadow(path, config.spec, rule, self.label or "0")
+        self.shadow_sums = Shadow(path, config.spec, rule, self.label or "0")
         self.previous = [name for name in PREVIOUS_TOKENS if name in rule.needs]
         self.proposals = Proposals("drafter" in self.hidden)
 
     # What the runner's wrapped methods call
 
     def note(self, state: Any) -> None:
-        """Before a step's tokens are sampled: is our sampler still there, which requests are gone."""
+        """Prepare a step before its tokens are sampled: check that our sampler is in place, drop finished requests."""
         if self.runner.rejection_sampler is not self.sampler:
             raise RuntimeError(
                 "deferral: the engine's rejection sampler was replaced after start; no rule is in force"
             )
         drafted = state.scheduler_output.scheduled_spec_decode_tokens
-        self.wanted += sum(not self.request(name).plan.rule.is_lossless for name in drafted)
+        self.wanted += sum(not self.request(name).settings.rule.is_lossless for name in drafted)
         self.sample_hidden = state.sample_hidden_states if "verifier" in self.hidden else None
         if len(self.requests) > len(self.runner.requests):
             gone = self.requests.keep_only(self.runner.requests.__contains__)
-            self.imagined.finished(gone)
+            self.shadow_sums.finished(gone)
             if self.logger is not None:
                 self.logger.finished(gone)
 
     def wants_laws(self) -> bool:
-        """Whether the drafter's logits of this batch will be asked for."""
+        """True where this batch needs the drafter's logits: to verify by a rule, to log, or to sample on the CPU."""
         batch = self.runner.input_batch
         if not batch.sampling_metadata.all_greedy and self.runner.device.type == "cpu":
             return True
         return any(not self.request(name).idle for name in batch.req_ids)
 
-    def request(self, name: str) -> Request:
-        """What we know of a request of the batch."""
+    def request(self, name: str) -> ServedRequest:
+        """State of a request of the batch, made when it is first seen; counts new requests."""
         params = self.runner.requests[name].sampling_params
         before = len(self.requests)
         request = self.requests.of(name, params.temperature, params.extra_args)
@@ -116,7 +116,7 @@ class Seam:
                 self._start_log(name, request)
         return request
 
-    def _start_log(self, name: str, request: Request) -> None:
+    def _start_log(self, name: str, request: ServedRequest) -> None:
         """Tell the logger of a request; never raises."""
         try:
             self.logger.started(name, self.runner.requests[name], request.name)  # type: ignore[union-attr]
@@ -127,12 +127,12 @@ class Seam:
     # One step
 
     def only_logs(self, metadata: Any, sampling_metadata: Any) -> bool:
-        """Whether a greedy step is to be logged, and no request in it has a rule."""
+        """True where a greedy step has a trace logger and no request in it has a rule."""
         if self.logger is None or not sampling_metadata.all_greedy:
             return False
         names = self.runner.input_batch.req_ids
         asked = [self.request(names[row]) for row, count in enumerate(metadata.num_draft_tokens) if count > 0]
-        return all(request.plan.rule.is_lossless for request in asked)
+        return all(request.settings.rule.is_lossless for request in asked)
 
     def log_engine_step(self, metadata: Any, logits: Tensor, tokens: Tensor) -> None:
         """Blocks of logged requests, as the engine's own sampler decided them; never raises."""
@@ -144,7 +144,7 @@ class Seam:
             log.exception("deferral: trace logging failed for one step; requests are not affected")
 
     def begin_step(self, metadata: Any, sampling_metadata: Any) -> Step | None:
-        """The rows to decide; None where the engine's own sampler does the same."""
+        """Collect the rows of a step to be verified; None where the engine's own sampler does the same."""
         counts = metadata.num_draft_tokens
         members = [row for row, count in enumerate(counts) if count > 0]
         names = [self.runner.input_batch.req_ids[row] for row in members]
@@ -213,8 +213,8 @@ class Seam:
         """
         began = time.perf_counter()
         rows = self._rows(step, processed, sampling, indices)
-        plans = [request.plan for request in step.requests]
-        served = [Plan()] * len(plans) if self.shadow else plans
+        settings = [request.settings for request in step.requests]
+        served = [RowSettings()] * len(settings) if self.shadow else settings
         outcome = verify(rows, served, self._numbers(step, rows, self.generator, own=True))
         self.counters.add("steps")
         tally(self.counters, step.lengths, outcome, "")
@@ -224,30 +224,30 @@ class Seam:
         if self.shadow:
             began = time.perf_counter()
             numbers = self._numbers(step, rows, self.shadow_generator, own=False)
-            imagined = verify(rows, plans, numbers)
-            tally(self.counters, step.lengths, imagined, "shadow_")
-            self.imagined.add(step.names, plans, outcome, imagined)
-            self._charge(step, imagined)
+            shadow_outcome = verify(rows, settings, numbers)
+            tally(self.counters, step.lengths, shadow_outcome, "shadow_")
+            self.shadow_sums.add(step.names, settings, outcome, shadow_outcome)
+            self._charge(step, shadow_outcome)
             self.counters.add("shadow_seconds", time.perf_counter() - began)
         if self.logger is not None:
             self._log(step, rows, outcome, raw)
         return outcome
 
     def _charge(self, step: Step, outcome: Outcome) -> None:
-        wanted = sum(not request.plan.rule.is_lossless for request in step.requests)
+        wanted = sum(not request.settings.rule.is_lossless for request in step.requests)
         self.consulted += wanted - len(outcome.unlawful)
         for name, rows in (("drafter_law", outcome.unlawful), ("fault", outcome.faults)):
             if rows:
                 self.counters.add(f"refused_{name}", len(rows))
         losses = outcome.loss.tolist()
         for request, loss in zip(step.requests, losses):
-            plan = request.plan
-            if plan.limit is not None and plan.spent >= plan.limit:
+            settings = request.settings
+            if settings.limit is not None and settings.spent >= settings.limit:
                 self.counters.add("limited")
             if loss:
                 request.spend(loss)
 
-    def _rows(self, step: Step, processed: Tensor, sampling: Tensor | None, indices: Tensor) -> Rows:
+    def _rows(self, step: Step, processed: Tensor, sampling: Tensor | None, indices: Tensor) -> DraftedRows:
         drafts = step.drafted.shape[1]
         laws, states, have = self.proposals.take(step.names, drafts)
         probabilistic = self.runner.speculative_config.draft_sample_method == "probabilistic"
@@ -256,7 +256,7 @@ class Seam:
             for known, temperature in zip(have, step.temperatures)
         ]
         device = self.runner.device
-        return Rows(
+        return DraftedRows(
             torch.from_numpy(step.drafted).to(device),
             torch.from_numpy(step.lengths).to(device),
             spread(processed, step.counts),
@@ -285,7 +285,7 @@ class Seam:
             context["verifier_hidden"] = spread(self.sample_hidden[indices], step.counts)
         return context
 
-    def _numbers(self, step: Step, rows: Rows, generator: torch.Generator, own: bool) -> Tensor | None:
+    def _numbers(self, step: Step, rows: DraftedRows, generator: torch.Generator, own: bool) -> Tensor | None:
         """Random numbers [R, T+1]; a row with a seed has its own stream, whoever its neighbours are."""
         if all(temperature < GREEDY_BELOW for temperature in step.temperatures):
             return None
@@ -299,7 +299,7 @@ class Seam:
             numbers[place, :length], numbers[place, drafts] = mine[:length], mine[length]
         return numbers
 
-    def _log(self, step: Step, rows: Rows, outcome: Outcome, raw: Tensor) -> None:
+    def _log(self, step: Step, rows: DraftedRows, outcome: Outcome, raw: Tensor) -> None:
         """Hand the blocks of logged requests to the writing thread; never raises."""
         try:
             places = [place for place, request in enumerate(step.requests) if request.logged]
@@ -318,13 +318,13 @@ class Seam:
         if self._closed:
             return
         self._closed = True
-        self.imagined.close()
+        self.shadow_sums.close()
         if self.logger is not None:
             self.logger.close()
         self.check_consulted()
 
     def check_consulted(self) -> None:
-        """Whether the rule decided where it was to.
+        """Refuse a run in which the rule was never asked although blocks were drafted for it.
 
         Raises:
             RuntimeError: blocks of requests with the rule were drafted, and it was not asked about one of them.

@@ -1,4 +1,4 @@
-"""What switching the rule on would bring, gathered by request and kept in a JSON file that `report` shows.
+"""Shadow mode's results: lossless serving against the rule's outcome, summed over requests in a JSON file.
 
 Blocks of one request resemble each other, so that intervals must come from whole requests: of each rule the file holds
 sums and sums of products over requests of four numbers, from which means, ratios and their standard errors follow.
@@ -16,7 +16,7 @@ import numpy as np
 
 from deferral_train import provenance
 from deferral_train.rules import Rule
-from deferral_train.serving.blocks import Outcome, Plan
+from deferral_train.serving.blocks import Outcome, RowSettings
 from deferral_train.serving.requests import MOST_DIALS
 
 log = logging.getLogger("vllm.deferral_train")
@@ -44,19 +44,21 @@ class Shadow:
         self._sums: dict[str, tuple[int, np.ndarray, np.ndarray]] = {}
         self._written = time.monotonic()
 
-    def add(self, names: Sequence[str], plans: Sequence[Plan], served: Outcome, imagined: Outcome) -> None:
-        """One step's blocks, as they were served and as the rule would have them."""
+    def add(
+        self, names: Sequence[str], settings: Sequence[RowSettings], served: Outcome, shadow_outcome: Outcome
+    ) -> None:
+        """Add one step's blocks, as they were served and as the rule would have decided them."""
         if self.path is None:
             return
-        rows = zip(names, plans, served.accepted.tolist(), imagined.accepted.tolist(), imagined.loss.tolist())
-        for name, plan, stood, stands, loss in rows:
-            if not plan.rule.is_lossless:
+        stands, losses = shadow_outcome.accepted.tolist(), shadow_outcome.loss.tolist()
+        for name, row, *numbers in zip(names, settings, served.accepted.tolist(), stands, losses):
+            if not row.rule.is_lossless:
                 if name not in self._open:
-                    self._open[name] = (self._named(plan.rule), np.zeros(len(COLUMNS)))
-                self._open[name][1][:] += (1, stood, stands, loss)
+                    self._open[name] = (self._named(row.rule), np.zeros(len(COLUMNS)))
+                self._open[name][1][:] += (1, *numbers)
 
     def finished(self, names: Iterable[str]) -> None:
-        """Requests that the engine no longer holds; now and then the file is written."""
+        """Add finished requests to the sums; the file is written at most every `WRITE_SECONDS`."""
         for name in names:
             self._close(name)
         if self.path is not None and time.monotonic() - self._written > WRITE_SECONDS:
@@ -70,7 +72,7 @@ class Shadow:
             self.write()
 
     def write(self) -> None:
-        """The file as it stands; a folder that cannot be written is said in the log and harms no request."""
+        """Write the JSON file; a failure goes to the log and harms no request."""
         self._written = time.monotonic()
         rules = {
             label: {"requests": count, "sums": sums.tolist(), "products": products.tolist()}

@@ -1,4 +1,4 @@
-"""Outcomes into counters. R rows, T drafted positions."""
+"""Add verdicts of a step to the counters. R rows, T drafted positions."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ LOGGED = (*SUMMARY_COLUMNS, *TOKEN_COLUMNS)
 
 @dataclass
 class BlockRows:
-    """What is kept of one block: the drafted positions that emitted a token.
+    """Logged tensors of one block: its drafted positions that emitted a token.
 
     Attributes:
         drafter, verifier: logits [N, V]. token, position, draft_position, origin: [N].

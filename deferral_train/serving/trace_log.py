@@ -32,7 +32,7 @@ from deferral_train.traces.folder import Folder, open_folder
 from deferral_train.traces.manifest import write_header
 
 if TYPE_CHECKING:
-    from deferral_train.serving.blocks import Outcome, Rows
+    from deferral_train.serving.blocks import DraftedRows, Outcome
     from deferral_train.serving.layout import Step
 log = logging.getLogger("vllm.deferral_train")
 TOGETHER = 16  # blocks turned into columns at a time: one by one it costs several times as much
@@ -111,14 +111,16 @@ class TraceLog:
     # Called by the engine's thread
 
     def started(self, name: str, state: Any, called: str | None = None) -> None:
-        """A logged request was admitted, to be ``called`` so; its prompt is kept only where the user asked for text."""
+        """Register a logged request as ``called``; its prompt is kept only where the user asked for text."""
         if called is not None:
             self._names[name] = called
         if self.settings.text:
             ids = list(getattr(state, "prompt_token_ids", None) or [])
             self.folder.append_line(PROMPTS, json.dumps({"id": name, "prompt_token_ids": ids}))
 
-    def take(self, step: Step, rows: Rows, outcome: Outcome, raw: Tensor, places: Sequence[int]) -> None:
+    def take(
+        self, step: Step, rows: DraftedRows, outcome: Outcome, raw: Tensor, places: Sequence[int]
+    ) -> None:
         """Hand over the blocks of logged requests; raw [R, T, V] are the verifier's logits as the model gave them."""
         for place in places:
             name = step.names[place]
@@ -141,12 +143,12 @@ class TraceLog:
             time.sleep(0.001)
 
     def finished(self, names: Sequence[str]) -> None:
-        """Requests that the engine no longer holds."""
+        """Hand over ids of requests that the engine no longer holds: their blocks are complete."""
         for name in names:
             self._waiting.put((name, None))
 
     def close(self) -> None:
-        """Write what is there, then say that logging ended on purpose."""
+        """Write the remaining blocks, and record that logging ended on purpose."""
         self._waiting.put(("", None))
         self._thread.join(CLOSING_SECONDS)
         if self._thread.is_alive():
@@ -160,7 +162,7 @@ class TraceLog:
         self.counters.add("log_dropped")
 
     @staticmethod
-    def _block(step: Step, rows: Rows, outcome: Outcome, raw: Tensor, place: int) -> BlockRows:
+    def _block(step: Step, rows: DraftedRows, outcome: Outcome, raw: Tensor, place: int) -> BlockRows:
         accepted, length = int(outcome.accepted[place]), int(rows.lengths[place])
         count = min(accepted + 1, length)
         assert rows.drafter is not None
@@ -202,7 +204,7 @@ class TraceLog:
         log.exception("deferral: trace logging failed; requests are not affected")
 
     def _handle(self, name: str, block: BlockRows | None) -> bool:
-        """One message; False after the last."""
+        """Act on one queued message; False after the last."""
         if block is not None:
             self._taken.append((name, block))
             elements = sum(taken.verifier.numel() for _, taken in self._taken)
@@ -260,7 +262,7 @@ class TraceLog:
         )
 
     def _write(self) -> None:
-        """One shard of the requests that are ready."""
+        """Write one shard of the requests that are complete."""
         ready, self._ready, self._ready_rows = self._ready, [], 0
         if self.stopped is not None:
             return

@@ -1,12 +1,27 @@
-"""Traces: both models' token distributions, logged compactly. Knows nothing about how they are collected."""
+"""Traces: both models' token distributions, logged compactly. Knows nothing about how they are collected.
 
-from deferral_train.traces.candidates import Candidates, read_candidates
-from deferral_train.traces.ledger import ChunkRecord
-from deferral_train.traces.manifest import Chunk, Manifest
-from deferral_train.traces.reader import Traces, open_traces
-from deferral_train.traces.schema import SCHEMA_VERSION, Layout
-from deferral_train.traces.splits import split_prompts
-from deferral_train.traces.writer import TraceWriter, prepare_folder
+Names are loaded on first use: settings need neither torch nor Arrow.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_HOME = {
+    "SCHEMA_VERSION": "schema",
+    "Candidates": "candidates",
+    "Chunk": "manifest",
+    "ChunkRecord": "ledger",
+    "Layout": "schema",
+    "Manifest": "manifest",
+    "TraceWriter": "writer",
+    "Traces": "reader",
+    "open_traces": "reader",
+    "prepare_folder": "writer",
+    "read_candidates": "candidates",
+    "split_prompts": "splits",
+}
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -22,3 +37,18 @@ __all__ = [
     "read_candidates",
     "split_prompts",
 ]
+
+if TYPE_CHECKING:
+    from deferral_train.traces.candidates import Candidates, read_candidates
+    from deferral_train.traces.ledger import ChunkRecord
+    from deferral_train.traces.manifest import Chunk, Manifest
+    from deferral_train.traces.reader import Traces, open_traces
+    from deferral_train.traces.schema import SCHEMA_VERSION, Layout
+    from deferral_train.traces.splits import split_prompts
+    from deferral_train.traces.writer import TraceWriter, prepare_folder
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deferral_train.errors import InputError
 from deferral_train.rules.summary import TOKEN_FIELDS, Summary
-from deferral_train.traces.manifest import JUDGE_LABELS
+from deferral_train.traces.kinds import JUDGE_LABELS
 from deferral_train.traces.reader import Traces
 from deferral_train.traces.schema import JUDGED_COLUMN
 from deferral_train.traces.sequence import sequence_gap
@@ -24,12 +24,12 @@ HINT = "judge:rate=0.3 (share of judged tokens that are acceptable) or judge:tau
 
 
 def is_judge(truth: str) -> bool:
-    """Whether labels are those of judged tokens: ``judge``, ``judge:tau=X``, ``judge:rate=R``, ``judge:sequence=T``."""
+    """True for a truth of judged tokens: ``judge``, ``judge:tau=X``, ``judge:rate=R``, ``judge:sequence=T``."""
     return truth == "judge" or truth.startswith("judge:")
 
 
 def judges_sequences(truth: str) -> bool:
-    """Whether a token is acceptable where its sequence gap is small: ``judge:sequence``, or ``judge:sequence=T``."""
+    """True for ``judge:sequence`` and ``judge:sequence=T``, which accept a token whose sequence gap is small."""
     return truth.partition("=")[0] == "judge:sequence"
 
 

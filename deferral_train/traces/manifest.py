@@ -1,4 +1,4 @@
-"""What a trace folder says about itself: the header, ``manifest.json``.
+"""The header of a trace folder, ``manifest.json``.
 
 It is written once, before the first shard, and fixes everything that decides the bytes of the shards: pair, prompts,
 prefixes, chunks with their seeds and batches.
@@ -14,12 +14,10 @@ from typing import Any
 
 from deferral_train.errors import InputError
 from deferral_train.traces.folder import Folder
+from deferral_train.traces.kinds import JUDGE_LABELS, PREFIX_SOURCES, SEQUENCE_LABELS
 from deferral_train.traces.schema import READABLE_VERSIONS, RELEASES, SCHEMA_VERSION, Layout
 
 HEADER = "manifest.json"
-PREFIX_SOURCES = ("reference", "drafter", "verifier")  # or "cascade:<rule>"
-JUDGE_LABELS = ("selfjudge", "autojudge")
-SEQUENCE_LABELS = "sequence"
 MOST_METRICS = 64
 WIDEST = 1 << 20  # most candidates or hidden numbers of a row
 # Say how an output came to be or where a checkpoint lies, not what it is: free to differ between runs.
@@ -142,7 +140,7 @@ def require(holds: bool, problem: str) -> None:
 
 
 def is_count(value: Any, most: int = 2**62) -> bool:
-    """Whether a JSON value is a whole number from 0 to ``most``."""
+    """True for a JSON value that is a whole number from 0 to ``most``."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
 
 
@@ -232,7 +230,7 @@ def read_header(folder: Folder) -> Manifest:
 
 
 def differences(before: Manifest, now: Manifest) -> list[str]:
-    """What two headers disagree in, as ``name: before -> now``; empty where one can continue the other."""
+    """Differences of two headers, as ``name: before -> now``; empty where one can continue the other."""
     plain = json.loads(json.dumps([before.as_json(), now.as_json()]))
     return list(_compare(plain[0], plain[1], ""))
 

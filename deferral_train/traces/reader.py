@@ -67,7 +67,7 @@ class Traces:
 
     @property
     def records(self) -> tuple[ChunkRecord, ...]:
-        """What the ledger says of the shards that hold these rows."""
+        """Ledger records of the shards that hold these rows."""
         return tuple(shard.record for shard in self._shards)
 
     @property

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.traces.manifest import SEQUENCE_LABELS
+from deferral_train.traces.kinds import SEQUENCE_LABELS
 from deferral_train.traces.reader import Traces
 from deferral_train.traces.schema import SEQUENCE_ERROR, SEQUENCE_GAP, SEQUENCE_TOKEN, SEQUENCE_WORDS
 
@@ -19,12 +19,12 @@ FEWEST = 20  # labelled places that anything can be fitted on
 
 
 def has_labels(traces: Traces) -> bool:
-    """Whether these traces hold sequence labels."""
+    """True where these traces hold sequence labels."""
     return bool(traces.manifest.labels.get("kind") == SEQUENCE_LABELS)
 
 
 def is_sequence(truth: str) -> bool:
-    """Whether a truth is that of sequence labels: ``sequence``, or ``sequence:length=X``."""
+    """True for a truth of sequence labels: ``sequence``, or ``sequence:length=X``."""
     return truth == SEQUENCE or truth.startswith(SEQUENCE + ":")
 
 
@@ -115,7 +115,7 @@ def check_one_kind(parts: Sequence[Traces]) -> None:
 
 
 def _facts(traces: Traces) -> Mapping[str, Any]:
-    """What labels of one fit must share."""
+    """Facts that the labels of one fit must share."""
     labels, pair = traces.manifest.labels, traces.manifest.pair
     verifier = pair.get("verifier")
     weights = verifier.get("weights") if isinstance(verifier, dict) else verifier

@@ -50,7 +50,7 @@ def gap(traces: Traces, truth: str = "reference", loss: str = "zero_one") -> Ten
 def label(
     traces: Traces, truth: str = "reference", loss: str = "zero_one", temperature: float | None = None
 ) -> Tensor:
-    """What a head learns, float32 [N]: :func:`gap`, or the label of a judge head.
+    """The target that a head is fitted to, float32 [N]: :func:`gap`, or the label of a judge head.
 
     Args:
         truth: as for `gap`; or ``judge:tau=X``, 1 where the drafter's favourite was judged not acceptable, else 0

@@ -166,7 +166,7 @@ def sound_records(folder: Folder) -> dict[int, ChunkRecord]:
 
 
 def _readable_lines(folder: Folder) -> dict[int, ChunkRecord]:
-    """What a damaged ledger still says; the shards behind unreadable lines are collected again."""
+    """Records that a damaged ledger still holds; the shards behind unreadable lines are collected again."""
     records = {}
     for name in ledger_files(folder):
         for line in folder.read(name).decode("utf-8", "replace").splitlines():

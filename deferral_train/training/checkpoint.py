@@ -9,8 +9,7 @@ import torch
 
 from deferral_train.errors import InputError
 from deferral_train.heads.artifact import check_tensors
-from deferral_train.heads.base import DeferralHead
-from deferral_train.heads.config import head_from_config
+from deferral_train.heads.base import DeferralHead, head_from_config
 from deferral_train.heads.folding import fold, is_linear, reads_embeddings
 from deferral_train.heads.gap import GapHead
 from deferral_train.training.metadata import evaluation_metadata

@@ -10,9 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.heads.base import DeferralHead
+from deferral_train.heads.base import HEADS, DeferralHead
 from deferral_train.heads.lookups import FIELDS_READ, MATRIX, VOCABULARY
-from deferral_train.heads.registry import HEADS
 from deferral_train.traces import Traces
 from deferral_train.traces.judged import judges_sequences
 from deferral_train.traces.schema import JUDGED_HIDDEN

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from deferral_train.errors import InputError
 from deferral_train.heads.base import DeferralHead
-from deferral_train.heads.objectives import needs_candidates
 from deferral_train.pairs.load import output_matrix
 from deferral_train.traces import Traces, open_traces, split_prompts
 from deferral_train.traces.judged import check_labels, is_judge, judges_sequences, resolve_truth
@@ -122,7 +121,7 @@ class TraceDataModule(pl.LightningDataModule):
             raise InputError(
                 "memory features count one trace folder; leave them out or give one --data.train"
             )
-        if needs_candidates(head):
+        if head.needs_candidates:
             refuse_other_candidates(fit, self._others(self.traces))
         fit_memory(head, fit)
         parts = [fit_table(part, head, self.truth, self.temperature) for part in (fit, *self.further)]

@@ -1,4 +1,4 @@
-"""What a fitted head remembers of its training: pair, prefixes, rows, settings, versions, validation
+"""The record of its training that a fitted head carries: pair, prefixes, rows, settings, versions, validation
 scores.
 """
 

@@ -12,7 +12,6 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.heads.artifact import full_config
 from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.objectives import OBJECTIVES, objective_for
 from deferral_train.training.datamodule import TraceDataModule
@@ -208,7 +207,7 @@ class DeferralModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         refuse_weights(self.trainer, self.head.state_dict(), self.lr)
-        checkpoint["deferral_head"] = full_config(self.head)
+        checkpoint["deferral_head"] = self.head.stored_config()
         checkpoint["deferral_scalars"] = self.scalars
         checkpoint["deferral_traces"] = traces_keys(self.data)
 

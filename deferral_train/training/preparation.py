@@ -1,4 +1,4 @@
-"""What a head learns in closed form before the first gradient step: memory, recalibration, normalisation."""
+"""Fits a head's memory, recalibration and normalisation in closed form, before the first gradient step."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from deferral_train.errors import InputError
-from deferral_train.heads.artifact import full_config
 from deferral_train.training.checkpoint import load_checkpoint
 from deferral_train.training.datamodule import TraceDataModule
 from deferral_train.training.module import DeferralModule
@@ -39,7 +38,7 @@ def check_resumable(path: str | Path, module: DeferralModule, data: TraceDataMod
         raise InputError(
             f"ckpt_path={path}: holds weights alone; name checkpoints/last.ckpt of a fit to resume it"
         )
-    now = full_config(module.head)
+    now = module.head.stored_config()
     pairs = [
         (
             "model.head",

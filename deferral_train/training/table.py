@@ -16,7 +16,6 @@ from deferral_train.errors import InputError
 from deferral_train.heads.base import SEQUENCE_LOSSES, DeferralHead
 from deferral_train.heads.features import HIDDEN_FIELDS, fields_of
 from deferral_train.heads.judge import JudgeHead
-from deferral_train.heads.objectives import needs_candidates
 from deferral_train.heads.truth import LOG_FLOOR
 from deferral_train.rules import risks
 from deferral_train.rules.base import PositionRule
@@ -60,7 +59,7 @@ def fit_table(
         )
     if head.stage == "draft":
         table["reject"] = _chosen(truth.rejection(traces, temperature), rows)
-    if needs_candidates(head):
+    if head.needs_candidates:
         table |= _gold_columns(traces, head)
     return table
 
@@ -84,7 +83,7 @@ def score_table(
             table["exact"] = table["z"]  # a greedy text is what it is
     elif traces.manifest.truth == "exact" and head.loss in risks.LOSSES:
         table["exact"] = truth.gap(traces, "exact", head.loss)
-    if needs_candidates(head) and label == "reference":
+    if head.needs_candidates and label == "reference":
         table |= _gold_columns(traces, head)
     if head.stage == "draft":
         table["reject"] = _chosen(truth.rejection(traces, temperature), rows)

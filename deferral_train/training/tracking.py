@@ -1,5 +1,4 @@
-"""What a training run reports about a head on held-out rows: one object that owns the metrics and names the
-scalars.
+"""Validation of a head during training: one object that owns the metrics on held-out rows and names the scalars.
 
 Headline ``regret``: where the traces know the exact truth, the head's exact regret averaged over the alpha
 grid, 0 at best. On real text absolute regret is not identifiable from one gold token per prefix; there it
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from deferral_train.heads.base import DeferralHead
-from deferral_train.heads.cost_sensitive import CostSensitiveHead
 from deferral_train.heads.judge import JudgeHead
 from deferral_train.heads.objectives import judge_losses
 from deferral_train.training import metrics as m
@@ -32,8 +30,8 @@ def predict(head: DeferralHead, batch: Mapping[str, Tensor], alphas: Tensor) -> 
     the row is), and where the head has them ``gap tv reject [N]``.
     """
     x = batch["x"]
-    if isinstance(head, CostSensitiveHead):
-        scores = [head.score(x, torch.full_like(x[:, 0], float(alpha))) for alpha in alphas]
+    if head.takes_alpha:
+        scores = [head(x, torch.full_like(x[:, 0], float(alpha)))["score"] for alpha in alphas]
         score = torch.stack(scores, dim=-1)
         return {"defer": score > 0, "finite": torch.isfinite(score).all(dim=-1)}
     out = {name: value.float() for name, value in head(x).items()}
@@ -79,10 +77,10 @@ class Tracker(nn.Module):
         found["disagreement_with_opt"] = m.Disagreement(alphas)
         if exact:
             found |= {f"exact_regret{suffix}": m.Regret(alphas) for suffix in ("", "_opt", "_plug_in")}
-        if not isinstance(head, CostSensitiveHead):
+        if not head.takes_alpha:
             found["gap"] = m.Calibration(*label_range)
             found["auroc"] = m.BinnedAUROC(*label_range)
-        if head.stage == "draft" and not isinstance(head, CostSensitiveHead):
+        if head.stage == "draft" and not head.takes_alpha:
             found |= {"tv": m.Calibration(0.0, 1.0), "reject": m.Calibration(0.0, 1.0)}
         if isinstance(head, JudgeHead):
             found["judge_loss"] = m.WeightedMean()

@@ -30,9 +30,10 @@ CONFIG = CollectConfig(
 )  # fmt: skip
 
 
-def collected(pair: ModelPair, out: Path, quality: Any = None, **changes: Any) -> Traces:
+def collected(pair: ModelPair, out: Path, scorer: Any = None, **changes: Any) -> Traces:
     config = dataclasses.replace(CONFIG, **changes)
-    collect(config, out, progress=False, models=pair, prompts=PROMPTS, quality=quality)
+    scores = None if scorer is None else {config.metrics[0]: scorer}
+    collect(config, out, progress=False, models=pair, prompts=PROMPTS, scores=scores)
     return open_traces(out)
 
 
@@ -168,7 +169,7 @@ def test_a_rate_sets_the_threshold_on_judged_tokens(t5: ModelPair, tmp_path: Pat
         ({"temperature": 1.0}, "use prefixes verifier, temperature 0"),
         ({"label_window": 0}, "label_window=0: must be at least 1"),
         ({"label_tolerance": -0.1}, "label_tolerance=-0.1: use a finite number >= 0"),
-        ({"labels": "autojudge"}, "labels='autojudge': pass quality="),
+        ({"labels": "autojudge"}, "labels='autojudge': no scorer for chrf; pass scores={'chrf': ...}"),
     ],
 )
 def test_labels_that_cannot_be_made(t5: ModelPair, tmp_path: Path, changes: dict, message: str) -> None:
@@ -196,17 +197,9 @@ def test_thresholds_that_cannot_be_meant(t5: ModelPair, labelled: Traces, truth:
 
 
 def test_the_serving_engine_makes_no_labels(tmp_path: Path) -> None:
+    config = CollectConfig("d", "v", "p", prefixes="verifier", temperature=0.0, labels="selfjudge")
     with pytest.raises(InputError, match="labels='selfjudge': engine 'vllm' makes none"):
-        collect_command.run(
-            str(tmp_path),
-            "d",
-            "v",
-            "p",
-            prefixes="verifier",
-            temperature=0.0,
-            labels="selfjudge",
-            engine="vllm",
-        )
+        collect_command.run(config, str(tmp_path), engine="vllm")
 
 
 def test_traces_without_labels_are_named(t5: ModelPair, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from decoding.helpers import pair_of
 from tiny_models import save_tiny_pair
 
-from deferral_train.commands.decode import run, stop_from_spec
+from deferral_train.commands.decode import DecodeSettings, run, stop_from_spec
 from deferral_train.decoding import DecodeConfig, Pair, Settings, decode, load_pair
 from deferral_train.decoding.outputs import OutputFolder, read_lines
 from deferral_train.decoding.stopping import ConfidenceStop
@@ -140,7 +140,7 @@ def test_finished_outputs_survive_too_little_memory(
         return whole(*arguments, **named)
 
     monkeypatch.setattr(pair, "decode_batch", scarce)
-    with pytest.raises(InputError, match="out of memory at batch_size=2"):
+    with pytest.raises(InputError, match="out of memory at batch_size=4"):
         decode(pair, PROMPTS, ["lossless"], CONFIG, tmp_path)
     assert len(rows_of(tmp_path)) == 10
     monkeypatch.undo()
@@ -220,11 +220,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     drafter, verifier = save_tiny_pair("t5", tmp_path)
     write_prompts(tmp_path / "prompts.jsonl", PROMPTS)
     out = tmp_path / "out"
-    code = run(
+    config = DecodeSettings(
         str(drafter), str(verifier), str(tmp_path / "prompts.jsonl"), str(out), rules=["lossless", "opt:alpha=0.1"],
         max_new_tokens=8, stop="confidence:threshold=0.3", device="cpu",
     )  # fmt: skip
-    assert code == 0
+    assert run(config) == 0
     assert "opt:alpha=0.1" in capsys.readouterr().out
     assert set(json.loads((out / "summary.json").read_text())["rules"]) == {"lossless", "opt:alpha=0.1"}
     assert isinstance(stop_from_spec("confidence:threshold=0.3"), ConfidenceStop)

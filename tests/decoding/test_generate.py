@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from decoding.helpers import emitted, generate, pair_of, prompts_for
-from transformers import DynamicCache, StaticCache, StoppingCriteria, StoppingCriteriaList
+from decoding.small import LEFT, LLM, ONE, cascade, made, near, own
+from transformers import DynamicCache, LlamaConfig, StaticCache, StoppingCriteria, StoppingCriteriaList
 
-from deferral_train.decoding import cascade_generate
+from deferral_train.decoding import cascade_generate, load_pair
 from deferral_train.decoding.stopping import (
     ConfidenceStop,
     CumulativeStop,
@@ -203,3 +205,85 @@ def test_unlike_models_caches_and_padding_are_refused() -> None:
     right = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"].flip(1)}
     with pytest.raises(InputError, match="padded on the left"):
         generate(drafter, verifier, right, "lossless")
+
+
+class Streamer:
+    """Keeps what it is sent."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.ended = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+@pytest.mark.parametrize("way", ["callable", "folder"])
+def test_a_streamer_of_generate_gets_the_text_and_its_end(way: str) -> None:
+    drafter, verifier, _ = pair_of("llama")
+    inputs = prompts_for("llama", rows=1)
+    wanted, found = Streamer(), Streamer()
+    expected = greedy(verifier, inputs, streamer=wanted)
+    if way == "callable":
+        options: dict[str, Any] = {"custom_generate": cascade_generate, "drafter": drafter}
+    else:
+        options = {"custom_generate": str(EXAMPLE), "trust_remote_code": True, "assistant_model": drafter}
+    assert torch.equal(greedy(verifier, inputs, streamer=found, **options), expected)
+    assert (found.tokens, found.ended) == (wanted.tokens, wanted.ended) == (expected[0].tolist(), 1)
+    with pytest.raises(InputError, match="streamer: streams a single row, not 4"):
+        generate(drafter, verifier, prompts_for("llama"), "lossless", streamer=Streamer())
+
+
+def test_what_the_verifier_s_own_configuration_asks_for(t5_pair: Path) -> None:
+    pair = load_pair(str(t5_pair / "drafter"), str(t5_pair / "verifier"), "cpu")
+    options: dict[str, Any] = {"max_new_tokens": 12, "rule": "lossless"}
+    text = pair.generate("a man sees the dog", **options).texts[0]
+    word = text.split()[1]
+    pair.models.verifier.generation_config.stop_strings = [word]
+    pair.models.verifier.generation_config.cache_implementation = "static"
+    stopped = pair.generate("a man sees the dog", **options).texts[0]
+    assert stopped != text
+    assert stopped == text[: text.index(word) + len(word)]
+
+
+def test_processors_run_before_the_vocabulary_is_cut() -> None:
+    """Models that pad their vocabulary, and a processor that names an id beyond the tokenizer's."""
+    verifier = made(LlamaConfig(**{**LLM, "vocab_size": 48}))
+    banned = [[9], *[[token] for token in range(40, 48)]]
+    expected = own(verifier, ONE, bad_words_ids=banned)
+    found = cascade(verifier, ONE, near(verifier), vocab_size=40, bad_words_ids=[[45], [9]])
+    assert torch.equal(found, expected)
+    assert not torch.equal(expected, own(verifier, ONE))
+
+
+def vision_language(kind: str) -> Any:
+    if kind == "gemma3":
+        vision = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        }
+        config: Any = transformers.Gemma3Config(
+            text_config=transformers.Gemma3TextConfig(**LLM, head_dim=16, sliding_window=8).to_dict(),
+            vision_config=vision | {"image_size": 28, "patch_size": 14},
+            mm_tokens_per_image=1, image_token_id=39, boi_token_id=38, eoi_token_id=37,
+        )  # fmt: skip
+    else:
+        rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
+        config = transformers.Qwen2VLConfig(
+            text_config={**LLM, "rope_parameters": rope},
+            vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 14},
+            image_token_id=39, video_token_id=38, vision_start_token_id=37, vision_end_token_id=36,
+        )  # fmt: skip
+    return made(config, transformers.AutoModelForImageTextToText)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2_vl"])
+@pytest.mark.parametrize("inputs", [ONE, LEFT], ids=["one", "ragged"])
+def test_vision_language_models_decode_text(kind: str, inputs: dict[str, torch.Tensor]) -> None:
+    verifier = vision_language(kind)
+    assert torch.equal(cascade(verifier, inputs, near(verifier)), own(verifier, inputs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from deferral_train.commands import decode as decode_command
 from deferral_train.decoding.stopping import AcceptanceStop, HeadStop
 from deferral_train.errors import InputError
 from deferral_train.heads import DeferralHead, GapHead, JudgeHead
-from deferral_train.heads.artifact import set_operating_point
+from deferral_train.heads.export import set_operating_point
 from deferral_train.heads.rules import learned_rule, rule_from_spec
 from deferral_train.rules import Rule, make_rule
 from deferral_train.rules.emission import acceptance, residual
@@ -170,13 +171,14 @@ def test_a_saved_head_decodes_by_its_name_and_is_refused_elsewhere(tmp_path: Pat
     rules = ["lossless", f"judge:head={tmp_path / 'head'},threshold=1.0", f"judge:head={tmp_path / 'head'}"]
     arguments: dict[str, Any] = {"max_new_tokens": 8, "batch_size": 2, "out": str(tmp_path / "out")}
     prompts = str(tmp_path / "prompts.txt")
-    assert decode_command.run(str(drafter), str(verifier), prompts, rules=rules, **arguments) == 0
+    config = decode_command.DecodeSettings(str(drafter), str(verifier), prompts, rules=rules, **arguments)
+    assert decode_command.run(config) == 0
     assert "judge" in capsys.readouterr().out
     made.metadata["pair"] = {"tokenizer": "another", "vocab_size": 40}
     made.save_pretrained(tmp_path / "head")
-    arguments["out"] = str(tmp_path / "other")
+    other = replace(config, rules=rules[1:2], out=str(tmp_path / "other"))
     with pytest.raises(InputError, match="made for another vocabulary"):
-        decode_command.run(str(drafter), str(verifier), prompts, rules=rules[1:2], **arguments)
+        decode_command.run(other)
 
 
 def draft_head() -> JudgeHead:

@@ -16,12 +16,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from deferral_train import cascade_generate
 from deferral_train.decoding import loop
+from deferral_train.rules import RULES
 
-OUTSIDE = {"greedy": (22, 1), "sampled": (42, 1)}  # beside verification
-SAMPLING: dict[str, dict[str, Any]] = {
-    "greedy": {},
-    "sampled": {"do_sample": True, "top_k": 0, "temperature": 0.9},
-}
+BUDGET = {"greedy": (45, 2), "sampled": (90, 2)}
+OUTSIDE = {"greedy": (12, 1), "sampled": (36, 1)}  # of these, beside verification
+SAMPLING: dict[str, dict[str, Any]] = {"greedy": {}, "sampled": {"do_sample": True, "top_k": 0}}
+# drafter_only verifies nothing; mentored finds its weight by halving, 200 operators of a block when sampling.
+RULES_HERE = [name for name in RULES if name not in ("judge", "learned", "drafter_only", "mentored")]
 
 
 @contextlib.contextmanager
@@ -54,9 +55,17 @@ def per_block(
         for name in ("forward", "prepare_inputs_for_generation")
     ]
     found = []
+    read = [0]  # on a CPU, reading a whole tensor copies nothing that the counter sees
+    tolist = torch.Tensor.tolist
+
+    def counted(self: torch.Tensor) -> Any:
+        read[0] += 1
+        return tolist(self)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", counted)
     with uncounted(monkeypatch, *places, *also):
         for tokens in (12, 72):
-            counter = LaunchCounter()
+            counter, before = LaunchCounter(), read[0]
             generator = torch.Generator().manual_seed(0)
             with counter:
                 output = own(
@@ -64,16 +73,24 @@ def per_block(
                     pad_token_id=0, max_new_tokens=tokens, return_dict_in_generate=True, generator=generator,
                     **SAMPLING[how],
                 )  # fmt: skip
-            found.append((counter, output.stats.verifier_passes))
-    (short, few), (long, many) = found
+            found.append((counter, output.stats.verifier_passes, counter.host_copies + read[0] - before))
+    (short, few, some), (long, many, more) = found
     blocks = many - few
     assert blocks >= 5
     operators = {name: count / blocks for name, count in (long.operators - short.operators).items()}
     return (
         (long.launches - short.launches) / blocks,
-        (long.host_copies - short.host_copies) / blocks,
+        (more - some) / blocks,
         Counter(operators),
     )
+
+
+@pytest.mark.parametrize("how", list(BUDGET))
+@pytest.mark.parametrize("rule", RULES_HERE)
+def test_a_block_stays_within_the_budget(rule: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    operators, copies, which = per_block(monkeypatch, rule, how)
+    assert operators <= BUDGET[how][0], which
+    assert copies <= BUDGET[how][1]
 
 
 @pytest.mark.parametrize("how", list(OUTSIDE))

@@ -25,8 +25,6 @@ from deferral_train.rules import RULES, make_rule
 pretend_device.install()
 
 CPU, SIM = "cpu", "sim"
-# Passes of a drafter on another device than the verifier's; goes once they put their inputs where the model is.
-APART = pytest.mark.xfail(strict=False, reason="a pass takes its inputs from the verifier's device")
 TOKENS = 6
 # A dial in the middle of what these pairs' confidences are, so that each rule keeps some tokens and defers others.
 DIALS: dict[str, dict[str, Any]] = {
@@ -106,7 +104,6 @@ def test_every_rule(name: str) -> None:
         check(rule_of(name), temperature=temperature)
 
 
-@APART
 @pytest.mark.parametrize("devices", [(CPU, SIM), (SIM, CPU), ("sim:1", SIM)])
 @pytest.mark.parametrize("name", ["lossless", "opt", "token_v3", "judge"])
 def test_drafter_and_verifier_on_two_devices(name: str, devices: tuple[str, str]) -> None:
@@ -114,7 +111,7 @@ def test_drafter_and_verifier_on_two_devices(name: str, devices: tuple[str, str]
         check(rule_of(name), devices, temperature=temperature)
 
 
-@pytest.mark.parametrize("devices", [(SIM, SIM), pytest.param((CPU, SIM), marks=APART)])
+@pytest.mark.parametrize("devices", [(SIM, SIM), (CPU, SIM)])
 def test_encoder_decoder(devices: tuple[str, str]) -> None:
     for rule, temperature in (("lossless", 0.0), (rule_of("opt"), 1.0)):
         check(rule, devices, kind="t5", temperature=temperature)
@@ -144,7 +141,6 @@ def test_every_head(name: str) -> None:
         check(learned_rule(head_of(*HEAD_RULES[name]), 0.05), temperature=temperature)
 
 
-@APART
 @pytest.mark.parametrize("name", HEAD_RULES)
 def test_every_head_beside_a_drafter_on_the_cpu(name: str) -> None:
     check(learned_rule(head_of(*HEAD_RULES[name]), 0.05), (CPU, SIM), temperature=1.0)
@@ -165,7 +161,7 @@ def test_loss_limits(temperature: float) -> None:
     check(rule_of("chow"), max_request_loss=0.3, temperature=temperature, execution="token")
 
 
-@pytest.mark.parametrize("devices", [(SIM, SIM), pytest.param((CPU, SIM), marks=APART)])
+@pytest.mark.parametrize("devices", [(SIM, SIM), (CPU, SIM)])
 @pytest.mark.parametrize("kind", ["confidence", "acceptance", "head", "speed"])
 def test_stops(kind: str, devices: tuple[str, str]) -> None:
     stops = {

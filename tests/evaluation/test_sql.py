@@ -6,6 +6,7 @@ import json
 import os
 import sqlite3
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,9 @@ def test_hostile_queries_are_stopped_counted_and_followed_by_honest_ones(
     with SqlRunner(database) as runner:
         answer = runner.run(query)
         assert (answer.rows, answer.reason) == (None, reason)
-        assert runner.run("select count(*) from t").rows == [[4]]
+        # One that was not asked before, so that the process has to answer.
+        honest = f"select count(*) + 0 * {zlib.crc32(query.encode('utf-8', 'replace'))} from t"
+        assert runner.run(honest).rows == [[4]]
     assert database.read_bytes() == before
     assert reasons(judge(database, [query, "select 1"], ["select 1", "select 1"])) == {reason: 1}
 
@@ -123,12 +126,27 @@ def test_one_long_instruction_is_killed_and_the_next_query_runs(database: Path, 
 
 def test_a_process_that_dies_is_replaced(database: Path) -> None:
     with SqlRunner(database) as runner:
-        assert runner.run("select 1").rows == [[1]]
+        assert runner.run("select 101").rows == [[101]]
         assert runner._process is not None
         runner._process.kill()
         runner._process.wait()
-        assert runner.run("select 2").reason == "memory"
-        assert runner.run("select 3").rows == [[3]]
+        assert runner.run("select 102").reason == "memory"
+        assert runner.run("select 102").rows == [[102]]
+
+
+def test_answers_are_those_of_the_database_as_it_is(tmp_path: Path) -> None:
+    """The same query again is not run again, but a changed file is."""
+    path = make_database(tmp_path / "changing.sqlite")
+    query = "select count(*) from t"
+    assert judge(path, [query], ["select 4"]) == ["right"]
+    with SqlRunner(path) as runner:
+        assert runner.run(query).rows == [[4]]
+        assert runner._process is None
+    connection = sqlite3.connect(path)
+    with connection:
+        connection.executemany("insert into t values (?, ?, ?)", ROWS * 300)
+    connection.close()
+    assert judge(path, [query], ["select 1204"]) == ["right"]
 
 
 @pytest.mark.parametrize(

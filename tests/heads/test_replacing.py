@@ -14,8 +14,8 @@ from heads.laws import every_head
 from deferral_train import DeferralHead, cli
 from deferral_train.errors import InputError
 from deferral_train.heads import GapHead, artifact
-from deferral_train.heads.artifact import certificate_problem, set_operating_point
-from deferral_train.heads.export import export_head
+from deferral_train.heads.artifact import certificate_problem
+from deferral_train.heads.export import export_head, set_operating_point
 from deferral_train.heads.fingerprint import weights_key
 from deferral_train.heads.rules import parse_spec
 

@@ -21,7 +21,7 @@ from deferral_train.heads import DeferralHead
 from deferral_train.heads.rules import learned_rule
 from deferral_train.pairs.load import make_pair
 from deferral_train.pairs.prompts import Prompt
-from deferral_train.pipeline.learning import Learning, Point, RoundsSettings, at_calls
+from deferral_train.pipeline.learning import DecodedPoint, Learning, RoundsSettings, at_calls
 from deferral_train.report.page import write_report
 from deferral_train.traces import open_traces
 from deferral_train.traces.sequence import labelled_rows, sequence_gap
@@ -248,7 +248,7 @@ def test_a_prompt_that_repeats_is_labelled_once(pair: Pair, tmp_path: Path) -> N
 
 
 def test_numbers_at_wished_calls_are_linear_between_points() -> None:
-    points = [Point(0.3, 0.5, 2.0, 0.9, {"m": 0.4}), Point(0.1, 0.7, 1.0, 1.0, {"m": 0.6})]
+    points = [DecodedPoint(0.3, 0.5, 2.0, 0.9, {"m": 0.4}), DecodedPoint(0.1, 0.7, 1.0, 1.0, {"m": 0.6})]
     at = at_calls(points, 0.6)
     assert (at.alpha, at.calls, at.loss, at.length) == pytest.approx((0.2, 0.6, 1.5, 0.95))
     assert at.scores == {"m": pytest.approx(0.5)}

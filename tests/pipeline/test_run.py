@@ -30,8 +30,11 @@ def write_config(folder: Path) -> Path:
     text = "".join(document.text for document in sources["pair"][:25])[:200_000]
     (folder / "pair.txt").write_text(text)
     (folder / "heldout.txt").write_text("".join(d.text for d in sources["validation"])[:8_000])
+    seen: set[str] = set()  # windows as short as a licence's header are in several files
     for part in PARTS:
-        write_prompts(folder / f"{part}.jsonl", code_prompts(sources[part], LIMITS[part], 120, 80))
+        prompts = [p for p in code_prompts(sources[part], 2 * LIMITS[part], 120, 80) if p.prompt not in seen]
+        write_prompts(folder / f"{part}.jsonl", prompts[: LIMITS[part]])
+        seen.update(prompt.prompt for prompt in prompts[: LIMITS[part]])
     config = {
         "text": {part: {"path": str(folder / f"{part}.jsonl")} for part in PARTS},
         "pair": {

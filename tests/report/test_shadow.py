@@ -12,7 +12,7 @@ from deferral_train.errors import InputError
 from deferral_train.report import write_report
 from deferral_train.report.shadow import find_shadow, shadow
 from deferral_train.rules import make_rule
-from deferral_train.serving.blocks import Outcome, Plan
+from deferral_train.serving.blocks import Outcome, RowSettings
 from deferral_train.serving.shadow import Shadow
 
 REQUESTS, DRAFTS = 300, 4
@@ -38,13 +38,13 @@ def written(path, seed=0, first=0, label="0"):
         loss = generator.random(REQUESTS) * (imagined - served)
         here = generator.random(REQUESTS) < 0.3 + 0.7 * kind
         at = np.flatnonzero(here)
-        plans = [Plan(rule)] * len(at)
+        plans = [RowSettings(rule)] * len(at)
         kept.add(
             [names[n] for n in at], plans, outcome(served[at], loss[at]), outcome(imagined[at], loss[at])
         )
         numbers[at] += np.stack([np.ones(len(at)), served[at], imagined[at], loss[at]], axis=1)
     kept.add(
-        ["lossless"], [Plan()], outcome([4], [0.0]), outcome([4], [0.0])
+        ["lossless"], [RowSettings()], outcome([4], [0.0]), outcome([4], [0.0])
     )  # not for the rule: not counted
     kept.finished(names[:50])
     kept.close()
@@ -75,7 +75,7 @@ def test_engines_of_one_rule_are_added_up_and_few_requests_have_no_interval(tmp_
     assert sums.requests == sum(map(len, both))
     np.testing.assert_allclose(sums.sums, sum(part.sum(axis=0) for part in both))
     few = Shadow(str(tmp_path / "few" / "one.json"), SPEC, make_rule("opt", alpha=0.2))
-    few.add(["a"], [Plan(make_rule("opt", alpha=0.3))], outcome([1], [0.0]), outcome([3], [0.5]))
+    few.add(["a"], [RowSettings(make_rule("opt", alpha=0.3))], outcome([1], [0.0]), outcome([3], [0.5]))
     few.close()
     found = find_shadow(tmp_path / "nowhere", tmp_path / "few")
     assert list(found) == [f"{SPEC} at alpha=0.3"]  # a request's own dial is a rule of its own

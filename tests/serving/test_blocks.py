@@ -8,7 +8,7 @@ import torch
 from deferral_train.heads import GapHead
 from deferral_train.rules import RULES, Origin, Summary, make_rule, verify_block
 from deferral_train.serving import blocks
-from deferral_train.serving.blocks import Plan, Rows, verify
+from deferral_train.serving.blocks import DraftedRows, RowSettings, verify
 from deferral_train.serving.counters import Counters
 from deferral_train.serving.tally import tally
 
@@ -28,7 +28,7 @@ def rows(temperatures, law=True, seed=0):
                 (drafter[row] / temperature).softmax(-1), 1, generator=generator
             )[:, 0]
     lengths = torch.tensor([1 + row % T for row in range(R)])
-    return Rows(drafted, lengths, verifier, temperatures, drafter, [law] * R)
+    return DraftedRows(drafted, lengths, verifier, temperatures, drafter, [law] * R)
 
 
 def numbers(seed=1):
@@ -37,18 +37,20 @@ def numbers(seed=1):
 
 def test_mixed_rows_are_verified_as_each_would_be_alone():
     temperatures = [(0.0, 1.0, 0.7)[row % 3] for row in range(R)]
-    plans = [
-        (Plan(), Plan(make_rule("opt", alpha=0.2)), Plan(make_rule("token_v3", alpha=0.9), 0.5, 0.02))[
-            row // 4
-        ]
+    settings = [
+        (
+            RowSettings(),
+            RowSettings(make_rule("opt", alpha=0.2)),
+            RowSettings(make_rule("token_v3", alpha=0.9), 0.5, 0.02),
+        )[row // 4]
         for row in range(R)
     ]
     block, draws = rows(temperatures), numbers()
-    outcome = verify(block, plans, draws)
+    outcome = verify(block, settings, draws)
     for row in range(R):
-        limit = plans[row].limit
+        limit = settings[row].limit
         alone = verify_block(
-            plans[row].rule,
+            settings[row].rule,
             block.drafted[row : row + 1],
             block.drafter[row : row + 1],
             block.verifier[row : row + 1],
@@ -57,13 +59,13 @@ def test_mixed_rows_are_verified_as_each_would_be_alone():
             bonus="none",
             numbers=draws[row : row + 1],
             max_request_loss=limit,
-            spent=None if limit is None else torch.tensor([plans[row].spent], dtype=torch.float64),
+            spent=None if limit is None else torch.tensor([settings[row].spent], dtype=torch.float64),
         )
         assert outcome.accepted[row] == alone.accepted[0]
         assert outcome.correction[row] == alone.next_token[0]
         assert torch.equal(outcome.origin[row], alone.origin[0])
         if limit is not None:
-            assert outcome.loss[row] == pytest.approx(float(alone.spent[0]) - plans[row].spent)
+            assert outcome.loss[row] == pytest.approx(float(alone.spent[0]) - settings[row].spent)
     assert not outcome.unlawful
     assert not outcome.faults
     assert outcome.loss.sum() > 0
@@ -83,7 +85,7 @@ def test_greedy_rows_of_every_rule_are_verified_as_each_would_be_alone(limit):
     block.context = {"position": torch.arange(R * T).view(R, T)}
     for name, rule in GREEDY.items():
         spent = torch.tensor([0.02 * (row % 3) for row in range(R)], dtype=torch.float64)
-        together = verify(block, [Plan(rule, limit, float(one)) for one in spent], None)
+        together = verify(block, [RowSettings(rule, limit, float(one)) for one in spent], None)
         for row in range(R):
             one = slice(row, row + 1)
             alone = verify_block(
@@ -104,9 +106,11 @@ def test_greedy_rows_of_every_rule_are_verified_as_each_would_be_alone(limit):
 def test_rows_at_their_own_dial_of_one_head_in_one_step(temperature):
     rule = make_rule("learned", head=GapHead(("drafter_max", "kl"), hidden=(4,)), alpha=0.9)
     block, draws = rows([temperature] * R), None if temperature == 0 else numbers()
-    strict, lenient = (verify(block, [Plan(rule.with_dial(alpha))] * R, draws) for alpha in (-0.9, 0.9))
-    plans = [Plan(rule), Plan(rule.with_dial(-0.9))] * (R // 2)
-    mixed = verify(block, plans, draws)
+    strict, lenient = (
+        verify(block, [RowSettings(rule.with_dial(alpha))] * R, draws) for alpha in (-0.9, 0.9)
+    )
+    settings = [RowSettings(rule), RowSettings(rule.with_dial(-0.9))] * (R // 2)
+    mixed = verify(block, settings, draws)
     for row in range(R):
         alone = strict if row % 2 else lenient
         assert mixed.accepted[row] == alone.accepted[row]
@@ -115,12 +119,14 @@ def test_rows_at_their_own_dial_of_one_head_in_one_step(temperature):
 
 
 def test_without_a_drafter_law_a_rule_that_reads_it_is_served_lossless_and_named():
-    plans = [Plan(make_rule("opt", alpha=0.2)), Plan(make_rule("token_v3", alpha=0.5))] * (R // 2)
+    settings = [RowSettings(make_rule("opt", alpha=0.2)), RowSettings(make_rule("token_v3", alpha=0.5))] * (
+        R // 2
+    )
     block, draws = rows([1.0] * R, law=False), numbers()
-    outcome = verify(block, plans, draws)
+    outcome = verify(block, settings, draws)
     needy = [row for row in range(R) if row % 2 == 0]
     assert outcome.unlawful == needy
-    lossless = verify(block, [Plan()] * R, draws)
+    lossless = verify(block, [RowSettings()] * R, draws)
     assert torch.equal(outcome.accepted[needy], lossless.accepted[needy])
     assert torch.equal(outcome.correction[needy], lossless.correction[needy])
 
@@ -129,7 +135,7 @@ def test_truncation_reaches_sampling_and_not_decisions():
     block, draws = rows([1.0] * R), numbers()
     kept = block.verifier >= block.verifier.topk(2, dim=-1).values[..., -1:]
     block.sampling = block.verifier.masked_fill(~kept, -torch.inf)
-    outcome = verify(block, [Plan(make_rule("drafter_only"))] * R, draws)
+    outcome = verify(block, [RowSettings(make_rule("drafter_only"))] * R, draws)
     emitted = outcome.correction[outcome.correction >= 0]
     places = outcome.accepted[outcome.correction >= 0]
     members = (outcome.correction >= 0).nonzero()[:, 0]
@@ -151,16 +157,16 @@ def test_a_law_of_half_precision_is_the_one_that_the_tokens_were_drawn_from(neig
     scaled = block.drafter.clone().div_(torch.tensor(temperatures).view(-1, 1, 1))  # as vLLM's proposer does
     own = blocks.verify_block
     monkeypatch.setattr(blocks, "verify_block", lambda *a, **k: (seen.update(k), own(*a, **k))[1])
-    verify(block, [Plan(make_rule("opt", alpha=0.2))] * R, numbers())
+    verify(block, [RowSettings(make_rule("opt", alpha=0.2))] * R, numbers())
     assert torch.equal(seen["drafter_sampling_logits"], scaled)
 
 
 def test_a_row_that_cannot_be_verified_gets_one_token_and_harms_no_other():
     block, draws = rows([1.0] * R), numbers()
-    plans = [Plan(make_rule("opt", alpha=0.2))] * R
-    clean = verify(block, plans, draws)
+    settings = [RowSettings(make_rule("opt", alpha=0.2))] * R
+    clean = verify(block, settings, draws)
     block.verifier[4, 0, 2] = torch.nan
-    outcome = verify(block, plans, draws)
+    outcome = verify(block, settings, draws)
     assert outcome.faults == [4]
     assert outcome.accepted[4] == 0
     assert outcome.correction[4] == torch.nan_to_num(block.verifier[4, 0], nan=-1e9).argmax()
@@ -174,7 +180,9 @@ def test_a_block_that_a_grammar_cut_draws_its_next_token_here(temperature):
     block, draws = rows([temperature] * R), numbers()
     block.lengths = torch.zeros(R, dtype=torch.int64)
     block.cut = list(range(R))
-    outcome = verify(block, [Plan(make_rule("opt", alpha=0.2))] * R, None if temperature == 0 else draws)
+    outcome = verify(
+        block, [RowSettings(make_rule("opt", alpha=0.2))] * R, None if temperature == 0 else draws
+    )
     assert (outcome.origin[:, 0] == int(Origin.BONUS)).all()
     if temperature == 0:
         assert torch.equal(outcome.correction, block.verifier[:, 0].argmax(-1))
@@ -187,7 +195,7 @@ def test_a_block_that_a_grammar_cut_draws_its_next_token_here(temperature):
 
 def test_counters_add_up_on_every_row():
     counters, block = Counters(), rows([1.0] * R)
-    outcome = verify(block, [Plan(make_rule("opt", alpha=0.1))] * R, numbers())
+    outcome = verify(block, [RowSettings(make_rule("opt", alpha=0.1))] * R, numbers())
     tally(counters, block.lengths.numpy(), outcome, "")
     names = ("kept", "accepted", "rejected", "discarded")
     assert counters.get("drafted") == int(block.lengths.sum()) == sum(counters.get(name) for name in names)

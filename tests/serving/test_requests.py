@@ -35,16 +35,16 @@ def test_a_request_keeps_its_own_dial_limit_and_account():
     known = requests(max_request_loss=2.0)
     first = known.of("a", 1.0, {"deferral_dial": 0.4, "deferral_max_request_loss": 1.0})
     second = known.of("b", 1.0, None)
-    assert (first.plan.rule.dial_value, first.plan.limit) == (0.4, 1.0)
-    assert (second.plan.rule.dial_value, second.plan.limit) == (0.2, 2.0)
+    assert (first.settings.rule.dial_value, first.settings.limit) == (0.4, 1.0)
+    assert (second.settings.rule.dial_value, second.settings.limit) == (0.2, 2.0)
     first.spend(0.25)
     first.spend(0.5)
     # Preempted and back: the same object, with what it has spent.
-    assert known.of("a", 1.0, None).plan.spent == 0.75
-    assert known.of("b", 1.0, None).plan.spent == 0.0
-    assert known.of("c", 1.0, {"deferral_dial": 0.4}).plan.rule is first.plan.rule
+    assert known.of("a", 1.0, None).settings.spent == 0.75
+    assert known.of("b", 1.0, None).settings.spent == 0.0
+    assert known.of("c", 1.0, {"deferral_dial": 0.4}).settings.rule is first.settings.rule
     assert known.keep_only({"b"}.__contains__) == ["a", "c"]
-    assert known.of("a", 1.0, None).plan.spent == 0.0
+    assert known.of("a", 1.0, None).settings.spent == 0.0
 
 
 def test_any_number_of_dials_is_remembered_up_to_a_number():
@@ -53,8 +53,8 @@ def test_any_number_of_dials_is_remembered_up_to_a_number():
     outcome = Outcome.empty(1, 3)
     for n in range(3 * MOST_DIALS):
         request = known.of(str(n), 1.0, {"deferral_dial": n / 1000})
-        assert request.plan.rule.dial_value == n / 1000
-        shadow.add([str(n)], [request.plan], outcome, outcome)
+        assert request.settings.rule.dial_value == n / 1000
+        shadow.add([str(n)], [request.settings], outcome, outcome)
         shadow.finished([str(n)])
     assert len(known._dialled) == MOST_DIALS
     assert len(shadow._sums) == MOST_DIALS + 1  # one of them for all others together
@@ -72,7 +72,7 @@ def test_any_number_of_dials_is_remembered_up_to_a_number():
 def test_a_request_that_the_rule_is_not_for_is_served_lossless_with_a_reason(options, settings, reason):
     request = requests(**settings).of("a", 1.0, options)
     assert request.refused == reason
-    assert request.plan.rule.is_lossless
+    assert request.settings.rule.is_lossless
     assert request.idle
 
 

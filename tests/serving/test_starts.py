@@ -120,7 +120,9 @@ def remembering(requests, spent):
 
     def forget(names):
         names = list(names)
-        spent.update({name: requests._known[name].plan.spent for name in names if name in requests._known})
+        spent.update(
+            {name: requests._known[name].settings.spent for name in names if name in requests._known}
+        )
         return original(names)
 
     return forget

@@ -13,7 +13,7 @@ from engines import counts, exact_logits, generate, prompts, save_pair, seam_of,
 
 from deferral_train.errors import InputError
 from deferral_train.rules import make_rule, summarize
-from deferral_train.serving.blocks import Outcome, Plan, Rows, verify
+from deferral_train.serving.blocks import DraftedRows, Outcome, RowSettings, verify
 from deferral_train.serving.config import LogConfig, ServingConfig
 from deferral_train.serving.counters import Counters
 from deferral_train.serving.layout import Step
@@ -41,9 +41,9 @@ def step_of(names, seed=0, start=0):
     drafter = verifier + torch.randn(count, T, V, generator=generator)
     verifier[..., 10:] = drafter[..., 10:] = -50.0
     drafted = torch.multinomial(drafter.softmax(-1).view(-1, V), 1, generator=generator).view(count, T)
-    rows = Rows(drafted, torch.full((count,), T), verifier, [1.0] * count, drafter, [True] * count)
+    rows = DraftedRows(drafted, torch.full((count,), T), verifier, [1.0] * count, drafter, [True] * count)
     numbers = torch.rand(count, T + 1, generator=generator, dtype=torch.float64)
-    outcome = verify(rows, [Plan(make_rule("opt", alpha=0.2))] * count, numbers)
+    outcome = verify(rows, [RowSettings(make_rule("opt", alpha=0.2))] * count, numbers)
     positions = start + torch.arange(T).expand(count, T)
     step = Step(
         list(range(count)), names, [], drafted, rows.lengths, [T] * count, [1.0] * count, {}, positions

@@ -28,7 +28,10 @@ Report = Callable[[int, int, float], None]  # steps done, tokens of the last ste
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """What a loop needs besides model, batches and schedule; ``outcome`` ties a checkpoint to its config."""
+    """Settings of the training loop besides model, batches and schedule.
+
+    ``outcome`` ties a checkpoint to its config.
+    """
 
     checkpoint: Path
     outcome: str

@@ -11,7 +11,7 @@ import pytest
 from deferral_train.heads import GapHead
 from deferral_train.serving.checks import check_served
 from deferral_train.serving.config import ServingConfig
-from deferral_train.serving.paste import engine_line
+from deferral_train.serving.engine_command import engine_line
 
 PAIR = ("runs/my run/pair/drafter", "runs/my run/pair/verifier")
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deferral_train.collecting.batches import Rows, Scored
+from deferral_train.collecting.batches import Scored, TraceRows
 from deferral_train.traces import Chunk, TraceWriter
 
 WAITING = 2  # batches between the models and the writer; on a CPU each holds both models' logits
@@ -28,11 +28,11 @@ WAITING = 2  # batches between the models and the writer; on a CPU each holds bo
 @dataclass(frozen=True)
 class _Handed:
     chunk: Chunk
-    work: Rows | Scored
+    work: TraceRows | Scored
     copied: Any | None  # CUDA event: the host copies are complete
 
 
-class Shelf:
+class ShardWriterThread:
     """Takes rows batch by batch, chunk after chunk, and writes each chunk when it is complete.
 
     Args:
@@ -43,10 +43,10 @@ class Shelf:
         bytes: written so far.
     """
 
-    def __init__(self, writer: TraceWriter, measure: Callable[[Scored], Rows]) -> None:
+    def __init__(self, writer: TraceWriter, measure: Callable[[Scored], TraceRows]) -> None:
         self.writer, self.measure, self.bytes = writer, measure, 0
         self._queue: queue.Queue[_Handed | None] = queue.Queue(maxsize=WAITING)
-        self._parts: list[Rows] = []
+        self._parts: list[TraceRows] = []
         self._failure: BaseException | None = None
         self._abandoned = threading.Event()
         self._thread = threading.Thread(target=self._work, name="trace-writer", daemon=True)
@@ -109,7 +109,7 @@ class Shelf:
             self.bytes += record.bytes
 
 
-def _to_host(rows: Rows) -> tuple[Rows, Any]:
+def _to_host(rows: TraceRows) -> tuple[TraceRows, Any]:
     """Copies on the host; from CUDA to pinned memory, beside the next forward pass, with what tells when they are
     complete.
     """
@@ -122,7 +122,7 @@ def _to_host(rows: Rows) -> tuple[Rows, Any]:
 
     columns = {name: copy(tensor) for name, tensor in rows.columns.items()}
     suspects = {name: copy(tensor) for name, tensor in rows.suspects.items()}
-    host = Rows(columns, copy(rows.finite), suspects)
+    host = TraceRows(columns, copy(rows.finite), suspects)
     if not beside:
         return host, None
     event = torch.cuda.Event()
@@ -130,7 +130,7 @@ def _to_host(rows: Rows) -> tuple[Rows, Any]:
     return host, event
 
 
-def gather(parts: list[Rows]) -> tuple[dict[str, np.ndarray], list[tuple[int, int, str]]]:
+def gather(parts: list[TraceRows]) -> tuple[dict[str, np.ndarray], list[tuple[int, int, str]]]:
     """A chunk's columns ordered by (prompt, position), and the places left out: (prompt, position, model)."""
     columns = {name: torch.cat([part.columns[name] for part in parts]).numpy() for name in parts[0].columns}
     finite = torch.cat([part.finite for part in parts]).numpy()
@@ -144,7 +144,7 @@ def gather(parts: list[Rows]) -> tuple[dict[str, np.ndarray], list[tuple[int, in
     return {name: values[kept] for name, values in columns.items()}, nonfinite
 
 
-def _names(parts: list[Rows]) -> list[str]:
+def _names(parts: list[TraceRows]) -> list[str]:
     """Which models gave NaN or infinite logits, for every row of a chunk."""
     names: list[str] = []
     for part in parts:

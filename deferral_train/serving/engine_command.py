@@ -1,4 +1,4 @@
-"""The engine line of a verdict: a command that serves a pair with a rule, or why the plug-in cannot.
+"""Shell command that serves a pair with a rule in vLLM, or the reason why the plug-in cannot.
 
 Checked with what the engine's start checks, as far as that needs no engine. Imports no vLLM.
 """
@@ -19,12 +19,13 @@ from deferral_train.serving.config import KEY, ServingConfig
 def engine_line(
     chosen: Mapping[str, Any], drafter: str, verifier: str, is_encoder_decoder: bool
 ) -> tuple[str | None, str | None]:
-    """A line for the shell, and the reason where there is none.
+    """The ``vllm serve`` command and None, or None and the reason why there is none.
 
     Args:
         chosen: ``rule`` and ``spec``, ``num_draft_tokens``, and for a learned rule ``head`` (folder) and ``value``
             (alpha).
-        drafter, verifier: as they were loaded. is_encoder_decoder: of the pair.
+        drafter, verifier: names or folders, as they were loaded.
+        is_encoder_decoder: True where the pair is one; the plug-in refuses it.
     """
     if is_encoder_decoder:
         return None, "the pair is an encoder-decoder, and the plug-in serves decoder-only pairs"
