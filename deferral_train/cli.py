@@ -32,7 +32,7 @@ COMMANDS: dict[str, str] = {
     "evaluate": "score rules and heads from traces alone: curves and tables",
     "decode": "run the cascade on prompts with any rules: quality, wall clock, calls, origin of each token",
     "rounds": "label along the cascade's own text, refit, decode, N times; choose round, head and price",
-    "choose": "pick the operating point that meets a wish, with a certificate",
+    "choose": "pick the operating point that meets a constraint, with a certificate",
     "export": "turn a training checkpoint into a head folder (safetensors, JSON, card; --onnx)",
     "report": "write one self-contained HTML page about a run folder",
     "rules": "print every rule with its dial: parameter, range, lossless end, drafter end",

@@ -168,13 +168,13 @@ class SequenceLabels:
             )
             for prompt, own, text in zip(prompts, favourites, path.texts)
         ]
-        references = [self.references.get(prompt.id) for prompt in prompts]
+        references: list[str | None] = [self.references.get(prompt.id) for prompt in prompts]
         own_wanted = settings.reference == "verifier"
         if greedy or own_wanted:
             picked = chosen if greedy else [[] for _ in chosen]
             found, own_texts = finished_places(verifier, path, favourites, picked, own_wanted)
             if own_wanted:
-                references = [self._text(tokens) for tokens in own_texts]
+                references = list(map(self._text, own_texts))
         if greedy:
             tokens = [favourites[one.row].drafter[one.place] for one in found]
             return [[one] for one in found], tokens, references

@@ -1,4 +1,4 @@
-"""`deferral-train choose`: pick the operating point that meets a wish, with a certificate."""
+"""`deferral-train choose`: pick the operating point that meets a constraint, with a certificate."""
 
 from __future__ import annotations
 

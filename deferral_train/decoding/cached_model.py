@@ -19,6 +19,7 @@ from deferral_train.decoding.caches import RowCache
 from deferral_train.decoding.facts import core_of, facts_of
 from deferral_train.decoding.hidden import HiddenTap
 from deferral_train.decoding.tokens import TokenRows, on_device
+from deferral_train.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,12 @@ class CachedModel:
         given["past_key_values"] = self.past
         logits = self.model(**given, return_dict=True).logits
         self.cache.extended(total - self.cache.width)
+        held = self.cache.get_seq_length()
+        if held not in (0, self.cache.width):
+            raise InputError(
+                f"{self.facts.name} keeps {held} columns in its cache for {self.cache.width} tokens: its rows cannot "
+                "be rolled back; use another model"
+            )
         self._long = self.facts.long_rope is not None and total > self.facts.long_rope
         self.passes += 1
         if logits.shape[1] != keep:

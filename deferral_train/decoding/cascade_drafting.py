@@ -68,6 +68,7 @@ class CascadeProposer:
         self._tails = [[] for _ in range(rows)]
         if self.plan.max_gram is not None:
             self._catch_up()
+        assert self.laws.vocab_size is not None
         grown = self._latest = self._draft_for(0, list(limits))
         grown.device = tokens.device
         depth, counts = max(grown.counts), list(grown.counts)

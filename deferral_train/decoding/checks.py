@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
@@ -48,6 +49,9 @@ class Request:
     token_log: Any
     vocab_size: int | None
     model_kwargs: dict[str, Any]
+    inputs_tensor: Tensor | None = None
+    drafter_inputs: dict[str, Tensor] | None = None
+    generator: torch.Generator | None = None
 
     @cached_property
     def facts(self) -> ModelFacts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from deferral_train.decoding.cached_model import CachedModel, CacheRoom, ModelInputs
+from deferral_train.decoding.cached_model import CachedModel, CacheRoom
 from deferral_train.decoding.cascade_drafting import CascadeProposer
 from deferral_train.decoding.checks import Request, check_request, rows_together
 from deferral_train.decoding.criteria import EndOfRow
@@ -132,47 +133,51 @@ def cascade_generate(
         token_log=token_log,
         vocab_size=vocab_size,
         model_kwargs=model_kwargs,
+        inputs_tensor=inputs_tensor,
+        drafter_inputs=drafter_inputs,
+        generator=generator,
     )
     check_request(request)
-    ends = EndOfRow(stopping_criteria or [], generation_config.max_length)
-    size = vocab_size or request.facts.vocab_size
-    laws = SamplingLaws(logits_processor or [], bool(generation_config.do_sample), size)
+    return _decode(request, logits_processor or [], stopping_criteria or [])
+
+
+def _decode(request: Request, processors: Sequence[Any], criteria: Sequence[Any]) -> Tensor | CascadeOutput:
+    """Run the loop for a checked request; returns what ``cascade_generate`` does."""
+    config, settings, rows = request.generation_config, request.settings, len(request.input_ids)
+    ends = EndOfRow(criteria, config.max_length)
+    size = request.vocab_size or request.facts.vocab_size
+    laws = SamplingLaws(processors, bool(config.do_sample), size)
     together = rows_together(request, laws.strict or ends.strict)
-    mask = _prompt_mask(request)
-    tokens = TokenRows(input_ids, mask, ends.max_length, request.depth, _pad_id(generation_config))
-    stats = StatsRecorder(len(input_ids), request.num_draft_tokens)
+    tokens = TokenRows(
+        request.input_ids, _prompt_mask(request), ends.max_length, request.depth, _pad_id(config)
+    )
+    stats = StatsRecorder(rows, request.num_draft_tokens)
     with contextlib.ExitStack() as stack:
         taps = [stack.enter_context(tap_hidden(core_of(one), read)) for one, read in _hidden_read(request)]
-        if request.facts.is_encoder_decoder:
-            inputs = encoder_inputs(
-                request.models, model_kwargs, inputs_tensor, drafter_inputs, len(input_ids)
-            )
-        else:
-            inputs = [decoder_inputs(one, tokens, mask, model_kwargs, one is model) for one in request.models]
-        models = _cached(request, tokens, inputs, taps, together)
+        models = _cached(request, tokens, taps, together)
         proposer: Proposer
         if request.given is not None:
             proposer = GivenProposer(request.given, tokens, size)
         elif request.plan is None:
-            proposer = ModelProposer(models[0], tokens, laws, ends, stop, generator)
+            proposer = ModelProposer(models[0], tokens, laws, ends, settings.stop, request.generator)
         else:
-            prompts = prompts_of(model, tokens, inputs_tensor, model_kwargs)
+            prompts = prompts_of(request.model, tokens, request.inputs_tensor, request.model_kwargs)
             separate = request.facts.is_encoder_decoder
             proposer = CascadeProposer(
-                request.plan, models[:-1], tokens, laws, ends, prompts, separate, generator
+                request.plan, models[:-1], tokens, laws, ends, prompts, separate, request.generator
             )
         state = DecodingState(
-            models[0], models[-1], rule, laws, tokens, ends, stats, proposer, settings,
-            request.num_draft_tokens, generator, together, token_streamer, token_log,
+            models[0], models[-1], request.rule, laws, tokens, ends, stats, proposer, settings,
+            request.num_draft_tokens, request.generator, together, request.token_streamer, request.token_log,
         )  # fmt: skip
-        if stop is not None:
-            stop.start(len(input_ids), request.num_draft_tokens)
-        execute(execution, state)
-    if token_streamer is not None:
-        token_streamer.end()
+        if settings.stop is not None:
+            settings.stop.start(rows, request.num_draft_tokens)
+        execute(settings.execution, state)
+    if request.token_streamer is not None:
+        request.token_streamer.end()
     found = stats.finish(models[-1].passes, sum(one.passes for one in proposer.models))
     sequences = tokens.sequences()
-    if not generation_config.return_dict_in_generate:
+    if not config.return_dict_in_generate:
         return sequences
     if not isinstance(proposer, CascadeProposer):
         return CascadeOutput(sequences, found)
@@ -194,13 +199,15 @@ def _streamer_of_generate() -> Any:
 
 
 def _cached(
-    request: Request,
-    tokens: TokenRows,
-    inputs: list[ModelInputs],
-    taps: list[HiddenTap | None],
-    together: bool,
+    request: Request, tokens: TokenRows, taps: list[HiddenTap | None], together: bool
 ) -> list[CachedModel]:
-    """The models with their caches, drafters first and the verifier last."""
+    """The models with their inputs and caches, drafters first and the verifier last."""
+    asked, rows = request.model_kwargs, len(request.input_ids)
+    if request.facts.is_encoder_decoder:
+        inputs = encoder_inputs(request.models, asked, request.inputs_tensor, request.drafter_inputs, rows)
+    else:
+        mask = _prompt_mask(request)
+        inputs = [decoder_inputs(one, tokens, mask, asked, one is request.model) for one in request.models]
     margin = request.depth + 2 if request.settings.execution == "speculative" else None
     capacity = min(tokens.ids.shape[1], tokens.prompt_length + 256)
     room = CacheRoom(capacity, margin, trims=not together)

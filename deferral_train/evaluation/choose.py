@@ -1,4 +1,4 @@
-"""From a wish to a setting: a loss limit with a certificate, a limit on verifier calls, or a local token
+"""From a constraint to a setting: a loss limit with a certificate, a limit on verifier calls, or a local token
 risk.
 
 The certified loss is per prompt and bounded: the metric of lossless decoding minus that of the rule, on the
@@ -35,7 +35,7 @@ LOW, HIGH = -1.0, 1.0  # bounds of a difference of two scores in [0, 1]
 
 
 class NoSettingError(InputError):
-    """No setting that was decoded meets the wish; the message names the nearest."""
+    """No setting that was decoded meets the constraint; the message names the nearest."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Choice:
     Attributes:
         kind: "certificate" (loss per prompt, certified), "bootstrap" (calls, an interval), or "local token
             risk".
-        metric: what was limited. limit: the wish. confidence: of the claim.
+        metric: what was limited. limit: the constraint. confidence: of the claim.
         mean: mean loss of the chosen setting on the calibration prompts (share of calls for "bootstrap").
         smallest: smallest loss that this number of prompts can certify.
         calls: verifier calls per token relative to lossless, None from traces alone.
@@ -96,15 +96,15 @@ def choose_from_outputs(
         setting nearest to the lossless end that keeps it.
 
     Raises:
-        InputError: no wish, no lossless outputs, a loss that so few prompts cannot certify, a wish that no
+        InputError: no constraint, no lossless outputs, a loss that so few prompts cannot certify, a constraint that no
             setting
             meets (naming the nearest).
     """
     if metric is not None:
         check_metric(metric)
-    check_wish(confidence, max_loss=max_loss)
+    check_constraint(confidence, max_loss=max_loss)
     if max_loss is None and max_verifier_calls is None:
-        raise InputError("give a wish: max_loss with metric, or max_verifier_calls")
+        raise InputError("give a constraint: max_loss with metric, or max_verifier_calls")
     if max_loss is not None and metric is None:
         raise InputError("max_loss needs a metric, for example metric=exact_match")
     outputs = _Outputs.of(rows, rule, dials)
@@ -215,7 +215,7 @@ def _choice(
     )
 
 
-def check_wish(confidence: float, **limits: float | None) -> None:
+def check_constraint(confidence: float, **limits: float | None) -> None:
     """Refuse a confidence outside of (0, 1), and a limit of 1 or more, which every setting keeps."""
     if not 0 < confidence < 1:
         raise InputError(f"confidence={confidence:g} must lie between 0 and 1, such as 0.95")
@@ -226,13 +226,13 @@ def check_wish(confidence: float, **limits: float | None) -> None:
             )
 
 
-def check_reachable(wish: str, limit: float, prompts: int, confidence: float) -> None:
+def check_reachable(constraint: str, limit: float, prompts: int, confidence: float) -> None:
     """Refuse a limit that cannot be certified even if no prompt loses anything; says what can."""
     smallest = smallest_certifiable(prompts, confidence, LOW, HIGH)
     if limit < smallest:
         need = f"; {prompts_needed(limit, confidence, LOW, HIGH)} prompts would do" if limit > 0 else ""
         raise InputError(
-            f"{wish}={limit:g} cannot be certified with {prompts} prompts: the smallest loss that they can "
+            f"{constraint}={limit:g} cannot be certified with {prompts} prompts: the smallest loss that they can "
             f"certify at confidence {confidence:g} is {smallest:.3g}{need}"
         )
 
@@ -304,7 +304,7 @@ def choose_from_traces(
     Raises:
         InputError: a limit that so few prompts cannot certify, or that no value meets (naming the nearest).
     """
-    check_wish(confidence, max_token_risk=max_token_risk)
+    check_constraint(confidence, max_token_risk=max_token_risk)
     family = make_families([rule], points)[0]
     if family.parameter is None:
         raise InputError(f"rule {family.name} has no dial to choose")

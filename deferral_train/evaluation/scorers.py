@@ -102,7 +102,7 @@ def _imported(metric: str, module: str, name: str) -> Callable[[str, str | None]
         raise InputError(f"metric {metric} cannot be imported ({error}); check module and function") from None
     if not callable(found):
         raise InputError(f"metric {metric} is no function")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 @dataclass

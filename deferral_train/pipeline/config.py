@@ -180,7 +180,7 @@ class OperatingPointConfig:
 
     Attributes:
         rejection_share: the rejection rate to match, as a share of lossless's.
-        max_loss: a wish instead, for the rule that is chosen: most mean loss of the metric per prompt against
+        max_loss: a constraint instead, for the rule that is chosen: most mean loss of the metric per prompt against
             lossless, in (0, 1) (0.02 is two points). The best plug-in rule and the dial values to try are taken from
             the validation part; that rule and the head are decoded with them on the calibration part, and the setting
             of fewest verifier calls that `choose` certifies is taken.

@@ -15,7 +15,7 @@ from deferral_train.evaluation.frontier import VERIFIER, frontier_of, write_fron
 from deferral_train.evaluation.outputs import check_metrics, score_outputs
 from deferral_train.heads.rules import rule_from_spec
 from deferral_train.pairs.prompts import Prompt
-from deferral_train.pipeline import operate
+from deferral_train.pipeline import operating_point
 from deferral_train.pipeline.config import DecodeSection, FrontierConfig
 from deferral_train.rules.base import Rule
 from deferral_train.traces import Traces
@@ -47,9 +47,10 @@ def decode_frontier(
     entries = []
     for temperature in config.temperatures:
         sweeps = {name: rule for name, (_, rule) in rules.items()}
-        dials = operate.spread(traces, sweeps, config.shares, temperature, section.num_draft_tokens)
+        dials = operating_point.spread(traces, sweeps, config.shares, temperature, section.num_draft_tokens)
         tried = {
-            "speculative": {name: rule_from_spec(name) for name in ENDS} | operate.labelled(rules, dials),
+            "speculative": {name: rule_from_spec(name) for name in ENDS}
+            | operating_point.labelled(rules, dials),
             "token": {
                 f"token cascade {spec}": rule_from_spec(spec, typed=[spec]) for spec in config.token_cascades
             },

@@ -254,8 +254,8 @@ class Learning:
         head = self._fitted(folder, objective, price)
         alphas = quantiles_of_estimates(self.traces[-1], head, LEVELS)
         points = sorted(self._points(folder, head, alphas, lossless), key=lambda point: point.calls)
-        wish = at_calls(points, self.settings.calls)
-        return Candidate(str(folder / "head"), objective, price, tuple(points), wish)
+        constraint = at_calls(points, self.settings.calls)
+        return Candidate(str(folder / "head"), objective, price, tuple(points), constraint)
 
     def _fitted(self, folder: Path, objective: str, price: float) -> DeferralHead:
         if (folder / "head" / "config.json").is_file():

@@ -19,14 +19,14 @@ from deferral_train.heads import DeferralHead
 from deferral_train.heads.export import set_operating_point
 from deferral_train.heads.rules import learned_rule, rule_from_spec
 from deferral_train.pipeline import ask
-from deferral_train.pipeline.closing import short
+from deferral_train.pipeline.constraint import FOLDER as CALIBRATION
+from deferral_train.pipeline.constraint import CertificateSearch, certified_point
 from deferral_train.pipeline.context import Results, RunContext
 from deferral_train.pipeline.frontier import ALWAYS, decode_frontier
 from deferral_train.pipeline.heads import BEST, LEARNED
 from deferral_train.pipeline.pair import open_pair
+from deferral_train.pipeline.print_summary import short
 from deferral_train.pipeline.text import read_part
-from deferral_train.pipeline.wish import FOLDER as CALIBRATION
-from deferral_train.pipeline.wish import CertificateSearch, certified_point
 from deferral_train.rules.base import Rule
 from deferral_train.traces import open_traces
 
@@ -84,7 +84,7 @@ def _settings(run: RunContext) -> Settings:
     return Settings(seed=run.config.seed, **section)
 
 
-def certify_wish(run: RunContext, results: Results, plug_in: str) -> dict[str, Any]:
+def certify_constraint(run: RunContext, results: Results, plug_in: str) -> dict[str, Any]:
     """The setting that `choose` certifies on the calibration part; the exported head stores one of its own.
 
     Where no setting is certified, ``name`` is None and ``reason`` says what came nearest.

@@ -17,7 +17,7 @@ from deferral_train.errors import InputError
 from deferral_train.evaluation import score_rules
 from deferral_train.evaluation.bootstrap import MIN_PROMPTS
 from deferral_train.evaluation.table import ScoreTable
-from deferral_train.pipeline import operate
+from deferral_train.pipeline import operating_point
 from deferral_train.pipeline.config import OperatingPointConfig
 from deferral_train.pipeline.console import RunConsole
 from deferral_train.traces import Traces
@@ -56,10 +56,12 @@ def ceiling(
             f"give at least {2 * MIN_PROMPTS}"
         )
     first, second = split_prompts(traces, (0.5, 0.5), seed)
-    points = operate.choose_points(first, {rule: rule for rule in rules}, config, num_draft_tokens, seed)
+    points = operating_point.choose_points(
+        first, {rule: rule for rule in rules}, config, num_draft_tokens, seed
+    )
     best = points["best"]
     chosen = {name: points["points"][best][name] for name in ("parameter", "value")}
-    label = operate.with_value(best, chosen["parameter"], chosen["value"])
+    label = operating_point.with_value(best, chosen["parameter"], chosen["value"])
     table = score_rules(
         second,
         {best: best},
@@ -90,14 +92,14 @@ def ceiling(
     }
 
 
-METRICS = ("acceptance_length", "relative_latency", "rejection_rate", operate.LOSS)
+METRICS = ("acceptance_length", "relative_latency", "rejection_rate", operating_point.LOSS)
 
 
 def _row(table: ScoreTable, name: str, shown: str) -> dict[str, Any]:
     """A line of the table for a rule of one setting."""
     scores = table[name]
     values = {metric: float(scores.metrics[metric][0]) for metric in METRICS}
-    return _cells(table, shown, values, scores.redrawn[operate.LOSS][0])
+    return _cells(table, shown, values, scores.redrawn[operating_point.LOSS][0])
 
 
 def _hindsight(table: ScoreTable, best: str) -> dict[str, Any]:
@@ -106,19 +108,19 @@ def _hindsight(table: ScoreTable, best: str) -> dict[str, Any]:
     share = [min(1.0, rates[0] / rates[1] if rates[1] else 1.0)]
     found = {metric: table.curve("oracle", metric).at(share) for metric in METRICS}
     values = {metric: float(value[0]) for metric, (value, _) in found.items()}
-    return _cells(table, HINDSIGHT, values, found[operate.LOSS][1][0])
+    return _cells(table, HINDSIGHT, values, found[operating_point.LOSS][1][0])
 
 
 def _cells(table: ScoreTable, shown: str, values: Mapping[str, float], risk: np.ndarray) -> dict[str, Any]:
     base = table["lossless"]
-    difference = values[operate.LOSS] - float(base.metrics[operate.LOSS][0])
-    interval = table.bootstrap.interval(difference, risk - base.redrawn[operate.LOSS][0])
+    difference = values[operating_point.LOSS] - float(base.metrics[operating_point.LOSS][0])
+    interval = table.bootstrap.interval(difference, risk - base.redrawn[operating_point.LOSS][0])
     return {
         "rule": shown,
         "tokens_per_call": values["acceptance_length"],
         "speed": 1 / values["relative_latency"],
         "rejection_rate": values["rejection_rate"],
-        "risk": values[operate.LOSS],
+        "risk": values[operating_point.LOSS],
         "difference": difference,
         "low": interval.low,
         "high": interval.high,

@@ -19,20 +19,20 @@ from deferral_train.errors import InputError
 from deferral_train.heads import DeferralHead
 from deferral_train.heads.export import export_head
 from deferral_train.heads.rules import learned_rule, rule_from_spec
-from deferral_train.pipeline import answers, ask, drafting, online, operate
+from deferral_train.pipeline import answers, ask, drafting, online, operating_point
 from deferral_train.pipeline import probe as ceilings
 from deferral_train.pipeline.breakdowns import break_down
-from deferral_train.pipeline.closing import close
 from deferral_train.pipeline.config import PARTS, RunConfig
 from deferral_train.pipeline.console import RunConsole
+from deferral_train.pipeline.constraint import FOLDER
 from deferral_train.pipeline.contents import check_values, pair_inputs, spec_inputs, text_inputs
 from deferral_train.pipeline.heads import BEST, LEARNED, fit_candidates
 from deferral_train.pipeline.learning import ROUNDS, learn_in_rounds
 from deferral_train.pipeline.pair import prepare_pair
+from deferral_train.pipeline.print_summary import close
 from deferral_train.pipeline.stages import Stage, StageRunner, open_run
 from deferral_train.pipeline.text import part_path, prepare_text
 from deferral_train.pipeline.verdict import Measured, make_verdict
-from deferral_train.pipeline.wish import FOLDER
 from deferral_train.rules.base import Rule
 from deferral_train.serving.engine_command import engine_line
 from deferral_train.traces import Traces, open_traces
@@ -147,8 +147,8 @@ class Run:
     def learning_stages(self) -> list[Stage]:
         """From a pair to a head with its operating point."""
         c = self.config
-        wish = () if c.point.max_loss is None else (FOLDER,)
-        wished = c.decode if wish else c.decode.num_draft_tokens
+        constraint = () if c.point.max_loss is None else (FOLDER,)
+        wished = c.decode if constraint else c.decode.num_draft_tokens
         return [
             Stage(
                 name="pair",
@@ -182,10 +182,10 @@ class Run:
                 title="dials set on calibration",
                 settings={"point": c.point, "rules": c.rules, "decode": wished, "seed": c.seed},
                 after=("fit",),
-                outputs=("point.json", "head", *wish),
+                outputs=("point.json", "head", *constraint),
                 work=self.point,
                 inputs=spec_inputs([*c.rules, *c.decoded]),
-                replace=bool(wish),
+                replace=bool(constraint),
             ),
         ]
 
@@ -398,7 +398,7 @@ class Run:
     def point(self, results: Results) -> Any:
         # What a certificate is for must not be chosen on the prompts that certify it.
         part = "calibration" if self.config.point.max_loss is None else "validation"
-        found = operate.choose_points(
+        found = operating_point.choose_points(
             self.open(part),
             self.rules(),
             self.config.point,
@@ -409,7 +409,7 @@ class Run:
         best = DeferralHead.from_pretrained(self.folder / BEST)
         export_head(best, self.folder / "head", found["points"][LEARNED]["value"])
         if self.config.point.max_loss is not None:
-            found["wish"] = online.certify_wish(self, results, found["best_plug_in"])
+            found["constraint"] = online.certify_constraint(self, results, found["best_plug_in"])
         provenance.write_json(self.folder / "point.json", found)
         return found
 
@@ -443,7 +443,9 @@ class Run:
         ).write(out)
         return {
             "matched": [row for row in table.matched() if row["share"] in shares],
-            "bound": operate.token_risk_bound(self.open("test"), chosen, self.config.point.confidence),
+            "bound": operating_point.token_risk_bound(
+                self.open("test"), chosen, self.config.point.confidence
+            ),
         }
 
     def verdict(self, results: Results) -> Any:
@@ -506,24 +508,28 @@ class Run:
             **{rule: rule for rule in plug_ins},
             LEARNED: f"learned:head={self.folder / 'head'}",
         }
-        return {name: operate.with_value(spec, *self.dial(results, name)) for name, spec in specs.items()}
+        return {
+            name: operating_point.with_value(spec, *self.dial(results, name)) for name, spec in specs.items()
+        }
 
     def dial(self, results: Results, name: str) -> tuple[str | None, float | None]:
         """A rule's dial and value: the certified one where it was wished for, else that of the common price."""
         point = results["point"]
-        wish = point.get("wish")
-        found = wish if wish is not None and wish["name"] == name else point["points"][name]
+        constraint = point.get("constraint")
+        found = constraint if constraint is not None and constraint["name"] == name else point["points"][name]
         return found["parameter"], found["value"]
 
     def chosen(self, results: Results) -> dict[str, Any]:
         """The rule that `choose` certified, else the decoded one that lost least on calibration at the common price."""
-        points, decoded, wish = (
+        points, decoded, constraint = (
             results["point"]["points"],
             self.decoded(results),
-            results["point"].get("wish"),
+            results["point"].get("constraint"),
         )
-        certified = wish is not None and wish["name"] is not None
-        name = wish["name"] if certified else min(decoded, key=lambda rule: points[rule]["risk_at_match"])
+        certified = constraint is not None and constraint["name"] is not None
+        name = (
+            constraint["name"] if certified else min(decoded, key=lambda rule: points[rule]["risk_at_match"])
+        )
         parameter, value = self.dial(results, name)
         return {
             "name": name,
@@ -534,8 +540,8 @@ class Run:
             "parameter": parameter,
             "value": value,
             "num_draft_tokens": self.config.decode.num_draft_tokens,
-            "certificate": wish["certificate"] if certified else None,
-            "uncertified": wish["reason"] if wish is not None and not certified else None,
+            "certificate": constraint["certificate"] if certified else None,
+            "uncertified": constraint["reason"] if constraint is not None and not certified else None,
         }
 
     def costs(self, pair: Mapping[str, Any]) -> dict[str, float]:

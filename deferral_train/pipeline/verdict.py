@@ -29,7 +29,7 @@ class Measured:
         decode: folder with ``outputs.jsonl`` of ``verifier_only``, ``lossless`` and the chosen rule.
         timing: folder with ``batches.jsonl`` of the same rules, for their speed.
         gate: the pair's gate.
-        bound: of the rise of the local token risk, see ``operate.token_risk_bound``.
+        bound: of the rise of the local token risk, see ``operating_point.token_risk_bound``.
         skew: how many predictions from traces agreed with the counts, ``agree`` of ``of``.
         metric: of quality, per prompt.
     """
@@ -263,7 +263,7 @@ def _trust(
     chosen: Mapping[str, Any],
     metric_name: str,
 ) -> list[str]:
-    wish = chosen.get("certificate")
+    constraint = chosen.get("certificate")
     said = [
         f"Decoded {prompts} test prompts that neither the pair, the head nor its operating point had seen.",
         "Operating points were set on a part of their own, at the same rejection rate for every rule.",
@@ -279,12 +279,12 @@ def _trust(
             f"with {certified['confidence']:.0%} confidence; {certified['prompts']} prompts cannot certify less than "
             f"{certified['smallest']:.1f}.",
         )
-    if wish is not None:
+    if constraint is not None:
         said.insert(
             2,
             f"The chosen setting is another: the one of fewest verifier calls whose mean loss of {metric_name} per "
-            f"prompt is certified to be at most {POINTS * wish['limit']:.1f} points, with "
-            f"{wish['confidence']:.0%} confidence, on {wish['prompts']} calibration prompts.",
+            f"prompt is certified to be at most {POINTS * constraint['limit']:.1f} points, with "
+            f"{constraint['confidence']:.0%} confidence, on {constraint['prompts']} calibration prompts.",
         )
     if chosen.get("uncertified"):
         said.insert(

@@ -8,6 +8,7 @@ positions is free.
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -152,8 +153,9 @@ class Laws:
     def at(self, index: tuple[Tensor, ...]) -> Laws:
         """These distributions at some positions (advanced indexing of the leading shape)."""
         assert self.axis == 0
-        sampling = None if self.sampling is None else self.sampling[(slice(None), *index)]
-        return Laws(self.decision[(slice(None), *index)], self.temperature, sampling)
+        both: tuple[Any, ...] = (slice(None), *index)
+        sampling = None if self.sampling is None else self.sampling[both]
+        return Laws(self.decision[both], self.temperature, sampling)
 
     def check(self) -> None:
         """Refuse logits that are no distribution: NaN, +inf, or nothing but -inf at a position. One copy to the host.

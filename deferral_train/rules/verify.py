@@ -142,7 +142,7 @@ def verify_block(
         step = block.lossless_step() if lossless else rule.step(block.laws, summary, block.token)
 
         passes, kept, allowed, spent = _passes(block, step, checks), step.kept, None, block.spent
-        if max_request_loss is None or lossless:
+        if max_request_loss is None or block.spent is None or lossless:
             accepted = passes.cumprod(dim=1).sum(dim=1)
         else:
             exact = _passes(block, block.lossless_step(), checks)

@@ -185,7 +185,7 @@ class TraceDataModule(pl.LightningDataModule):
             trainer.global_rank,
             trainer.world_size,
             # Overfitting some batches on purpose means the same ones in every epoch.
-            lambda: 0 if trainer.overfit_batches else trainer.current_epoch,
+            lambda: 0 if getattr(trainer, "overfit_batches", 0) else trainer.current_epoch,
         )
 
     def train_dataloader(self) -> TableLoader:

@@ -23,7 +23,7 @@ def curve_logger(out: Path, resumed_at: int | None = None) -> TensorBoardLogger:
         resumed_at: optimiser steps already taken by the checkpoint that is resumed: points that an interrupted run
             logged after it are dropped by whoever reads the log. None starts a new curve.
     """
-    more = {} if resumed_at is None else {"purge_step": resumed_at}
+    more: dict[str, Any] = {} if resumed_at is None else {"purge_step": resumed_at}
     return TensorBoardLogger(str(out), name=NAME, version="", default_hp_metric=False, **more)
 
 

@@ -23,7 +23,8 @@ from deferral_train.errors import InputError
 
 # What makes a configuration small, by the names that architectures use.
 SMALL: dict[str, Any] = {
-    "hidden_size": 32, "n_embd": 32, "d_model": 32, "dim": 32, "emb_dim": 32, "embed_dim": 32, "word_embed_proj_dim": 32,
+    "hidden_size": 32, "n_embd": 32, "d_model": 32, "dim": 32, "emb_dim": 32, "embed_dim": 32,
+    "word_embed_proj_dim": 32,
     "intermediate_size": 64, "ffn_dim": 64, "d_ff": 64, "d_inner": 64, "n_inner": 64, "ffn_hidden_size": 64,
     "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
     "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2, "encoder_layers": 2, "decoder_layers": 2,
@@ -35,7 +36,8 @@ SMALL: dict[str, Any] = {
     "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "sliding_window": 8, "rotary_dim": 8,
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "decoder_start_token_id": 2,
     "forced_eos_token_id": None, "forced_bos_token_id": None, "is_decoder": True, "use_cache": True,
-    "attention_dropout": 0.0, "dropout": 0.0, "dropout_rate": 0.0, "layer_types": None, "hidden_size_per_layer_input": 8,
+    "attention_dropout": 0.0, "dropout": 0.0, "dropout_rate": 0.0, "layer_types": None,
+    "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": 40, "kv_channels": 16, "decoder_vocab_size": 40,
 }  # fmt: skip
 SPECIAL = {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": 2}

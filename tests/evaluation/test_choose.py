@@ -130,7 +130,7 @@ def test_bad_input_is_one_clear_line() -> None:
     rows = opt_outputs(30)
     without = [{**row, "reference": None} for row in opt_outputs()]
     cases = [
-        ("give a wish", lambda: choose_from_outputs(rows)),
+        ("give a constraint", lambda: choose_from_outputs(rows)),
         ("needs a metric", lambda: choose_from_outputs(rows, max_loss=0.1)),
         ("metric is 'bleurt'", lambda: choose_from_outputs(opt_outputs(), metric="bleurt", max_loss=0.1)),
         ("corpus score", lambda: choose_from_outputs(opt_outputs(), metric="bleu", max_loss=0.1)),

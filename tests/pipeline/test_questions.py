@@ -102,13 +102,13 @@ def test_speeds_are_of_the_prompts_decoded_one_by_one(finished):
 
 
 def test_dials_come_from_validation_and_the_certificate_from_calibration(finished):
-    from deferral_train.pipeline import operate
+    from deferral_train.pipeline import operating_point
     from deferral_train.traces import open_traces
 
     point = json.loads((finished / "point.json").read_text())
     tried = json.loads((finished / "calibration" / "summary.json").read_text())["rules"]
     plug_in = point["best_plug_in"]
-    spread = operate.spread(
+    spread = operating_point.spread(
         open_traces(finished / "traces" / "validation"), {plug_in: plug_in}, (0.6, 0.3), 0.0, 3
     )
     expected = {f"{plug_in}:{parameter}={value:g}" for parameter, value in spread[plug_in]}
@@ -152,7 +152,7 @@ def numbers(folder: Path) -> dict[str, object]:
             )
         ],
         "points": point["points"],
-        "wish": point["wish"]["name"],
+        "constraint": point["constraint"]["name"],
         "outputs": sorted([r["rule"], r["id"], r["tokens"], r["origin"], r["counts"]] for r in rows),
         "answers": [answers[name] for name in ("right", "errors", "families", "examples", "shapes")],
     }

@@ -149,11 +149,11 @@ def test_verdict_bounds_the_loss_per_prompt_with_the_certificate(finished):
     # `choose` certifies the chosen rule at this very limit, and not below it.
     point = json.loads((finished / "verdict.json").read_text())["chosen"]
     dials = {point["label"]: {"rule": point["rule"], "parameter": "alpha", "value": point["value"]}}
-    wish = {"metric": "chrf", "rule": point["label"], "dials": dials}
+    constraint = {"metric": "chrf", "rule": point["label"], "dials": dials}
     limit = bound["bound"] / 100
-    assert choose_from_outputs(rows, max_loss=limit + 1e-6, **wish).setting.label == point["label"]
+    assert choose_from_outputs(rows, max_loss=limit + 1e-6, **constraint).setting.label == point["label"]
     with pytest.raises(InputError):
-        choose_from_outputs(rows, max_loss=limit - 1e-3, **wish)
+        choose_from_outputs(rows, max_loss=limit - 1e-3, **constraint)
 
 
 def test_verdict_proposes_how_to_draft(finished, config_path):
@@ -219,8 +219,8 @@ def test_choose_reads_the_runs_own_decode_folder(finished, tmp_path, capsys):
 def test_a_wish_is_certified_on_the_calibration_part_and_decides_the_verdict(
     finished, config_path, tmp_path, capsys
 ):
-    """Sixteen prompts certify little: a small wish is refused with what they can, a large one picks the setting."""
-    out, path = tmp_path / "wish", tmp_path / "wish.yaml"
+    """Sixteen prompts certify little: a tight constraint is refused with what they can, a loose one is met."""
+    out, path = tmp_path / "constraint", tmp_path / "constraint.yaml"
     shutil.copytree(finished, out)
     settings = yaml.safe_load(config_path.read_text())
 
@@ -233,23 +233,23 @@ def test_a_wish_is_certified_on_the_calibration_part_and_decides_the_verdict(
     assert "point.max_loss=0.01 cannot be certified with 16 prompts" in error
     smallest = float(error.split(" is ")[1].split(";")[0])
     assert wished(smallest + 0.15) == 0
-    wish = json.loads((out / "point.json").read_text())["wish"]
+    constraint = json.loads((out / "point.json").read_text())["constraint"]
     chosen = json.loads((out / "verdict.json").read_text())["chosen"]
-    assert chosen["certificate"] == wish["certificate"]
-    assert (chosen["name"], chosen["value"]) == (wish["name"], wish["value"])
-    assert wish["certificate"]["kind"] == "certificate"
-    assert wish["certificate"]["p_value"] <= 0.025  # two rules share the error probability
+    assert chosen["certificate"] == constraint["certificate"]
+    assert (chosen["name"], chosen["value"]) == (constraint["name"], constraint["value"])
+    assert constraint["certificate"]["kind"] == "certificate"
+    assert constraint["certificate"]["p_value"] <= 0.025  # two rules share the error probability
     decoded = json.loads((out / "decode" / "summary.json").read_text())["rules"]
-    assert decoded[wish["name"]]["dial"]["value"] == wish["value"]
+    assert decoded[constraint["name"]]["dial"]["value"] == constraint["value"]
     # The same outputs, asked by the command, give the same answer; the report shows where it comes from.
-    limit = str(wish["certificate"]["limit"])
+    limit = str(constraint["certificate"]["limit"])
     words = ["--outputs", str(out / "calibration"), "--metric", "chrf", "--max-loss", limit]
     assert cli.main(["choose", *words, "--out", str(tmp_path / "choice")]) == 0
     choice = json.loads((tmp_path / "choice" / "choice.json").read_text())
-    assert (choice["value"], choice["p_value"]) == (wish["value"], wish["certificate"]["p_value"])
+    assert (choice["value"], choice["p_value"]) == (constraint["value"], constraint["certificate"]["p_value"])
     assert "on 16 calibration prompts" in (out / "report.html").read_text()
     config = json.loads((out / "head" / "config.json").read_text())
-    assert (config.get("certificate") is not None) is (wish["name"] == "learned")
+    assert (config.get("certificate") is not None) is (constraint["name"] == "learned")
 
 
 def test_second_run_reuses_everything_and_says_so(finished, config_path, capsys):

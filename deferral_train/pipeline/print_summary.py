@@ -59,10 +59,10 @@ def close(console: RunConsole, records: Mapping[str, StageRecord], folder: Path)
         columns,
         rows,
     )
-    if found.get("wish", {}).get("name") is not None:
-        wish, limit = found["wish"], found["wish"]["certificate"]["limit"]
+    if found.get("constraint", {}).get("name") is not None:
+        constraint, limit = found["constraint"], found["constraint"]["certificate"]["limit"]
         console.line(
-            f"{wish['name']} stands where point.max_loss={limit:g} is certified, not at that rejection rate"
+            f"{constraint['name']} stands where point.max_loss={limit:g} is certified, not at that rejection rate"
         )
     for sentence in verdict.get("said") or [verdict["headline"]]:
         console.line(sentence)

@@ -1,4 +1,4 @@
-"""A wish for the operating point: settings decoded on the calibration part, and the one that `choose` certifies."""
+"""A constraint on the operating point: settings decoded on the calibration part, and the one that is certified."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deferral_train.evaluation.evidence import read_evidence
 from deferral_train.evaluation.outputs import score_outputs
 from deferral_train.heads.rules import rule_from_spec
 from deferral_train.pairs.prompts import Prompt
-from deferral_train.pipeline import operate
+from deferral_train.pipeline import operating_point
 from deferral_train.pipeline.config import DecodeSection, OperatingPointConfig
 from deferral_train.pipeline.frontier import ALWAYS
 from deferral_train.rules.base import Rule
@@ -25,8 +25,8 @@ FOLDER = "calibration"
 BATCH = 64
 
 
-def check_wish(config: OperatingPointConfig, prompts: list[Prompt], rules: int) -> None:
-    """Refuse a wish before anything is decoded for it: prompts without references, or too few of them."""
+def check_constraint(config: OperatingPointConfig, prompts: list[Prompt], rules: int) -> None:
+    """Refuse a constraint before anything is decoded for it: prompts without references, or too few of them."""
     assert config.max_loss is not None
     bare = next((prompt.id for prompt in prompts if prompt.reference is None), None)
     if bare is not None:
@@ -72,12 +72,14 @@ def certified_point(
         is None and ``reason`` names the nearest.
 
     Raises:
-        InputError: as :func:`check_wish`.
+        InputError: as :func:`check_constraint`.
     """
     config, section = search.point, search.section
-    check_wish(config, prompts, len(rules))
+    check_constraint(config, prompts, len(rules))
     sweeps = {name: rule for name, (_, rule) in rules.items()}
-    dials = operate.spread(traces, sweeps, config.shares, section.temperature, section.num_draft_tokens)
+    dials = operating_point.spread(
+        traces, sweeps, config.shares, section.temperature, section.num_draft_tokens
+    )
     settings = Settings(
         num_draft_tokens=section.num_draft_tokens,
         max_new_tokens=section.max_new_tokens,
@@ -85,7 +87,7 @@ def certified_point(
         temperature=section.temperature,
         seed=search.seed,
     )
-    tried = {"lossless": rule_from_spec("lossless"), **operate.labelled(rules, dials)}
+    tried = {"lossless": rule_from_spec("lossless"), **operating_point.labelled(rules, dials)}
     decode(pair, prompts, tried, DecodeConfig(settings), search.folder)
     evidence = read_evidence(search.folder)
     if search.metric not in ALWAYS:
