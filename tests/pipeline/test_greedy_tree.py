@@ -1,0 +1,60 @@
+"""The study's tree of shared prefixes writes what decoding writes, and its scores are sacrebleu's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from decoding.helpers import pair_of
+
+from benchmarks.greedy_tree import decode_tree
+from benchmarks.sequence_labels import SCORES, counts_of
+from deferral_train.decoding import Pair
+from deferral_train.pairs.load import make_pair
+from deferral_train.pairs.prompts import Prompt
+from deferral_train.rules import make_rule
+
+RULES = {
+    "lossless": make_rule("lossless"),
+    "opt": make_rule("opt", alpha=0.05),
+    "token_v2": make_rule("token_v2", alpha=0.1),
+    "drafter_only": make_rule("opt", alpha=1.0),
+    "lossy": make_rule("lossy", alpha=0.5),
+}
+
+
+@pytest.fixture(scope="module")
+def pair() -> Pair:
+    return Pair(make_pair(*pair_of("t5")))
+
+
+@pytest.mark.parametrize("most", [6, 15])
+def test_texts_and_calls_are_those_of_decoding(pair: Pair, most: int) -> None:
+    numbers = [np.random.default_rng(n).integers(0, 30, 2 + n % 5) for n in range(12)]
+    prompts = [Prompt(f"p{n}", " ".join(f"w{k}" for k in row), "w1") for n, row in enumerate(numbers)]
+    found = {(row.rule, row.id): row for row in decode_tree(pair, prompts, RULES, 3, most)}
+    for label, rule in RULES.items():
+        own = pair.generate(prompts, rule=rule, num_draft_tokens=3, max_new_tokens=most, batch_size=12)
+        for n, prompt in enumerate(prompts):
+            row = found[label, prompt.id]
+            assert row.tokens == own.sequences[n], label
+            assert row.calls == int(own.stats.verifier_calls[n]), label
+
+
+def test_scores_of_summed_counts_are_sacrebleus() -> None:
+    from sacrebleu.metrics import BLEU, CHRF, TER
+
+    texts = ["a dog runs on the green grass", "two men are talking", "a woman reads a small book in the park"]
+    references = [
+        "a dog is running on green grass",
+        "two men talk to each other",
+        "a woman reads a book in the park",
+    ]
+    counts = {"verifier_calls": 1, "emitted": 2}
+    rows = [
+        {"id": n, "text": text, "reference": reference, "counts": counts}
+        for n, (text, reference) in enumerate(zip(texts, references))
+    ]
+    found = counts_of(rows, {})
+    for name, metric in (("bleu", BLEU()), ("chrf", CHRF()), ("ter", TER())):
+        value = SCORES[name](getattr(found, name).sum(0, keepdims=True))[0]
+        assert value == pytest.approx(metric.corpus_score(texts, [references]).score, rel=1e-9)
