@@ -279,6 +279,7 @@ class Learning:
         rows = self._decoded(rules, folder / "decode")
         points = []
         for label, rule in rules.items():
+            assert rule.dial_value is not None
             found = score_decoded(rows[label], self.scorers)
             points.append(self._point(rule.dial_value, found, lossless))
         return points
@@ -400,8 +401,9 @@ def learn_in_rounds(config: RunConfig, pair: Mapping[str, Any], folder: Path) ->
         seed=config.seed,
     )
     models = load_pair(pair["drafter"], pair["verifier"], config.pair.device, config.pair.dtype)
-    parts = [read_part(folder, part) for part in ("fit", "validation")]
-    content = Learning(models, *parts, make_scorers(settings.metrics), settings, folder / ROUNDS).run()
+    fit_prompts, validation = (read_part(folder, part) for part in ("fit", "validation"))
+    scorers = make_scorers(settings.metrics)
+    content = Learning(models, fit_prompts, validation, scorers, settings, folder / ROUNDS).run()
     DeferralHead.from_pretrained(folder / ROUNDS / "head").save_pretrained(folder / BEST)
     rounds = [
         {"round": one["round"], "labelled": one["labelled"]} | _best_of(one)["at_wish"]

@@ -82,16 +82,15 @@ def _outcome(step: Step, said: np.ndarray) -> Outcome:
     """Verdicts read off the engine's tokens ``said`` [R, max T + 1]."""
     accepted = (said >= 0).sum(axis=1) - 1
     rejected = accepted < step.lengths
-    outcome = Outcome.empty(*step.drafted.shape)
     place = np.arange(step.drafted.shape[1])
     origin = np.zeros((len(said), len(place) + 1), dtype=np.int8)
     origin[:, :-1][place < accepted[:, None]] = int(Origin.ACCEPTED)
     origin[np.flatnonzero(rejected), accepted[rejected]] = int(Origin.RESAMPLED)
-    found = {
-        "accepted": accepted,
-        "correction": np.where(rejected, said[np.arange(len(said)), accepted], -1),
-        "origin": origin,
-        "deferred": place < step.lengths[:, None],
-    }
-    outcome.put(list(range(len(said))), found)
-    return outcome
+    correction = np.where(rejected, said[np.arange(len(said)), accepted], -1)
+    return Outcome(
+        torch.from_numpy(accepted.astype(np.int64)),
+        torch.from_numpy(correction.astype(np.int64)),
+        torch.from_numpy(origin),
+        torch.from_numpy(place < step.lengths[:, None]),
+        torch.zeros(len(said), dtype=torch.float64),
+    )

@@ -88,7 +88,7 @@ def main(words: Sequence[str]) -> int:
             trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config["ckpt_path"], weights_only=True)
             if trainer.global_step == 0:
                 raise InputError("the run ended before its first step; give trainer.max_time more time")
-            if not trainer.fast_dev_run and not cli.best.best_model_path:
+            if not _only_tried(trainer) and not cli.best.best_model_path:
                 _judge_at_the_end(cli)
     except SystemExit:
         if not trainer.interrupted:  # Lightning ends the process itself on the first Ctrl+C
@@ -97,7 +97,7 @@ def main(words: Sequence[str]) -> int:
         after = f"; continue with --ckpt_path {last}" if last.exists() else ""
         print(f"deferral-train fit: interrupted{after}", file=sys.stderr)
         return 130
-    if trainer.fast_dev_run:
+    if _only_tried(trainer):
         print("fast_dev_run: training and validation ran; no checkpoint and no log are kept")
         return 0
     best, scores = cli.best.best_model_path, cli.model.scalars
@@ -154,3 +154,8 @@ def _parsed(words: Sequence[str]) -> FitCLI:
             if "required" in reason:  # the parser names places in a tree of classes
                 reason = f"{NEEDED} ({reason})"
             raise InputError(reason or "bad flags; deferral-train fit --help lists them") from None
+
+
+def _only_tried(trainer: Any) -> bool:
+    """True under ``fast_dev_run``, an attribute that Lightning sets but does not declare."""
+    return bool(getattr(trainer, "fast_dev_run", False))
