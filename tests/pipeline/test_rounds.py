@@ -21,7 +21,8 @@ TOKENS, BLOCK = 10, 3
 
 def prompts(start: int, count: int) -> list[Prompt]:
     text = [
-        " ".join(f"w{(i * 7 + j * j) % 30}" for j in range(3 + i % 5)) for i in range(start, start + count)
+        " ".join([f"w{i // 30}", *(f"w{(i * 7 + j * j) % 30}" for j in range(3 + i % 5))])  # no text twice
+        for i in range(start, start + count)
     ]
     return [Prompt(f"p{start + i}", line, f"{line} w1 w2 w3 w4") for i, line in enumerate(text)]
 
