@@ -29,7 +29,7 @@ from typing import Any
 from benchmarks.common import SHARED, begin, finish, flags
 from benchmarks.studies.drafting_study import NEW, WITHIN, Contestants, Study
 from deferral_train import make_rule
-from deferral_train.drafting import BigramTable, MaxGram
+from deferral_train.decoding.drafting import BigramTable, MaxGram
 from deferral_train.evaluation.quality import per_prompt
 from deferral_train.pairs.load import ModelPair, load_models, load_smaller
 from deferral_train.pairs.passes import pass_seconds

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
+from deferral_train.decoding.drafting import BigramTable, DraftCascade, MaxGram, Plan
+from deferral_train.decoding.drafting.counts import ReviewCounts
+from deferral_train.decoding.drafting.replay import Path, fit_ending, replay
+from deferral_train.decoding.drafting.speed import expect
 from deferral_train.decoding.generate import cascade_generate
 from deferral_train.decoding.pair import pad_batch
-from deferral_train.drafting import BigramTable, DraftCascade, MaxGram, Plan
-from deferral_train.drafting.counts import ReviewCounts
-from deferral_train.drafting.replay import Path, fit_ending, replay
-from deferral_train.drafting.speed import expect
 from deferral_train.pairs.load import ModelPair
 from deferral_train.rules.base import Rule
 

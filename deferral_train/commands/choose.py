@@ -158,7 +158,7 @@ NOT_OF_STOP = ("outputs", "metric", "max_loss", "max_verifier_calls", "max_token
 def _fit_stop(config: ChooseConfig) -> int:
     """Fit, print the spec to paste, and its expected speed beside the best constant draft length's."""
     from deferral_train import provenance
-    from deferral_train.drafting.stop_fit import fit_cumulative
+    from deferral_train.decoding.drafting.stop_fit import fit_cumulative
     from deferral_train.evaluation.positions import check_same
     from deferral_train.traces import open_traces
 

@@ -116,8 +116,8 @@ def run(config: DecodeSettings, *, fresh: bool = False) -> int:
         fresh: remove the outputs of another run from ``out`` and start over.
     """
     from deferral_train.decoding.decode import DecodeConfig, decode
+    from deferral_train.decoding.drafting.spec import drafting_from_spec
     from deferral_train.decoding.pair import Settings, load_pair
-    from deferral_train.drafting.spec import drafting_from_spec
     from deferral_train.evaluation.outputs import check_metrics, score_outputs
     from deferral_train.heads.rules import rule_from_spec
     from deferral_train.pairs.prompts import read_prompts

@@ -1,7 +1,7 @@
 """Runs a cascade of drafters: builds the draft of each reviewer from those below it, all rows at once.
 
-The laws of :mod:`deferral_train.drafting.review` travel with the tokens, so that the verifier is told what each
-token was really drawn from. Source: cascade speculative drafting (Chen et al. 2024), Algorithm 1; batches,
+The distributions of :mod:`deferral_train.decoding.drafting.review` travel with the tokens: the verifier is told what
+each token was really drawn from. Source: cascade speculative drafting (Chen et al. 2024), Algorithm 1; batches,
 sampling, key/value caches and the number of tokens per row are ours.
 """
 
@@ -15,12 +15,12 @@ from torch import Tensor
 from deferral_train.decoding.cached_model import CachedModel
 from deferral_train.decoding.cascade_draft import CascadeDraft, Grown, Piece, one_hots
 from deferral_train.decoding.criteria import EndOfRow
+from deferral_train.decoding.drafting.counts import ReviewCounts
+from deferral_train.decoding.drafting.max_gram import MaxGramText
+from deferral_train.decoding.drafting.plan import Plan
+from deferral_train.decoding.drafting.review import Review, review_greedy, review_sampled, reviewed_law
 from deferral_train.decoding.laws import Drafted, SamplingLaws
 from deferral_train.decoding.tokens import TokenRows, on_device
-from deferral_train.drafting.counts import ReviewCounts
-from deferral_train.drafting.max_gram import MaxGramText
-from deferral_train.drafting.plan import Plan
-from deferral_train.drafting.review import Review, review_greedy, review_sampled, reviewed_law
 from deferral_train.rules.laws import lowest_argmax
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from deferral_train.decoding.drafting.given import GivenDraft
+from deferral_train.decoding.drafting.plan import DraftCascade, Plan
 from deferral_train.decoding.facts import ModelFacts, facts_of
 from deferral_train.decoding.settings import Settings
 from deferral_train.decoding.stopping import check_stop
-from deferral_train.drafting.given import GivenDraft
-from deferral_train.drafting.plan import DraftCascade, Plan
 from deferral_train.errors import InputError
 from deferral_train.rules.base import PositionRule, Rule
 from deferral_train.rules.summary import FIELDS

@@ -16,6 +16,7 @@ from deferral_train.decoding.cached_model import CachedModel, CacheRoom
 from deferral_train.decoding.cascade_drafting import CascadeProposer
 from deferral_train.decoding.checks import Request, check_request, rows_together
 from deferral_train.decoding.criteria import EndOfRow
+from deferral_train.decoding.drafting.counts import ReviewCounts
 from deferral_train.decoding.executions import execute
 from deferral_train.decoding.facts import core_of
 from deferral_train.decoding.given_drafting import GivenProposer
@@ -28,7 +29,6 @@ from deferral_train.decoding.settings import Settings
 from deferral_train.decoding.stats import GenerationStats, StatsRecorder
 from deferral_train.decoding.stopping import StopDrafting
 from deferral_train.decoding.tokens import TokenRows
-from deferral_train.drafting.counts import ReviewCounts
 from deferral_train.rules.base import Rule
 from deferral_train.rules.registry import make_rule
 
@@ -86,8 +86,8 @@ def cascade_generate(
             distributions after every processor except temperature and truncation warpers; criteria are checked per
             emitted token. Those of the caller's own see text that a row has, at one length in all rows, as in
             ``generate``: in a batch all rows then advance together.
-        drafter: a model over the same tokens; a :class:`~deferral_train.drafting.DraftCascade`, whose plan then
-            says how many tokens are drafted; or a :class:`~deferral_train.drafting.GivenDraft`.
+        drafter: a model over the same tokens; a :class:`~deferral_train.decoding.drafting.DraftCascade`, whose plan
+            then says how many tokens are drafted; or a :class:`~deferral_train.decoding.drafting.GivenDraft`.
         rule: a rule or its name.
         num_draft_tokens: most tokens drafted per block, at least 1.
         drafter_inputs: encoder inputs (``input_ids``, ``attention_mask``) of an encoder-decoder drafter, one

@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from deferral_train.decoding.compatibility import check_consulted, check_head, heads_of, with_counting
+from deferral_train.decoding.drafting.plan import DraftCascade
 from deferral_train.decoding.facts import facts_of
 from deferral_train.decoding.generate import cascade_generate
 from deferral_train.decoding.settings import Settings
 from deferral_train.decoding.stats import GenerationStats
 from deferral_train.decoding.stopping import StopDrafting
-from deferral_train.drafting.plan import DraftCascade
 from deferral_train.errors import InputError
 from deferral_train.pairs.encode import EncodedPrompt, encode_prompts
 from deferral_train.pairs.load import ModelPair, load_models, load_smaller

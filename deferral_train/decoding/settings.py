@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from deferral_train.decoding.drafting.plan import Plan
 from deferral_train.decoding.stopping import StopDrafting
-from deferral_train.drafting.plan import Plan
 from deferral_train.errors import InputError
 
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from deferral_train.decoding import Pair
+from deferral_train.decoding.drafting.plan import Plan
+from deferral_train.decoding.drafting.replay import UNKNOWN, Path, fit_ending, replay
+from deferral_train.decoding.drafting.spec import drafting_from_spec
 from deferral_train.decoding.pair import Settings
-from deferral_train.drafting.plan import Plan
-from deferral_train.drafting.replay import UNKNOWN, Path, fit_ending, replay
-from deferral_train.drafting.spec import drafting_from_spec
 from deferral_train.errors import InputError
 from deferral_train.evaluation.bootstrap import Interval, PromptBootstrap, Redraws
 from deferral_train.evaluation.laws import deferral_and_rejection
@@ -194,7 +194,7 @@ def propose(
         speed_model: what replayed work is priced with.
         eos: ids that end a text.
         used: draft tokens in use, to compare with.
-        ending: see :func:`deferral_train.drafting.replay.replay`.
+        ending: see :func:`deferral_train.decoding.drafting.replay.replay`.
         bootstrap: redraws of prompts for intervals.
 
     Returns:

@@ -15,7 +15,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from deferral_train.decoding import Pair
-    from deferral_train.drafting.replay import Work
+    from deferral_train.decoding.drafting.replay import Work
     from deferral_train.pairs.prompts import Prompt
     from deferral_train.rules.base import Rule
 
@@ -154,7 +154,7 @@ def _fit(model: SpeedModel, measured: Sequence[tuple[np.ndarray, float]]) -> Loo
 
 def _decode(pair: Pair, prompt: Prompt, rule: Rule | str, own: Mapping[str, Any]) -> tuple[float, np.ndarray]:
     """Seconds, and (1, verifier calls, drafter calls, drafted tokens)."""
-    from deferral_train.drafting.spec import drafting_from_spec
+    from deferral_train.decoding.drafting.spec import drafting_from_spec
     from deferral_train.pairs.passes import now
 
     options = dict(own)

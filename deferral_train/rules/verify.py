@@ -137,9 +137,12 @@ def verify_block(
         if not block.positions:
             return block.nothing()
         checks, last = block.uniforms(generator, numbers)
-        summary = block.read(rule, max_request_loss is not None)
-        lossless = rule.is_lossless or not drafted.shape[1]
-        step = block.lossless_step() if lossless else rule.step(block.laws, summary, block.token)
+        lossless = rule.is_lossless or not drafted.shape[1]  # of an empty block nobody needs to know anything
+        if lossless:
+            step = block.lossless_step()
+        else:
+            summary = block.read(rule, max_request_loss is not None)
+            step = rule.step(block.laws, summary, block.token)
 
         passes, kept, allowed, spent = _passes(block, step, checks), step.kept, None, block.spent
         if max_request_loss is None or block.spent is None or lossless:

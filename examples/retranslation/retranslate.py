@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from deferral_train import InputError, cascade_generate, make_rule
-from deferral_train.drafting import GivenDraft
-from deferral_train.drafting.given import displayed, normalised_erasure
+from deferral_train.decoding.drafting import GivenDraft
+from deferral_train.decoding.drafting.given import displayed, normalised_erasure
 from deferral_train.pairs.load import load_models
 from deferral_train.pairs.prompts import Prompt, read_prompts
 

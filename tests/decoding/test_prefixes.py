@@ -11,7 +11,7 @@ import torch
 from decoding.small import ONE, TWO, cascade, llama, near, own
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from deferral_train.drafting import DraftCascade, GivenDraft, MaxGram, Plan
+from deferral_train.decoding.drafting import DraftCascade, GivenDraft, MaxGram, Plan
 from deferral_train.errors import InputError
 from deferral_train.rules import make_rule
 

@@ -15,8 +15,8 @@ from rules.instances import build
 from tiny_models import tiny_pair
 
 from deferral_train.decoding import CascadeOutput, Pair, cascade_generate
+from deferral_train.decoding.drafting import DraftCascade, GivenDraft, MaxGram, Plan
 from deferral_train.decoding.stopping import AcceptanceStop, ConfidenceStop, ExpectedSpeedStop, HeadStop
-from deferral_train.drafting import DraftCascade, GivenDraft, MaxGram, Plan
 from deferral_train.heads import HEADS
 from deferral_train.heads.rules import judge_rule, learned_rule
 from deferral_train.pairs.load import make_pair

@@ -8,8 +8,8 @@ import pytest
 import torch
 from decoding.helpers import generate, pair_of, prompts_for
 
+from deferral_train.decoding.drafting import BigramTable, DraftCascade, MaxGram, Plan
 from deferral_train.decoding.stopping import ConfidenceStop
-from deferral_train.drafting import BigramTable, DraftCascade, MaxGram, Plan
 from deferral_train.errors import InputError
 
 TAIL, ALONE, VERTICAL = [[2, 3], [0, 0]], [[5]], [[2, 0], [0, 3]]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from decoding.helpers import generate, pair_of
 
-from deferral_train.drafting import DraftCascade, Plan
-from deferral_train.drafting.counts import ReviewCounts
+from deferral_train.decoding.drafting import DraftCascade, Plan
+from deferral_train.decoding.drafting.counts import ReviewCounts
 from deferral_train.errors import InputError
 
 

@@ -11,8 +11,8 @@ from decoding.helpers import emitted, generate, pair_of, prompts_for, row_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deferral_train.drafting import GivenDraft
-from deferral_train.drafting.given import displayed, erased, normalised_erasure
+from deferral_train.decoding.drafting import GivenDraft
+from deferral_train.decoding.drafting.given import displayed, erased, normalised_erasure
 from deferral_train.errors import InputError
 from deferral_train.rules import make_rule
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from decoding.helpers import emitted, generate, pair_of, prompts_for, row_of
 
-from deferral_train.drafting import BigramTable, DraftCascade, MaxGram, Plan
+from deferral_train.decoding.drafting import BigramTable, DraftCascade, MaxGram, Plan
 from deferral_train.rules import make_rule
 
 # K and the number of drafters: Max-Gram alone, plain, vertical, horizontal, both, three levels and all of it.

@@ -19,7 +19,7 @@ from drafting.test_suffixes import longest_match
 from tiny_models import tiny_model
 
 from deferral_train.decoding import cascade_drafting
-from deferral_train.drafting import DraftCascade, MaxGram, Plan
+from deferral_train.decoding.drafting import DraftCascade, MaxGram, Plan
 from deferral_train.rules import make_rule
 
 PROMPT = (1, 2, 1, 2, 1)  # repeats, so that Max-Gram has something to say from the start

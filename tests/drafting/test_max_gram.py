@@ -12,7 +12,7 @@ from drafting.test_suffixes import longest_match
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deferral_train.drafting import BigramTable, MaxGram
+from deferral_train.decoding.drafting import BigramTable, MaxGram
 from deferral_train.errors import InputError
 
 LETTERS = st.integers(0, 3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deferral_train.drafting.plan import DraftCascade, Plan
+from deferral_train.decoding.drafting.plan import DraftCascade, Plan
 from deferral_train.errors import InputError
 
 PUBLISHED = [[5, 14, 10], [0, 1, 10], [0, 0, 10]]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from decoding.helpers import emitted, generate, pair_of, prompts_for, row_of
 
-from deferral_train.drafting import DraftCascade, MaxGram, Plan
-from deferral_train.drafting.replay import UNKNOWN, Path, fit_ending, replay
+from deferral_train.decoding.drafting import DraftCascade, MaxGram, Plan
+from deferral_train.decoding.drafting.replay import UNKNOWN, Path, fit_ending, replay
 from deferral_train.errors import InputError
 
 TOKENS, EOS = 14, (1,)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from deferral_train.drafting.review import review_greedy, review_sampled, reviewed_law
+from deferral_train.decoding.drafting.review import review_greedy, review_sampled, reviewed_law
 
 FAILURE = 1e-6  # probability that a chi-square test here fails by chance, were its seed not fixed
 

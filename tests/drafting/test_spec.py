@@ -10,8 +10,8 @@ import torch
 from tiny_models import save_tiny_pair, tiny_model, tiny_tokenizer
 
 from deferral_train.cli import main
-from deferral_train.drafting import BigramTable
-from deferral_train.drafting.spec import drafting_from_spec
+from deferral_train.decoding.drafting import BigramTable
+from deferral_train.decoding.drafting.spec import drafting_from_spec
 from deferral_train.errors import InputError
 
 

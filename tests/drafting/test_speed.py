@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from deferral_train.drafting.plan import MaxGram, Plan
-from deferral_train.drafting.speed import ewif_horizontal, ewif_plain, ewif_vertical, expect
+from deferral_train.decoding.drafting.plan import MaxGram, Plan
+from deferral_train.decoding.drafting.speed import ewif_horizontal, ewif_plain, ewif_vertical, expect
 from deferral_train.errors import InputError
 
 

@@ -13,7 +13,7 @@ from tiny_models import WORDS, save_tiny_pair
 
 from deferral_train import cli
 from deferral_train.collecting import CollectConfig, collect
-from deferral_train.drafting.stop_fit import fit_chains, fit_cumulative
+from deferral_train.decoding.drafting.stop_fit import fit_chains, fit_cumulative
 from deferral_train.errors import InputError
 from deferral_train.traces import open_traces
 

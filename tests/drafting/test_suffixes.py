@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deferral_train.drafting.suffixes import Match, SuffixIndex
+from deferral_train.decoding.drafting.suffixes import Match, SuffixIndex
 
 
 def longest_match(text: Sequence[int], latest: bool = False) -> Match:

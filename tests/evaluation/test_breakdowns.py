@@ -13,7 +13,7 @@ from tiny_models import WORDS, save_tiny_pair, tiny_tokenizer
 
 from deferral_train import cli, provenance
 from deferral_train.collecting import CollectConfig, collect
-from deferral_train.drafting.max_gram import MaxGram
+from deferral_train.decoding.drafting.max_gram import MaxGram
 from deferral_train.errors import InputError
 from deferral_train.evaluation.bootstrap import Redraws
 from deferral_train.evaluation.breakdowns import make_breakdowns, read_part

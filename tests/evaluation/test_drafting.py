@@ -12,8 +12,8 @@ from tiny_models import tiny_pair
 
 from deferral_train.collecting import CollectConfig, collect
 from deferral_train.decoding import Pair
-from deferral_train.drafting.replay import UNKNOWN, Path, Work
-from deferral_train.drafting.spec import drafting_from_spec
+from deferral_train.decoding.drafting.replay import UNKNOWN, Path, Work
+from deferral_train.decoding.drafting.spec import drafting_from_spec
 from deferral_train.errors import InputError
 from deferral_train.evaluation.drafting import propose, propose_for, ways
 from deferral_train.evaluation.speed import LoopSeconds, SpeedModel, _fit
@@ -44,7 +44,7 @@ def texts(count: int, right: float, copies: bool, length: int = 40) -> list[Path
 
 def test_the_best_number_of_draft_tokens_is_that_of_the_formula() -> None:
     """Independent acceptances and no copies: the maximum of EWIF, and its value."""
-    from deferral_train.drafting.speed import ewif_plain
+    from deferral_train.decoding.drafting.speed import ewif_plain
 
     found = propose(texts(60, 0.8, copies=False, length=200), make_rule("lossless"), costs(0.1), (), used=2)
     tried = (1, 2, 3, 4, 5, 6, 8, 10)

@@ -13,7 +13,7 @@ from sklearn.metrics import f1_score, recall_score
 from tiny_models import tiny_pair
 
 from deferral_train.collecting import CollectConfig, collect
-from deferral_train.drafting.stop_fit import fit_acceptance
+from deferral_train.decoding.drafting.stop_fit import fit_acceptance
 from deferral_train.errors import InputError
 from deferral_train.evaluation.judging import choose_threshold, sweep
 from deferral_train.heads import DeferralHead, GapHead, JudgeHead

@@ -157,7 +157,7 @@ def test_verdict_bounds_the_loss_per_prompt_with_the_certificate(finished):
 
 
 def test_verdict_proposes_how_to_draft(finished, config_path):
-    from deferral_train.drafting.spec import drafting_from_spec
+    from deferral_train.decoding.drafting.spec import drafting_from_spec
 
     found = json.loads((finished / "verdict.json").read_text())["drafting"]
     assert (found["num_draft_tokens"] is None) != (found["drafting"] is None)
@@ -174,8 +174,8 @@ def test_verdict_proposes_how_to_draft(finished, config_path):
 
 def test_replayed_texts_give_the_calls_that_were_counted(finished, config_path):
     """On the chosen rule's own texts, at temperature 0, prompt for prompt."""
-    from deferral_train.drafting import Plan
-    from deferral_train.drafting.replay import replay
+    from deferral_train.decoding.drafting import Plan
+    from deferral_train.decoding.drafting.replay import replay
     from deferral_train.evaluation.drafting import paths_of
     from deferral_train.heads.rules import rule_from_spec
     from deferral_train.pipeline.online import ON_POLICY

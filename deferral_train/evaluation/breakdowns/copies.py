@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deferral_train.drafting.max_gram import MaxGram
+from deferral_train.decoding.drafting.max_gram import MaxGram
 from deferral_train.errors import InputError
 from deferral_train.evaluation.bootstrap import Redraws
 from deferral_train.evaluation.breakdowns.prompts import Part

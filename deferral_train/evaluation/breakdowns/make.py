@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from deferral_train.drafting.max_gram import MaxGram
+from deferral_train.decoding.drafting.max_gram import MaxGram
 from deferral_train.errors import InputError
 from deferral_train.evaluation.bootstrap import Redraws
 from deferral_train.evaluation.breakdowns import copies, decoded, rates

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deferral_train.drafting.bigrams import BigramTable
-from deferral_train.drafting.max_gram import MaxGram
-from deferral_train.drafting.plan import Plan
+from deferral_train.decoding.drafting.bigrams import BigramTable
+from deferral_train.decoding.drafting.max_gram import MaxGram
+from deferral_train.decoding.drafting.plan import Plan
 from deferral_train.errors import InputError
 from deferral_train.heads.rules import parse_spec
 

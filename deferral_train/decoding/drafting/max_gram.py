@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deferral_train.drafting.bigrams import BigramTable
-from deferral_train.drafting.suffixes import Match, SuffixIndex
+from deferral_train.decoding.drafting.bigrams import BigramTable
+from deferral_train.decoding.drafting.suffixes import Match, SuffixIndex
 from deferral_train.errors import InputError
 
 MATCHES = ("earliest", "latest")

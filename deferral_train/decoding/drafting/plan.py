@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deferral_train.drafting.max_gram import MaxGram
+from deferral_train.decoding.drafting.max_gram import MaxGram
 from deferral_train.errors import InputError
 
 

@@ -3,9 +3,9 @@
 Knows tokens and laws, nothing of models: ``decoding`` runs what is described here.
 """
 
-from deferral_train.drafting.bigrams import BigramTable
-from deferral_train.drafting.given import GivenDraft
-from deferral_train.drafting.max_gram import MaxGram
-from deferral_train.drafting.plan import DraftCascade, Plan
+from deferral_train.decoding.drafting.bigrams import BigramTable
+from deferral_train.decoding.drafting.given import GivenDraft
+from deferral_train.decoding.drafting.max_gram import MaxGram
+from deferral_train.decoding.drafting.plan import DraftCascade, Plan
 
 __all__ = ["BigramTable", "DraftCascade", "GivenDraft", "MaxGram", "Plan"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from deferral_train.drafting.plan import Plan
+from deferral_train.decoding.drafting.plan import Plan
 from deferral_train.errors import InputError
 
 # (reviewer, source) -> acceptance by place within the run of that source's tokens; the last value goes on.

@@ -6,7 +6,7 @@ with lenience 1, with no assumption on how acceptances depend on each other. The
 token is approximated: it goes on as if the wrong token had been the emitted one, and ends early with a chance that
 :func:`fit_ending` finds. Under a lossy rule the text itself depends on the plan, which says where the verifier's bonus
 tokens fall: exact for the plan that wrote the text, an estimate for others. Ours; the speed model of the sources is
-:mod:`deferral_train.drafting.speed`.
+:mod:`deferral_train.decoding.drafting.speed`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deferral_train.drafting.max_gram import MaxGram
-from deferral_train.drafting.plan import Plan
+from deferral_train.decoding.drafting.max_gram import MaxGram
+from deferral_train.decoding.drafting.plan import Plan
 from deferral_train.errors import InputError
 
 UNKNOWN = -1  # a token of which only is known that it differs from the emitted one
