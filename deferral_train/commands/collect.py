@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from deferral_train.collecting.config import CollectConfig
@@ -89,7 +89,7 @@ def _collect_in_engine(config: CollectConfig, out: str, fresh: bool) -> int:
     with one_writer(out, "collect"):
         if fresh:
             clear_folder(open_folder(out))
-        count = collect_with_engine(config, out, read_any_prompts(config)[: config.limit])
+        count = collect_with_engine(config, out, read_any_prompts(replace(config, limit=None)))
     print(f"collect: {count:,} prompts in {out}")
     return 0
 

@@ -50,7 +50,8 @@ def collect_with_engine(config: Any, out: str, prompts: Sequence[Prompt]) -> int
     if before is not None:
         _check_settings(out, before[0].settings, settings)
         done = frozenset(before[0].prompt_ids)
-    prompts = [prompt for prompt in prompts if prompt.id not in done]
+    # The limit is no part of the key: a folder of the first prompts goes on with the next ones.
+    prompts = [prompt for prompt in prompts[: config.limit] if prompt.id not in done]
     if not prompts:
         return len(done)
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the log is closed before this returns

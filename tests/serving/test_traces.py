@@ -210,8 +210,10 @@ def test_a_corpus_goes_through_the_engine_by_the_collect_command(tmp_path, capsy
     assert 15 < len(traces.prompt_ids) <= 20
     assert traces.prompt_ids[: len(began)] == began  # what was there is untouched, the others follow
     np.testing.assert_array_equal(traces.column("token")[:rows], first.column("token"))
-    assert main([*words.split(), "--max-new-tokens", "9", "--prompts", str(tmp_path / "more.txt")]) == 2
+    assert main([*words.split(), "--max-new-tokens", "9"]) == 2
     assert "collected with other settings: max_new_tokens: 20 -> 9; use" in capsys.readouterr().err
+    assert main([*words.split(), "--prompts", str(tmp_path / "more.txt")]) == 2
+    assert "collected with other settings: contents: " in capsys.readouterr().err
     assert all(name.startswith("prompts:") for name in traces.prompt_ids)  # the corpus' own ids
     assert traces.column("draft_position").max() == 2
     assert len(traces) > 100
