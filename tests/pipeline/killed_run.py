@@ -68,7 +68,12 @@ def main() -> None:
     draw = random.Random(seed)
     stages = [stage.name for stage in Run(read_config(config_path, out=out), Path(out)).stages()]
     for stage in stages:
-        print("killed", stage, kill_in(config_path, out, stage, draw.uniform(0.0, 0.4)), flush=True)
+        delay = draw.uniform(0.0, 0.4)
+        if (Path(out) / "stages" / f"{stage}.json").exists():
+            # An instant stage was over before the kill that was meant for the one before it.
+            print("killed", stage, "over", flush=True)
+        else:
+            print("killed", stage, kill_in(config_path, out, stage, delay), flush=True)
 
 
 if __name__ == "__main__":
