@@ -38,11 +38,10 @@ def collect_with_engine(config: Any, out: str, prompts: Sequence[Prompt]) -> int
     """
     _check(config)
     before = finished_part(open_folder(out))
-    texts = hash_of([[prompt.id, prompt.prompt] for prompt in prompts])
     settings = {name: getattr(config, name) for name in SETTINGS}
     settings["contents"] = hash_of(
         {
-            "prompts": texts,
+            "prompts": hash_of([[prompt.id, prompt.prompt] for prompt in prompts]),
             **contents_of({"drafter": config.drafter, "verifier": config.verifier}, config.rule),
         }
     )
