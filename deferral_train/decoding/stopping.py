@@ -19,7 +19,6 @@ from deferral_train.errors import InputError
 from deferral_train.rules.summary import (
     CONTEXT_FIELDS,
     FIELDS,
-    HIDDEN_FIELDS,
     PREVIOUS_TOKENS,
     Summary,
     summarize,
@@ -297,8 +296,3 @@ def check_stop(stop: Any) -> None:
     unseen = [name for name in stop.needs if FIELDS[name].sees not in ("drafter", "context")]
     if unseen:
         raise InputError(f"stop reads {', '.join(sorted(unseen))}, which only the verifier sees")
-
-
-def wants_hidden(needs: frozenset[str]) -> bool:
-    """True where the drafter's hidden states are asked for."""
-    return bool(needs & HIDDEN_FIELDS & {"drafter_hidden"})

@@ -12,7 +12,7 @@ from torch import Tensor
 from deferral_train.errors import InputError
 from deferral_train.traces.kinds import SEQUENCE_LABELS
 from deferral_train.traces.reader import Traces
-from deferral_train.traces.schema import SEQUENCE_ERROR, SEQUENCE_GAP, SEQUENCE_TOKEN, SEQUENCE_WORDS
+from deferral_train.traces.schema import SEQUENCE_ERROR, SEQUENCE_GAP, SEQUENCE_WORDS
 
 SEQUENCE = "sequence"  # the truth, or sequence:length=X with a price on length
 FEWEST = 20  # labelled places that anything can be fitted on
@@ -86,11 +86,6 @@ def length_change(traces: Traces) -> Tensor:
 def sequence_error(traces: Traces) -> Tensor:
     """Standard error of each gap [N]: 0 at temperature 0, NaN where not labelled or where one sample cannot tell."""
     return torch.from_numpy(traces.column(SEQUENCE_ERROR).copy())
-
-
-def labelled_token(traces: Traces) -> Tensor:
-    """The token x that each label is about, int64 [N]; -1 where it averages over drafts, or there is none."""
-    return torch.from_numpy(traces.column(SEQUENCE_TOKEN).copy()).long()
 
 
 def check_one_kind(parts: Sequence[Traces]) -> None:

@@ -226,22 +226,34 @@ def problem(
 ) -> tuple[list[str], str | None]:
     """The command line of a seed, and what is wrong with how it was answered; None where nothing is."""
     words = case(seed, world, scratch, only)
+    # A run whose damage did not hurt works on: that is no answer to bad input, and no finding.
+    return words, fault(words, scratch, SLOW, slow=words[0] != "run", one_line=words[0] != "doctor")
+
+
+def fault(
+    words: list[str], scratch: Path, seconds: int, slow: bool = True, one_line: bool = True
+) -> str | None:
+    """The fault of an answer to a command line, in a few words; None where there is none.
+
+    Args:
+        seconds: that the command may take; ``slow``: taking longer is a fault.
+        one_line: bad input must be answered by exactly one line of error.
+    """
     try:
-        with limited(SLOW):
+        with limited(seconds):
             code, text = call(words, scratch)
     except TooSlow:
-        # A run whose damage did not hurt works on: that is no answer to bad input, and no finding.
-        return words, None if words[0] == "run" else "slow"
+        return "slow" if slow else None
     except Exception as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if "deferral_train" in f.filename]
         place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "elsewhere"
-        return words, f"{type(error).__name__} at {place}: {' '.join(str(error).split())[:160]}"
+        return f"{type(error).__name__} at {place}: {' '.join(str(error).split())[:160]}"
     if code not in (0, 2):
-        return words, f"exit code {code}"
+        return f"exit code {code}"
     lines = [line for line in text.splitlines() if ": error:" in line]
-    if code == 2 and words[0] != "doctor" and len(lines) != 1:
-        return words, f"{len(lines)} lines of error: {text[:160]!r}"
-    return words, None
+    return (
+        f"{len(lines)} lines of error: {text[:160]!r}" if code == 2 and one_line and len(lines) != 1 else None
+    )
 
 
 def main() -> int:

@@ -17,7 +17,6 @@ import shutil
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from pathlib import Path
 from random import Random
@@ -25,7 +24,7 @@ from typing import Any
 
 import pandas
 import torch
-from fuzz.commands import TooSlow, call, damage, damaged_words, limited
+from fuzz.commands import call, damage, damaged_words, fault
 from tiny_models import WORDS as VOCABULARY
 from tiny_models import save_tiny_pair
 from training.trace_maker import small_language, write_traces
@@ -138,23 +137,7 @@ def problem(
     """The command line of a seed, and what is wrong with how it was answered; None where nothing is."""
     words = case(seed, world, scratch, only)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    try:
-        with limited(SLOW):
-            code, text = call(words, scratch)
-    except TooSlow:
-        return words, "slow"
-    except Exception as error:
-        frames = [
-            frame for frame in traceback.extract_tb(error.__traceback__) if "deferral_train" in frame.filename
-        ]
-        place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "elsewhere"
-        return words, f"{type(error).__name__} at {place}: {' '.join(str(error).split())[:160]}"
-    errors = [line for line in text.splitlines() if ": error:" in line]
-    if code not in (0, 2):
-        return words, f"exit code {code}"
-    if code == 2 and len(errors) != 1:
-        return words, f"{len(errors)} lines of error: {text[:160]!r}"
-    return words, None
+    return words, fault(words, scratch, SLOW)
 
 
 def main() -> int:

@@ -14,11 +14,6 @@ from deferral_train.decoding.drafting.max_gram import MaxGram
 from deferral_train.errors import InputError
 
 
-def max_gram_alone(tokens: int) -> tuple[tuple[int, ...], ...]:
-    """K of Max-Gram without any model."""
-    return ((tokens,),)
-
-
 @dataclass(frozen=True)
 class Plan:
     """Who proposes how much to whom.
