@@ -12,7 +12,7 @@ import make_catalogue
 from deferral_train.rules import RULES
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-PACKAGES = ("rules", "drafting")
+PACKAGES = ("rules", "decoding.drafting")
 # Modules whose public functions compute an equation each.
 OF_EQUATIONS = ("emission", "floors", "risks", "offline")
 
