@@ -23,7 +23,7 @@ EXECUTION_NAMES = ("speculative", "token", "lazy", "sequence")
 BONUSES = ("verifier", "exact")
 KNOWN_ARGUMENTS = frozenset(
     {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "encoder_outputs"}
-    | {"decoder_attention_mask", "token_type_ids", "mm_token_type_ids"}
+    | {"cache_params", "decoder_attention_mask", "token_type_ids", "mm_token_type_ids"}
 )
 UNSUPPORTED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
@@ -128,14 +128,16 @@ def rows_together(request: Request, strict: bool) -> bool:
     if rows == 1:
         return False
     facts = [*request.drafter_facts, request.facts]
-    fixed = [one.name for one in facts if not one.aligns_right]
-    if not strict and not fixed:
+    stepwise = [f"{one.name} is read one token at a time ({one.stepwise})" for one in facts if one.stepwise]
+    fixed = [
+        f"{one.name} has absolute positions that cannot be given per row"
+        for one in facts
+        if not one.aligns_right
+    ]
+    own = ["a logits processor or stopping criterion of your own must see whole rows"] if strict else []
+    if not (reasons := [*stepwise, *fixed, *own]):
         return False
-    reason = (
-        f"{fixed[0]} has absolute positions that cannot be given per row"
-        if fixed
-        else "a logits processor or stopping criterion of your own must see whole rows"
-    )
+    reason = reasons[0]
     if request.plan is not None and request.drafters:
         raise InputError(
             f"batch of {rows} with a cascade of drafters: {reason}; decode one row at a time, or use one drafter"
@@ -267,12 +269,6 @@ def _check_models(request: Request) -> None:
         raise InputError("drafter is missing; pass drafter=... to generate")
     for facts in request.drafter_facts:
         _check_drafter(request, facts)
-    for facts in (*request.drafter_facts, request.facts):
-        if "past_key_values" not in facts.takes:
-            raise InputError(
-                f"{facts.name} keeps no key/value cache that can be rolled back (its forward pass takes no "
-                "past_key_values); use another model"
-            )
 
 
 def _check_drafter(request: Request, facts: ModelFacts) -> None:
@@ -319,8 +315,10 @@ def _check_lengths(request: Request) -> None:
     padded = mask is not None and not bool(mask.all())
     roles = [("drafter", one) for one in request.drafter_facts]
     for role, facts in (*roles, ("verifier", request.facts)):
+        _check_encoder_room(request, role, facts)
         context, switch = facts.context, facts.long_rope
-        if context is not None and longest > context:
+        # The last token is emitted and never read.
+        if context is not None and longest - 1 > context:
             raise InputError(
                 f"prompt of {prompt} tokens and room for {longest - prompt} more exceed the {role}'s context "
                 f"of {context}; shorten the prompt or lower max_new_tokens"
@@ -330,6 +328,18 @@ def _check_lengths(request: Request) -> None:
                 f"prompt of {prompt} tokens and room for {longest - prompt} more reach beyond the {switch} at which "
                 f"the {role}'s longrope changes its factors for a whole batch; decode one unpadded row at a time"
             )
+
+
+def _check_encoder_room(request: Request, role: str, facts: ModelFacts) -> None:
+    given = request.inputs_tensor
+    if role == "drafter" and request.drafter_inputs is not None:
+        given = request.drafter_inputs["input_ids"]
+    most = facts.room.prompt
+    if most is None or given is None or given.dim() != 2 or given.shape[1] <= most:
+        return
+    raise InputError(
+        f"prompt of {given.shape[1]} tokens exceeds the {most} positions of the {role}'s encoder; shorten it"
+    )
 
 
 def _check_cache(request: Request) -> None:

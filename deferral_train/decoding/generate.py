@@ -27,6 +27,7 @@ from deferral_train.decoding.loop import DecodingState
 from deferral_train.decoding.proposing import ModelProposer, Proposer
 from deferral_train.decoding.settings import Settings
 from deferral_train.decoding.stats import GenerationStats, StatsRecorder
+from deferral_train.decoding.stepwise import StepwiseModel
 from deferral_train.decoding.stopping import StopDrafting
 from deferral_train.decoding.tokens import TokenRows
 from deferral_train.rules.base import Rule
@@ -211,8 +212,10 @@ def _cached(
     margin = request.depth + 2 if request.settings.execution == "speculative" else None
     capacity = min(tokens.ids.shape[1], tokens.prompt_length + 256)
     room = CacheRoom(capacity, margin, trims=not together)
+    facts = [*request.drafter_facts, request.facts]
     return [
-        CachedModel(one, tokens, room, given, tap) for one, given, tap in zip(request.models, inputs, taps)
+        (StepwiseModel if one.stepwise else CachedModel)(model, tokens, room, given, tap)
+        for one, model, given, tap in zip(facts, request.models, inputs, taps)
     ]
 
 
