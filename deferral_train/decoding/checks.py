@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from deferral_train.decoding.criteria import longest_row
 from deferral_train.decoding.drafting.given import GivenDraft
 from deferral_train.decoding.drafting.plan import DraftCascade, Plan
 from deferral_train.decoding.facts import ModelFacts, facts_of
@@ -37,6 +39,7 @@ class Request:
         drafters: the models that draft, largest first; none for a given text or Max-Gram alone.
         num_draft_tokens: most tokens of a block.
         depth: most drafted tokens behind the end of a row at any time.
+        max_length: columns that a row may fill.
     """
 
     model: Any
@@ -52,6 +55,7 @@ class Request:
     inputs_tensor: Tensor | None = None
     drafter_inputs: dict[str, Tensor] | None = None
     generator: torch.Generator | None = None
+    criteria: Sequence[Any] = ()
 
     @cached_property
     def facts(self) -> ModelFacts:
@@ -83,6 +87,10 @@ class Request:
         """Drafters first, the verifier last."""
         return [*self.drafters, self.model]
 
+    @cached_property
+    def max_length(self) -> int:
+        return longest_row(self.criteria, self.generation_config.max_length, self.input_ids.shape[1])
+
     @property
     def num_draft_tokens(self) -> int:
         if self.plan is not None:
@@ -112,7 +120,7 @@ def check_request(request: Request) -> None:
         _check_given(request, request.given)
 
 
-def rows_together(request: Request, strict: bool) -> bool:
+def rows_together(request: Request, strict: bool, joint: bool) -> bool:
     """True where the rows of a batch have to advance by the same number of tokens, as in ``generate``.
 
     So that a processor or criterion of the caller's own sees the text that it would see there, and for models whose
@@ -120,6 +128,7 @@ def rows_together(request: Request, strict: bool) -> bool:
 
     Args:
         strict: a processor or criterion may be shown nothing but text that rows have.
+        joint: rows end together.
 
     Raises:
         InputError: what rows that advance together cannot do.
@@ -135,7 +144,8 @@ def rows_together(request: Request, strict: bool) -> bool:
         if not one.aligns_right
     ]
     own = ["a logits processor or stopping criterion of your own must see whole rows"] if strict else []
-    if not (reasons := [*stepwise, *fixed, *own]):
+    ends = ["without eos_token_id a stopping criterion ends all rows at once"] if joint else []
+    if not (reasons := [*stepwise, *fixed, *own, *ends]):
         return False
     reason = reasons[0]
     if request.plan is not None and request.drafters:
@@ -306,11 +316,12 @@ def _check_configuration(request: Request) -> None:
 
 
 def _check_lengths(request: Request) -> None:
-    prompt, longest = request.input_ids.shape[1], request.generation_config.max_length
+    prompt, given = request.input_ids.shape[1], request.generation_config.max_length
     if prompt < 1:
         raise InputError("input_ids: the prompt is empty; give at least one token")
+    longest = request.max_length
     if longest <= prompt:
-        raise InputError(f"max_length is {longest}, the prompt has {prompt} tokens; raise max_new_tokens")
+        raise InputError(f"max_length is {given}, the prompt has {prompt} tokens; raise max_new_tokens")
     mask = request.model_kwargs.get("attention_mask")
     padded = mask is not None and not bool(mask.all())
     roles = [("drafter", one) for one in request.drafter_facts]

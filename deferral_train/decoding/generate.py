@@ -137,18 +137,19 @@ def cascade_generate(
         inputs_tensor=inputs_tensor,
         drafter_inputs=drafter_inputs,
         generator=generator,
+        criteria=stopping_criteria or [],
     )
     check_request(request)
-    return _decode(request, logits_processor or [], stopping_criteria or [])
+    return _decode(request, logits_processor or [])
 
 
-def _decode(request: Request, processors: Sequence[Any], criteria: Sequence[Any]) -> Tensor | CascadeOutput:
+def _decode(request: Request, processors: Sequence[Any]) -> Tensor | CascadeOutput:
     """Run the loop for a checked request; returns what ``cascade_generate`` does."""
     config, settings, rows = request.generation_config, request.settings, len(request.input_ids)
-    ends = EndOfRow(criteria, config.max_length)
+    ends = EndOfRow(request.criteria, request.max_length)
     size = request.vocab_size or request.facts.vocab_size
     laws = SamplingLaws(processors, bool(config.do_sample), size)
-    together = rows_together(request, laws.strict or ends.strict)
+    together = rows_together(request, laws.strict or ends.strict, ends.joint)
     tokens = TokenRows(
         request.input_ids, _prompt_mask(request), ends.max_length, request.depth, _pad_id(config)
     )

@@ -22,7 +22,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -31,7 +31,7 @@ from typing import Any
 import torch
 import transformers as tf
 from decoding.small import LLM, SEQ2SEQ, made, near
-from tiny_models import tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.generation import logits_process as hf
 from transformers.generation import stopping_criteria as hf_stop
 
@@ -96,7 +96,7 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
 ENCODERS = ("t5", "bart", "marian", "m2m100", "pegasus")
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)
 def model_of(name: str, seed: int, drafter: str = "") -> Any:
     """A verifier of an architecture, or a drafter beside it: ``near``, ``far``, ``same``, ``small``."""
     auto = tf.AutoModelForSeq2SeqLM if name in ENCODERS else tf.AutoModelForCausalLM
@@ -116,6 +116,24 @@ def _weighted(model: Any, seed: int) -> Any:
         if weight.dim() > 1:
             weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
     return model
+
+
+@lru_cache(maxsize=1)
+def letters() -> Any:
+    """A tokenizer whose ids 4 to 39 are one character each, for stop strings."""
+    characters = [chr(ord("a") + n) for n in range(26)] + [str(n) for n in range(9)] + ["\u0120"]
+    vocabulary = {token: n for n, token in enumerate(["<pad>", "</s>", "<s>", "<unk>", *characters])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+
+
+def _stop_strings(random: Random) -> list[str]:
+    return [
+        "".join(chr(ord("a") + random.randrange(26)) for _ in range(random.choice((1, 1, 2))))
+        for _ in range(3)
+    ]
 
 
 class OddSum(hf.LogitsProcessor):
@@ -175,7 +193,6 @@ SETTINGS: dict[str, Callable[[Random], dict[str, Any]]] = {
     "guidance_scale": lambda r: {"guidance_scale": 1.5},
     "allowed_tokens": lambda r: {"prefix_allowed_tokens_fn": allowed_tokens},
     "warpers_unread": lambda r: {"temperature": 0.3, "top_k": 2, "top_p": 0.5},
-    "several_returned": lambda r: {"num_return_sequences": 2},
     "outputs": lambda r: {r.choice(("output_scores", "output_logits", "output_attentions", "output_hidden_states")): True},
     "cache": lambda r: r.choice(({"cache_implementation": "static"}, {"cache_implementation": "dynamic"}, {"use_cache": False})),
     "beams": lambda r: {"num_beams": 2},
@@ -197,21 +214,29 @@ PROCESSORS: dict[str, Callable[[Random], Callable[[], Any]]] = {
     "SequenceBias": lambda r: _made(hf.SequenceBiasLogitsProcessor, {tuple(_tokens(r, 1)): 6.0, tuple(_tokens(r, 1)): 9.0}),
     "Normalization": lambda r: hf.LogitNormalization,
     "Repetition": lambda r: _made(hf.RepetitionPenaltyLogitsProcessor, r.choice((0.6, 1.6))),
-    "Synthid": lambda r: _made(hf.SynthIDTextWatermarkLogitsProcessor, 3, [1, 2], 1000, 5),
+    "Synthid": lambda r: _made(hf.SynthIDTextWatermarkLogitsProcessor, 3, [1, 2], 1000, 5, "cpu"),
     "Alternating": lambda r: _made(hf.AlternatingCodebooksLogitsProcessor, 3, 18, 18),
 }  # fmt: skip
 CRITERIA: dict[str, Callable[[Random], Callable[[], Any]]] = {
     "EndsAfterPair": lambda r: EndsAfterPair,
-    "StopString": lambda r: _made(hf_stop.StopStringCriteria, tiny_tokenizer(), [f"w{r.randrange(36)}", f"w{r.randrange(36)}w"]),
+    "StopString": lambda r: _made(hf_stop.StopStringCriteria, letters(), _stop_strings(r)),
     "MaxLength": lambda r: _made(hf_stop.MaxLengthCriteria, r.randint(8, 24)),
     "Eos": lambda r: _made(hf_stop.EosTokenCriteria, _tokens(r, 5)),
 }  # fmt: skip
+RARE = (
+    "guidance_scale",
+    "outputs",
+    "cache",
+    "beams",
+    "Synthid",
+    "low_memory",
+)  # refused, or void, nearly always
 # Settings that a call cannot take from a model's own generation_config, or that are functions.
-NOT_INHERITED = ("allowed_tokens", "several_returned", "token_healing", "warpers_unread", "low_memory")
+NOT_INHERITED = ("allowed_tokens", "token_healing", "warpers_unread", "low_memory")
 
 
 def _made(kind: Any, *arguments: Any) -> Callable[[], Any]:
-    return lambda: kind(*copy.deepcopy(arguments))
+    return lambda: kind(*(one if one is letters() else copy.deepcopy(one) for one in arguments))
 
 
 @dataclass(frozen=True)
@@ -237,16 +262,20 @@ class Case:
     limit: dict[str, int]
     drafting: dict[str, Any]
     mask: bool = True
-    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
         """Ids and mask, padded as the architecture wants it."""
         width, pad = max(map(len, self.prompts)), self.ends["pad_token_id"]
         right = self.architecture in ENCODERS
-        ids = [[*row, *[pad] * (width - len(row))] if right else [*[pad] * (width - len(row)), *row] for row in self.prompts]
+        ids = [
+            [*row, *[pad] * (width - len(row))] if right else [*[pad] * (width - len(row)), *row]
+            for row in self.prompts
+        ]
         ones = [[1] * len(row) for row in self.prompts]
-        mask = [[*one, *[0] * (width - len(one))] if right else [*[0] * (width - len(one)), *one] for one in ones]
+        mask = [
+            [*one, *[0] * (width - len(one))] if right else [*[0] * (width - len(one)), *one] for one in ones
+        ]
         given = {"input_ids": torch.tensor(ids)}
         return given | ({"attention_mask": torch.tensor(mask)} if self.mask else {})
 
@@ -256,7 +285,7 @@ class Case:
             "architecture": self.architecture, "weights": self.weights, "prompts": [list(row) for row in self.prompts],
             "settings": {key: value for one in self.settings.values() for key, value in one.items()},
             "inherited": self.inherited, "processors": list(self.processors), "criteria": list(self.criteria),
-            **self.ends, **self.limit, "drafting": self.drafting, "mask": self.mask, **self.extra,
+            **self.ends, **self.limit, "drafting": self.drafting, "mask": self.mask,
         }  # fmt: skip
 
 
@@ -270,34 +299,45 @@ def draw(seed: int, only: Sequence[str] = ()) -> Case:
     lengths = [r.randint(1, width) if ragged else width for _ in range(rows)]
     few = r.random() < 0.5  # few different tokens: texts repeat and n-grams match
     prompts = tuple(tuple(r.randrange(4, 9 if few else VOCAB) for _ in range(length)) for length in lengths)
-    names = r.sample(list(SETTINGS), r.choice((0, 1, 2, 2, 2, 3)))
-    ends = {"eos_token_id": r.choice((1, 1, [1, 14], [1, 5, 9, 22, 30], None)), "pad_token_id": r.choice((0, 0, 1, 3))}
+    names = _some(r, SETTINGS, r.choice((0, 1, 2, 2, 2, 3)))
+    ends = {
+        "eos_token_id": r.choice((1, 1, [1, 14], [1, 5, 9, 22, 30], None)),
+        "pad_token_id": r.choice((0, 0, 1, 3)),
+    }
     limit = {"max_new_tokens": r.choice((1, 2, 6, 12, 20))}
     if r.random() < 0.1:
         limit = {"max_length": (1 if architecture in ENCODERS else width) + limit["max_new_tokens"]}
     return Case(
         seed, architecture, r.randrange(3), prompts,
         {name: SETTINGS[name](r) for name in names},
-        {name: PROCESSORS[name](r) for name in r.sample(list(PROCESSORS), r.choice((0, 0, 0, 1, 2)))},
+        {name: PROCESSORS[name](r) for name in _some(r, PROCESSORS, r.choice((0, 0, 0, 1, 2)))},
         {name: CRITERIA[name](r) for name in r.sample(list(CRITERIA), r.choice((0, 0, 1, 2)))},
         r.random() < 0.3, ends, limit, _drafting(r, architecture, rows), mask=ragged or r.random() < 0.5,
-        extra={"stop_strings": [f"w{r.randrange(36)}"]} if r.random() < 0.05 else {},
     )  # fmt: skip
+
+
+def _some(r: Random, names: dict[str, Any], count: int) -> list[str]:
+    return [name for name in r.sample(list(names), count) if name not in RARE or r.random() < 0.2]
 
 
 def _drafting(r: Random, architecture: str, rows: int) -> dict[str, Any]:
     execution = r.choice(("speculative",) * 5 + ("token", "lazy", "sequence"))
     kinds = ["near", "near", "far", "same"] + ([] if architecture in ENCODERS else ["small"])
-    drafting: dict[str, Any] = {"execution": execution, "drafter": r.choice(kinds), "num_draft_tokens": r.randint(1, 9)}
+    drafting: dict[str, Any] = {
+        "execution": execution,
+        "drafter": r.choice(kinds),
+        "num_draft_tokens": r.randint(1, 9),
+    }
     drafting["bonus"] = r.choice(("verifier", "verifier", "exact"))
     if execution in ("lazy", "sequence"):
         drafting["rule"] = r.choice((("chow", 0.0), ("chow_log", 0.0)))
         return drafting
     drafting["rule"] = r.choice(RULE_ENDS if execution == "speculative" else POSITION_ENDS)
     if execution == "speculative":
-        drafting["stop"] = r.choice((None, None, None, "confidence", "cumulative", "entropy", "speed"))
+        drafting["plan"] = r.choice((None,) * 4 + (*PLANS, "given"))
+        if drafting["plan"] is None or r.random() < 0.05:
+            drafting["stop"] = r.choice((None, None, None, "confidence", "cumulative", "entropy", "speed"))
         drafting["max_request_loss"] = r.choice((None,) * 6 + (0.0,))
-        drafting["plan"] = r.choice((None,) * 4 + tuple(PLANS) + ("given",))
     return drafting
 
 
@@ -344,7 +384,12 @@ def _cascade_options(case: Case) -> dict[str, Any]:
         drafter = GivenDraft([[r.randrange(2, VOCAB) for _ in range(r.randint(0, 8))] for _ in case.prompts])
     elif plan is not None:
         k, drafters = PLANS[plan]
-        drafter = DraftCascade([drafter, model_of(name, case.weights, "far")][:drafters] if drafting["drafter"] != "small" else [drafter] * drafters, Plan(k, max_gram=MaxGram()))
+        drafter = DraftCascade(
+            [drafter, model_of(name, case.weights, "far")][:drafters]
+            if drafting["drafter"] != "small"
+            else [drafter] * drafters,
+            Plan(k, max_gram=MaxGram()),
+        )
     stop = drafting.get("stop")
     return {
         "custom_generate": cascade_generate, "drafter": drafter, "rule": made_rule, "execution": drafting["execution"],
@@ -366,11 +411,13 @@ def _call(case: Case, **more: Any) -> Any:
             else:
                 options |= copy.deepcopy(given)
         if case.processors:
-            options["logits_processor"] = hf.LogitsProcessorList([make() for make in case.processors.values()])
+            options["logits_processor"] = hf.LogitsProcessorList(
+                [make() for make in case.processors.values()]
+            )
         if case.criteria:
-            options["stopping_criteria"] = hf_stop.StoppingCriteriaList([make() for make in case.criteria.values()])
-        if case.extra:
-            options |= case.extra | {"tokenizer": tiny_tokenizer()}
+            options["stopping_criteria"] = hf_stop.StoppingCriteriaList(
+                [make() for make in case.criteria.values()]
+            )
         return model.generate(**case.inputs, **options)
     finally:
         model.generation_config = own
@@ -453,18 +500,43 @@ def _line(error: Exception) -> str:
 
 
 def _where(error: Exception) -> str:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "deferral_train" in f.filename and "tests" not in f.filename]
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if "deferral_train" in f.filename and "tests" not in f.filename
+    ]
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "elsewhere"
 
 
 def shortened(case: Case) -> Case:
     """The case with everything left out that it fails without."""
+
     def smaller(one: Case) -> list[Case]:
-        found = [replace(one, **{part: {k: v for k, v in getattr(one, part).items() if k != name}}) for part in ("settings", "processors", "criteria", "extra") for name in getattr(one, part)]
+        found = [
+            replace(one, **{part: {k: v for k, v in getattr(one, part).items() if k != name}})
+            for part in ("settings", "processors", "criteria")
+            for name in getattr(one, part)
+        ]
         if len(one.prompts) > 1:
-            found += [replace(one, prompts=one.prompts[:at] + one.prompts[at + 1 :]) for at in range(len(one.prompts))]
-        plain = {"execution": "speculative", "rule": ("lossless", None), "stop": None, "plan": None, "bonus": "verifier", "max_request_loss": None, "drafter": "near", "num_draft_tokens": 2}
-        found += [replace(one, drafting={**one.drafting, key: value}) for key, value in plain.items() if one.drafting.get(key) != value]
+            found += [
+                replace(one, prompts=one.prompts[:at] + one.prompts[at + 1 :])
+                for at in range(len(one.prompts))
+            ]
+        plain = {
+            "execution": "speculative",
+            "rule": ("lossless", None),
+            "stop": None,
+            "plan": None,
+            "bonus": "verifier",
+            "max_request_loss": None,
+            "drafter": "near",
+            "num_draft_tokens": 2,
+        }
+        found += [
+            replace(one, drafting={**one.drafting, key: value})
+            for key, value in plain.items()
+            if one.drafting.get(key) != value
+        ]
         if one.inherited:
             found.append(replace(one, inherited=False))
         return found
@@ -493,7 +565,10 @@ def run(seconds: float, seed: int, only: Sequence[str] = (), out: Path | None = 
             reasons[f"{verdict.kind}: {verdict.text[:90]}"] += 1
         if verdict.found:
             findings[f"seed {seed}: {verdict.kind}: {verdict.text}"] = seed
-            print(f"FINDING seed {seed}: {verdict.kind}: {verdict.text}\n    {json.dumps(case.described(), default=str)}", flush=True)
+            print(
+                f"FINDING seed {seed}: {verdict.kind}: {verdict.text}\n    {json.dumps(case.described(), default=str)}",
+                flush=True,
+            )
         seed += 1
     summary = {
         "seconds": round(time.monotonic() - begun), "first_seed": first, "cases": seed - first, **counts,
@@ -506,7 +581,9 @@ def run(seconds: float, seed: int, only: Sequence[str] = (), out: Path | None = 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--seed", type=int, default=0, help="the first; every case takes the next")
     parser.add_argument("--only", nargs="+", default=[], choices=list(ARCHITECTURES))
