@@ -279,6 +279,10 @@ def _check_models(request: Request) -> None:
         raise InputError("drafter is missing; pass drafter=... to generate")
     for facts in request.drafter_facts:
         _check_drafter(request, facts)
+    if lasting := [one.name for one in (*request.drafter_facts, request.facts) if one.irrevocable]:
+        raise InputError(
+            f"{lasting[0]} keeps its state in its own modules: what it has read cannot be taken back; use another model"
+        )
 
 
 def _check_drafter(request: Request, facts: ModelFacts) -> None:

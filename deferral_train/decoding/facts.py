@@ -14,8 +14,11 @@ from deferral_train.pairs.positions import PositionLimits, room_of
 ONE_AT_A_TIME = {
     "prophetnet": "its decoder takes one token behind a cache",
     "cpmant": "its cache begins with a prompt of its own",
+    "git": "its mask behind a cache counts the tokens of an image",
     "moshi": "its window is kept by the cache alone, not by the mask of a block",
 }
+# Model types whose passes cannot be taken back at all.
+STATE_IN_MODULES = frozenset({"recurrent_gemma"})
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class ModelFacts:
         cache_layers: the type of each layer's cache and its sliding window, None where it has none.
         takes: names of the arguments of its forward pass.
         relative_positions: whether attention depends on distances alone, computed from columns.
+        irrevocable: whether it keeps state in its own modules, where none can be put back.
         stepwise: why it must be read one token at a time, in words; None where blocks and rollbacks work.
         long_rope: tokens from which it rotates with its long factors (rope type longrope); None where it has none.
     """
@@ -41,6 +45,7 @@ class ModelFacts:
     cache_layers: tuple[tuple[type, int | None], ...]
     takes: frozenset[str]
     relative_positions: bool
+    irrevocable: bool
     stepwise: str | None
     long_rope: int | None
 
@@ -82,6 +87,7 @@ def facts_of(model: Any) -> ModelFacts:
         cache_layers=kinds,
         takes=takes,
         relative_positions=hasattr(core.config, "relative_attention_num_buckets"),
+        irrevocable=core.config.model_type in STATE_IN_MODULES,
         stepwise=_stepwise(core, kinds, takes),
         long_rope=_long_rope(decoder),
     )

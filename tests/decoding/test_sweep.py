@@ -13,8 +13,9 @@ ALWAYS = (
     # Read one token at a time: without a cache, recurrent, indexed, compressed, with columns of their own.
     "CpmAntForCausalLM", "DeepseekV32ForCausalLM", "FalconMambaForCausalLM", "MiniMaxForCausalLM", "MoshiForCausalLM",
     "ProphetNetForConditionalGeneration", "RwkvForCausalLM", "SwitchTransformersForConditionalGeneration",
-    "XLNetLMHeadModel",
+    "XLNetLMHeadModel", "GitForCausalLM", "JambaForCausalLM", "Qwen3NextForCausalLM",
 )  # fmt: skip
+REFUSED = {"RecurrentGemmaForCausalLM": "keeps its state in its own modules"}
 KNOWN = {name: (kind, config) for name, kind, config in candidates()}
 
 
@@ -23,6 +24,14 @@ KNOWN = {name: (kind, config) for name, kind, config in candidates()}
 def test_decodes_as_its_own_generate(name: str) -> None:
     found = examine(name, *KNOWN[name])
     assert found.verdict == "equal", found
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name in REFUSED if name in KNOWN])
+def test_is_refused_with_the_reason(name: str) -> None:
+    found = examine(name, *KNOWN[name])
+    assert found.verdict == "refused", found
+    assert REFUSED[name] in found.reason
 
 
 @pytest.mark.slow
