@@ -106,6 +106,27 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
 
 
+def read_json(path: str | Path, remedy: str) -> dict[str, Any] | None:
+    """The JSON object of a file; None where there is no such file.
+
+    Args:
+        remedy: how to get a whole one, such as ``run that stage again``.
+
+    Raises:
+        InputError: the file is no JSON, or holds something else than an object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON ({str(error)[:100]}); {remedy}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds no JSON object; {remedy}")
+    return found
+
+
 def sync_folder(folder: str | Path) -> None:
     """Make a rename inside ``folder`` durable; quietly does nothing on systems that cannot."""
     with contextlib.suppress(OSError):
@@ -215,7 +236,7 @@ def refuse_reuse(folder: str | Path, before: Any, now: Any, remedy: str) -> None
     """
     if before is None:
         raise InputError(f"{folder} does not record what it was made from (an earlier release); {remedy}")
-    now = json.loads(json.dumps(record_of(now)))
+    now = record_of(now)
     found = changes(before, now)
     if found:
         other = ", ".join(sorted(k for k in {*before, *now} if before.get(k) != now.get(k)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -284,12 +283,12 @@ def _compare_with_decode(config: EvaluateConfig, traces: Sequence[Traces], decod
 
 def _write_frontier(decode: Path, out: Path, metric: str) -> None:
     """Quality against cost of the decoded settings, where the verifier alone and references are among them."""
-    from deferral_train.decoding.outputs import BATCHES, read_lines
+    from deferral_train.decoding.outputs import AGAIN, BATCHES, SUMMARY, read_lines
     from deferral_train.evaluation import frontier
     from deferral_train.evaluation.figures import draw_frontier
+    from deferral_train.provenance import read_json
 
-    path = decode / "summary.json"
-    summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rules": {}}
+    summary = read_json(decode / SUMMARY, AGAIN) or {"rules": {}}
     if frontier.VERIFIER not in summary["rules"] or not summary["rules"][frontier.VERIFIER]["quality"]:
         return
     entry = frontier.frontier_of(summary, metric, list(read_lines(decode / BATCHES)))

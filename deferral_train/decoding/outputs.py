@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from deferral_train.errors import InputError
-from deferral_train.provenance import append_text, refuse_reuse, write_json, write_text
+from deferral_train.provenance import append_text, read_json, refuse_reuse, write_json, write_text
 from deferral_train.redaction import redacted
 
 OUTPUTS, BATCHES, RUN = "outputs.jsonl", "batches.jsonl", "run.json"
 SUMMARY, METRICS = "summary.json", "metrics.jsonl"
+AGAIN = "decode again with --fresh"
 Key = tuple[str, int, int]  # rule, repetition, batch
 
 
@@ -48,7 +49,7 @@ class OutputFolder:
         if any(read_lines(self.folder / BATCHES)):  # none where it was refused in its first batch, say
             refuse_reuse(
                 f"out={self.folder}",
-                read_record(path),
+                read_json(path, AGAIN),
                 identity,
                 "use another folder, or --fresh to start over",
             )
@@ -81,25 +82,8 @@ class OutputFolder:
         return read_lines(self.folder / OUTPUTS)
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
-    """The JSON object of a file; None where there is none.
-
-    Raises:
-        InputError: it is damaged.
-    """
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({str(error)[:100]}); decode again with --fresh") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path} is damaged (no object); decode again with --fresh")
-    return found
-
-
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """JSON lines of a file; a last line cut short by a crash is left out.
+    """JSON lines of a file, none where it is absent; a last line cut short by a crash is left out.
 
     Raises:
         InputError: another line that is no JSON, by number.
@@ -108,7 +92,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         return
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
+            if line.isspace() or not line.endswith(b"\n"):
                 continue
             try:
                 found = json.loads(line)
@@ -123,7 +107,7 @@ def _key(line: Mapping[str, Any]) -> Key:
     rule, repetition, batch = (line.get(name) for name in ("rule", "repetition", "batch"))
     if not isinstance(rule, str) or not isinstance(repetition, int) or not isinstance(batch, int):
         raise InputError(
-            f"outputs: a line names no rule, repetition and batch ({str(dict(line))[:80]}); decode again with --fresh"
+            f"outputs: a line names no rule, repetition and batch ({str(dict(line))[:80]}); {AGAIN}"
         )
     return rule, repetition, batch
 

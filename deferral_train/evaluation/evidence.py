@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deferral_train.decoding.outputs import BATCHES, OUTPUTS, RUN, SUMMARY, read_lines, read_record
+from deferral_train.decoding.outputs import BATCHES, OUTPUTS, RUN, SUMMARY, read_lines
 from deferral_train.errors import InputError
 from deferral_train.evaluation.settings import Dials, dials_of
 from deferral_train.heads.fingerprint import weights_key
+from deferral_train.provenance import read_json
 
 CONDITIONS = ("engine", "temperature", "dtype", "quantization")
 DECODING = ("num_draft_tokens", "max_new_tokens", "top_k", "top_p", "execution", "bonus", "max_request_loss")
@@ -84,7 +85,7 @@ def read_evidence(folder: str | Path) -> Evidence:
     if not (root / OUTPUTS).is_file():
         raise InputError(f"outputs={root} holds no {OUTPUTS}; give the --out of a decode run")
     rows = [_checked(row, root) for row in read_lines(root / OUTPUTS)]
-    found = Evidence(root, rows, read_record(root / RUN), read_record(root / SUMMARY))
+    found = Evidence(root, rows, read_json(root / RUN, AGAIN), read_json(root / SUMMARY, AGAIN))
     _check_whole(found)
     return found
 

@@ -18,7 +18,7 @@ import torch
 
 from deferral_train import provenance
 from deferral_train.collecting.scoring import make_inputs, score
-from deferral_train.decoding.outputs import OUTPUTS, read_lines
+from deferral_train.decoding.outputs import AGAIN, METRICS, OUTPUTS, SUMMARY, read_lines
 from deferral_train.errors import InputError
 from deferral_train.evaluation import sql
 from deferral_train.evaluation.quality import check_metric, per_prompt
@@ -27,7 +27,6 @@ from deferral_train.pairs.load import ModelPair
 from deferral_train.pairs.prompts import Prompt
 
 LIKELIHOOD = "log_likelihood"
-METRICS_FILE = "metrics.jsonl"
 BATCH = 16
 
 
@@ -75,7 +74,7 @@ def score_outputs(
     root = Path(folder)
     rows = [row for row in read_lines(root / OUTPUTS) if row["repetition"] == 0]
     check_metrics(metrics, prompts)
-    summary = json.loads((root / "summary.json").read_text(encoding="utf-8"))
+    summary = provenance.read_json(root / SUMMARY, AGAIN) or {"rules": {}}
     scored = [{"rule": row["rule"], "id": row["id"], "tokens": len(row["tokens"])} for row in rows]
     wrong: dict[str, dict[str, dict[str, int]]] = {}
     for metric in metrics:
@@ -89,13 +88,13 @@ def score_outputs(
             values = _values(metric, rows, pair, prompts, chat)
         for line, value in zip(scored, values):
             line[metric] = float(value)
-    provenance.write_text(root / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in scored))
+    provenance.write_text(root / METRICS, "".join(json.dumps(line) + "\n" for line in scored))
     for label, rule in summary["rules"].items():
         own = [line for line in scored if line["rule"] == label]
         rule["quality"] |= {metric: _mean(metric, own) for metric in metrics}
         if label in wrong:
             rule["wrong"] = wrong[label]
-    provenance.write_json(root / "summary.json", summary)
+    provenance.write_json(root / SUMMARY, summary)
     return summary
 
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deferral_train.decoding.outputs import BATCHES, OUTPUTS, read_lines
+from deferral_train.decoding.outputs import AGAIN, BATCHES, OUTPUTS, SUMMARY, read_lines
 from deferral_train.errors import InputError
 from deferral_train.evaluation.bootstrap import Interval, Redraws
 from deferral_train.evaluation.breakdowns.prompts import size_words
 from deferral_train.evaluation.breakdowns.tables import Row
 from deferral_train.evaluation.online import speed_table
 from deferral_train.evaluation.quality import per_prompt
+from deferral_train.provenance import read_json
 
 METRIC = "chrf"
 
@@ -27,7 +27,7 @@ def check_folders(folders: Sequence[Path]) -> None:
         InputError: the folder, named.
     """
     for folder in folders:
-        for file in ("summary.json", OUTPUTS):
+        for file in (SUMMARY, OUTPUTS):
             if not (folder / file).is_file():
                 raise InputError(
                     f"decoded: {folder} holds no {file}; give the --out of a finished decode run"
@@ -45,7 +45,7 @@ def settings_table(folders: Sequence[Path], redraws: Redraws) -> list[Row]:
 
 
 def _rows(folder: Path, redraws: Redraws) -> list[Row]:
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    summary = read_json(folder / SUMMARY, AGAIN) or {"rules": {}}
     outputs, batches = list(read_lines(folder / OUTPUTS)), list(read_lines(folder / BATCHES))
     speeds = speed_table(batches)
     group = f"{folder.name}: {describe(summary)}"

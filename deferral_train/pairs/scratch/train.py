@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from deferral_train.pairs.scratch.train_config import PairConfig, Schedule
 from deferral_train.pairs.scratch.training_text import TrainingText, load_training_text
 
 RECORD = "pair.json"
+REMEDY = "--fresh trains anew"
 # What a progress display is asked for: a report for one model's training, given its name and number of steps.
 Progress = Callable[[str, int], Report]
 
@@ -111,7 +111,7 @@ def _finished(config: PairConfig, out: Path) -> PairResult | None:
     """The stored result; refuses a folder that another configuration or other texts began."""
     now = made_from(config)
     for path in (out / RECORD, out / "work" / "config.json"):
-        record = _read(path)
+        record = provenance.read_json(path, REMEDY)
         if record is None:
             continue
         if record.get("outcome") != now["outcome"]:
@@ -120,25 +120,13 @@ def _finished(config: PairConfig, out: Path) -> PairResult | None:
             )
         before = None if "texts" not in record else {name: record[name] for name in now}
         provenance.refuse_reuse(out, before, now, "choose another folder, or --fresh to train anew")
-    record = _read(out / RECORD)
+    record = provenance.read_json(out / RECORD, REMEDY)
     if record is None:
         return None
     try:
         return _result(out, record["losses"], GateResult(**record["gate"]), reused=True)
     except (KeyError, TypeError) as error:
-        raise InputError(f"{out / RECORD} is damaged ({error}); --fresh trains anew") from None
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("no object")
-        return found
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({str(error)[:100]}); --fresh trains anew") from None
+        raise InputError(f"{out / RECORD} is damaged ({error}); {REMEDY}") from None
 
 
 def _result(out: Path, losses: dict[str, float], gate: GateResult, reused: bool) -> PairResult:
@@ -188,8 +176,8 @@ def _one_model(
 ) -> float:
     """Train and publish one model unless it is there; returns its closing training loss."""
     kept = out / "work" / f"{role}.json"
-    if (out / role).is_dir() and kept.is_file():
-        return float(json.loads(kept.read_text())["loss"])
+    if (out / role).is_dir() and (record := provenance.read_json(kept, REMEDY)) is not None:
+        return float(record["loss"])
     schedule = _schedules(config)[role]
     model = new_model(config, role, tokenizer)
     settings = LoopSettings(
