@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deferral_train import provenance
+from deferral_train.decoding.settings import Settings
 from deferral_train.errors import InputError
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class EvaluateConfig:
     seed: int = 0
     confidence: float = 0.95
     temperature: float | None = None
-    num_draft_tokens: int = 5
+    num_draft_tokens: int = Settings.num_draft_tokens
     drafter_seconds: float | None = None
     verifier_seconds: float | None = None
     decode: str | None = None

@@ -62,7 +62,7 @@ def propose_for(
     rule: Rule,
     traces: Traces,
     *,
-    num_draft_tokens: int = 5,
+    num_draft_tokens: int = Settings.num_draft_tokens,
     temperature: float = 0.0,
     counted: Mapping[str, int] | None = None,
     redraws: Redraws = Redraws(),  # noqa: B008 - frozen

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from deferral_train.decoding.settings import Settings
 from deferral_train.errors import InputError
 from deferral_train.evaluation.bootstrap import PromptBootstrap
 from deferral_train.evaluation.calibration import reliability
@@ -49,7 +50,7 @@ def score_rules(
     seed: int = 0,
     costs: Mapping[str, float] | None = None,
     temperature: float | None = None,
-    num_draft_tokens: int = 5,
+    num_draft_tokens: int = Settings.num_draft_tokens,
     confidence: float = 0.95,
     prefixes: int = 0,
     workers: int | None = None,

@@ -35,7 +35,7 @@ from deferral_train.evaluation.sequence import (
 from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.rules import learned_rule
 from deferral_train.pairs.prompts import Prompt
-from deferral_train.pipeline.config import RunConfig
+from deferral_train.pipeline.config import RoundsSettings, RunConfig
 from deferral_train.pipeline.heads import BEST
 from deferral_train.pipeline.text import read_part
 from deferral_train.traces import Traces, open_traces
@@ -47,52 +47,6 @@ PROBE = 0.15  # first price on length that is tried, in deviations
 MOST_PRICE = 1.0
 LOSSLESS = "lossless"
 ROUNDS = "rounds"  # what the head of rounds is called in a run, and their folder
-
-
-@dataclass(frozen=True)
-class RoundsSettings:
-    """Settings of rounds of learning.
-
-    Attributes:
-        rounds: collections along the cascade's own text, after the first along the verifier's.
-        calls: wished verifier calls per token, as a share of lossless's.
-        metrics: that texts are labelled and chosen by.
-        label_share: of the places of each prompt that are labelled; ``own_share`` in the rounds.
-        label_reference: ``given``, or ``verifier``.
-        objectives: of the heads that are fitted in each round: ridge, squared or huber, all linear.
-        length_tolerance: of the length of decoded validation text against lossless's; beyond it length is priced.
-        temperature, num_draft_tokens, max_new_tokens, batch_size, seed: of collecting and decoding.
-    """
-
-    rounds: int = 2
-    calls: float = 0.7
-    metrics: tuple[str, ...] = ("sentence_bleu", "chrf1")
-    label_share: float = 1.0
-    own_share: float = 0.5
-    label_reference: str = "given"
-    objectives: tuple[str, ...] = ("ridge",)
-    length_tolerance: float = 0.01
-    temperature: float = 0.0
-    num_draft_tokens: int = 5
-    max_new_tokens: int = 128
-    batch_size: int = 32
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.rounds < 0:
-            raise InputError(f"rounds={self.rounds}: give 0 (the verifier's own text alone) or more")
-        if not 0 < self.calls < 1:
-            raise InputError(
-                f"calls={self.calls:g}: give a share of lossless's verifier calls between 0 and 1"
-            )
-        if not 0 < self.own_share <= 1:
-            raise InputError(f"own_share={self.own_share:g}: give a share above 0 and up to 1")
-        if not self.objectives:
-            raise InputError("objectives is empty; give at least ridge")
-        if not 0 <= self.length_tolerance < 1:
-            raise InputError(
-                f"length_tolerance={self.length_tolerance:g}: give a share between 0 and 1, such as 0.01"
-            )
 
 
 @dataclass(frozen=True)
