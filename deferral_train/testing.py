@@ -222,7 +222,11 @@ def _checked(
             torch.ones_like(token, dtype=torch.bool), torch.zeros_like(token, dtype=torch.bool), None
         )
     else:
-        step = rule.step(distributions, rule.read(distributions, token, context, frozenset({"token"})), token)
+        summary = rule.read(distributions, token, context, frozenset({"token"}))
+        if isinstance(rule, PositionRule):
+            step = RuleStep.of_deferral(rule.defer(summary), distributions, token)
+        else:
+            step = rule.step(distributions, summary, token)
     target = distributions.p if step.target is None else step.target
     if distributions.greedy and target.dim() == token.dim():
         target = one_hot(target, distributions.q.shape[-1], distributions.q.dtype)

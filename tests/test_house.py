@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "deferral_train"
 KNOWN = Path(__file__).with_name("house_known.json")
 MOST_PARAMETERS, MOST_LINES = 8, 60
+MOST_CALLS, MOST_FILES = 6, 4  # from Pair.generate to the formula of a rule
 
 # A signature that another library or the public surface fixes.
 FIXED_SIGNATURES = {
@@ -48,7 +49,7 @@ REPLACED_NAMES = {
     ("decoding", "Cascade"): "DecodingState",
     ("decoding", "Stepper"): "CachedModel",
     ("decoding", "Ledger"): "StatsRecorder",
-    ("decoding/loop.py", "judge"): "verify: judge is a rule, a head and a label",
+    ("decoding", "judge"): "verify_block: judge is a rule, a head and a label",
     ("collecting/scoring.py", "Scores"): "ModelOutputs",
     ("rules/scoring.py", "Scores"): "AcceptanceProbs",
 }
@@ -207,6 +208,41 @@ def test_every_fixed_signature_is_one():
         if isinstance(node, Function)
     }
     assert all(sizes.get(name, 0) > MOST_PARAMETERS for name in FIXED_SIGNATURES)
+
+
+def test_the_walk_from_generate_to_a_rules_formula_is_short():
+    """Every frame of the package on the stack when max q < max p - alpha D_TV is evaluated, both ends counted."""
+    from decoding.helpers import pair_of
+
+    from deferral_train.decoding import Pair
+    from deferral_train.pairs.load import make_pair
+    from deferral_train.rules.position import Opt
+
+    walks = []
+
+    def note(frame, event, _):
+        if event != "call" or frame.f_code is not Opt.defer.__code__:
+            return
+        walk = []
+        while frame is not None:
+            if Path(frame.f_code.co_filename).is_relative_to(PACKAGE):
+                walk.append((Path(frame.f_code.co_filename).name, frame.f_code.co_qualname))
+            frame = frame.f_back
+        walks.append(walk[::-1])
+
+    pair = Pair(make_pair(*pair_of("llama")))
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        pair.generate(["w1 w2 w3", "w4 w5"], rule="opt", max_new_tokens=6)
+    finally:
+        sys.setprofile(before)
+    assert walks
+    for walk in walks:
+        assert walk[0] == ("pair.py", "Pair.generate")
+        assert walk[-1] == ("position.py", "Opt.defer")
+        assert len(walk) <= MOST_CALLS, walk
+        assert len({file for file, _ in walk}) <= MOST_FILES, walk
 
 
 def test_files_do_not_import_each_other_in_a_circle():

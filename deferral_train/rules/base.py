@@ -76,13 +76,12 @@ class Dial:
 
 @dataclass(frozen=True)
 class RuleStep:
-    """A rule's decision on drafted tokens at positions [..].
+    """A rule's decision on drafted tokens at positions [..], as verification uses it.
 
     Attributes:
         deferred: bool [..], the decision (token rule: drafted token not kept; distribution rule: held to the exact
             check or a stricter one).
         kept: bool [..], the drafted token stands by the rule's leave rather than by the exact check.
-        gap: [..], what `Rule.estimated_gap` says, where the decision was made from it; else None.
         target: above temperature 0 the probabilities [.., V] that the drafted token is checked and corrected against;
             at temperature 0 the token [..] that is emitted unless the drafted one is kept. None: the verifier's, and
             above temperature 0 in place of a kept token that may not be emitted the verifier's without a check.
@@ -91,7 +90,12 @@ class RuleStep:
     deferred: Tensor
     kept: Tensor
     target: Tensor | None
-    gap: Tensor | None = None
+
+    @classmethod
+    def of_deferral(cls, deferred: Tensor, distributions: Distributions, token: Tensor) -> Self:
+        """Of a position rule's answer: a kept token stands, a deferred one is checked against the verifier's."""
+        deferred = deferred.expand(token.shape)
+        return cls(deferred, distributions.allows(token) > deferred, None)
 
 
 @dataclass(
@@ -226,7 +230,10 @@ class Rule:
         return distributions.p if self.is_lossless else self._step_distribution(distributions, summary, token)
 
     def step(self, distributions: Distributions, summary: Summary, token: Tensor) -> RuleStep:
-        """The decision on drafted tokens [..]; `summary` holds the rule's needs and ``token``."""
+        """The decision on drafted tokens [..]; `summary` holds the rule's needs and ``token``.
+
+        Of a position rule verification asks `defer` and nothing else.
+        """
         raise NotImplementedError
 
     def _step_distribution(self, distributions: Distributions, summary: Summary, token: Tensor) -> Tensor:
@@ -266,16 +273,9 @@ class PositionRule(Rule):
         """True where the position is left to the verifier, bool [..]."""
         raise NotImplementedError
 
-    def step(self, distributions: Distributions, summary: Summary, token: Tensor) -> RuleStep:
-        """A kept token stands; a deferred one is checked against the verifier's distribution."""
-        return self._decided(self.defer(summary), distributions, token)
-
-    def _decided(
-        self, deferred: Tensor, distributions: Distributions, token: Tensor, gap: Tensor | None = None
-    ) -> RuleStep:
-        deferred = deferred.expand(token.shape)
-        kept = distributions.allows(token) > deferred
-        return RuleStep(deferred, kept, None, gap)
+    def defer_by_gap(self, summary: Summary, gap: Tensor) -> Tensor:
+        """As `defer`, where `estimated_gap` is known already: a rule that decides by it need not estimate it again."""
+        return self.defer(summary)
 
     def _distribution(self, distributions: Distributions, summary: Summary) -> Tensor:
         deferred = self.defer(summary).unsqueeze(-1)
