@@ -1,9 +1,9 @@
 """The speed model, seconds of decoding from counted passes; and EWIF, the expected walltime improvement factor.
 
 EWIF is how fast a plan is expected to be, from acceptance and costs. It assumes that whether a token is accepted
-depends on who proposed it, who reviews it and its place, and on nothing else. Its costs are in verifier passes: c = time of a
-drafter's pass over the verifier's. Sources: Leviathan et al. 2023, theorem 3.8 (plain); Chen et al. 2024, theorems 4.3
-(vertical) and 4.5 (horizontal); the model of a whole K matrix, with its overshooting drafts, is ours.
+depends on who proposed it, who reviews it and its place, and on nothing else. Its costs are in verifier passes: c = time
+of a drafter's pass over the verifier's. Sources: Leviathan et al. 2023, theorem 3.8 (plain); Chen et al. 2024,
+theorems 4.3 (vertical) and 4.5 (horizontal); the model of a whole K matrix, with its overshooting drafts, is ours.
 """
 
 from __future__ import annotations
