@@ -43,7 +43,9 @@ REPLACED_WORDS = {
     "paste": "engine_command",
     "imagined": "shadow_outcome",
     "shelf": "ShardWriterThread",
+    "law": "distribution",
 }
+STABLE_NAMES = {"LawRule", "law"}  # public: rules that users have written define the method
 # Whole names, where the word alone is fine elsewhere: by file or room.
 REPLACED_NAMES = {
     ("decoding", "Cascade"): "DecodingState",
@@ -138,6 +140,9 @@ def replaced_words() -> Iterator[tuple[str, str]]:
     for file, name, node in everywhere():
         if is_public(name):
             words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", node.name)}
+            words = {word.removesuffix("s") for word in words} - (
+                {"law"} if node.name in STABLE_NAMES else set()
+            )
             named = (file, node.name) in REPLACED_NAMES or (file.split("/")[0], node.name) in REPLACED_NAMES
             if named or words & set(REPLACED_WORDS):
                 yield file, name
@@ -178,6 +183,10 @@ def many(a, b, c, d, e, f, g, *h, i): ...
 class Shelf:
     def __init__(self, a, b, c, d, e, f, g, h): ...
 
+def law(): ...
+
+def laws_of(): ...
+
     def puts(self):
         "Whether it does."
 
@@ -194,7 +203,7 @@ def test_every_check_finds_what_is_planted(monkeypatch):
             "long_functions": ["x.py:long"],
             "shared_class_names": ["x.py:Twice"],
             "riddling_docstrings": ["x.py:Shelf.puts"],
-            "replaced_words": ["x.py:Shelf"],
+            "replaced_words": ["x.py:Shelf", "x.py:laws_of"],
         },
         "b": {"shared_class_names": ["y.py:Twice"]},
     }
