@@ -14,14 +14,13 @@ from transformers.utils import ModelOutput
 
 from deferral_train.decoding.block import VerifiedBlock, on_host
 from deferral_train.decoding.cached_model import CachedModel, CacheRoom
-from deferral_train.decoding.cascade_drafting import CascadeProposer
+from deferral_train.decoding.cascade_drafting import CascadeProposer, GivenProposer
 from deferral_train.decoding.checks import Request, check_request, rows_together
 from deferral_train.decoding.criteria import EndOfRow
 from deferral_train.decoding.distributions import SamplingDistributions
 from deferral_train.decoding.drafting.counts import ReviewCounts
 from deferral_train.decoding.executions import lazy_cascade, sequence_cascade, token_cascade
 from deferral_train.decoding.facts import core_of
-from deferral_train.decoding.given_drafting import GivenProposer
 from deferral_train.decoding.hidden import HiddenTap, tap_hidden
 from deferral_train.decoding.inputs import decoder_inputs, encoder_inputs, prompts_of
 from deferral_train.decoding.proposing import Draft, ModelProposer, Proposer
