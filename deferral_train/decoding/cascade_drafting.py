@@ -55,7 +55,7 @@ class Piece:
     hidden: Tensor | None = None
 
     def drawn_from(self, vocabulary: int) -> Tensor:
-        """What the tokens were drawn from, [B, M, V]."""
+        """q of the tokens, [B, M, V]: the distribution that they were drawn from."""
         return one_hots(self.tokens, vocabulary) if self.distribution is None else self.distribution
 
 
