@@ -82,6 +82,7 @@ class RuleStep:
         deferred: bool [..], the decision (token rule: drafted token not kept; distribution rule: held to the exact
             check or a stricter one).
         kept: bool [..], the drafted token stands by the rule's leave rather than by the exact check.
+        probability: [..], above temperature 0 what a target gives to the drafted token; None without a target.
         target: above temperature 0 the probabilities [.., V] that the drafted token is checked and corrected against;
             at temperature 0 the token [..] that is emitted unless the drafted one is kept. None: the verifier's, and
             above temperature 0 in place of a kept token that may not be emitted the verifier's without a check.
@@ -90,6 +91,7 @@ class RuleStep:
     deferred: Tensor
     kept: Tensor
     target: Tensor | None
+    probability: Tensor | None = None
 
     @classmethod
     def of_deferral(cls, deferred: Tensor, distributions: Distributions, token: Tensor) -> Self:
@@ -333,14 +335,15 @@ class TokenRule(Rule):
     def step(self, distributions: Distributions, summary: Summary, token: Tensor) -> RuleStep:
         """A kept token stands; any other is checked against pi_Token, for which every token is asked."""
         if distributions.greedy:
-            q, p = distributions.of_token(distributions.logprobs, token)
+            q, p = distributions.logprobs_of(token)
             keep = self.keep(q.unsqueeze(-1), p.unsqueeze(-1), summary).squeeze(-1)
             allowed = p > -torch.inf if distributions.sampling is None else distributions.allows(token)
             return RuleStep(~keep, keep & allowed, None)
         keeps = self.keep(distributions.drafter_logprobs, distributions.verifier_logprobs, summary)
         allowed = keeps & distributions.support
         target = keep_distribution(distributions.q, distributions.p, allowed)
-        return RuleStep(~gather_token(keeps, token), gather_token(allowed, token), target)
+        kept, probability = gather_token(allowed, token), gather_token(target, token)
+        return RuleStep(~gather_token(keeps, token), kept, target, probability)
 
     def _distribution(self, distributions: Distributions, summary: Summary) -> Tensor:
         keep = self.keep(distributions.drafter_logprobs, distributions.verifier_logprobs, summary)
@@ -444,9 +447,10 @@ class LawRule(Rule):
             kept = (emitted == token) & (token != exact)
             return RuleStep(~kept, kept, emitted)
         target = self._step_distribution(distributions, summary, token)
-        q, p = distributions.of_token(distributions.sampled, token)
-        kept = torch.minimum(gather_token(target, token), q) > p
-        return RuleStep(~kept, kept, target)
+        q, p = distributions.sampled_of(token)
+        probability = gather_token(target, token)
+        kept = torch.minimum(probability, q) > p
+        return RuleStep(~kept, kept, target, probability)
 
     def _greedy_step(self, distributions: Distributions, summary: Summary, token: Tensor) -> Tensor:
         emitted = self.greedy(distributions, summary)

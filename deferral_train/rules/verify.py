@@ -162,7 +162,7 @@ def verify_block(
             kept = kept & allowed
 
         rejected = accepted < block.lengths
-        next_token = block.target_at(step, allowed, accepted, rejected)
+        next_token = block.target_at(step, allowed, accepted)
         if last is not None:
             checked = rejected if lossless else block.checked_at(step, allowed, accepted, rejected)
             next_token = draw(block.weights(next_token, accepted, checked), last)
@@ -196,10 +196,10 @@ def _passes(block: _Block, step: RuleStep, checks: Tensor | None) -> Tensor:
         if step.target is not None:
             return block.inside(token == step.target)
         return block.inside(step.kept | (token == distributions.verifier(distributions.best)))
-    q, p = block.at_token
-    if step.target is None:
+    q, p = distributions.sampled_of(token)
+    if step.probability is None:
         return block.inside(accepts(p, q, checks, step.kept))
-    return block.inside(accepts(gather_token(step.target, token), q, checks))
+    return block.inside(accepts(step.probability, q, checks))
 
 
 def accepts(pi: Tensor, q: Tensor, uniform: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -473,23 +473,23 @@ class _Block:
         deferred = torch.ones_like(self.token, dtype=torch.bool)
         return RuleStep(deferred, ~deferred, None)
 
-    def target_at(self, step: RuleStep, allowed: Tensor | None, accepted: Tensor, rejected: Tensor) -> Tensor:
+    def target_at(self, step: RuleStep, allowed: Tensor | None, accepted: Tensor) -> Tensor:
         """The target after ``accepted`` tokens: probabilities [B, V], at temperature 0 the token [B] itself.
 
         The rule's where the next drafted token was rejected and the limit allowed the rule, else the verifier's.
         """
-        own = self.row(
-            (self.distributions.best if self.distributions.greedy else self.distributions.sampled).select(
-                1, -1
-            ),
-            accepted,
-        )
+        verifier = (
+            self.distributions.best if self.distributions.greedy else self.distributions.sampled
+        ).select(1, -1)
         if step.target is None:
-            return own
-        rules = rejected if allowed is None else rejected & self.row(allowed, accepted)
-        return torch.where(
-            rules if own.dim() == 1 else rules.unsqueeze(1), self.row(step.target, accepted), own
-        )
+            return self.row(verifier, accepted)
+        target, after = step.target, self.token.shape[1]
+        rules = self.mask if allowed is None else self.inside(allowed)
+        if rules is not None:
+            target = torch.where(
+                rules if target.dim() == 2 else rules.unsqueeze(2), target, verifier[:, :after]
+            )
+        return self.row(torch.cat([target, verifier[:, after:]], dim=1), accepted)
 
     def checked_at(
         self, step: RuleStep, allowed: Tensor | None, accepted: Tensor, rejected: Tensor
@@ -502,8 +502,8 @@ class _Block:
 
     def weights(self, target: Tensor, accepted: Tensor, checked: Tensor) -> Tensor:
         """Weights that the next token is drawn by, [B, V]: max(0, pi - q) after a failed check, else pi."""
-        rest = target - self.row(self.distributions.sampled.select(1, 0), accepted)
-        excess = torch.where(checked.unsqueeze(1), rest, target).clamp(min=0.0)
+        drafter = self.row(self.distributions.sampled.select(1, 0), accepted)
+        excess = torch.where(checked.unsqueeze(1), target - drafter, target).clamp(min=0.0)
         return torch.where(excess.any(dim=1, keepdim=True), excess, target)  # pi where nothing is left
 
     def row(self, values: Tensor, index: Tensor) -> Tensor:
@@ -545,27 +545,28 @@ class _Block:
             pi = torch.where(fits.unsqueeze(1), pi, distributions.p)
         return (pi.argmax(dim=-1) if last is None else draw(pi, last)), spent
 
-    @cached_property
-    def at_token(self) -> tuple[Tensor, Tensor]:
-        """q(x) and p(x) of the drafted tokens x under the sampling distributions, [B, T] each."""
-        return self.distributions.of_token(self.distributions.sampled, self.token)
-
     def fault(self) -> Tensor:
         """The first fault of each row as 1 + its place in `FAULTS`, 0 where all is well, [B] int64."""
-        broken = self.distributions.broken
+        broken, width = self.distributions.broken, self.positions
         if self.reads is not None:
             broken = broken & self.reads[:, -broken.shape[1] :]
-        models = broken.any(dim=2)
-        unknown = self.inside(self.drafted != self.token).any(dim=1, keepdim=True)
-        flags = [models, unknown] if models.shape[1] == 2 else [unknown, models, unknown]
+        unknown = self._padded(self.drafted != self.token)
+        kinds = [*([one] for one in broken.unbind(1)), unknown]
+        first = 2 - broken.shape[1]  # place of the first kind: without a drafter's distribution its logits are not read
         if not self.distributions.greedy:
-            flags.append(self.inside(self.at_token[0] == 0).any(dim=1, keepdim=True))
-        # A fault that cannot be has the flag of one that comes before it, and so never shows.
-        known = sum(one.shape[1] for one in flags)
-        for place in range(known, max(self.suspects, default=0) + 1):
-            flags += [self.suspects[place].unsqueeze(1) if place in self.suspects else unknown]
-        first = torch.cat(flags, dim=1).max(dim=1)
-        return first.indices + first.values
+            kinds.append(self._padded(self.distributions.sampled_of(self.token)[0] == 0))
+        # A fault that cannot be has the flags of one that comes before it, and so never shows.
+        for place in range(first + len(kinds), max(self.suspects, default=0) + 1):
+            suspect = self.suspects.get(place)
+            kinds.append(unknown if suspect is None else [suspect.unsqueeze(1).expand(-1, width)])
+        found = torch.cat([flags for kind in kinds for flags in kind], dim=1).max(dim=1)
+        return torch.add(found.indices, found.values, alpha=(first + 1) * width) // width
+
+    def _padded(self, flags: Tensor) -> list[Tensor]:
+        """Flags [B, T] of drafted tokens in parts of W columns together: the first repeated, or none set."""
+        flags = self.inside(flags)
+        beyond = self.positions - flags.shape[1]
+        return [flags, flags[:, :beyond] if flags.shape[1] else flags.new_zeros(len(flags), beyond)]
 
 
 def _joined(drafter: Tensor, verifier: Tensor, drafts: int, after: int) -> Tensor:
