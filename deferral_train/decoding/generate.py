@@ -27,6 +27,7 @@ from deferral_train.decoding.proposing import Draft, ModelProposer, Proposer
 from deferral_train.decoding.settings import Settings
 from deferral_train.decoding.state import DecodingState
 from deferral_train.decoding.stats import GenerationStats, StatsRecorder
+from deferral_train.decoding.stepwise import StepwiseModel
 from deferral_train.decoding.stopping import StopDrafting
 from deferral_train.decoding.tokens import TokenRows
 from deferral_train.rules.base import Rule
@@ -132,10 +133,11 @@ def cascade_generate(
         inputs_tensor=inputs_tensor,
         drafter_inputs=drafter_inputs,
         generator=generator,
+        criteria=stopping_criteria or [],
     )  # fmt: skip
     check_request(request)
     with contextlib.ExitStack() as taps:
-        state = _start(request, logits_processor or [], stopping_criteria or [], taps)
+        state = _start(request, logits_processor or [], taps)
         EXECUTIONS[state.execution](state)
     return _output(request, state)
 
@@ -200,15 +202,13 @@ EXECUTIONS: dict[str, Callable[[DecodingState], None]] = {
 }
 
 
-def _start(
-    request: Request, processors: Sequence[Any], criteria: Sequence[Any], taps: contextlib.ExitStack
-) -> DecodingState:
+def _start(request: Request, processors: Sequence[Any], taps: contextlib.ExitStack) -> DecodingState:
     """The state of a checked request before its first token; ``taps`` holds the hooks that read hidden states."""
     config, settings, rows = request.generation_config, request.settings, len(request.input_ids)
-    ends = EndOfRow(criteria, config.max_length)
+    ends = EndOfRow(request.criteria, request.max_length)
     size = request.vocab_size or request.facts.vocab_size
     distributions = SamplingDistributions(processors, bool(config.do_sample), size)
-    together = rows_together(request, distributions.strict or ends.strict)
+    together = rows_together(request, distributions.strict or ends.strict, ends.joint)
     tokens = TokenRows(
         request.input_ids, _prompt_mask(request), ends.max_length, request.depth, _pad_id(config)
     )
@@ -275,8 +275,10 @@ def _cached(
     margin = request.depth + 2 if request.settings.execution == "speculative" else None
     capacity = min(tokens.ids.shape[1], tokens.prompt_length + 256)
     room = CacheRoom(capacity, margin, trims=not together)
+    facts = [*request.drafter_facts, request.facts]
     return [
-        CachedModel(one, tokens, room, given, tap) for one, given, tap in zip(request.models, inputs, taps)
+        (StepwiseModel if one.stepwise else CachedModel)(model, tokens, room, given, tap)
+        for one, model, given, tap in zip(facts, request.models, inputs, taps)
     ]
 
 

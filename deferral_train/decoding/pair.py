@@ -140,13 +140,19 @@ class Pair:
         return encoded.kept
 
     def _check_context(self, prompt: EncodedPrompt, new: int) -> None:
+        length, separate = len(prompt.input_ids), self.models.is_encoder_decoder
         for role in ("drafter", "verifier"):
-            context = facts_of(getattr(self.models, role)).context
-            needed = len(prompt.input_ids) + (0 if self.models.is_encoder_decoder else new)
-            if context is not None and needed > context:
+            room = facts_of(getattr(self.models, role)).room
+            if separate and room.prompt is not None and length > room.prompt:
                 raise InputError(
-                    f"prompt {prompt.id}: {len(prompt.input_ids)} tokens and room for {new} more exceed the "
-                    f"{role}'s context of {context}; shorten it or lower max_new_tokens"
+                    f"prompt {prompt.id}: {length} tokens exceed the {room.prompt} positions of the {role}'s encoder; "
+                    "shorten it"
+                )
+            # The last token is emitted and never read.
+            if room.text is not None and (0 if separate else length) + new - (not separate) > room.text:
+                raise InputError(
+                    f"prompt {prompt.id}: {length} tokens and room for {new} more exceed the {role}'s context of "
+                    f"{room.text}; shorten it or lower max_new_tokens"
                 )
 
     def decode_batch(

@@ -274,7 +274,10 @@ def total_variation(both: Tensor, distributions: Distributions) -> Tensor:
 
 def _js(distributions: Distributions) -> Tensor:
     """H((p + q)/2) - (H(p) + H(q))/2."""
-    drafter, verifier = distributions.drafter(distributions.probs), distributions.verifier(distributions.probs)
+    drafter, verifier = (
+        distributions.drafter(distributions.probs),
+        distributions.verifier(distributions.probs),
+    )
     total = (drafter + verifier).clamp(min=torch.finfo(drafter.dtype).tiny)
     entropies = distributions.drafter(distributions.entropy) + distributions.verifier(distributions.entropy)
     return (math.log(2) - 0.5 * ((total * total.log()).sum(dim=-1) + entropies)).clamp(min=0.0)
