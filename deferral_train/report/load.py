@@ -15,6 +15,7 @@ from typing import Any
 
 from deferral_train.errors import InputError
 from deferral_train.evaluation.frontier import VERIFIER, FrontierPoint, table2
+from deferral_train.provenance import read_object
 from deferral_train.redaction import redacted
 from deferral_train.report.shadow import Sums, find_shadow
 
@@ -260,15 +261,7 @@ def _value(point: Mapping[str, Any], name: str, default: float) -> float:
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no JSON ({error}); run that stage again") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path} holds no JSON object; run that stage again")
-    return found
+    return read_object(path, "run that stage again")
 
 
 def _lines(path: Path) -> Iterable[dict[str, Any]]:
