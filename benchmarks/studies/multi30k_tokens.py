@@ -4,9 +4,9 @@
 
 Truth mixtures are fitted on traces of train lines 23,001-28,000 that log 256 candidates of each model, chosen on
 ``val`` by area, reported on ``test_2016_flickr``. Nothing is estimated from logged candidates: both models run over
-the references and every distribution is taken over the whole vocabulary, so that the risk E[1 - pi(gold)] and the rejection
-rate D_TV(q, pi) of every rule are exact at each position. Areas between risk-rejection curves, paired bootstrap over
-prompts.
+the references and every distribution is taken over the whole vocabulary, so that the risk E[1 - pi(gold)] and the
+rejection rate D_TV(q, pi) of every rule are exact at each position. Areas between risk-rejection curves, paired
+bootstrap over prompts.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Uniforms:
 
 
 def draw(distribution: Tensor, uniform: Tensor) -> Tensor:
-    """Token of each distribution [R, V] at its uniform number [R]: the first whose cumulative probability exceeds it."""
+    """Token of each distribution [R, V] at a uniform number [R]: the first whose cumulative probability exceeds it."""
     below = distribution.double().cumsum(-1)
     token = torch.searchsorted(below, (uniform.double() * below[:, -1])[:, None], right=True)[:, 0]
     return token.clamp(max=distribution.shape[-1] - 1)

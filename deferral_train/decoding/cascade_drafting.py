@@ -173,7 +173,7 @@ class CascadeProposer:
         return review, distribution
 
     def _look_ahead(self, grown: Grown) -> None:
-        """The largest drafter's distribution behind the draft, which no token is drawn from: an exact bonus reads it."""
+        """The largest drafter's distribution behind the draft; no token is drawn from it, an exact bonus reads it."""
         tokens, model = self.tokens, self.models[0]
         tokens.lengths = [start + count for start, count in zip(self._base, grown.counts)]
         logits = model.feed().to(tokens.device)

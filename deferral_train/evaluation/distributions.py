@@ -1,4 +1,4 @@
-"""Deferral, rejection and loss of one rule on a block of rows; token and distribution rules from the logged candidates."""
+"""Deferral, rejection and loss of one rule on a block of rows, from logged candidates where a rule needs them."""
 
 from __future__ import annotations
 

@@ -67,8 +67,8 @@ class SyntheticConfig:
 class NgramDistribution:
     """Next-token distributions by context: ``table`` float32 [V^order, V], rows sum to 1.
 
-    ``law(tokens)`` and ``logits(tokens)`` take ids [.., T] and give [.., T, V]: the distribution of the token after
-    each one. Contexts that reach before the first token are filled with token 0, where every text starts.
+    ``distribution(tokens)`` and ``logits(tokens)`` take ids [.., T] and give [.., T, V]: the distribution of the
+    token after each one. Contexts that reach before the first token are filled with token 0, where every text starts.
     """
 
     table: Tensor

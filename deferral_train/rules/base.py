@@ -1,9 +1,9 @@
 """Base classes of deferral rules: position, token and distribution rules, their dial and the summary they read.
 
-A position rule answers "defer?", a token rule "keep this token?", a distribution rule gives the target distribution itself. The
-target distribution of all three is derived here, once. Decisions read the distributions before temperature and truncation;
-sampling reads the distributions after. A token whose processed verifier logit is -inf is never emitted, whatever a
-rule keeps.
+A position rule answers "defer?", a token rule "keep this token?", a distribution rule gives the target distribution
+itself. The target distribution of all three is derived here, once. Decisions read the distributions before
+temperature and truncation; sampling reads the distributions after. A token whose processed verifier logit is -inf
+is never emitted, whatever a rule keeps.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class RuleStep:
     """A rule's decision on drafted tokens at positions [..].
 
     Attributes:
-        deferred: bool [..], the decision (token rule: drafted token not kept; distribution rule: held to the exact check or a
-            stricter one).
+        deferred: bool [..], the decision (token rule: drafted token not kept; distribution rule: held to the exact
+            check or a stricter one).
         kept: bool [..], the drafted token stands by the rule's leave rather than by the exact check.
         gap: [..], what `Rule.estimated_gap` says, where the decision was made from it; else None.
         target: above temperature 0 the probabilities [.., V] that the drafted token is checked and corrected against;
@@ -478,7 +478,7 @@ class LawRule(Rule):
     def logged_deferral(
         self, summary: Summary, candidates: Candidates | None, temperature: float
     ) -> Estimate:
-        """The rejection rate over D_TV: a distribution rule has no decision; the share of lossless rejections it makes."""
+        """The rejection rate over D_TV, the share of lossless rejections made: a distribution rule has no decision."""
         value, bound = self.logged_rejection(summary, candidates, temperature)
         tv = summary["tv"].double()
         share = torch.where(tv > 0, 1 / tv, torch.zeros_like(tv))

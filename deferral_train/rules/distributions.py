@@ -1,8 +1,8 @@
 """The distributions of a drafter and a verifier over the same positions: each computed once, and only if it is read.
 
 Both models' logits lie in one tensor, so that one operator serves both: a block of a few positions costs by the number
-of operators, not by its size. Nothing here copies to the host but `Distributions.check`. V vocabulary; the leading shape [..] of
-positions is free.
+of operators, not by its size. Nothing here copies to the host but `Distributions.check`. V vocabulary; the leading
+shape [..] of positions is free.
 """
 
 from __future__ import annotations

@@ -139,8 +139,8 @@ class Judge(LawRule):
     def _distribution(self, distributions: Distributions, summary: Summary) -> Tensor:
         if "verifier_hidden_at_token" in self.needs:
             raise InputError(
-                "its head reads verifier_hidden_at_token, known of the drafted token alone, so that the distribution of "
-                "all tokens is not; measure it with decode"
+                "its head reads verifier_hidden_at_token, known of the drafted token alone, so that the distribution "
+                "of all tokens is not; measure it with decode"
             )
         approved = self._approval_of_all(distributions, summary) & distributions.support
         accepted = torch.where(approved, distributions.q, torch.minimum(distributions.q, distributions.p))

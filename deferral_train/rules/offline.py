@@ -38,8 +38,8 @@ def rejection_rate(
 ) -> Estimate:
     """The probability that a drafted token is rejected, and its bound, [N] each: D_TV(q, pi).
 
-    Position rules: r * tv (Lemma 3), exact. `cactus` checks x against a distribution of x's own and rejects sum_x (q(x) -
-    h_x(x))+, of which its residuals may give back, so that D_TV(q, pi) can be less.
+    Position rules: r * tv (Lemma 3), exact. `cactus` checks x against a distribution of x's own and rejects sum_x
+    (q(x) - h_x(x))+, of which its residuals may give back, so that D_TV(q, pi) can be less.
 
     Args:
         summary: fields in `rule.needs` and `tv` (of this temperature); at temperature 0 also drafter_max,

@@ -180,8 +180,8 @@ class BiLD(PositionRule):
     """BiLD* of the paper's Table 3: defer iff D(q, p) > alpha, executed speculatively.
 
     Which D the paper used is not known, so that both are offered: ``"cross_entropy"`` (-sum p log q, nats,
-    alpha in 0..20) and ``"tv"`` (D_TV of the sampling distributions, alpha in 0..1). Either is 0 only where the distributions
-    agree.
+    alpha in 0..20) and ``"tv"`` (D_TV of the sampling distributions, alpha in 0..1). Either is 0 only where the
+    distributions agree.
     """
 
     name: ClassVar[str] = "bild"

@@ -59,9 +59,9 @@ class Verdict:
         accepted: [B] int64, drafted tokens emitted (kept + accepted).
         next_token: [B] int64, correction or bonus; -1 where the bonus is withheld.
         kept: [B, T] bool, the drafted token stands by the rule's leave rather than by the exact check.
-        deferred: [B, T] bool, the decision at each drafted position (token rule: drafted token not kept; distribution rule:
-            drafted token held to the exact check or a stricter one). False where nothing was drafted.
-        lengths: tokens that were drafted, [B] int64, or T where every row drafted T.
+        deferred: [B, T] bool, the decision at each drafted position (token rule: drafted token not kept;
+            distribution rule: drafted token held to the exact check or a stricter one). False where nothing was
+        drafted. lengths: tokens that were drafted, [B] int64, or T where every row drafted T.
         spent: [B] running estimated loss under max_request_loss, else None.
         fault: [B] int64, 0 where the row's input was fine, else a code for `raise_fault`; the other entries of such a
             row mean nothing.
@@ -283,8 +283,8 @@ class _Given:
         if self.drafter_logits is None:
             if self.rule.reads_drafter_confidence and not self.rule.is_lossless:
                 raise InputError(
-                    "it reads the drafter's confidence, and these proposals come without a drafter distribution (one-hot); "
-                    "use a rule that reads the verifier only, such as opt_verifier, token_v3 or lossless"
+                    "it reads the drafter's confidence, and these proposals come without a drafter distribution "
+                    "(one-hot); use a rule that reads the verifier only, such as opt_verifier, token_v3 or lossless"
                 )
             if self.bonus == "exact":
                 raise InputError(

@@ -117,7 +117,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Kind:
-    """Key of rows that are verified together; ``law`` is True where the drafter's distribution is there."""
+    """Key of rows that are verified together; ``distribution`` is True where the drafter's distribution is there."""
 
     rule: Rule
     limit: float | None

@@ -126,8 +126,8 @@ def check_served(rule: Rule, speculative: Any) -> None:
         return
     if speculative.method != "draft_model":
         raise InputError(
-            f"deferral: rule {rule.name} reads the drafter's distribution, and {speculative.method} proposals have none; "
-            "use token_v3 or opt_verifier, or a draft model"
+            f"deferral: rule {rule.name} reads the drafter's distribution, and {speculative.method} proposals have "
+            "none; use token_v3 or opt_verifier, or a draft model"
         )
     if speculative.draft_sample_method != "probabilistic":
         raise InputError(

@@ -28,8 +28,8 @@ def gap(traces: Traces, truth: str = "reference", loss: str = "zero_one") -> Ten
 
     Args:
         truth: ``reference`` one gold token (unbiased, noisy); ``verifier`` P := p in closed form;
-            ``teacher`` and ``exact`` the distribution logged in the truth group; ``sequence`` what becomes of the finished
-            text, NaN where not labelled (:mod:`~deferral_train.traces.sequence`).
+            ``teacher`` and ``exact`` the distribution logged in the truth group; ``sequence`` what becomes of the
+            finished text, NaN where not labelled (:mod:`~deferral_train.traces.sequence`).
         loss: ``zero_one``, ``log`` or ``prob``; ``sequence`` has one of its own.
 
     Raises:
@@ -65,9 +65,9 @@ def label(
 def rejection(traces: Traces, temperature: float | None = None) -> Tensor:
     """Chance [N] that the exact check rejects a drafted token: 1 - min(1, p(x)/q(x)), SpecDec++'s soft label.
 
-    Of the logged token where the drafter wrote the text, sampled at temperature 1 (the distributions that are logged); else
-    its mean over drafted tokens, E_{x~q} max(0, 1 - p(x)/q(x)) = D_TV(p, q), which at temperature 0 is the label
-    itself: 1 where the favourites differ.
+    Of the logged token where the drafter wrote the text, sampled at temperature 1 (the distributions that are
+    logged); else its mean over drafted tokens, E_{x~q} max(0, 1 - p(x)/q(x)) = D_TV(p, q), which at temperature 0
+    is the label itself: 1 where the favourites differ.
 
     Args:
         temperature: of the sampling distributions; None is the manifest's.

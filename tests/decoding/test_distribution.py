@@ -1,8 +1,8 @@
 """The distribution of the whole loop when sampling, against exact enumeration over a vocabulary of three tokens.
 
-Two tiny Llama models have distributions that can be written down for every prefix. A chi-square test compares thousands of
-sampled rows with them; each comparison has a stated probability FAILURE of failing by chance, and fixed seeds make
-the outcome the same every time.
+Two tiny Llama models have distributions that can be written down for every prefix. A chi-square test compares
+thousands of sampled rows with them; each comparison has a stated probability FAILURE of failing by chance, and
+fixed seeds make the outcome the same every time.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The distribution of the whole loop at batch 1, enumerated: every outcome of every random choice, with its probability.
+"""The loop's distribution at batch 1, enumerated: every outcome of every random choice, with its probability.
 
-Two tabular models over a few tokens, whose distributions depend on the place and the token before it. The three places where
-the loop draws (a drafted token, a check, a correction or bonus) ask an oracle instead, which walks through all
-answers; nothing is sampled, so that nothing can fail by chance.
+Two tabular models over a few tokens, whose distributions depend on the place and the token before it. The three
+places where the loop draws (a drafted token, a check, a correction or bonus) ask an oracle instead, which walks
+through all answers; nothing is sampled, so that nothing can fail by chance.
 """
 
 from __future__ import annotations

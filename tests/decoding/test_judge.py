@@ -1,4 +1,4 @@
-"""Accept-or-exact with a head on the drafted token's own state: the distribution it emits, greedy text, ends, refusals."""
+"""Accept-or-exact with a head on the drafted token's own state: emitted distribution, greedy text, ends, refusals."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """A cascade of drafters and its verifier, enumerated: every draft, every acceptance, every correction, in float64.
 
 Written from docs/equations.md without looking at the tensor code. Models are functions from a prefix (tuple of
-ids) to a distribution (list of floats); model 0 is the verifier. A branch is (probability, tokens, distributions), with the distribution that
-each token is said to have been drawn from.
+ids) to a distribution (list of floats); model 0 is the verifier. A branch is (probability, tokens, distributions),
+with the distribution that each token is said to have been drawn from.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The distribution of leniently reviewed tokens: enumeration in float64 against the formula, and samples against both."""
+"""Distribution of leniently reviewed tokens: enumeration in float64 against the formula, samples against both."""
 
 from __future__ import annotations
 

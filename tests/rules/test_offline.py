@@ -1,4 +1,5 @@
-"""Offline estimates from logged candidates against the whole distributions: exact where said, within the bound elsewhere."""
+"""Offline estimates from logged candidates against whole distributions: exact where said, within the bound
+elsewhere."""
 
 from __future__ import annotations
 

@@ -170,8 +170,8 @@ def uniformity(
 ) -> float:
     """p-value that each token [N] was drawn from its own distribution [N, V].
 
-    Each draw is turned to a number that is uniform under its distribution (the probability of the tokens before it in `order`
-    [N, V], plus a random part of its own); their histogram goes to a chi-square test of `bins` cells.
+    Each draw is turned to a number that is uniform under its distribution (the probability of the tokens before it
+    in `order` [N, V], plus a random part of its own); their histogram goes to a chi-square test of `bins` cells.
     """
     from scipy.stats import chisquare
 
