@@ -137,7 +137,7 @@ class Case:
 def problems(
     case: Case, world: Path, scratch: Path, every: int = 1, stays: bool = True, first: int = 1
 ) -> Iterator[tuple[int, str]]:
-    """Every change of a case that was not answered as it must be, with what is wrong; ends with (number of changes, "")."""
+    """Changes that were not answered as they must be, with what is wrong; then (number of changes, "")."""
     from fuzz.commands import call
 
     def fresh(name: str, source: Path) -> Path:
