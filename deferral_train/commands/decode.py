@@ -122,6 +122,7 @@ def run(config: DecodeSettings, *, fresh: bool = False) -> int:
     from deferral_train.evaluation.outputs import check_metrics, score_outputs
     from deferral_train.heads.rules import rule_from_spec
     from deferral_train.pairs.prompts import read_prompts
+    from deferral_train.provenance import one_writer
 
     drafting = drafting_from_spec(config.drafting) if config.drafting is not None else None
     given = {name: getattr(config, name) for name in Settings.__dataclass_fields__}
@@ -158,9 +159,10 @@ def run(config: DecodeSettings, *, fresh: bool = False) -> int:
         device_map=config.device_map,
     )
     asked = DecodeConfig(settings, config.repetitions, config.log_tokens)
-    summary = decode(pair, prompts, rules, asked, config.out, fresh)
-    if config.metrics:
-        summary = score_outputs(config.out, config.metrics, pair.models, prompts, chat=config.chat)
+    with one_writer(config.out, "decode"):
+        summary = decode(pair, prompts, rules, asked, config.out, fresh)
+        if config.metrics:
+            summary = score_outputs(config.out, config.metrics, pair.models, prompts, chat=config.chat)
     for line in table(summary, config.metrics):
         print(line)
     print(f"outputs and summary in {config.out}")
@@ -207,6 +209,7 @@ def stop_from_spec(spec: str | None) -> StopDrafting | None:
 
 def table(summary: dict[str, Any], metrics: Sequence[str] = ()) -> list[str]:
     """The summary as a few aligned lines, asked-for metrics last."""
+    from deferral_train.redaction import redacted_text
     from deferral_train.rules.registry import short_label
 
     heads = [("BLEU", 6), ("tok/s", 8), ("ms/tok", 7), ("accept", 7), ("defer", 6), ("reject", 6), ("len", 6)]
@@ -221,7 +224,7 @@ def table(summary: dict[str, Any], metrics: Sequence[str] = ()) -> list[str]:
             _cell(rule["deferral_rate"], 6, 3),
             _cell(rule["rejection_rate"], 6, 3),
             _cell(rule["mean_output_tokens"], 6, 1),
-            *(_cell(rule["quality"].get(metric), 14, 4) for metric in metrics),
+            *(_cell(rule["quality"].get(redacted_text(metric)), 14, 4) for metric in metrics),
         )
         lines.append(f"{short_label(label, 32):<32} " + " ".join(cells))
     return lines

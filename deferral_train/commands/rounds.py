@@ -87,6 +87,7 @@ def run(config: RoundsConfig) -> int:
     from deferral_train.evaluation.scorers import make_scorers
     from deferral_train.pairs.prompts import read_prompts
     from deferral_train.pipeline.learning import Learning
+    from deferral_train.provenance import one_writer
 
     given = {name: getattr(config, name) for name in RoundsSettings.__dataclass_fields__ if name != "metrics"}
     settings = RoundsSettings(
@@ -111,7 +112,8 @@ def run(config: RoundsConfig) -> int:
     )
     scorers = make_scorers(settings.metrics)
     pair = load_pair(config.drafter, config.verifier, config.device, config.dtype)
-    content = Learning(pair, prompts, validation, scorers, settings, config.out).run()
+    with one_writer(config.out, "rounds"):
+        content = Learning(pair, prompts, validation, scorers, settings, config.out).run()
     for line in table(content):
         print(line)
     print(f"chosen head in {config.out}/head, all rounds in {config.out}/rounds.json")

@@ -83,6 +83,7 @@ def decode(
             check_consulted(contestant.counters, contestant.drafted)
         summary = _summary(folder, named, mismatches, config) | {
             "conditions": pair.facts(config.settings),
+            "run": folder.identity,
             "models": {role: model_facts(getattr(pair.models, role)) for role in ("drafter", "verifier")},
         }
         provenance.write_json(folder.folder / "summary.json", summary)
@@ -195,13 +196,23 @@ def _summary(
     folder: OutputFolder, named: Mapping[str, Rule], mismatches: Mapping[str, list[str]], config: DecodeConfig
 ) -> dict[str, Any]:
     rows, batches = list(folder.rows()), list(read_lines(folder.folder / BATCHES))
-    rules = {
-        label: summarize_rule(
-            [row for row in rows if row["rule"] == label], [b for b in batches if b["rule"] == label]
-        )
-        | {"accepted_mismatches": mismatches[label], "dial": _dial(rule)}
-        for label, rule in named.items()
-    }
+    try:
+        rules = {
+            label: summarize_rule(
+                [row for row in rows if row["rule"] == label], [b for b in batches if b["rule"] == label]
+            )
+            | {"accepted_mismatches": mismatches[label], "dial": _dial(rule)}
+            for label, rule in named.items()
+        }
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:  # lines of an earlier release, altered since
+        raise InputError(
+            f"{folder.folder} is damaged ({str(error)[:80]}); decode again with --fresh"
+        ) from error
     return {
         "rules": rules,
         "repetitions": config.repetitions,

@@ -7,6 +7,7 @@ chosen by decoding validation prompts, not by the error of a regression. Everyth
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,14 +34,17 @@ from deferral_train.evaluation.sequence import (
     score_decoded,
 )
 from deferral_train.heads.base import DeferralHead
+from deferral_train.heads.fingerprint import weights_key
 from deferral_train.heads.rules import learned_rule
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.pipeline.config import RoundsSettings, RunConfig
 from deferral_train.pipeline.heads import BEST
 from deferral_train.pipeline.text import read_part
+from deferral_train.redaction import redacted
 from deferral_train.traces import Traces, open_traces
-from deferral_train.training.config import FitConfig
+from deferral_train.training.config import FitConfig, plain_settings
 from deferral_train.training.fit import fit
+from deferral_train.training.resuming import traces_key
 
 LEVELS = (0.3, 0.45, 0.6, 0.75, 0.88)  # shares of the places that are kept, by estimates of the latest traces
 PROBE = 0.15  # first price on length that is tried, in deviations
@@ -212,8 +216,6 @@ class Learning:
         return Candidate(str(folder / "head"), objective, price, tuple(points), constraint)
 
     def _fitted(self, folder: Path, objective: str, price: float) -> DeferralHead:
-        if (folder / "head" / "config.json").is_file():
-            return DeferralHead.from_pretrained(folder / "head")
         config = FitConfig(
             train=list(self.traces),
             truth=f"sequence:length={price:g}" if price else "sequence",
@@ -222,8 +224,21 @@ class Learning:
             seed=self.settings.seed,
             verifier=self.matrix,
         )
-        head = fit(config, folder / "fit").head
+        # What lies there is taken up only where it was made from these traces and settings.
+        made = {
+            "settings": plain_settings(config) | {"train": [traces_key(traces) for traces in self.traces]},
+            "matrix": weights_key({"matrix": self.matrix}),
+        }
+        record = folder / "head_made_from.json"
+        now = json.loads(json.dumps(provenance.record_of(made)))
+        before = provenance.read_object(record, "remove it")
+        if before is not None and before.get("made_from") == now:
+            head = DeferralHead.from_pretrained(folder / "head")
+            if before.get("weights") == weights_key(head):
+                return head
+        head = fit(config, folder / "fit", resume=False).head
         head.save_pretrained(folder / "head")
+        provenance.write_json(record, {"made_from": now, "weights": weights_key(head)})
         return head
 
     def _points(
@@ -309,7 +324,7 @@ class Learning:
             "rounds": self.records,
             "chosen": chosen,
         }
-        provenance.write_json(self.out / "rounds.json", content)
+        provenance.write_json(self.out / "rounds.json", redacted(content))
         return content
 
     def _choose(self, lossless: Decoded) -> dict[str, Any]:

@@ -83,8 +83,8 @@ def _brought(config: PairSection, run: Path, console: RunConsole) -> dict[str, A
     record = run / FOLDER / GATE_FILE
     pair = _load(config, config.drafter, config.verifier)
     wanted = {"fingerprints": pair.fingerprints, "device": str(pair.device)}
-    stored = provenance.read_json(record, "delete it, and the pair is measured again") or {}
-    if stored.get("for") == wanted:
+    stored = provenance.read_object(record, "remove it") or {}
+    if stored.get("for") == wanted and isinstance(stored.get("gate"), dict):
         gate = stored["gate"]
     else:
         prompts = read_part(run, "validation", GATE_PROMPTS)

@@ -15,7 +15,7 @@ from typing import Any
 from deferral_train.decoding.outputs import read_lines
 from deferral_train.errors import InputError
 from deferral_train.evaluation.frontier import VERIFIER, FrontierPoint, table2
-from deferral_train.provenance import read_json
+from deferral_train.provenance import read_object
 from deferral_train.redaction import redacted
 from deferral_train.report.shadow import Sums, find_shadow
 
@@ -261,7 +261,7 @@ def _value(point: Mapping[str, Any], name: str, default: float) -> float:
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    return read_json(path, "run that stage again")
+    return read_object(path, "run that stage again")
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from deferral_train import provenance
+from deferral_train.errors import InputError
 from deferral_train.heads.base import DeferralHead
 from deferral_train.training.checkpoint import load_checkpoint, read_checkpoint
 from deferral_train.training.config import FitConfig, make_head, plain_settings
@@ -70,12 +71,13 @@ def _fit(config: FitConfig, out: Path, resume: bool) -> FitResult:
         pl.seed_everything(config.seed, verbose=False)
     data = _data(config)
     head = make_head(config, data.traces["train"], data.matrix_width)
-    take_up(out, made_from(plain_settings(config), data, head), resume)
+    source = made_from(plain_settings(config), data, head)
+    take_up(out, source, resume)
     data.prepare(head)
     if config.head == "plug_in" or isinstance(head, SklearnHead):
         result = _closed_form(config, data, head)
     else:
-        result = _train(config, data, head, out, resume)
+        result = _train(config, data, head, out, provenance.hash_of(source), resume)
     _record(config, data, result, out)
     return result
 
@@ -96,8 +98,9 @@ def _data(config: FitConfig) -> TraceDataModule:
 
 
 def _train(
-    config: FitConfig, data: TraceDataModule, head: DeferralHead, out: Path, resume: bool
+    config: FitConfig, data: TraceDataModule, head: DeferralHead, out: Path, source: str, resume: bool
 ) -> FitResult:
+    """Train with Lightning; ``source`` is the hash of what decides the weights, which checkpoints carry."""
     module = DeferralModule(
         head,
         objective=config.objective,
@@ -108,6 +111,7 @@ def _train(
         seed=config.seed,
         figure_every=config.figure_every,
     )
+    module.made_from = source
     best = best_checkpoint(out)
     last = out / "checkpoints" / "last.ckpt"
     start = str(last) if resume and last.exists() else None
@@ -119,6 +123,10 @@ def _train(
             config, logger, [best, stop, KeepLast(last), OneCurve(out, start is not None), LogOften()]
         )
         trainer.fit(module, data, ckpt_path=start, weights_only=True)
+    if not Path(best.best_model_path).is_file():
+        raise InputError(
+            f"{out}: the best checkpoint, {best.best_model_path}, is gone; resume=False or --fresh starts over"
+        )
     head, scalars = read_checkpoint(best.best_model_path)
     return FitResult(head, Path(best.best_model_path), scalars, Path(logger.log_dir), trainer.current_epoch)
 

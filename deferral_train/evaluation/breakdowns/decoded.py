@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from deferral_train.decoding.outputs import AGAIN, BATCHES, OUTPUTS, SUMMARY, read_lines
+from deferral_train.decoding.outputs import BATCHES, OUTPUTS, read_lines, read_record
 from deferral_train.errors import InputError
 from deferral_train.evaluation.bootstrap import Interval, Redraws
 from deferral_train.evaluation.breakdowns.prompts import size_words
 from deferral_train.evaluation.breakdowns.tables import Row
 from deferral_train.evaluation.online import speed_table
 from deferral_train.evaluation.quality import per_prompt
-from deferral_train.provenance import read_json
 
 METRIC = "chrf"
 
@@ -27,7 +26,7 @@ def check_folders(folders: Sequence[Path]) -> None:
         InputError: the folder, named.
     """
     for folder in folders:
-        for file in (SUMMARY, OUTPUTS):
+        for file in ("summary.json", OUTPUTS):
             if not (folder / file).is_file():
                 raise InputError(
                     f"decoded: {folder} holds no {file}; give the --out of a finished decode run"
@@ -45,7 +44,11 @@ def settings_table(folders: Sequence[Path], redraws: Redraws) -> list[Row]:
 
 
 def _rows(folder: Path, redraws: Redraws) -> list[Row]:
-    summary = read_json(folder / SUMMARY, AGAIN) or {"rules": {}}
+    summary = read_record(folder / "summary.json")
+    if summary is None or not isinstance(summary.get("rules"), dict):
+        raise InputError(
+            f"decoded: {folder} holds no summary of rules; give the --out of a finished decode run"
+        )
     outputs, batches = list(read_lines(folder / OUTPUTS)), list(read_lines(folder / BATCHES))
     speeds = speed_table(batches)
     group = f"{folder.name}: {describe(summary)}"

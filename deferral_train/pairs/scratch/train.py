@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from deferral_train.errors import InputError
 from deferral_train.pairs import overlap
 from deferral_train.pairs.checkpoint import without_bars
 from deferral_train.pairs.encode import encode_prompts
+from deferral_train.pairs.fingerprint import checkpoint_fingerprint
 from deferral_train.pairs.gate import GateResult, check_pair
 from deferral_train.pairs.load import load_models, load_tokenizer
 from deferral_train.pairs.prompts import Prompt
@@ -28,8 +29,8 @@ from deferral_train.pairs.scratch.tokenizer import QUESTION, train_tokenizer
 from deferral_train.pairs.scratch.train_config import PairConfig, Schedule
 from deferral_train.pairs.scratch.training_text import TrainingText, load_training_text
 
+AGAIN = "--fresh trains anew"
 RECORD = "pair.json"
-REMEDY = "--fresh trains anew"
 # What a progress display is asked for: a report for one model's training, given its name and number of steps.
 Progress = Callable[[str, int], Report]
 
@@ -111,7 +112,7 @@ def _finished(config: PairConfig, out: Path) -> PairResult | None:
     """The stored result; refuses a folder that another configuration or other texts began."""
     now = made_from(config)
     for path in (out / RECORD, out / "work" / "config.json"):
-        record = provenance.read_json(path, REMEDY)
+        record = provenance.read_object(path, AGAIN)
         if record is None:
             continue
         if record.get("outcome") != now["outcome"]:
@@ -120,13 +121,25 @@ def _finished(config: PairConfig, out: Path) -> PairResult | None:
             )
         before = None if "texts" not in record else {name: record[name] for name in now}
         provenance.refuse_reuse(out, before, now, "choose another folder, or --fresh to train anew")
-    record = provenance.read_json(out / RECORD, REMEDY)
+    record = provenance.read_object(out / RECORD, AGAIN)
     if record is None:
         return None
     try:
+        _refuse_others(out, record["fingerprints"])
         return _result(out, record["losses"], GateResult(**record["gate"]), reused=True)
     except (KeyError, TypeError) as error:
-        raise InputError(f"{out / RECORD} is damaged ({error}); {REMEDY}") from None
+        raise InputError(f"{out / RECORD} is damaged ({error}); --fresh trains anew") from None
+
+
+def _refuse_others(out: Path, recorded: Mapping[str, Any]) -> None:
+    """Refuse models that are not those that were trained here and measured: gone, or trained on in their folder."""
+    for role in ("drafter", "verifier"):
+        try:
+            now = checkpoint_fingerprint(out / role)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{out / role} cannot be read ({str(error)[:100]}); {AGAIN}") from None
+        if any(now[name] != recorded[role][name] for name in ("config", "weights")):
+            raise InputError(f"{out / role} holds another model than the one that was trained there; {AGAIN}")
 
 
 def _result(out: Path, losses: dict[str, float], gate: GateResult, reused: bool) -> PairResult:
@@ -165,6 +178,14 @@ def _schedules(config: PairConfig) -> dict[str, Schedule]:
     return {"verifier": config.verifier_schedule, "drafter": config.drafter_schedule}
 
 
+def _kept_loss(path: Path) -> float:
+    """Closing loss of a model that is finished while its pair is not."""
+    try:
+        return float((provenance.read_object(path, AGAIN) or {})["loss"])
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{path} is damaged (no loss); {AGAIN}") from None
+
+
 def _one_model(
     role: str,
     config: PairConfig,
@@ -176,8 +197,8 @@ def _one_model(
 ) -> float:
     """Train and publish one model unless it is there; returns its closing training loss."""
     kept = out / "work" / f"{role}.json"
-    if (out / role).is_dir() and (record := provenance.read_json(kept, REMEDY)) is not None:
-        return float(record["loss"])
+    if (out / role).is_dir() and kept.is_file():
+        return _kept_loss(kept)
     schedule = _schedules(config)[role]
     model = new_model(config, role, tokenizer)
     settings = LoopSettings(
