@@ -84,7 +84,8 @@ class Schedule:
             self.shallow_steps > 0
         ):
             raise InputError(
-                f"shallow_layers={self.shallow_layers}, shallow_steps={self.shallow_steps}: set both above 0, or neither"
+                f"shallow_layers={self.shallow_layers}, shallow_steps={self.shallow_steps}: set both above 0, "
+                "or neither"
             )
         if self.shallow_steps >= self.steps:
             raise InputError(
