@@ -52,8 +52,8 @@ def make_scorer(metric: str, typed: Collection[str] = ()) -> Any:
             )
         return FunctionScorer(metric, _imported(metric, module, name))
     raise InputError(
-        f"metric is {metric!r}; use one of {', '.join([*METRICS, *CORPUS_METRICS])}, 'sql:DATABASE', 'command:PROGRAM' or "
-        "'module:function'"
+        f"metric is {metric!r}; use one of {', '.join([*METRICS, *CORPUS_METRICS])}, 'sql:DATABASE', "
+        "'command:PROGRAM' or 'module:function'"
     )
 
 
