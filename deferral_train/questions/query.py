@@ -119,13 +119,14 @@ class _Writer:
     def text(self, draw: random.Random | None) -> str:
         query, word = self.query, self._word
         clauses = [f"{word('select')} {', '.join(self._selected())}", f"{word('from')} {self._tables()}"]
-        conditions = [part for condition in query.where for part in self._condition(condition)]
+        both = f" {word('and')} "
+        conditions = [both.join(self._condition(condition)) for condition in query.where]
         if query.join is not None and self.style.comma:
             conditions.append(self._joined(query.join))
         if draw is not None:
             draw.shuffle(conditions)
         if conditions:
-            clauses.append(f"{word('where')} " + f" {word('and')} ".join(conditions))
+            clauses.append(f"{word('where')} {both.join(conditions)}")
         if query.group is not None:
             clauses.append(f"{word('group by')} {self._column(query.group)}")
         if query.order is not None:
