@@ -205,14 +205,15 @@ class HeadsConfig:
         rounds: above 0: learn from finished texts instead, as ``deferral-train rounds`` does, in so many rounds along
             the cascade's own text; the candidates are fitted to compare with.
         calls: wished verifier calls per token of these, as a share of lossless's.
-        label_metric: that finished texts are scored by.
+        label_metric: that finished texts are scored by; default execution accuracy with ``text.questions``, else
+            sentence BLEU and chrF1.
         label_share: of the places of each prompt that are labelled.
     """
 
     candidates: dict[str, dict[str, Any]] = field(default_factory=lambda: {"gap": {"head": "gap"}})
     rounds: int = 0
     calls: float = RoundsSettings.calls
-    label_metric: tuple[str, ...] = RoundsSettings.metrics
+    label_metric: tuple[str, ...] = ()
     label_share: float = RoundsSettings.label_share
 
     def __post_init__(self) -> None:

@@ -37,6 +37,7 @@ from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.fingerprint import weights_key
 from deferral_train.heads.rules import learned_rule
 from deferral_train.pairs.prompts import Prompt
+from deferral_train.pipeline.ask import execution_accuracy
 from deferral_train.pipeline.config import RoundsSettings, RunConfig
 from deferral_train.pipeline.heads import BEST
 from deferral_train.pipeline.text import read_part
@@ -358,10 +359,11 @@ def learn_in_rounds(config: RunConfig, pair: Mapping[str, Any], folder: Path) ->
         what was chosen, and a line's worth of every round.
     """
     heads, how = config.heads, config.decode
+    default = RoundsSettings().metrics if config.text.questions is None else (execution_accuracy(folder),)
     settings = RoundsSettings(
         rounds=heads.rounds,
         calls=heads.calls,
-        metrics=tuple(heads.label_metric),
+        metrics=tuple(heads.label_metric) or default,
         label_share=heads.label_share,
         temperature=how.temperature,
         num_draft_tokens=how.num_draft_tokens,
