@@ -24,7 +24,7 @@ from deferral_train.pairs.prompts import Prompt
 from deferral_train.pipeline.learning import DecodedPoint, Learning, RoundsSettings, at_calls
 from deferral_train.report.page import write_report
 from deferral_train.traces import open_traces
-from deferral_train.traces.sequence import labelled_rows, sequence_gap
+from deferral_train.traces.sequence import labelled_rows, sequence_gap, sequence_summary
 from deferral_train.training.config import FitConfig
 from deferral_train.training.fit import FitResult, fit
 
@@ -183,6 +183,59 @@ def test_rules_and_heads_are_scored_by_the_same_labels(pair: Pair, folder: Path,
     assert scores.at_kept("learned", 0.5) < scores.at_kept("opt", 0.5)
     written = json.loads(scores.write(tmp_path).read_text())
     assert written["meta"]["unit"] == "chrf1"
+
+
+def test_form_b_from_labels_to_decoded_text(pair: Pair, tmp_path: Path) -> None:
+    """Labels of drafted tokens, their log q and log p, a folded head, offline scores and the loop."""
+    given = prompts(0, 30)
+    labels = labelled(
+        pair,
+        tmp_path / "traces",
+        given,
+        temperature=1.0,
+        label_form="token",
+        label_samples=2,
+        max_new_tokens=6,
+    )
+    traces = open_traces(labels)
+    rows = labelled_rows(traces)
+    at = sequence_summary(
+        traces, ["token", "drafter_logprob", "verifier_logprob", "drafter_max", "drafter_argmax"]
+    )
+    at = at.select(rows)
+    top = at.token == at.drafter_argmax
+    assert 0 < int(top.sum()) < len(top)
+    assert torch.allclose(at.drafter_logprob[top], at.drafter_max[top].log(), atol=1e-4)
+    assert (at.drafter_logprob[~top] < at.drafter_max[~top].log() + 1e-5).all()
+    result = fitted(pair, labels, tmp_path / "fit", head="token_gap", objective="squared", epochs=2)
+    head = result.head
+    assert head.head_type == "token_gap"
+    assert head.inputs.lookups is not None
+    assert not head.inputs.lookups.width
+    assert dict(head.named_parameters())["body.0.weight"].abs().sum() > 0
+    head.save_pretrained(tmp_path / "head")
+    scores = score_sequences([traces], ["opt", f"learned:head={tmp_path / 'head'},alpha=0.1"], bootstrap=0)
+    own = next(found for name, found in scores.rules.items() if name.startswith("learned"))
+    assert own[0].kept < 0.3 < 0.7 < own[-1].kept
+    kept = {round(one.kept, 3): one.kept_gap[0] for one in own}
+    gap = sequence_gap(traces)[rows].numpy()
+    assert max(kept) <= 1
+    assert own[-1].kept_gap[0] == pytest.approx(gap.mean(), abs=3 * gap.std())
+    rule = learned_rule(head, 0.05)
+    found = pair.generate([one.prompt for one in given[:4]], rule, temperature=1.0, max_new_tokens=6, seed=1)
+    assert all(found.tokens)
+    with pytest.raises(InputError, match=r"labels of form 'position'|--label-form token"):
+        fitted(
+            pair,
+            folder_of_positions(pair, tmp_path),
+            tmp_path / "other",
+            head="token_gap",
+            objective="squared",
+        )
+
+
+def folder_of_positions(pair: Pair, out: Path) -> Path:
+    return labelled(pair, out / "positions", prompts(0, 12), temperature=1.0, max_new_tokens=6)
 
 
 def test_token_pairs_are_ordered_by_what_the_head_estimates(pair: Pair, folder: Path, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.traces.judged import judged_summary
 from deferral_train.traces.reader import Traces
+from deferral_train.traces.sequence import favourite_summary
 from deferral_train.traces.truth import rejection
 
 CANDIDATES = 200
@@ -89,7 +89,7 @@ def fit_acceptance(
     drafted = (
         traces.manifest.prefixes == "drafter"
     )  # else the drafter's favourite stands for what it would draft
-    fields = Traces.summary if drafted else judged_summary
+    fields = Traces.summary if drafted else favourite_summary
     predicted = head.score(fields(traces, head.features))
     prompts = torch.from_numpy(traces.prompt_of_row.copy())
     found = fit_chains(predicted, 1 - rejection(traces, temperature), prompts, cost, longest)
