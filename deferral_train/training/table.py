@@ -188,7 +188,7 @@ def check_label(head: DeferralHead, label: str) -> None:
 
 
 def _check_form(traces: Traces, head: DeferralHead, label: str) -> None:
-    """Refuse labels that average over tokens for a head that reads the token, and labels of tokens for one that does not.
+    """Refuse labels that average over tokens where the head reads the token, and those of tokens where it does not.
 
     Raises:
         InputError: sequence labels of the other form.

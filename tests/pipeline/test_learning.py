@@ -217,13 +217,12 @@ def test_form_b_from_labels_to_decoded_text(pair: Pair, tmp_path: Path) -> None:
     scores = score_sequences([traces], ["opt", f"learned:head={tmp_path / 'head'},alpha=0.1"], bootstrap=0)
     own = next(found for name, found in scores.rules.items() if name.startswith("learned"))
     assert own[0].kept < 0.3 < 0.7 < own[-1].kept
-    kept = {round(one.kept, 3): one.kept_gap[0] for one in own}
     gap = sequence_gap(traces)[rows].numpy()
-    assert max(kept) <= 1
-    assert own[-1].kept_gap[0] == pytest.approx(gap.mean(), abs=3 * gap.std())
+    every = float(gap.mean()), float(gap.std())
+    assert own[-1].kept_gap[0] == pytest.approx(every[0], abs=every[1])
     rule = learned_rule(head, 0.05)
     found = pair.generate([one.prompt for one in given[:4]], rule, temperature=1.0, max_new_tokens=6, seed=1)
-    assert all(found.tokens)
+    assert all(found.texts)
     with pytest.raises(InputError, match=r"labels of form 'position'|--label-form token"):
         fitted(
             pair,
