@@ -29,7 +29,7 @@ SENTENCES = [
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "book.txt"
-    path.write_text("".join(f"{SENTENCES[i % 3]} {i % 7}\n" for i in range(3000)))
+    path.write_text("".join(f"{SENTENCES[i % 3]} {i % 7}\n" for i in range(8000)))
     return path
 
 
@@ -112,17 +112,17 @@ def test_broken_off_and_taken_up_it_ends_with_the_same_bits(
 ) -> None:
     whole = train_pair(config_of(text, verifier), tmp_path / "whole")
 
-    class Break(Exception):
+    class BreakError(Exception):
         pass
 
     def progress(name: str, steps: int) -> Any:
         def report(step: int, tokens: int, loss: float) -> None:
             if step == 17:
-                raise Break
+                raise BreakError
 
         return report
 
-    with pytest.raises(Break):
+    with pytest.raises(BreakError):
         train_pair(config_of(text, verifier), tmp_path / "broken", progress)
     assert (tmp_path / "broken" / "work" / "drafter.pt").is_file()
     done = []
@@ -151,11 +151,11 @@ def test_layers_that_cannot_be_kept(kept: tuple[int, ...], message: str) -> None
 
 
 def test_what_cannot_be_cut(text: Path, verifier: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="drafter_schedule.distil above 0"):
+    with pytest.raises(InputError, match=r"drafter_schedule\.distil above 0"):
         config_of(text, verifier, drafter_schedule=Schedule(3, 2))
     with pytest.raises(InputError, match="leave kind at llama"):
         config_of(text, verifier, kind="t5")
-    with pytest.raises(InputError, match="from_verifier=.*not a checkpoint"):
+    with pytest.raises(InputError, match=r"from_verifier=.*not a checkpoint"):
         open_verifier(tmp_path / "nothing")
     tiny_model("t5", 0).save_pretrained(tmp_path / "t5")
     with pytest.raises(InputError, match="this is an encoder-decoder"):

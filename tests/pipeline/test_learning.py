@@ -24,7 +24,12 @@ from deferral_train.pairs.prompts import Prompt
 from deferral_train.pipeline.learning import DecodedPoint, Learning, RoundsSettings, at_calls
 from deferral_train.report.page import write_report
 from deferral_train.traces import open_traces
-from deferral_train.traces.sequence import labelled_rows, sequence_gap, sequence_summary
+from deferral_train.traces.sequence import (
+    check_one_kind,
+    labelled_rows,
+    sequence_gap,
+    sequence_summary,
+)
 from deferral_train.training.config import FitConfig
 from deferral_train.training.fit import FitResult, fit
 
@@ -153,6 +158,28 @@ def test_labels_that_do_not_mean_the_same_are_not_fitted_together(
     collect(plain, tmp_path / "bare", progress=False, models=pair.models, prompts=prompts(0, 12))
     with pytest.raises(InputError, match="these traces hold no labels"):
         fitted(pair, tmp_path / "bare", tmp_path / "fit")
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        ("pair", {"verifier": {"weights": "another"}}, "verifier is another"),
+        ("temperature", 1.0, "temperature is 1.0"),
+        ("labels", {"scales": [0.5]}, r"scales is \[0.5\]"),
+        ("labels", {"reference": "verifier"}, "reference is verifier"),
+        ("labels", {"form": "token"}, "form is token"),
+    ],
+)
+def test_labels_of_another_kind_are_named(folder: Path, where: str, value: object, message: str) -> None:
+    first, other = open_traces(folder), open_traces(folder)
+    check_one_kind([first, other])
+    old = getattr(other.manifest, where)
+    new = {**old, **value} if isinstance(value, dict) else value
+    object.__setattr__(other, "manifest", dataclasses.replace(other.manifest, **{where: new}))
+    with pytest.raises(
+        InputError, match=f"sequence labels: {message} in one trace folder and .* in the first"
+    ):
+        check_one_kind([first, other])
 
 
 def test_a_judge_learns_from_the_same_labels(pair: Pair, folder: Path, tmp_path: Path) -> None:
