@@ -30,7 +30,7 @@ from deferral_train.collecting.sequence_sampling import Sampling, Uniforms, draw
 from deferral_train.errors import InputError
 from deferral_train.pairs.encode import EncodedPrompt
 from deferral_train.pairs.load import ModelPair
-from deferral_train.rules.laws import lowest_argmax
+from deferral_train.rules.distributions import lowest_argmax
 from deferral_train.traces.schema import (
     SEQUENCE_ERROR,
     SEQUENCE_GAP,
@@ -138,7 +138,7 @@ class SequenceLabels:
             rows: places of the positions among the logit rows.
         """
         lengths = [len(tokens) for tokens in continuations.tokens]
-        laws = {
+        distributions = {
             role: scores[role].logits[:, : self.pair.vocab_size].index_select(0, rows).split(lengths)
             for role in ("drafter", "verifier")
         }
@@ -146,14 +146,17 @@ class SequenceLabels:
         assert past is not None
         starts = [1 if self.pair.is_encoder_decoder else len(prompt.input_ids) for prompt in prompts]
         path = CachedTexts(continuations.tokens, starts, past)
-        texts = self._places(prompts, path, laws)
+        texts = self._places(prompts, path, distributions)
         columns = self._table(lengths, *self._measured(prompts, texts), str(rows.device))
         if self.settings.sampling.form == "token":
-            columns |= _token_logprobs(columns[SEQUENCE_TOKEN], laws)
+            columns |= _token_logprobs(columns[SEQUENCE_TOKEN], distributions)
         return columns
 
     def _places(
-        self, prompts: Sequence[EncodedPrompt], path: CachedTexts, laws: Mapping[str, Sequence[Tensor]]
+        self,
+        prompts: Sequence[EncodedPrompt],
+        path: CachedTexts,
+        distributions: Mapping[str, Sequence[Tensor]],
     ) -> tuple[list[list[Place]], list[int], list[str | None]]:
         """Of every labelled place its samples, the token that it is about, and every prompt's reference."""
         settings, pair = self.settings, self.pair
@@ -161,7 +164,7 @@ class SequenceLabels:
         verifier = Verifier(pair.verifier, pair.vocab_size, frozenset(pair.eos_ids), most, tally=self.tally)
         favourites = [
             Favourites(lowest_argmax(q).tolist(), lowest_argmax(p).tolist())
-            for q, p in zip(laws["drafter"], laws["verifier"])
+            for q, p in zip(distributions["drafter"], distributions["verifier"])
         ]
         greedy = settings.sampling.temperature == 0
         chosen = [
@@ -185,7 +188,7 @@ class SequenceLabels:
         uniforms = Uniforms([prompt.id for prompt in prompts], settings.seed, most)
         sampled = {
             role: [(own.float() / settings.sampling.temperature).softmax(-1).cpu() for own in of_role]
-            for role, of_role in laws.items()
+            for role, of_role in distributions.items()
         }
         draws = draw_tokens(sampled, chosen, settings.sampling, uniforms)
         about = [one.drafted[0] if settings.sampling.form == "token" else -1 for one in draws]
@@ -247,10 +250,10 @@ class SequenceLabels:
         return str(self.pair.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
 
-def _token_logprobs(token: Tensor, laws: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+def _token_logprobs(token: Tensor, distributions: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
     """log q and log p [N] of the labelled tokens, NaN where there is none."""
     found = {}
-    for name, logits in zip(SEQUENCE_LOGPROBS, (laws["drafter"], laws["verifier"])):
+    for name, logits in zip(SEQUENCE_LOGPROBS, (distributions["drafter"], distributions["verifier"])):
         logprobs = torch.cat(list(logits)).float().log_softmax(-1)
         own = logprobs.gather(-1, token.clamp_min(0).to(logprobs.device).unsqueeze(-1))[:, 0]
         found[name] = torch.where(token.to(own.device) >= 0, own, torch.nan)

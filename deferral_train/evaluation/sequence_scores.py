@@ -119,7 +119,7 @@ def score_sequences(
     families = make_families(rules, grid)
     usable = [family for family in families if isinstance(family.rule, PositionRule | TokenRule)]
     left_out = {
-        family.name: "its decision is a law over the vocabulary"
+        family.name: "its decision is a distribution over the vocabulary"
         for family in families
         if family not in usable
     }
@@ -197,7 +197,7 @@ def defers(rule: Rule, summary: Summary) -> Tensor:
     if isinstance(rule, PositionRule):
         return rule.defer(summary)
     if not isinstance(rule, TokenRule):
-        raise InputError(f"rule {rule.name}: it decides by a law; decode it instead")
+        raise InputError(f"rule {rule.name}: it decides by a distribution; decode it instead")
     token, drafter, verifier = (summary[name].unsqueeze(-1) for name in TOKEN_NEEDS)
     return ~rule.alone.keep_tokens(token.long(), drafter, verifier, summary)[..., 0]
 

@@ -157,8 +157,8 @@ def test_the_priced_rule_against_every_subset(alpha: float) -> None:
         return (worth * (pi - q)).sum(-1) - alpha * (q - pi).clamp(min=0).sum(-1)
 
     subsets = torch.tensor(list(itertools.product([False, True], repeat=size)))
-    laws = [q * ~subset + (q * subset).sum(-1, keepdim=True) * p for subset in subsets]
-    best = torch.stack([gained(law) for law in laws], -1)
+    targets = [q * ~subset + (q * subset).sum(-1, keepdim=True) * p for subset in subsets]
+    best = torch.stack([gained(each) for each in targets], -1)
     ours = gained(pi)
     assert (ours >= torch.maximum(best[:, 0], best[:, -1]) - 1e-12).all()
     assert ours.mean() >= 0.97 * best.amax(-1).mean() - 1e-12
