@@ -21,7 +21,7 @@ from deferral_train.heads import DeferralHead
 from deferral_train.heads.rules import learned_rule
 from deferral_train.pairs.load import make_pair
 from deferral_train.pairs.prompts import Prompt
-from deferral_train.pipeline.learning import DecodedPoint, Learning, RoundsSettings, at_calls
+from deferral_train.pipeline.learning import DecodedPoint, Learning, RoundsSettings, at_calls, next_price
 from deferral_train.report.page import write_report
 from deferral_train.traces import open_traces
 from deferral_train.traces.sequence import (
@@ -158,6 +158,30 @@ def test_labels_that_do_not_mean_the_same_are_not_fitted_together(
     collect(plain, tmp_path / "bare", progress=False, models=pair.models, prompts=prompts(0, 12))
     with pytest.raises(InputError, match="these traces hold no labels"):
         fitted(pair, tmp_path / "bare", tmp_path / "fit")
+
+
+@pytest.mark.parametrize("bend", [0.0, 0.15, -0.4, -0.8])
+@pytest.mark.parametrize("start", [-0.1, 0.08])
+def test_the_price_on_length_is_sought_until_the_text_is_as_long_as_lossless(
+    start: float, bend: float
+) -> None:
+    """Length as a bent function of the price, as it was on a pair where one step of the secant overshot."""
+    excess: dict[float, float] = {}
+    price: float | None = 0.0
+    while price is not None:
+        excess[price] = start - 0.3 * price - (bend if price < 0 else -bend) * price * price
+        price = next_price(excess, 0.005)
+    assert list(excess)[:2] == [0.0, -0.15 if start < 0 else 0.15]
+    assert 3 <= len(excess) <= 5
+    assert min(map(abs, excess.values())) <= 0.005
+
+
+def test_the_search_for_a_price_ends() -> None:
+    assert next_price({0.0: 0.004}, 0.005) is None
+    assert next_price({0.0: -0.1, -0.15: -0.1}, 0.005) is None  # the price does nothing
+    assert next_price({0.0: -0.1, -0.15: -0.099}, 0.005) == -1.0  # the most
+    assert next_price({0.0: -0.1, -0.15: -0.099, -1.0: -0.09}, 0.005) is None
+    assert next_price({0.0: -0.099, -0.15: -0.057, -0.354: 0.03}, 0.005) == -0.284
 
 
 @pytest.mark.parametrize(
