@@ -170,7 +170,11 @@ def contestants(
         temperature=arguments.temperature,
     )
     torch.manual_seed(0)
-    names = [name for name in RULES if name not in ("judge", "learned", "drafter_only", "verifier_only")]
+    names = [
+        name
+        for name in RULES
+        if name not in ("judge", "learned", "token_gap", "drafter_only", "verifier_only")
+    ]
     rules = {name: make_rule(name) for name in (arguments.rules or names)}
     rules["head"] = learned_rule(GapHead(HEAD_FEATURES).eval().requires_grad_(False), alpha=0.1)
     return {

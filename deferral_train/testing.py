@@ -328,11 +328,14 @@ def _check_offline(rule: Rule, case: Case, context: Summary | None) -> None:
     if isinstance(rule, PositionRule) and not rule.needs & TOKEN_FIELDS and not rule.is_lossless:
         assert torch.equal(rule.defer(online), rule.defer(offline)), f"{rule.name}: offline decision differs"
     if isinstance(rule, TokenRule) and not rule.is_lossless:
-        every = rule.keep(distributions.drafter_logprobs, distributions.verifier_logprobs, online)
-        some = torch.tensor([0, 3, distributions.q.shape[-1] - 1])
-        part = rule.keep(
-            distributions.drafter_logprobs[..., some], distributions.verifier_logprobs[..., some], offline
+        every = rule.keep_tokens(
+            None, distributions.drafter_logprobs, distributions.verifier_logprobs, online
         )
+        some = torch.tensor([0, 3, distributions.q.shape[-1] - 1])
+        chosen = (
+            logs[..., some] for logs in (distributions.drafter_logprobs, distributions.verifier_logprobs)
+        )
+        part = rule.keep_tokens(some.expand(*every.shape[:-1], len(some)), *chosen, offline)
         assert torch.equal(every[..., some], part), f"{rule.name}: a token's decision depends on its company"
 
 

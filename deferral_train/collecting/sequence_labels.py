@@ -35,6 +35,7 @@ from deferral_train.traces.schema import (
     SEQUENCE_ERROR,
     SEQUENCE_GAP,
     SEQUENCE_GAPS,
+    SEQUENCE_LOGPROBS,
     SEQUENCE_TOKEN,
     SEQUENCE_WORDS,
 )
@@ -146,7 +147,10 @@ class SequenceLabels:
         starts = [1 if self.pair.is_encoder_decoder else len(prompt.input_ids) for prompt in prompts]
         path = CachedTexts(continuations.tokens, starts, past)
         texts = self._places(prompts, path, distributions)
-        return self._table(lengths, *self._measured(prompts, texts), str(rows.device))
+        columns = self._table(lengths, *self._measured(prompts, texts), str(rows.device))
+        if self.settings.sampling.form == "token":
+            columns |= _token_logprobs(columns[SEQUENCE_TOKEN], distributions)
+        return columns
 
     def _places(
         self,
@@ -244,3 +248,13 @@ class SequenceLabels:
 
     def _text(self, tokens: Sequence[int]) -> str:
         return str(self.pair.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+def _token_logprobs(token: Tensor, distributions: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    """log q and log p [N] of the labelled tokens, NaN where there is none."""
+    found = {}
+    for name, logits in zip(SEQUENCE_LOGPROBS, (distributions["drafter"], distributions["verifier"])):
+        logprobs = torch.cat(list(logits)).float().log_softmax(-1)
+        own = logprobs.gather(-1, token.clamp_min(0).to(logprobs.device).unsqueeze(-1))[:, 0]
+        found[name] = torch.where(token.to(own.device) >= 0, own, torch.nan)
+    return found

@@ -50,6 +50,7 @@ from deferral_train.training.resuming import traces_key
 LEVELS = (0.3, 0.45, 0.6, 0.75, 0.88)  # shares of the places that are kept, by estimates of the latest traces
 PROBE = 0.15  # first price on length that is tried, in deviations
 MOST_PRICE = 1.0
+MOST_PRICES = 5  # each is a fit and a decoding of the validation prompts
 LOSSLESS = "lossless"
 ROUNDS = "rounds"  # what the head of rounds is called in a run, and their folder
 
@@ -112,6 +113,31 @@ def at_calls(points: Sequence[DecodedPoint], calls: float) -> DecodedPoint:
         between([point.length for point in points]),
         scores,
     )
+
+
+def next_price(excess: Mapping[float, float], tolerance: float) -> float | None:
+    """The price on length to try next, from the excess of length over lossless's at those tried, in their order.
+
+    The first is `PROBE` towards the length that is missing; then on the line through the two nearest prices of which
+    one writes too long and one too short, or as long as there is none, through the last two. None where one is within
+    the tolerance, where enough were tried, or where nothing new is left.
+    """
+    prices = list(excess)
+    if min(map(abs, excess.values())) <= tolerance or len(prices) >= MOST_PRICES:
+        return None
+    if len(prices) == 1:
+        return PROBE if excess[prices[0]] > 0 else -PROBE
+    longer = [price for price in prices if excess[price] > 0]
+    shorter = [price for price in prices if excess[price] < 0]
+    a, b = prices[-2:]
+    if longer and shorter:
+        a, b = min(longer, key=lambda one: excess[one]), max(shorter, key=lambda one: excess[one])
+    if excess[a] == excess[b]:
+        return None
+    price = round(
+        float(np.clip(a - excess[a] * (b - a) / (excess[b] - excess[a]), -MOST_PRICE, MOST_PRICE)), 3
+    )
+    return None if price in excess else price
 
 
 class Learning:
@@ -196,16 +222,12 @@ class Learning:
 
     def _priced(self, number: int, objective: str, lossless: Decoded) -> Candidate:
         """The head whose decoded text is as long as lossless's: a price on length where that is needed."""
-        first = self._candidate(number, objective, 0.0, lossless)
-        excess = first.at_wish.length - 1
-        if abs(excess) <= self.settings.length_tolerance:
-            return first
-        second = self._candidate(number, objective, PROBE if excess > 0 else -PROBE, lossless)
-        moved = second.at_wish.length - first.at_wish.length
-        tried = [first, second]
-        if moved:
-            price = float(np.clip(-excess * second.length_price / moved, -MOST_PRICE, MOST_PRICE))
-            tried.append(self._candidate(number, objective, round(price, 3), lossless))
+        tried: list[Candidate] = []
+        price: float | None = 0.0
+        while price is not None:
+            tried.append(self._candidate(number, objective, price, lossless))
+            excess = {one.length_price: one.at_wish.length - 1 for one in tried}
+            price = next_price(excess, self.settings.length_tolerance)
         return min(tried, key=lambda one: abs(one.at_wish.length - 1))
 
     def _candidate(self, number: int, objective: str, price: float, lossless: Decoded) -> Candidate:

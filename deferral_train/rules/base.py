@@ -332,21 +332,41 @@ class TokenRule(Rule):
         """
         raise NotImplementedError
 
+    def keep_tokens(
+        self, tokens: Tensor | None, drafter_logprobs: Tensor, verifier_logprobs: Tensor, summary: Summary
+    ) -> Tensor:
+        """As :meth:`keep`; a rule that looks at which token it is overrides this.
+
+        Args:
+            tokens: ids of the candidates [.., K]; None is the whole vocabulary, in order.
+        """
+        return self.keep(drafter_logprobs, verifier_logprobs, summary)
+
+    @property
+    def alone(self) -> TokenRule:
+        """The rule that decides each token by itself; differs where a rule weighs the tokens of a position together."""
+        return self
+
     def step(self, distributions: Distributions, summary: Summary, token: Tensor) -> RuleStep:
         """A kept token stands; any other is checked against pi_Token, for which every token is asked."""
         if distributions.greedy:
-            q, p = distributions.logprobs_of(token)
-            keep = self.keep(q.unsqueeze(-1), p.unsqueeze(-1), summary).squeeze(-1)
+            q, p = (one.unsqueeze(-1) for one in distributions.logprobs_of(token))
+            keep = self.alone.keep_tokens(token.unsqueeze(-1), q, p, summary).squeeze(-1)
+            p = p.squeeze(-1)
             allowed = p > -torch.inf if distributions.sampling is None else distributions.allows(token)
             return RuleStep(~keep, keep & allowed, None)
-        keeps = self.keep(distributions.drafter_logprobs, distributions.verifier_logprobs, summary)
+        keeps = self.keep_tokens(
+            None, distributions.drafter_logprobs, distributions.verifier_logprobs, summary
+        )
         allowed = keeps & distributions.support
         target = keep_distribution(distributions.q, distributions.p, allowed)
         kept, probability = gather_token(allowed, token), gather_token(target, token)
         return RuleStep(~gather_token(keeps, token), kept, target, probability)
 
     def _distribution(self, distributions: Distributions, summary: Summary) -> Tensor:
-        keep = self.keep(distributions.drafter_logprobs, distributions.verifier_logprobs, summary)
+        keep = self.keep_tokens(
+            None, distributions.drafter_logprobs, distributions.verifier_logprobs, summary
+        )
         return keep_distribution(distributions.q, distributions.p, keep & distributions.support)
 
     def logged_deferral(
@@ -396,11 +416,15 @@ class TokenRule(Rule):
         return token, torch.zeros(drafter.shape, dtype=torch.float64)
 
     def _keeps(self, summary: Summary, candidates: Candidates) -> Tensor:
-        return self.keep(candidates.drafter_logprobs, candidates.verifier_logprobs, summary)
+        return self.keep_tokens(
+            candidates.ids, candidates.drafter_logprobs, candidates.verifier_logprobs, summary
+        )
 
     def _keeps_argmax(self, summary: Summary) -> Tensor:
         top = summary["verifier_max"].double().log().exp()  # as the candidate's own exp(log p) rounds
-        return self.keep(*argmax_logprobs(summary), summary.with_fields({"verifier_max": top})).squeeze(-1)
+        summary = summary.with_fields({"verifier_max": top})
+        argmax = summary["drafter_argmax"].long().unsqueeze(-1)
+        return self.alone.keep_tokens(argmax, *argmax_logprobs(summary), summary).squeeze(-1)
 
     def _eta(
         self, summary: Summary, candidates: Candidates, distributions: TailedDistributions
@@ -408,9 +432,11 @@ class TokenRule(Rule):
         """Lowest and highest eta = sum q over tokens not kept, [N]."""
         logged = (distributions.q * ~self._keeps(summary, candidates)).sum(dim=-1)
         tail = distributions.excess + distributions.overlap
+        if not self.monotone:
+            return logged, logged + tail
         # Where even the likeliest tail token would not be kept, none is.
         least = candidates.drafter_least.unsqueeze(-1), candidates.verifier_least.unsqueeze(-1)
-        none_kept = ~self.keep(*least, summary).squeeze(-1) & self.monotone
+        none_kept = ~self.keep(*least, summary).squeeze(-1)
         return torch.where(none_kept, logged + tail, logged), logged + tail
 
 

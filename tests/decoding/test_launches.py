@@ -22,7 +22,9 @@ BUDGET = {"greedy": (45, 2), "sampled": (90, 2)}
 OUTSIDE = {"greedy": (12, 1), "sampled": (36, 1)}  # of these, beside verification
 SAMPLING: dict[str, dict[str, Any]] = {"greedy": {}, "sampled": {"do_sample": True, "top_k": 0}}
 # drafter_only verifies nothing; mentored finds its weight by halving, 200 operators of a block when sampling.
-RULES_HERE = [name for name in RULES if name not in ("judge", "learned", "drafter_only", "mentored")]
+RULES_HERE = [
+    name for name in RULES if name not in ("judge", "learned", "token_gap", "drafter_only", "mentored")
+]
 
 
 @contextlib.contextmanager

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from deferral_train.decoding.drafting.speed import SpeedModel
 from deferral_train.errors import InputError
-from deferral_train.traces.judged import judged_summary
 from deferral_train.traces.reader import Traces
+from deferral_train.traces.sequence import argmax_summary
 from deferral_train.traces.truth import rejection
 
 CANDIDATES = 200
@@ -90,7 +90,7 @@ def fit_acceptance(
     drafted = (
         traces.manifest.prefixes == "drafter"
     )  # else the drafter's argmax stands for what it would draft
-    fields = Traces.summary if drafted else judged_summary
+    fields = Traces.summary if drafted else argmax_summary
     predicted = head.score(fields(traces, head.features))
     prompts = torch.from_numpy(traces.prompt_of_row.copy())
     found = fit_chains(predicted, 1 - rejection(traces, temperature), prompts, cost, longest)
