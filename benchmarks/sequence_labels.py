@@ -72,7 +72,7 @@ def settings_of(name: str, traces: Traces) -> dict[str, Rule]:
     family = make_families([name], GRID)[0]
     rules = family.settings
     if not isinstance(family.rule, PositionRule | TokenRule):
-        # Their decision is a law: spread over the dial.
+        # Their decision is a distribution: spread over the dial.
         picked = rules[:: max(1, len(rules) // (len(KEPT) + 1))][1 : len(KEPT) + 1]
         return {f"{name}:{rule.dial_value:g}": rule for rule in picked}
     needs = sorted({*family.rule.needs, *TOKEN_NEEDS, "tv"})

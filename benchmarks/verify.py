@@ -96,7 +96,7 @@ def by_rows(logits: Tensor) -> list[Tensor]:
 
 
 def straightforward(name: str, drafted: Tensor, drafter: Tensor, verifier: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax, then compare: whole laws, target law, acceptance and residual as the equations read."""
+    """Softmax, then compare: whole distributions, target, acceptance and residual as the equations read."""
     q, p = torch.softmax(drafter, dim=-1), torch.softmax(verifier, dim=-1)
     last, p = p[:, -1], p[:, :-1]
     pi = straightforward_target(name, q, p)

@@ -1,6 +1,6 @@
 """Contracts for what users write: `check_rule`, in the spirit of scikit-learn's check_estimator.
 
-Everything is checked by enumeration in float64, with no sampling: the laws at hand have few tokens, so that
+Everything is checked by enumeration in float64, with no sampling: the distributions at hand have few tokens, so that
 draft, acceptance and correction of every token can be added up.
 """
 
@@ -16,8 +16,8 @@ from torch import Tensor
 from deferral_train.errors import InputError
 from deferral_train.heads.check import check_head
 from deferral_train.rules.base import LawRule, PositionRule, Rule, RuleStep, TokenRule
+from deferral_train.rules.distributions import Distributions, gather_token, one_hot
 from deferral_train.rules.emission import acceptance, rejection_mass, residual
-from deferral_train.rules.laws import Laws, gather_token, one_hot
 from deferral_train.rules.summary import CONTEXT_FIELDS, FIELDS, TOKEN_FIELDS, Summary
 from deferral_train.rules.verify import verify_block
 
@@ -30,7 +30,7 @@ VOCABULARY = 9
 
 @dataclass(frozen=True)
 class Case:
-    """Decision and sampling logits [N, V] of one kind of law at one temperature."""
+    """Decision and sampling logits [N, V] of one kind of distribution at one temperature."""
 
     name: str
     temperature: float
@@ -39,9 +39,9 @@ class Case:
     drafter_sampling: Tensor | None = None
     verifier_sampling: Tensor | None = None
 
-    def laws(self) -> Laws:
-        """The four laws."""
-        return Laws.of(
+    def distributions(self) -> Distributions:
+        """The four distributions."""
+        return Distributions.of(
             self.drafter, self.verifier, self.temperature, self.drafter_sampling, self.verifier_sampling
         )
 
@@ -73,22 +73,22 @@ class RuleReport:
 def check_rule(rule: Rule, context: Callable[[int], Summary] | None = None, seed: int = 0) -> RuleReport:
     """Check that a rule keeps the contract, or raise AssertionError saying where it does not.
 
-    Checked on random, tied, peaked, disjoint and one-hot laws, at temperatures 0, 0.5 and 1, with and without
-    top-k and top-p: the target is a law within the verifier's support; draft + accept + residual emits it
+    Checked on random, tied, peaked, disjoint and one-hot distributions, at temperatures 0, 0.5 and 1, with and without
+    top-k and top-p: the target is a distribution within the verifier's support; draft + accept + residual emits it
     within 1e-12; the dial's declared ends; a batch equals its rows; a summary read back decides as the logits
     do; and bad input is refused by the rule's name.
 
     Args:
         rule: an instance, at any value of its dial.
         context: makes the context fields that the rule needs, for N positions.
-        seed: of the random laws.
+        seed: of the random distributions.
     """
     _check_declaration(rule)
     worst = rejection = 0.0
     positions = 0
     for case in cases(seed):
         given = _context(rule, context, case.drafter.shape[0])
-        error, rejection_error = _check_law(rule, case, given)
+        error, rejection_error = _check_distribution(rule, case, given)
         worst, rejection = max(worst, error), max(rejection, rejection_error)
         positions += case.drafter.shape[0]
         _check_ends(rule, case, given)
@@ -116,7 +116,7 @@ def kind_of(rule: Rule) -> str:
 
 
 def cases(seed: int = 0, vocabulary: int = VOCABULARY, positions: int = 6) -> Iterator[Case]:
-    """The laws that rules are checked on: five kinds, three temperatures, plain, top-k and top-p."""
+    """The distributions that rules are checked on: five kinds, three temperatures, plain, top-k and top-p."""
     generator = torch.Generator().manual_seed(seed)
     for kind, (drafter, verifier) in _kinds(vocabulary, positions, generator).items():
         for temperature in TEMPERATURES:
@@ -136,8 +136,8 @@ def top_k(logits: Tensor, k: int = 4) -> Tensor:
 def top_p(logits: Tensor, mass: float = 0.8) -> Tensor:
     """Logits outside the smallest set that holds `mass` masked with -inf."""
     ordered, order = torch.sort(logits, dim=-1, descending=True, stable=True)
-    law = torch.softmax(ordered, dim=-1)
-    outside = law.cumsum(dim=-1) - law >= mass
+    distribution = torch.softmax(ordered, dim=-1)
+    outside = distribution.cumsum(dim=-1) - distribution >= mass
     return torch.empty_like(logits).scatter(-1, order, ordered.masked_fill(outside, -torch.inf))
 
 
@@ -191,18 +191,20 @@ def _check_declaration(rule: Rule) -> None:
             assert rule.with_dial(value).dial_value == value, f"{rule.name}: with_dial({value}) did not hold"
 
 
-def enumerate_emission(rule: Rule, laws: Laws, context: Summary | None = None) -> tuple[Tensor, Tensor]:
-    """Law emitted by drafting every token in turn [N, V], and the probability of a rejection [N].
+def enumerate_emission(
+    rule: Rule, distributions: Distributions, context: Summary | None = None
+) -> tuple[Tensor, Tensor]:
+    """Distribution emitted by drafting every token in turn [N, V], and the probability of a rejection [N].
 
-    Uses what verify_block uses: the score of a drafted token and the law it is corrected by.
+    Uses what verify_block uses: the score of a drafted token and the distribution it is corrected by.
     """
-    positions, vocabulary = laws.q.shape
+    positions, vocabulary = distributions.q.shape
     row = torch.arange(positions).repeat_interleave(vocabulary)
     token = torch.arange(vocabulary).repeat(positions)
-    drafted = laws.q.flatten()
+    drafted = distributions.q.flatten()
     # A token that is never drafted has no acceptance; the likeliest stands in for it, with weight 0.
-    token = torch.where(drafted > 0, token, laws.q.argmax(dim=-1)[row])
-    every = laws.at((row,))
+    token = torch.where(drafted > 0, token, distributions.q.argmax(dim=-1)[row])
+    every = distributions.at((row,))
     given = None if context is None else context.select(row)
     ratio, correction = _checked(rule, every, token, given)
     corrected = (drafted * (1 - ratio)).unsqueeze(-1) * correction
@@ -211,38 +213,42 @@ def enumerate_emission(rule: Rule, laws: Laws, context: Summary | None = None) -
     return emitted, (drafted * (1 - ratio)).reshape(positions, vocabulary).sum(dim=-1)
 
 
-def _checked(rule: Rule, laws: Laws, token: Tensor, context: Summary | None) -> tuple[Tensor, Tensor]:
+def _checked(
+    rule: Rule, distributions: Distributions, token: Tensor, context: Summary | None
+) -> tuple[Tensor, Tensor]:
     """Probability that drafted tokens [N] are emitted, and what they are corrected by where not, [N, V]."""
     if rule.is_lossless:
         step = RuleStep(
             torch.ones_like(token, dtype=torch.bool), torch.zeros_like(token, dtype=torch.bool), None
         )
     else:
-        step = rule.step(laws, rule.read(laws, token, context, frozenset({"token"})), token)
-    target = laws.p if step.target is None else step.target
-    if laws.greedy and target.dim() == token.dim():
-        target = one_hot(target, laws.q.shape[-1], laws.q.dtype)
-    ratio = acceptance(gather_token(target, token), gather_token(laws.q, token))
+        step = rule.step(distributions, rule.read(distributions, token, context, frozenset({"token"})), token)
+    target = distributions.p if step.target is None else step.target
+    if distributions.greedy and target.dim() == token.dim():
+        target = one_hot(target, distributions.q.shape[-1], distributions.q.dtype)
+    ratio = acceptance(gather_token(target, token), gather_token(distributions.q, token))
     ratio = (
-        torch.where(step.kept, torch.ones_like(ratio), ratio) if step.target is None or laws.greedy else ratio
+        torch.where(step.kept, torch.ones_like(ratio), ratio)
+        if step.target is None or distributions.greedy
+        else ratio
     )
-    rest = residual(target, laws.q)
+    rest = residual(target, distributions.q)
     if step.target is None:  # a kept token that may not be emitted: its mass goes to the verifier
         rest = torch.where(step.deferred.unsqueeze(-1), rest, target)
     return ratio, rest
 
 
-def _check_law(rule: Rule, case: Case, context: Summary | None) -> tuple[float, float]:
-    where = f"{rule.name} on {case.name} laws at temperature {case.temperature:g}"
-    laws = case.laws()
+def _check_distribution(rule: Rule, case: Case, context: Summary | None) -> tuple[float, float]:
+    where = f"{rule.name} on {case.name} distributions at temperature {case.temperature:g}"
+    distributions = case.distributions()
     pi = _target(rule, case, context)
     assert bool((pi >= 0).all()), f"{where}: the target has negative entries"
     assert float((pi.sum(dim=-1) - 1).abs().max()) <= TOLERANCE, f"{where}: the target does not sum to one"
-    assert not bool(pi[~laws.support].any()), f"{where}: a masked token has probability"
-    emitted, rejected = enumerate_emission(rule, laws, context)
+    assert not bool(pi[~distributions.support].any()), f"{where}: a masked token has probability"
+    emitted, rejected = enumerate_emission(rule, distributions, context)
     error = float((emitted - pi).abs().max())
     assert error <= TOLERANCE, f"{where}: draft + accept + residual misses the target by {error:.3g}"
-    rejection = float((rejected - rejection_mass(pi, laws.q)).abs().max())
+    rejection = float((rejected - rejection_mass(pi, distributions.q)).abs().max())
     assert rejection <= TOLERANCE, f"{where}: rejection differs from D_TV(q, pi) by {rejection:.3g}"
     if case.temperature == 0:
         assert bool(((pi == 0) | (pi == 1)).all()), f"{where}: greedy execution must be deterministic"
@@ -263,20 +269,26 @@ def _target(rule: Rule, case: Case, context: Summary | None) -> Tensor:
 def _check_ends(rule: Rule, case: Case, context: Summary | None) -> None:
     if rule.dial is None:
         return
-    laws = case.laws()
-    where = f"{rule.name} on {case.name} laws at temperature {case.temperature:g}"
+    distributions = case.distributions()
+    where = f"{rule.name} on {case.name} distributions at temperature {case.temperature:g}"
     if rule.dial.lossless is not None:
         end = rule.with_dial(rule.dial.lossless)
         # Through the formula, not the short cut that execution takes there.
-        summary = Rule.read(_Formula(end), laws, None, context)  # type: ignore[arg-type]
-        error = float((end._law(laws, summary) - laws.p).abs().max())
-        assert error <= TOLERANCE, f"{where}: its lossless end misses the verifier's law by {error:.3g}"
-        assert bool((_target(end, case, context) == laws.p).all()), f"{where}: lossless end not exact"
+        summary = Rule.read(_Formula(end), distributions, None, context)  # type: ignore[arg-type]
+        error = float((end._distribution(distributions, summary) - distributions.p).abs().max())
+        assert error <= TOLERANCE, (
+            f"{where}: its lossless end misses the verifier's distribution by {error:.3g}"
+        )
+        assert bool((_target(end, case, context) == distributions.p).all()), (
+            f"{where}: lossless end not exact"
+        )
     if rule.dial.drafter is not None:
-        lost = laws.q.masked_fill(laws.support, 0.0).sum(dim=-1, keepdim=True)
-        kept = laws.q.masked_fill(~laws.support, 0.0) + lost * laws.p
+        lost = distributions.q.masked_fill(distributions.support, 0.0).sum(dim=-1, keepdim=True)
+        kept = distributions.q.masked_fill(~distributions.support, 0.0) + lost * distributions.p
         error = float((_target(rule.with_dial(rule.dial.drafter), case, context) - kept).abs().max())
-        assert error <= TOLERANCE, f"{where}: its drafter end misses the drafter's law by {error:.3g}"
+        assert error <= TOLERANCE, (
+            f"{where}: its drafter end misses the drafter's distribution by {error:.3g}"
+        )
 
 
 class _Formula:
@@ -306,15 +318,17 @@ def _check_batching(rule: Rule, case: Case, context: Summary | None) -> None:
 
 def _check_offline(rule: Rule, case: Case, context: Summary | None) -> None:
     """A decision from a summary that went through columns is the decision from the logits."""
-    laws = case.laws()
-    online = rule.read(laws, None, context)
+    distributions = case.distributions()
+    online = rule.read(distributions, None, context)
     offline = Summary.from_columns({name: column.clone() for name, column in online.items()})
     if isinstance(rule, PositionRule) and not rule.needs & TOKEN_FIELDS and not rule.is_lossless:
         assert torch.equal(rule.defer(online), rule.defer(offline)), f"{rule.name}: offline decision differs"
     if isinstance(rule, TokenRule) and not rule.is_lossless:
-        every = rule.keep(laws.drafter_logprobs, laws.verifier_logprobs, online)
-        some = torch.tensor([0, 3, laws.q.shape[-1] - 1])
-        part = rule.keep(laws.drafter_logprobs[..., some], laws.verifier_logprobs[..., some], offline)
+        every = rule.keep(distributions.drafter_logprobs, distributions.verifier_logprobs, online)
+        some = torch.tensor([0, 3, distributions.q.shape[-1] - 1])
+        part = rule.keep(
+            distributions.drafter_logprobs[..., some], distributions.verifier_logprobs[..., some], offline
+        )
         assert torch.equal(every[..., some], part), f"{rule.name}: a token's decision depends on its company"
 
 

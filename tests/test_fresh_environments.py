@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from heads.laws import every_head, summary_of
+from heads.distributions import every_head, summary_of
 from tiny_models import save_tiny_pair
 
 from deferral_train.heads import DeferralHead

@@ -92,7 +92,7 @@ def tiny_config(kind: str, vocab_size: int = VOCAB, layers: int = 2) -> Any:
 
 
 def tiny_model(kind: str, seed: int = 0, vocab_size: int = VOCAB, layers: int = 2) -> Any:
-    """A model in eval mode with seeded weights, scaled so that its next-token laws are peaked, not flat."""
+    """A model in eval mode with seeded weights, scaled so that its next-token distributions are peaked, not flat."""
     import transformers
 
     with torch.random.fork_rng(devices=[]):

@@ -3,11 +3,11 @@
     OMP_NUM_THREADS=1 python -m benchmarks.studies.alignable_masking --out OUT.json
 
 A T5 drafter of the shared pair's shape (0.38M parameters) is distilled from the shared pair's verifier on lines
-1-23,000 of Multi30k's training part, by `train-pair`'s own loop and the verifier's law alone (distil 1): once counting
-every position, once with `alignable_top_k` and `draft_window`; same seeds, batches and steps. Judged on held-out
-captions under `lossless`, greedy and sampled: tokens per verifier call. Counts, so that a loaded machine changes
-nothing. Intervals: 95%, bootstrap over prompts, the drafters of all seeds on the same redraws; they hold for these
-drafters, what another seed does is seen in the spread alone.
+1-23,000 of Multi30k's training part, by `train-pair`'s own loop and the verifier's distribution alone (distil 1):
+once counting every position, once with `alignable_top_k` and `draft_window`; same seeds, batches and steps. Judged
+on held-out captions under `lossless`, greedy and sampled: tokens per verifier call. Counts, so that a loaded
+machine changes nothing. Intervals: 95%, bootstrap over prompts, the drafters of all seeds on the same redraws; they
+hold for these drafters, what another seed does is seen in the spread alone.
 """
 
 from __future__ import annotations

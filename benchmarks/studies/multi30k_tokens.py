@@ -4,9 +4,9 @@
 
 Truth mixtures are fitted on traces of train lines 23,001-28,000 that log 256 candidates of each model, chosen on
 ``val`` by area, reported on ``test_2016_flickr``. Nothing is estimated from logged candidates: both models run over
-the references and every law is taken over the whole vocabulary, so that the risk E[1 - pi(gold)] and the rejection
-rate D_TV(q, pi) of every rule are exact at each position. Areas between risk-rejection curves, paired bootstrap over
-prompts.
+the references and every distribution is taken over the whole vocabulary, so that the risk E[1 - pi(gold)] and the
+rejection rate D_TV(q, pi) of every rule are exact at each position. Areas between risk-rejection curves, paired
+bootstrap over prompts.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from deferral_train.pairs.encode import EncodedPrompt, encode_prompts
 from deferral_train.pairs.load import ModelPair, load_models
 from deferral_train.rules import make_rule
 from deferral_train.rules.base import Rule
-from deferral_train.rules.emission import keep_law, rejection_mass
-from deferral_train.rules.laws import Laws
+from deferral_train.rules.distributions import Distributions
+from deferral_train.rules.emission import keep_distribution, rejection_mass
 from deferral_train.rules.summary import Summary
 from deferral_train.training.config import FitConfig
 from deferral_train.training.fit import fit
@@ -72,8 +72,8 @@ def settings_of(rule: Rule) -> list[Rule]:
 
 def batches(
     pair: ModelPair, prompts: Sequence[EncodedPrompt]
-) -> Iterator[tuple[int, Laws, Tensor, Tensor, Tensor]]:
-    """(first prompt, laws [N, V], gold [N], position [N], prompt of row [N]) over the references."""
+) -> Iterator[tuple[int, Distributions, Tensor, Tensor, Tensor]]:
+    """(first prompt, distributions [N, V], gold [N], position [N], prompt of row [N]) over the references."""
     for first in range(0, len(prompts), BATCH):
         part = prompts[first : first + BATCH]
         references = [prompt.reference_ids for prompt in part]
@@ -85,7 +85,7 @@ def batches(
         gold = torch.tensor([token for reference in references for token in reference])
         position = torch.cat([torch.arange(len(reference)) for reference in references])
         row = torch.arange(len(part)).repeat_interleave(torch.tensor([len(r) for r in references]))
-        yield first, Laws.of(logits[0], logits[1]), gold, position, row
+        yield first, Distributions.of(logits[0], logits[1]), gold, position, row
 
 
 def measure(
@@ -94,15 +94,17 @@ def measure(
     """Per rule, sums [2, S + 2, P] of rejections and risk by prompt; drafter first, lossless last."""
     swept = {name: settings_of(rule) for name, rule in rules.items()}
     sums = {name: np.zeros((2, len(settings) + 2, len(prompts))) for name, settings in swept.items()}
-    for first, laws, gold, position, row in batches(pair, prompts):
+    for first, distributions, gold, position, row in batches(pair, prompts):
         context = Summary({"position": position})
         count = int(row.max()) + 1
-        ends = [_effect(laws.q, laws, gold), _effect(laws.p, laws, gold)]
+        ends = [_effect(distributions.q, distributions, gold), _effect(distributions.p, distributions, gold)]
         for name, settings in swept.items():
             reader = next(rule for rule in settings if not rule.is_lossless)  # a lossless one reads nothing
-            summary = reader.read(laws, context=context)
+            summary = reader.read(distributions, context=context)
             with torch.inference_mode():
-                inner = [_effect(pi, laws, gold) for pi in _targets(settings, laws, summary)]
+                inner = [
+                    _effect(pi, distributions, gold) for pi in _targets(settings, distributions, summary)
+                ]
             effects = torch.stack([ends[0], *inner, ends[1]], dim=1)  # [2, S + 2, N]
             by_prompt = effects.new_zeros(2, effects.shape[1], count).index_add_(2, row, effects)
             sums[name][:, :, first : first + count] = by_prompt.numpy()
@@ -111,21 +113,25 @@ def measure(
     return sums
 
 
-def _targets(settings: Sequence[Rule], laws: Laws, summary: Summary) -> Iterator[Tensor]:
+def _targets(settings: Sequence[Rule], distributions: Distributions, summary: Summary) -> Iterator[Tensor]:
     """pi of each setting of a rule, [N, V]; a head's P^ is computed once for all of its alphas."""
     first = settings[0]
     if not isinstance(first, LearnedTokenRule):
-        yield from (rule.law_from(laws, summary) for rule in settings)
+        yield from (rule.distribution_from(distributions, summary) for rule in settings)
         return
-    truth = first.head.truth(laws.drafter_logprobs, laws.verifier_logprobs, summary)
+    truth = first.head.truth(distributions.drafter_logprobs, distributions.verifier_logprobs, summary)
     for alpha in ALPHAS:
-        yield keep_law(laws.q, laws.p, ~dropped_set(laws.q, laws.p, truth, float(alpha)))
+        yield keep_distribution(
+            distributions.q,
+            distributions.p,
+            ~dropped_set(distributions.q, distributions.p, truth, float(alpha)),
+        )
 
 
-def _effect(pi: Tensor, laws: Laws, gold: Tensor) -> Tensor:
+def _effect(pi: Tensor, distributions: Distributions, gold: Tensor) -> Tensor:
     """Rejection probability and risk at each position, [2, N] float64."""
     risk = 1 - pi.gather(-1, gold.unsqueeze(-1)).squeeze(-1)
-    return torch.stack([rejection_mass(pi, laws.q), risk]).double()
+    return torch.stack([rejection_mass(pi, distributions.q), risk]).double()
 
 
 def curves(sums: Mapping[str, np.ndarray], rows: np.ndarray, boot: PromptBootstrap) -> dict[str, Curve]:

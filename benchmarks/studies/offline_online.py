@@ -48,8 +48,8 @@ def compare(
     Args:
         models: checkpoint folders of drafter and verifier. prompts: with references.
         repetitions: of decoding, when sampling; greedy decoding needs one.
-        top_k: logged candidates, for rules that read whole laws; with 64 the unlogged tail alone moves what Token V1
-            and Cactus are predicted to accept at temperature 1 by 4 and 8%.
+        top_k: logged candidates, for rules that read whole distributions; with 64 the unlogged tail alone moves
+            what Token V1 and Cactus are predicted to accept at temperature 1 by 4 and 8%.
     """
     write_prompts(root / "prompts.jsonl", prompts)
     named = {spec: rule_from_spec(spec, typed=[spec]) for spec in specs}

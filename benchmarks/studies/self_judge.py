@@ -48,7 +48,7 @@ COUNTS = {  # prompts of each part
     "decoded": {"calibration": 100, "test": 400},
 }
 STATE = ("verifier_hidden_at_token",)
-LAWS = (
+DISTRIBUTIONS = (
     "verifier_hidden_at_token", "drafter_logprob", "verifier_logprob", "drafter_max:logit", "verifier_max:logit",
     "drafter_entropy", "verifier_entropy", "kl:log1p", "position:log1p",
 )  # fmt: skip
@@ -56,9 +56,9 @@ LAWS = (
 HEADS: dict[str, tuple[str, float | None, Sequence[str], str]] = {
     "selfjudge": ("selfjudge", 0.3, STATE, "linear"),
     "selfjudge_tenth": ("selfjudge", 0.1, STATE, "linear"),
-    "selfjudge_laws": ("selfjudge", 0.3, LAWS, "linear"),
+    "selfjudge_distributions": ("selfjudge", 0.3, DISTRIBUTIONS, "linear"),
     "autojudge": ("autojudge", None, STATE, "linear"),
-    "autojudge_laws": ("autojudge", None, LAWS, "linear"),
+    "autojudge_distributions": ("autojudge", None, DISTRIBUTIONS, "linear"),
 }
 SWEPT = ("selfjudge", "autojudge")
 SHARES = (0.05, 0.1, 0.2)  # of judged tokens that a threshold of the sweep approves of

@@ -1,6 +1,6 @@
 """A drafter below the shared pair's own: a T5 of 1 + 1 layers and width 32 over the same tokenizer, trained on what
 the pair was trained on (lines 1-23,000 of Multi30k's training part), half on the text and half on the verifier's
-law. Writes a checkpoint with tokenizer.
+distribution. Writes a checkpoint with tokenizer.
 
     OMP_NUM_THREADS=1 python -m benchmarks.studies.smaller_drafter --out runs/smaller
 """
@@ -96,11 +96,11 @@ def loss_of(model, verifier, source, mask, target) -> torch.Tensor:
     """Half the text's cross entropy, half the verifier's."""
     arguments = {"input_ids": source, "attention_mask": mask, "labels": target}
     with torch.no_grad():
-        law = torch.softmax(verifier(**arguments).logits, dim=-1)
+        distribution = torch.softmax(verifier(**arguments).logits, dim=-1)
     output = model(**arguments)
     inside = target >= 0
     logprobs = functional.log_softmax(output.logits[inside], dim=-1)
-    return 0.5 * output.loss - 0.5 * (law[inside] * logprobs).sum(dim=-1).mean()
+    return 0.5 * output.loss - 0.5 * (distribution[inside] * logprobs).sum(dim=-1).mean()
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ class Study:
             name: torch.stack([make_rule(name, alpha=float(a)).defer(summary) for a in self.alphas], -1)
             for name in ("opt", "diff", "opt_verifier")
         }
-        found["opt_recalibrated_law"] = self._at_all(self._tempered_gap())
+        found["opt_recalibrated_distribution"] = self._at_all(self._tempered_gap())
         for kind in ("platt", "isotonic"):
             head = PlugInHead(recalibration=kind)
             fit_recalibration(head, self.traces["fit"])
@@ -82,19 +82,19 @@ class Study:
         return gap.unsqueeze(-1) > self.alphas.double() * self.tv.unsqueeze(-1)
 
     def _tempered_gap(self) -> Tensor:
-        """max p - max q after each law's temperature was fitted on the gold tokens of the fit texts."""
+        """max p - max q after each distribution's temperature was fitted on the gold tokens of the fit texts."""
         best, size = {}, self.config["language"]["vocab_size"]
         for role in ("drafter", "verifier"):
-            logs, tail, gold = law_of(self.traces["fit"], role)
+            logs, tail, gold = distribution_of(self.traces["fit"], role)
             temperature = fit_temperature(logs, tail, gold, size)
             print(f"  {role}: temperature {temperature:.3f} fitted on {len(gold)} gold tokens")
-            logs, tail, _ = law_of(self.traces["test"], role)
+            logs, tail, _ = distribution_of(self.traces["test"], role)
             best[role] = temper(logs, tail, size, temperature).exp().amax(-1)
         return best["verifier"] - best["drafter"]
 
 
-def law_of(traces: Traces, role: str) -> tuple[Tensor, Tensor, Tensor]:
-    """A model's logged law [N, K], its tail [N], and the gold token's place in it [N], -1 where absent."""
+def distribution_of(traces: Traces, role: str) -> tuple[Tensor, Tensor, Tensor]:
+    """A model's logged distribution [N, K], its tail [N], and the gold token's place in it [N], -1 where absent."""
     logs = torch.from_numpy(traces.column(f"{role}_top_{role}_logprobs").astype(np.float32))
     ids = torch.from_numpy(traces.column(f"{role}_top_ids").astype(np.int64))
     hit = ids == torch.from_numpy(traces.column("gold").astype(np.int64)).unsqueeze(-1)
@@ -188,7 +188,7 @@ def verdicts(results: Mapping[str, Any], sizes: Sequence[int], seeds: Sequence[i
         claims["doubled: at most 0.25 of OPT"] = all(
             rules[name]["ratio_to_opt"]["value"] <= 0.25 for name in last
         )
-        for name in ("opt_recalibrated_law", "opt_recalibrated_platt", "opt_verifier"):
+        for name in ("opt_recalibrated_distribution", "opt_recalibrated_platt", "opt_verifier"):
             claims[f"doubled: below {name}"] = head < rules[name]["regret"]["value"]
     if "as_they_come" in results:
         rules = results["as_they_come"]["rules"]

@@ -22,7 +22,7 @@ from deferral_train.pairs.load import ModelPair
 from deferral_train.rules import risks
 from deferral_train.traces import Chunk, Manifest
 
-TEACHER_ROWS = 256  # positions per block of the teacher's law
+TEACHER_ROWS = 256  # positions per block of the teacher's distribution
 
 
 @dataclass(frozen=True)
@@ -156,14 +156,14 @@ class BatchCollector:
             return {}
         if self.sequence is not None:
             return self.sequence.columns(prompts, continuations, scores, rows)
-        laws = {
+        distributions = {
             role: scores[role].logits[:, : self.pair.vocab_size].index_select(0, rows)
             for role in ("drafter", "verifier")
         }
         return judge_columns(
             self.pair.verifier,
-            laws["drafter"],
-            laws["verifier"],
+            distributions["drafter"],
+            distributions["verifier"],
             scores["verifier"],
             continuations,
             [prompt.input_ids for prompt in prompts],
@@ -199,23 +199,23 @@ class BatchCollector:
         return context
 
     def _truth(self, scores: dict[str, ModelOutputs], rows: Tensor) -> dict[str, Tensor]:
-        """The truth group under P := the teacher's law."""
+        """The truth group under P := the teacher's distribution."""
         parts = [self._truth_block(scores, block) for block in rows.split(TEACHER_ROWS)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _truth_block(self, scores: dict[str, ModelOutputs], rows: Tensor) -> dict[str, Tensor]:
-        laws = {
+        distributions = {
             role: one.logits[:, : self.pair.vocab_size].index_select(0, rows).float().softmax(dim=-1)
             for role, one in scores.items()
         }
-        return truth_columns(laws["drafter"], laws["verifier"], laws["teacher"])
+        return truth_columns(distributions["drafter"], distributions["verifier"], distributions["teacher"])
 
 
 def truth_columns(q: Tensor, p: Tensor, truth: Tensor) -> dict[str, Tensor]:
-    """The truth group for a known law P, from laws [N, V]."""
+    """The truth group for a known distribution P, from distributions [N, V]."""
     columns = {}
-    for role, law in (("drafter", q), ("verifier", p)):
-        columns[f"truth_{role}_argmax"] = 1 - risks.expected_loss("zero_one", law, truth)
-        columns[f"truth_{role}_log"] = risks.expected_loss("log", law, truth)
-        columns[f"truth_{role}_prob"] = 1 - risks.expected_loss("prob", law, truth)
+    for role, distribution in (("drafter", q), ("verifier", p)):
+        columns[f"truth_{role}_argmax"] = 1 - risks.expected_loss("zero_one", distribution, truth)
+        columns[f"truth_{role}_log"] = risks.expected_loss("log", distribution, truth)
+        columns[f"truth_{role}_prob"] = 1 - risks.expected_loss("prob", distribution, truth)
     return columns

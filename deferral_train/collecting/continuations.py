@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from deferral_train.collecting.scoring import Past
 from deferral_train.collecting.substitute import cut_cache
-from deferral_train.rules.laws import lowest_argmax
+from deferral_train.rules.distributions import lowest_argmax
 
 ENDED_SHARE = 0.25  # of a batch: then the rows that go on are copied together
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from deferral_train.collecting.prefixes import Continuations
 from deferral_train.collecting.scoring import ModelOutputs
 from deferral_train.collecting.substitute import Substitution, rescore
-from deferral_train.rules.laws import gather_token, lowest_argmax
+from deferral_train.rules.distributions import gather_token, lowest_argmax
 from deferral_train.traces.schema import JUDGED_COLUMN, JUDGED_HIDDEN
 
 

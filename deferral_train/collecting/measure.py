@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deferral_train.rules.laws import Laws
-from deferral_train.rules.summary import summarize_laws
+from deferral_train.rules.distributions import Distributions
+from deferral_train.rules.summary import summarize_distributions
 from deferral_train.rules.tails import Candidates
 from deferral_train.traces.schema import SUMMARY_COLUMNS, TOKEN_COLUMNS
 
@@ -53,9 +53,9 @@ class Measure:
 
     def _block(self, drafter: Tensor, verifier: Tensor, rows: Tensor, token: Tensor) -> dict[str, Tensor]:
         logits = [part[:, : self.vocab_size].index_select(0, rows).float() for part in (drafter, verifier)]
-        laws = Laws.of(logits[0], logits[1], self.temperature)
-        summary = summarize_laws(laws, LOGGED, token)
-        lowest, highest = laws.decision.aminmax(dim=-1)  # NaN where a logit is
+        distributions = Distributions.of(logits[0], logits[1], self.temperature)
+        summary = summarize_distributions(distributions, LOGGED, token)
+        lowest, highest = distributions.decision.aminmax(dim=-1)  # NaN where a logit is
         columns = {name: summary[name] for name in summary}
         columns["finite"] = (torch.isfinite(lowest) & torch.isfinite(highest)).all(dim=0)
-        return columns | (Candidates.top(laws, self.top_k) if self.top_k else {})
+        return columns | (Candidates.top(distributions, self.top_k) if self.top_k else {})

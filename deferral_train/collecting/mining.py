@@ -14,7 +14,7 @@ from deferral_train.collecting.prefixes import Continuations, FromModel, greedy_
 from deferral_train.collecting.scoring import make_inputs, score
 from deferral_train.pairs.encode import EncodedPrompt
 from deferral_train.pairs.load import ModelPair
-from deferral_train.rules.laws import lowest_argmax
+from deferral_train.rules.distributions import lowest_argmax
 
 Quality = Callable[
     [Sequence[str], Sequence[str]], Sequence[float]

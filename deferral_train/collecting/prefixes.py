@@ -209,7 +209,7 @@ def _settings(pair: ModelPair, model: Any, temperature: float, max_new_tokens: i
 def _only(model: Any, settings: Any) -> Iterator[None]:
     """Hide a checkpoint's own generation settings (top-k 50, penalties), which transformers would mix in.
 
-    The prefixes would follow another law than the one that the manifest names.
+    The prefixes would follow another distribution than the one that the manifest names.
     """
     before = model.generation_config
     model.generation_config = settings

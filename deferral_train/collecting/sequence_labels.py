@@ -30,7 +30,7 @@ from deferral_train.collecting.sequence_sampling import Sampling, Uniforms, draw
 from deferral_train.errors import InputError
 from deferral_train.pairs.encode import EncodedPrompt
 from deferral_train.pairs.load import ModelPair
-from deferral_train.rules.laws import lowest_argmax
+from deferral_train.rules.distributions import lowest_argmax
 from deferral_train.traces.schema import (
     SEQUENCE_ERROR,
     SEQUENCE_GAP,
@@ -137,7 +137,7 @@ class SequenceLabels:
             rows: places of the positions among the logit rows.
         """
         lengths = [len(tokens) for tokens in continuations.tokens]
-        laws = {
+        distributions = {
             role: scores[role].logits[:, : self.pair.vocab_size].index_select(0, rows).split(lengths)
             for role in ("drafter", "verifier")
         }
@@ -145,11 +145,14 @@ class SequenceLabels:
         assert past is not None
         starts = [1 if self.pair.is_encoder_decoder else len(prompt.input_ids) for prompt in prompts]
         path = CachedTexts(continuations.tokens, starts, past)
-        texts = self._places(prompts, path, laws)
+        texts = self._places(prompts, path, distributions)
         return self._table(lengths, *self._measured(prompts, texts), str(rows.device))
 
     def _places(
-        self, prompts: Sequence[EncodedPrompt], path: CachedTexts, laws: Mapping[str, Sequence[Tensor]]
+        self,
+        prompts: Sequence[EncodedPrompt],
+        path: CachedTexts,
+        distributions: Mapping[str, Sequence[Tensor]],
     ) -> tuple[list[list[Place]], list[int], list[str | None]]:
         """Of every labelled place its samples, the token that it is about, and every prompt's reference."""
         settings, pair = self.settings, self.pair
@@ -157,7 +160,7 @@ class SequenceLabels:
         verifier = Verifier(pair.verifier, pair.vocab_size, frozenset(pair.eos_ids), most, tally=self.tally)
         favourites = [
             Favourites(lowest_argmax(q).tolist(), lowest_argmax(p).tolist())
-            for q, p in zip(laws["drafter"], laws["verifier"])
+            for q, p in zip(distributions["drafter"], distributions["verifier"])
         ]
         greedy = settings.sampling.temperature == 0
         chosen = [
@@ -181,7 +184,7 @@ class SequenceLabels:
         uniforms = Uniforms([prompt.id for prompt in prompts], settings.seed, most)
         sampled = {
             role: [(own.float() / settings.sampling.temperature).softmax(-1).cpu() for own in of_role]
-            for role, of_role in laws.items()
+            for role, of_role in distributions.items()
         }
         draws = draw_tokens(sampled, chosen, settings.sampling, uniforms)
         about = [one.drafted[0] if settings.sampling.form == "token" else -1 for one in draws]

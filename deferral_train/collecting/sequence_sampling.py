@@ -47,11 +47,11 @@ class Uniforms:
         return float(self._rows[row, what][position])
 
 
-def draw(law: Tensor, uniform: Tensor) -> Tensor:
-    """Token of each law [R, V] at its uniform number [R]: the first whose cumulative probability exceeds it."""
-    below = law.double().cumsum(-1)
+def draw(distribution: Tensor, uniform: Tensor) -> Tensor:
+    """Token of each distribution [R, V] at a uniform number [R]: the first whose cumulative probability exceeds it."""
+    below = distribution.double().cumsum(-1)
     token = torch.searchsorted(below, (uniform.double() * below[:, -1])[:, None], right=True)[:, 0]
-    return token.clamp(max=law.shape[-1] - 1)
+    return token.clamp(max=distribution.shape[-1] - 1)
 
 
 def sampler(temperature: float, uniforms: Uniforms) -> Callable[[Tensor, Sequence[Branch], int], Tensor]:
@@ -59,8 +59,8 @@ def sampler(temperature: float, uniforms: Uniforms) -> Callable[[Tensor, Sequenc
 
     def choose(logits: Tensor, branches: Sequence[Branch], steps: int) -> Tensor:
         numbers = [uniforms.at(one.row, one.place + steps, one.sample) for one in branches]
-        law = (logits.float() / temperature).softmax(-1)
-        return draw(law, torch.tensor(numbers, dtype=torch.float64, device=logits.device))
+        distribution = (logits.float() / temperature).softmax(-1)
+        return draw(distribution, torch.tensor(numbers, dtype=torch.float64, device=logits.device))
 
     return choose
 
@@ -86,7 +86,7 @@ class Sampling:
     """How labels are sampled.
 
     Attributes:
-        temperature: of both laws and of the texts.
+        temperature: of both distributions and of the texts.
         samples: continuations of each side, at least 1.
         form: ``position`` or ``token``.
     """
@@ -97,12 +97,15 @@ class Sampling:
 
 
 def draw_tokens(
-    laws: Mapping[str, Sequence[Tensor]], chosen: Sequence[Sequence[int]], how: Sampling, uniforms: Uniforms
+    distributions: Mapping[str, Sequence[Tensor]],
+    chosen: Sequence[Sequence[int]],
+    how: Sampling,
+    uniforms: Uniforms,
 ) -> list[Draws]:
     """Tokens of both models at the chosen places.
 
     Args:
-        laws: by role, of each text its sampling laws [L, V].
+        distributions: by role, of each text its sampling distributions [L, V].
         chosen: places of each text.
         how: form and number of samples.
         uniforms: random numbers.
@@ -114,8 +117,12 @@ def draw_tokens(
             own = numbers
             if how.form == "token":
                 own = [uniforms.at(row, place, 0, "draft")] * how.samples
-            q, p = (laws[role][row][place].expand(how.samples, -1) for role in ("drafter", "verifier"))
-            drafted, verified = (draw(law, torch.tensor(u)).tolist() for law, u in ((q, own), (p, numbers)))
+            q, p = (
+                distributions[role][row][place].expand(how.samples, -1) for role in ("drafter", "verifier")
+            )
+            drafted, verified = (
+                draw(distribution, torch.tensor(u)).tolist() for distribution, u in ((q, own), (p, numbers))
+            )
             found.append(Draws(row, place, drafted, verified))
     return found
 

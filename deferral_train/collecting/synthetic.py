@@ -75,7 +75,7 @@ def _columns(part: SyntheticChunk, first: int, top_k: int, truth: bool) -> dict[
     gold = part.gold.flatten()
     measure = Measure(logits[0].shape[1], top_k)
     columns = measure(logits[0], logits[1], torch.arange(len(gold)), gold)
-    del columns["finite"]  # the laws of a table are
+    del columns["finite"]  # the distributions of a table are
     columns["gold"] = gold
     columns["prompt"] = torch.arange(first + part.first, first + part.first + count).repeat_interleave(length)
     columns["position"] = torch.arange(length).repeat(count)

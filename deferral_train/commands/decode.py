@@ -40,12 +40,12 @@ class DecodeSettings:
         max_new_tokens: most tokens emitted per prompt.
         batch_size: prompts decoded together.
         temperature: of the sampling; 0 is greedy.
-        top_k: truncation of the sampling laws, 0 for none.
-        top_p: truncation of the sampling laws, 1 for none.
+        top_k: truncation of the sampling distributions, 0 for none.
+        top_p: truncation of the sampling distributions, 1 for none.
         seed: of the sampling.
         repetitions: times that everything is decoded; rules take turns batch by batch.
         execution: speculative, token, lazy or sequence.
-        bonus: law of the token after a whole block: verifier or exact.
+        bonus: distribution of the token after a whole block: verifier or exact.
         max_request_loss: bound on the summed estimated loss of kept tokens per prompt; then lossless.
         stop: adaptive draft length: confidence:threshold=0.4, cumulative:threshold=0.2,
             entropy:threshold=0.4,weight=0.2, head:head=FOLDER,alpha=0.1,threshold=0.5,

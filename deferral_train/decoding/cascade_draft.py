@@ -1,4 +1,4 @@
-"""A draft that came in pieces from several drafters, with the law of each token; put together when read.
+"""A draft that came in pieces from several drafters, with the distribution of each token; put together when read.
 
 B rows, M tokens of one piece, N of a draft, V vocabulary, D hidden width.
 """
@@ -22,7 +22,7 @@ class Piece:
         source: the drafter that handed them on, 0 the largest; Max-Gram comes last.
         tokens: [B, M].
         decision: that drafter's decision logits [B, M, V]; None for Max-Gram.
-        law: what the tokens were drawn from [B, M, V]; None for Max-Gram and at temperature 0: one-hots.
+        distribution: what the tokens were drawn from [B, M, V]; None for Max-Gram and at temperature 0: one-hots.
         hidden: that drafter's hidden states [B, M, D], where somebody reads them.
     """
 
@@ -31,7 +31,7 @@ class Piece:
     lengths: list[int]
     tokens: Tensor
     decision: Tensor | None = None
-    law: Tensor | None = None
+    distribution: Tensor | None = None
     hidden: Tensor | None = None
 
 
@@ -67,22 +67,26 @@ class Grown:
             self.counts[row] += length
             self.sources[row] += [piece.source] * length
 
-    def laws(self, depth: int, vocabulary: int) -> Tensor | None:
+    def distributions(self, depth: int, vocabulary: int) -> Tensor | None:
         """q [B, depth, V], what the tokens were drawn from; None where all are Max-Gram's one-hots."""
-        if all(piece.law is None for piece in self.pieces):
+        if all(piece.distribution is None for piece in self.pieces):
             return None
-        law = self._zeros(depth, vocabulary)
+        distribution = self._zeros(depth, vocabulary)
         for piece in self.pieces:
-            _place(law, piece, one_hots(piece.tokens, vocabulary) if piece.law is None else piece.law)
-        return law
+            _place(
+                distribution,
+                piece,
+                one_hots(piece.tokens, vocabulary) if piece.distribution is None else piece.distribution,
+            )
+        return distribution
 
     def probabilities(self, drafted: Tensor) -> Tensor:
         """At temperature 0: the probability that the drafter which handed on a token gives it, [B, N]."""
         found = torch.ones(drafted.shape, device=drafted.device)
         for piece in self.pieces:
             if piece.decision is not None:
-                law = torch.softmax(piece.decision, dim=-1)
-                _place(found, piece, law.gather(2, piece.tokens[..., None])[..., 0])
+                distribution = torch.softmax(piece.decision, dim=-1)
+                _place(found, piece, distribution.gather(2, piece.tokens[..., None])[..., 0])
         return found
 
     def decisions(self, depth: int, vocabulary: int) -> Tensor:
@@ -94,11 +98,13 @@ class Grown:
         return logits
 
     def samplings(self, depth: int, vocabulary: int) -> Tensor:
-        """Logits [B, depth, V] of the laws that the tokens were really drawn from."""
+        """Logits [B, depth, V] of the distributions that the tokens were really drawn from."""
         logits = self._zeros(depth, vocabulary)
         for piece in self.pieces:
-            law = one_hots(piece.tokens, vocabulary) if piece.law is None else piece.law
-            _place(logits, piece, law.log())
+            distribution = (
+                one_hots(piece.tokens, vocabulary) if piece.distribution is None else piece.distribution
+            )
+            _place(logits, piece, distribution.log())
         return logits
 
     def hiddens(self, depth: int) -> Tensor | None:
@@ -119,13 +125,13 @@ class Grown:
 
 @dataclass
 class CascadeDraft(Draft):
-    """A draft whose laws are put together only if somebody reads them.
+    """A draft whose distributions are put together only if somebody reads them.
 
     Attributes:
         grown: its pieces.
         places: T, or T + 1 for an exact bonus.
         vocabulary: V.
-        explicit: whether tokens were drawn from other laws than softmax(decision / temperature).
+        explicit: whether tokens were drawn from other distributions than softmax(decision / temperature).
     """
 
     grown: Grown = field(default_factory=lambda: Grown.empty([]))
@@ -152,8 +158,8 @@ class CascadeDraft(Draft):
 
 def one_hots(tokens: Tensor, vocabulary: int) -> Tensor:
     """[B, M, V] of tokens [B, M], float32."""
-    law = torch.zeros(*tokens.shape, vocabulary, device=tokens.device)
-    return law.scatter_(-1, tokens[..., None], 1.0)
+    distribution = torch.zeros(*tokens.shape, vocabulary, device=tokens.device)
+    return distribution.scatter_(-1, tokens[..., None], 1.0)
 
 
 def _place(whole: Tensor, piece: Piece, part: Tensor) -> None:

@@ -15,13 +15,18 @@ from torch import Tensor
 from deferral_train.decoding.cached_model import CachedModel
 from deferral_train.decoding.cascade_draft import CascadeDraft, Grown, Piece, one_hots
 from deferral_train.decoding.criteria import EndOfRow
+from deferral_train.decoding.distributions import Drafted, SamplingDistributions
 from deferral_train.decoding.drafting.counts import ReviewCounts
 from deferral_train.decoding.drafting.max_gram import MaxGramText
 from deferral_train.decoding.drafting.plan import Plan
-from deferral_train.decoding.drafting.review import Review, review_greedy, review_sampled, reviewed_law
-from deferral_train.decoding.laws import Drafted, SamplingLaws
+from deferral_train.decoding.drafting.review import (
+    Review,
+    review_greedy,
+    review_sampled,
+    reviewed_distribution,
+)
 from deferral_train.decoding.tokens import TokenRows, on_device
-from deferral_train.rules.laws import lowest_argmax
+from deferral_train.rules.distributions import lowest_argmax
 
 
 class CascadeProposer:
@@ -30,7 +35,7 @@ class CascadeProposer:
     Args:
         plan: who proposes how much to whom.
         models: the drafters, largest first.
-        tokens, laws, ends: of the call.
+        tokens, distributions, ends: of the call.
         prompts: ids of each row of the call, for Max-Gram; encoder ids of an encoder-decoder model.
         separate: whether generated text does not continue the prompt (encoder-decoder).
         generator: source of randomness.
@@ -41,13 +46,13 @@ class CascadeProposer:
         plan: Plan,
         models: Sequence[CachedModel],
         tokens: TokenRows,
-        laws: SamplingLaws,
+        distributions: SamplingDistributions,
         ends: EndOfRow,
         prompts: Sequence[Sequence[int]],
         separate: bool,
         generator: torch.Generator | None,
     ) -> None:
-        self.plan, self.tokens, self.laws, self.ends = plan, tokens, laws, ends
+        self.plan, self.tokens, self.distributions, self.ends = plan, tokens, distributions, ends
         self.models: Sequence[CachedModel] = list(models)
         self.prompts, self.separate, self.generator = prompts, separate, generator
         self.counts = ReviewCounts(plan.drafters)
@@ -68,7 +73,7 @@ class CascadeProposer:
         self._tails = [[] for _ in range(rows)]
         if self.plan.max_gram is not None:
             self._catch_up()
-        assert self.laws.vocab_size is not None
+        assert self.distributions.vocab_size is not None
         grown = self._latest = self._draft_for(0, list(limits))
         grown.device = tokens.device
         depth, counts = max(grown.counts), list(grown.counts)
@@ -82,8 +87,8 @@ class CascadeProposer:
             drafted=Drafted(counts, self._ends(self._tails)),
             grown=grown,
             places=depth + int(exact),
-            vocabulary=self.laws.vocab_size,
-            explicit=self.plan.one_hot_tail or self.plan.lenience > 1.0 or self.laws.shapes,
+            vocabulary=self.distributions.vocab_size,
+            explicit=self.plan.one_hot_tail or self.plan.lenience > 1.0 or self.distributions.shapes,
         )
 
     def observe(self, proposed: Sequence[int], accepted: Sequence[int]) -> None:
@@ -124,10 +129,10 @@ class CascadeProposer:
         logits = model.feed(ahead=depth, keep=depth + 1).to(tokens.device)
         tails = [tail[begin - base :] for tail, begin, base in zip(self._tails, here, self._base)]
         place = Drafted(inner.counts, self._ends(tails))
-        decision = self.laws.decision(logits, tokens, 0, place)
-        sampling = self.laws.sampling(logits, decision, tokens, 0, place)
+        decision = self.distributions.decision(logits, tokens, 0, place)
+        sampling = self.distributions.sampling(logits, decision, tokens, 0, place)
         drafted = tokens.window(0, depth)
-        review, law = self._review(inner, drafted, decision, sampling)
+        review, distribution = self._review(inner, drafted, decision, sampling)
         tokens.put(review.accepted, review.next_token)
         facts = torch.stack([review.accepted, review.next_token], dim=1)
         host = torch.cat([facts, tokens.window(0, depth + 1)], dim=1).tolist()
@@ -142,7 +147,7 @@ class CascadeProposer:
             self.passes[tokens.rows[row]][source] += 1
         hidden = model.hidden(depth + 1) if model.tap is not None else None
         written = tokens.window(0, depth + 1)
-        grown.add(Piece(source, list(grown.counts), lengths, written, decision, law, hidden))
+        grown.add(Piece(source, list(grown.counts), lengths, written, decision, distribution, hidden))
         tokens.lengths = [length + more for length, more in zip(here, lengths)]
         for one in self.models[source:]:
             one.settle()
@@ -152,40 +157,44 @@ class CascadeProposer:
     ) -> tuple[Review, Tensor | None]:
         lengths = on_device(inner.counts, drafted.device)
         lenience, depth = self.plan.lenience, drafted.shape[1]
-        if self.laws.temperature == 0.0:
+        if self.distributions.temperature == 0.0:
             proposed = inner.probabilities(drafted) if lenience > 1.0 else None
             return review_greedy(drafted, proposed, decision, lengths, lenience), None
-        own = self._sampling_law(decision, sampling)
-        proposal = inner.laws(depth, decision.shape[-1])
+        own = self._sampling_distribution(decision, sampling)
+        proposal = inner.distributions(depth, decision.shape[-1])
         review = review_sampled(drafted, proposal, own, lengths, lenience, self.generator)
         if lenience == 1.0 or not depth:
             return review, own
         dense = proposal if proposal is not None else one_hots(drafted, own.shape[-1])
-        reviewed = reviewed_law(dense, own[:, :depth], lenience)
+        reviewed = reviewed_distribution(dense, own[:, :depth], lenience)
         inside = torch.arange(depth, device=drafted.device) < lengths[:, None]
-        law = own.clone()
-        law[:, :depth] = torch.where(inside[..., None], reviewed, own[:, :depth])
-        return review, law
+        distribution = own.clone()
+        distribution[:, :depth] = torch.where(inside[..., None], reviewed, own[:, :depth])
+        return review, distribution
 
     def _look_ahead(self, grown: Grown) -> None:
-        """The largest drafter's law behind the draft, which no token is drawn from: an exact bonus reads it."""
+        """The largest drafter's distribution behind the draft; no token is drawn from it, an exact bonus reads it."""
         tokens, model = self.tokens, self.models[0]
         tokens.lengths = [start + count for start, count in zip(self._base, grown.counts)]
         logits = model.feed().to(tokens.device)
-        decision = self.laws.decision(logits, tokens)
-        law, best = None, lowest_argmax(decision)
-        if self.laws.temperature > 0.0:
-            law = self._sampling_law(decision, self.laws.sampling(logits, decision, tokens))
+        decision = self.distributions.decision(logits, tokens)
+        distribution, best = None, lowest_argmax(decision)
+        if self.distributions.temperature > 0.0:
+            distribution = self._sampling_distribution(
+                decision, self.distributions.sampling(logits, decision, tokens)
+            )
         hidden = model.hidden(1) if model.tap is not None else None
         ones = [1] * len(self._base)
-        grown.pieces.append(Piece(0, list(grown.counts), ones, best, decision, law, hidden))
+        grown.pieces.append(Piece(0, list(grown.counts), ones, best, decision, distribution, hidden))
         tokens.lengths = list(self._base)
         self._calls = [calls + 1 for calls in self._calls]
         for row in tokens.rows:
             self.passes[row][0] += 1
 
-    def _sampling_law(self, decision: Tensor, sampling: Tensor | None) -> Tensor:
-        return torch.softmax(decision / self.laws.temperature if sampling is None else sampling, dim=-1)
+    def _sampling_distribution(self, decision: Tensor, sampling: Tensor | None) -> Tensor:
+        return torch.softmax(
+            decision / self.distributions.temperature if sampling is None else sampling, dim=-1
+        )
 
     def _ends(self, texts: Sequence[Sequence[int]]) -> list[bool]:
         """Which drafts end their row."""

@@ -207,7 +207,9 @@ def _check_given(request: Request, given: GivenDraft) -> None:
             "opt_verifier, token_v3 or lossless"
         )
     if request.settings.bonus == "exact":
-        raise InputError("bonus 'exact' needs a drafter's law after the block; a given text has none")
+        raise InputError(
+            "bonus 'exact' needs a drafter's distribution after the block; a given text has none"
+        )
     given.check(len(request.input_ids), request.vocab_size or request.facts.vocab_size)
 
 
@@ -234,7 +236,7 @@ def _check_cascade(request: Request, cascade: DraftCascade) -> None:
             "has none; let a drafter review them (last entry of k[0] 0), or use opt_verifier, token_v3 or lossless"
         )
     if request.settings.bonus == "exact" and not cascade.drafters:
-        raise InputError("bonus 'exact' needs a drafter's law after the block; Max-Gram has none")
+        raise InputError("bonus 'exact' needs a drafter's distribution after the block; Max-Gram has none")
     if "drafter_hidden" in rule.needs and (plan.one_hot_tail or len(plan.reviewing) != 1):
         raise InputError(
             f"rule {rule.name} reads the drafter's hidden states, and k[0] has {len(plan.reviewing)} drafters and "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from deferral_train.decoding.laws import needs_real_rows
+from deferral_train.decoding.distributions import needs_real_rows
 from deferral_train.decoding.tokens import TokenRows
 
 

@@ -16,13 +16,13 @@ from deferral_train.decoding.cached_model import CachedModel, CacheRoom
 from deferral_train.decoding.cascade_drafting import CascadeProposer
 from deferral_train.decoding.checks import Request, check_request, rows_together
 from deferral_train.decoding.criteria import EndOfRow
+from deferral_train.decoding.distributions import SamplingDistributions
 from deferral_train.decoding.drafting.counts import ReviewCounts
 from deferral_train.decoding.executions import execute
 from deferral_train.decoding.facts import core_of
 from deferral_train.decoding.given_drafting import GivenProposer
 from deferral_train.decoding.hidden import HiddenTap, tap_hidden
 from deferral_train.decoding.inputs import decoder_inputs, encoder_inputs, prompts_of
-from deferral_train.decoding.laws import SamplingLaws
 from deferral_train.decoding.loop import DecodingState
 from deferral_train.decoding.proposing import ModelProposer, Proposer
 from deferral_train.decoding.settings import Settings
@@ -146,8 +146,8 @@ def _decode(request: Request, processors: Sequence[Any], criteria: Sequence[Any]
     config, settings, rows = request.generation_config, request.settings, len(request.input_ids)
     ends = EndOfRow(criteria, config.max_length)
     size = request.vocab_size or request.facts.vocab_size
-    laws = SamplingLaws(processors, bool(config.do_sample), size)
-    together = rows_together(request, laws.strict or ends.strict)
+    distributions = SamplingDistributions(processors, bool(config.do_sample), size)
+    together = rows_together(request, distributions.strict or ends.strict)
     tokens = TokenRows(
         request.input_ids, _prompt_mask(request), ends.max_length, request.depth, _pad_id(config)
     )
@@ -159,15 +159,15 @@ def _decode(request: Request, processors: Sequence[Any], criteria: Sequence[Any]
         if request.given is not None:
             proposer = GivenProposer(request.given, tokens, size)
         elif request.plan is None:
-            proposer = ModelProposer(models[0], tokens, laws, ends, settings.stop, request.generator)
+            proposer = ModelProposer(models[0], tokens, distributions, ends, settings.stop, request.generator)
         else:
             prompts = prompts_of(request.model, tokens, request.inputs_tensor, request.model_kwargs)
             separate = request.facts.is_encoder_decoder
             proposer = CascadeProposer(
-                request.plan, models[:-1], tokens, laws, ends, prompts, separate, request.generator
+                request.plan, models[:-1], tokens, distributions, ends, prompts, separate, request.generator
             )
         state = DecodingState(
-            models[0], models[-1], request.rule, laws, tokens, ends, stats, proposer, settings,
+            models[0], models[-1], request.rule, distributions, tokens, ends, stats, proposer, settings,
             request.num_draft_tokens, request.generator, together, request.token_streamer, request.token_log,
         )  # fmt: skip
         if settings.stop is not None:

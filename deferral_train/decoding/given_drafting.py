@@ -8,8 +8,8 @@ import torch
 
 from deferral_train.decoding.cached_model import CachedModel
 from deferral_train.decoding.cascade_draft import CascadeDraft, Grown, Piece
+from deferral_train.decoding.distributions import Drafted
 from deferral_train.decoding.drafting.given import GivenDraft
-from deferral_train.decoding.laws import Drafted
 from deferral_train.decoding.tokens import TokenRows
 
 

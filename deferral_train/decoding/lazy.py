@@ -2,7 +2,7 @@
 
 Tokens that the rule keeps are emitted unverified. Where it defers, the drafted token is checked against the
 verifier: one pass scores it and takes in every token emitted since the last pass; if it stands, the same
-pass gives a bonus token. The target law is the token cascade's, except that bonus tokens follow the verifier
+pass gives a bonus token. The target distribution is the token cascade's, except that bonus tokens follow the verifier
 (``bonus="exact"`` withholds them).
 """
 
@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deferral_train.decoding.laws import Drafted
+from deferral_train.decoding.distributions import Drafted
 from deferral_train.decoding.loop import DecodingState, advance
-from deferral_train.decoding.token_execution import decide_early, drafter_laws
+from deferral_train.decoding.token_execution import decide_early, drafter_distributions
 from deferral_train.rules.registry import make_rule
 from deferral_train.rules.verify import Origin, Verdict, verify_block
 
@@ -21,8 +21,8 @@ from deferral_train.rules.verify import Origin, Verdict, verify_block
 def lazy_cascade(state: DecodingState) -> None:
     """Until all rows end: draft one token per row; check the deferred ones, emit the others as they are."""
     while state.running:
-        decision, sampling = drafter_laws(state)
-        drafted = state.laws.draw_one(decision, sampling, state.generator)
+        decision, sampling = drafter_distributions(state)
+        drafted = state.distributions.draw_one(decision, sampling, state.generator)
         state.tokens.write(0, drafted[:, None])
         deferred = decide_early(state, decision, sampling, drafted).tolist()
         verdict = _check(state, drafted, decision, sampling) if any(deferred) else None
@@ -31,18 +31,20 @@ def lazy_cascade(state: DecodingState) -> None:
 
 def _check(state: DecodingState, drafted: Tensor, decision: Tensor, sampling: Tensor | None) -> Verdict:
     """One verifier pass over everything pending and the drafted token; the deferred rows use its verdict."""
-    laws, tokens = state.laws, state.tokens
+    distributions, tokens = state.distributions, state.tokens
     logits = state.verifier.feed(ahead=1, keep=2).to(tokens.device)
-    place = Drafted([1] * len(drafted), state.ends.are_eos(drafted.tolist())) if laws.strict else None
-    verifier = laws.decision(logits, tokens, 0, place)
+    place = (
+        Drafted([1] * len(drafted), state.ends.are_eos(drafted.tolist())) if distributions.strict else None
+    )
+    verifier = distributions.decision(logits, tokens, 0, place)
     return verify_block(
         make_rule("lossless"),
         drafted[:, None],
         decision[:, None],
         verifier,
-        temperature=laws.temperature,
+        temperature=distributions.temperature,
         drafter_sampling_logits=None if sampling is None else sampling[:, None],
-        verifier_sampling_logits=laws.sampling(logits, verifier, tokens, 0, place),
+        verifier_sampling_logits=distributions.sampling(logits, verifier, tokens, 0, place),
         bonus="verifier" if state.settings.bonus == "verifier" else "none",
         generator=state.generator,
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from deferral_train.decoding.block import VerifiedBlock, on_host
 from deferral_train.decoding.cached_model import CachedModel
 from deferral_train.decoding.criteria import EndOfRow
-from deferral_train.decoding.laws import SamplingLaws
+from deferral_train.decoding.distributions import SamplingDistributions
 from deferral_train.decoding.proposing import Draft, Proposer
 from deferral_train.decoding.settings import Settings
 from deferral_train.decoding.stats import StatsRecorder
@@ -30,7 +30,7 @@ class DecodingState:
 
     Attributes:
         drafter, verifier: the models; without a drafter the verifier stands in both places.
-        laws, tokens, ends, stats: of the call.
+        distributions, tokens, ends, stats: of the call.
         together: rows advance by the same number of tokens, so that all are of one length as in ``generate``.
         spent: [B] estimated loss of the running rows under a limit.
         context_fields: what the rule reads beside logits.
@@ -40,7 +40,7 @@ class DecodingState:
     drafter: CachedModel
     verifier: CachedModel
     rule: Rule
-    laws: SamplingLaws
+    distributions: SamplingDistributions
     tokens: TokenRows
     ends: EndOfRow
     stats: StatsRecorder
@@ -94,10 +94,10 @@ def propose(state: DecodingState) -> Draft:
 
 def verify(state: DecodingState, draft: Draft) -> VerifiedBlock:
     """Score the block with the verifier in one pass and let the rule decide."""
-    laws, depth = state.laws, draft.depth
+    distributions, depth = state.distributions, draft.depth
     logits = state.verifier.feed(ahead=depth, keep=depth + 1).to(state.tokens.device)
-    decision = laws.decision(logits, state.tokens, 0, draft.drafted)
-    sampling = laws.sampling(logits, decision, state.tokens, 0, draft.drafted)
+    decision = distributions.decision(logits, state.tokens, 0, draft.drafted)
+    sampling = distributions.sampling(logits, decision, state.tokens, 0, draft.drafted)
     block = on_host(_verdict(state, draft, decision, sampling), draft, state.ends)
     raise_fault(state.rule, block.faults)
     if state.token_log is not None:
@@ -116,7 +116,7 @@ def _verdict(state: DecodingState, draft: Draft, decision: Tensor, sampling: Ten
         draft.tokens,
         draft.logits,
         decision,
-        temperature=state.laws.temperature,
+        temperature=state.distributions.temperature,
         drafter_sampling_logits=draft.sampling,
         verifier_sampling_logits=sampling,
         lengths=lengths,

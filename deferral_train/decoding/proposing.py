@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deferral_train.decoding.cached_model import CachedModel
 from deferral_train.decoding.criteria import EndOfRow
-from deferral_train.decoding.laws import Drafted, SamplingLaws
+from deferral_train.decoding.distributions import Drafted, SamplingDistributions
 from deferral_train.decoding.stopping import DraftStep, StopDrafting
 from deferral_train.decoding.tokens import TokenRows, on_device
 
@@ -114,7 +114,7 @@ class ModelProposer:
 
     Args:
         drafter: the model.
-        tokens, laws, ends: of the call.
+        tokens, distributions, ends: of the call.
         stop: adaptive draft length, or None.
         generator: source of randomness.
     """
@@ -123,16 +123,16 @@ class ModelProposer:
         self,
         drafter: CachedModel,
         tokens: TokenRows,
-        laws: SamplingLaws,
+        distributions: SamplingDistributions,
         ends: EndOfRow,
         stop: StopDrafting | None,
         generator: torch.Generator | None,
     ) -> None:
         self.drafter = drafter
         self.models: Sequence[CachedModel] = [drafter]
-        self.tokens, self.laws, self.ends = tokens, laws, ends
+        self.tokens, self.distributions, self.ends = tokens, distributions, ends
         self.stop, self.generator = stop, generator
-        self.watches = stop is not None or laws.strict
+        self.watches = stop is not None or distributions.strict
 
     def propose(self, limits: Sequence[int], exact: bool) -> Draft:
         """Draft up to ``limits`` tokens, fewer where the stop rule says so."""
@@ -149,7 +149,7 @@ class ModelProposer:
                 break
             if place == 0:
                 device = growing.decisions[0].device
-                numbers = self.laws.numbers(len(limits), depth, self.generator, device)
+                numbers = self.distributions.numbers(len(limits), depth, self.generator, device)
             token = self._draw(growing, place, numbers)
             place += 1
             growing.over = place == depth or (self.watches and self._complete(growing, token, place))
@@ -172,12 +172,12 @@ class ModelProposer:
 
     def _take(self, growing: _Growing, logits: Tensor, place: int) -> None:
         """Take in the drafter's logits [B, 1, V] at ``place``."""
-        if self.laws.processors or self.stop is not None:  # what decides lives where the rows do
+        if self.distributions.processors or self.stop is not None:  # what decides lives where the rows do
             logits = logits.to(self.tokens.device)
         drafted = growing.drafted(place) if self.watches else None
-        decision = self.laws.decision(logits, self.tokens, place, drafted)
+        decision = self.distributions.decision(logits, self.tokens, place, drafted)
         growing.decisions.append(decision)
-        sampling = self.laws.sampling(logits, decision, self.tokens, place, drafted)
+        sampling = self.distributions.sampling(logits, decision, self.tokens, place, drafted)
         if sampling is not None:
             growing.samplings.append(sampling)
         if self.drafter.tap is not None:
@@ -190,8 +190,8 @@ class ModelProposer:
         decision = growing.decisions[-1][:, 0]
         column = self.tokens.column(place)
         if column is not None and column.device == decision.device:
-            return self.laws.draw(decision, sampling, number, column)
-        token = self.laws.draw(decision, sampling, number)
+            return self.distributions.draw(decision, sampling, number, column)
+        token = self.distributions.draw(decision, sampling, number)
         self.tokens.write(place, token[:, None])
         return token
 
@@ -213,7 +213,7 @@ class ModelProposer:
             token=token,
             logits=growing.decisions[-1][:, 0],
             sampling=growing.samplings[-1][:, 0] if growing.samplings else None,
-            temperature=self.laws.temperature,
+            temperature=self.distributions.temperature,
             hidden=growing.hiddens[-1][:, 0] if growing.hiddens else None,
             generated=[length - tokens.prompt_length for length in tokens.lengths],
             previous=lambda back: tokens.previous(back, place + 1)[:, place],
@@ -221,9 +221,11 @@ class ModelProposer:
 
     def _nothing(self) -> Draft:
         rows, device = len(self.tokens.rows), self.tokens.device
-        empty = torch.empty(rows, 0, self.laws.vocab_size or self.drafter.facts.vocab_size, device=device)
+        empty = torch.empty(
+            rows, 0, self.distributions.vocab_size or self.drafter.facts.vocab_size, device=device
+        )
         nothing = torch.empty(rows, 0, dtype=torch.long, device=device)
-        return Draft(nothing, [0] * rows, [empty], [empty] if self.laws.shapes else None)
+        return Draft(nothing, [0] * rows, [empty], [empty] if self.distributions.shapes else None)
 
 
 @dataclass

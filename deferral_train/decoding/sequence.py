@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deferral_train.decoding.loop import DecodingState
-from deferral_train.decoding.token_execution import drafter_laws, emit_one, verifier_token
+from deferral_train.decoding.token_execution import drafter_distributions, emit_one, verifier_token
 from deferral_train.errors import InputError
 from deferral_train.rules.summary import Summary
 from deferral_train.rules.verify import Origin
@@ -43,12 +43,12 @@ def _draft_rows(state: DecodingState) -> tuple[Tensor, Tensor]:
     logprob = torch.zeros(rows, dtype=torch.float64, device=state.tokens.device)
     entropy = torch.zeros_like(logprob)
     while state.running:
-        decision, sampling = drafter_laws(state)
-        token = state.laws.draw_one(decision, sampling, state.generator)
-        law = torch.log_softmax(decision.double(), dim=-1)
+        decision, sampling = drafter_distributions(state)
+        token = state.distributions.draw_one(decision, sampling, state.generator)
+        distribution = torch.log_softmax(decision.double(), dim=-1)
         index = state.tokens.index
-        logprob[index] += law.gather(1, token[:, None])[:, 0]
-        entropy[index] += torch.special.entr(law.exp()).sum(dim=-1)
+        logprob[index] += distribution.gather(1, token[:, None])[:, 0]
+        entropy[index] += torch.special.entr(distribution.exp()).sum(dim=-1)
         emit_one(state, token)
     return logprob, entropy
 

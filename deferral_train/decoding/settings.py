@@ -20,11 +20,11 @@ class Settings:
         max_new_tokens: most tokens emitted per prompt.
         batch_size: prompts decoded together.
         temperature: 0 is greedy.
-        top_k: candidates that the sampling law keeps; 0 keeps all.
-        top_p: probability that the sampling law keeps; 1 keeps all.
+        top_k: candidates that the sampling distribution keeps; 0 keeps all.
+        top_p: probability that the sampling distribution keeps; 1 keeps all.
         seed: of the sampling; every batch draws from its own stream of it.
         execution: ``speculative``, ``token``, ``lazy`` or ``sequence``.
-        bonus: law of the token after a block emitted whole: ``verifier`` or ``exact``.
+        bonus: distribution of the token after a block emitted whole: ``verifier`` or ``exact``.
         max_request_loss: bound on the summed estimated loss of kept tokens per prompt.
         stop: adaptive draft length.
         stop_strings: end a row once its text holds one of these.

@@ -1,7 +1,7 @@
 """When to stop drafting: adaptive draft length behind one interface.
 
 A stop rule is asked after each drafted token whether the row should draft beyond it. It sees what the
-drafter sees, nothing of the verifier, so that it never changes which law a drafted token follows, only how far
+drafter sees, nothing of the verifier, so that it never changes which distribution a drafted token follows, only how far
 a block reaches (and with it, under lossy rules, where the verifier's bonus tokens fall).
 """
 
@@ -34,7 +34,7 @@ class DraftStep:
         token: [B] ids.
         logits: [B, V] the drafter's decision logits that gave it.
         sampling: [B, V] logits after temperature and truncation, or None.
-        temperature: of the sampling law.
+        temperature: of the sampling distribution.
         hidden: [B, D] the drafter's hidden state there, where a tap is set.
         generated: tokens that each row had emitted before this block.
         previous: gives the token [B] so many places before this one, -1 where that is none generated.
@@ -77,7 +77,7 @@ class DraftStep:
         return given
 
     def logprob(self) -> Tensor:
-        """log q(x) of the drafted tokens under the decision law, [B]."""
+        """log q(x) of the drafted tokens under the decision distribution, [B]."""
         return torch.log_softmax(self.logits, dim=-1).gather(1, self.token[:, None])[:, 0]
 
 

@@ -14,13 +14,13 @@ from deferral_train.decoding.cached_model import CachedModel
 from deferral_train.decoding.checks import estimates_early
 from deferral_train.decoding.loop import DecodingState, advance, generated, previous_tokens
 from deferral_train.errors import InputError
-from deferral_train.rules.laws import Laws
+from deferral_train.rules.distributions import Distributions
 from deferral_train.rules.summary import Summary
 from deferral_train.rules.verify import Origin
 
 
 def token_cascade(state: DecodingState) -> None:
-    """Until all rows end: decide, then draw from the drafter's law or from the verifier's."""
+    """Until all rows end: decide, then draw from the drafter's distribution or from the verifier's."""
     while state.running:
         token, deferred, called = _next_token(state)
         for row, was_deferred in zip(state.tokens.rows, deferred):
@@ -40,13 +40,15 @@ def _next_token(state: DecodingState) -> tuple[Tensor, list[bool], bool]:
     rule = state.rule
     if not rule.drafts or rule.is_lossless:
         return verifier_token(state), [True] * len(state.tokens.rows), True
-    decision, sampling = drafter_laws(state)
-    drafted = state.laws.draw_one(decision, sampling, state.generator)
+    decision, sampling = drafter_distributions(state)
+    drafted = state.distributions.draw_one(decision, sampling, state.generator)
     reads_verifier = rule.stage == "verify" and bool(rule.needs)
     if reads_verifier or (state.settings.max_request_loss is not None and not estimates_early(rule)):
-        laws = _both_laws(state, decision, sampling)
-        defer = _decide(state, laws, drafted)
-        theirs = state.laws.draw_one(laws.verifier_logits, laws.verifier_sampling_logits, state.generator)
+        distributions = _both_distributions(state, decision, sampling)
+        defer = _decide(state, distributions, drafted)
+        theirs = state.distributions.draw_one(
+            distributions.verifier_logits, distributions.verifier_sampling_logits, state.generator
+        )
         return torch.where(defer, theirs, drafted), defer.tolist(), True
     defer = decide_early(state, decision, sampling, drafted)
     deferred = defer.tolist()
@@ -55,32 +57,32 @@ def _next_token(state: DecodingState) -> tuple[Tensor, list[bool], bool]:
     return drafted, deferred, False
 
 
-def drafter_laws(state: DecodingState) -> tuple[Tensor, Tensor | None]:
+def drafter_distributions(state: DecodingState) -> tuple[Tensor, Tensor | None]:
     """The drafter's decision and sampling logits [B, V] behind every row's end."""
-    return _laws_of(state, state.drafter, "drafter")
+    return _distributions_of(state, state.drafter, "drafter")
 
 
 def verifier_token(state: DecodingState) -> Tensor:
-    """A token [B] of the verifier's law behind every row's end."""
-    decision, sampling = _laws_of(state, state.verifier, "verifier")
-    return state.laws.draw_one(decision, sampling, state.generator)
+    """A token [B] of the verifier's distribution behind every row's end."""
+    decision, sampling = _distributions_of(state, state.verifier, "verifier")
+    return state.distributions.draw_one(decision, sampling, state.generator)
 
 
-def _laws_of(state: DecodingState, model: CachedModel, role: str) -> tuple[Tensor, Tensor | None]:
+def _distributions_of(state: DecodingState, model: CachedModel, role: str) -> tuple[Tensor, Tensor | None]:
     logits = model.feed().to(state.tokens.device)
-    decision = state.laws.decision(logits, state.tokens)
+    decision = state.distributions.decision(logits, state.tokens)
     if not bool(torch.isfinite(decision.amax(dim=-1)).all()):
         raise InputError(
             f"{role}'s logits are NaN or infinite, or every token is forbidden; check its weights, number format and "
             "logits processors"
         )
-    sampling = state.laws.sampling(logits, decision, state.tokens)
+    sampling = state.distributions.sampling(logits, decision, state.tokens)
     return decision[:, 0], None if sampling is None else sampling[:, 0]
 
 
-def _both_laws(state: DecodingState, decision: Tensor, sampling: Tensor | None) -> Laws:
-    verifier, verifier_sampling = _laws_of(state, state.verifier, "verifier")
-    return Laws.of(decision, verifier, state.laws.temperature, sampling, verifier_sampling)
+def _both_distributions(state: DecodingState, decision: Tensor, sampling: Tensor | None) -> Distributions:
+    verifier, verifier_sampling = _distributions_of(state, state.verifier, "verifier")
+    return Distributions.of(decision, verifier, state.distributions.temperature, sampling, verifier_sampling)
 
 
 def decide_early(state: DecodingState, decision: Tensor, sampling: Tensor | None, drafted: Tensor) -> Tensor:
@@ -88,14 +90,18 @@ def decide_early(state: DecodingState, decision: Tensor, sampling: Tensor | None
     rule = state.rule
     if rule.is_lossless or not (rule.needs or state.settings.max_request_loss is not None):
         return torch.full((len(decision),), rule.is_lossless, device=decision.device)
-    return _decide(state, Laws.of(decision, decision, state.laws.temperature, sampling, sampling), drafted)
+    return _decide(
+        state,
+        Distributions.of(decision, decision, state.distributions.temperature, sampling, sampling),
+        drafted,
+    )
 
 
-def _decide(state: DecodingState, laws: Laws, drafted: Tensor) -> Tensor:
+def _decide(state: DecodingState, distributions: Distributions, drafted: Tensor) -> Tensor:
     """The rule's decision [B]; under a limit a token whose estimated loss does not fit is deferred too."""
     rule, limit = state.rule, state.settings.max_request_loss
     extra = rule.gap_needs if limit is not None else frozenset()
-    summary = rule.read(laws, drafted, _context(state), extra)
+    summary = rule.read(distributions, drafted, _context(state), extra)
     defer = rule.defer(summary).expand(len(drafted))  # type: ignore[attr-defined]
     if limit is None or state.spent is None:
         return defer

@@ -11,7 +11,7 @@ from torch import Tensor
 from deferral_train.decoding.block import VerifiedBlock
 from deferral_train.decoding.loop import DecodingState, context_of
 from deferral_train.decoding.proposing import Draft
-from deferral_train.rules.laws import Laws
+from deferral_train.rules.distributions import Distributions
 from deferral_train.rules.summary import Summary
 
 
@@ -51,11 +51,13 @@ class TokenLog:
         self, state: DecodingState, draft: Draft, decision: Tensor
     ) -> tuple[list[list[float]], list[list[float]]]:
         rule, depth = state.rule, draft.tokens.shape[1]
-        laws = Laws.of(draft.logits[:, :depth], decision[:, :depth], state.laws.temperature)
+        distributions = Distributions.of(
+            draft.logits[:, :depth], decision[:, :depth], state.distributions.temperature
+        )
         context = context_of(state, draft)
         if context is not None:
             context = Summary({name: context[name][:, :depth] for name in context.names})
-        summary = rule.read(laws, draft.tokens, context, rule.gap_needs | {"tv"})
+        summary = rule.read(distributions, draft.tokens, context, rule.gap_needs | {"tv"})
         gap = rule.estimated_gap(summary)
         return gap.tolist(), summary["tv"].tolist()
 

@@ -1,7 +1,7 @@
 """A loss limit with a guarantee: Learn-then-Test over a fixed sequence of settings.
 
 Settings are ordered before the losses are seen, from the safest to the boldest. Each is tested for H0:
-E[loss] > limit with a p-value that is valid for every bounded law; testing stops at the first setting that
+E[loss] > limit with a p-value that is valid for every bounded distribution; testing stops at the first setting that
 is not rejected, so the chance that any certified setting breaks the limit is at most delta (fixed-sequence
 testing, Angelopoulos et al., "Learn then Test"). It bounds the mean over the population that the prompts
 were drawn from, not over a test split.

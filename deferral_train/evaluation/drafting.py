@@ -21,7 +21,7 @@ from deferral_train.decoding.drafting.spec import drafting_from_spec
 from deferral_train.decoding.pair import Settings
 from deferral_train.errors import InputError
 from deferral_train.evaluation.bootstrap import Interval, PromptBootstrap, Redraws
-from deferral_train.evaluation.laws import deferral_and_rejection
+from deferral_train.evaluation.distributions import deferral_and_rejection
 from deferral_train.evaluation.positions import read_positions
 from deferral_train.evaluation.speed import SpeedModel, measure_speed
 from deferral_train.pairs.prompts import Prompt

@@ -65,7 +65,7 @@ def make_losses(traces: Traces, loss: str, truth: str, temperature: float) -> Lo
     """Losses [N] of every row.
 
     The emitted token's loss is 1[y != emitted] at temperature 0 and 1 - pi(y) at temperature 1; at other
-    temperatures the laws that are sampled from are not in the traces, and it is left out.
+    temperatures the distributions that are sampled from are not in the traces, and it is left out.
 
     Raises:
         InputError: an unknown loss, rows without a gold token under truth "reference", a truth that is not

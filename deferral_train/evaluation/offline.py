@@ -57,7 +57,7 @@ def score_rules(
     """Score rules on logged positions.
 
     Risk is the loss of the model that each position is left to, E_P[(1-r) l(y,q) + r l(y,p)]; emitted risk,
-    which also token and law rules have, that of the emitted token. Rejection rate is the mean of D_TV(q,
+    which also token and distribution rules have, that of the emitted token. Rejection rate is the mean of D_TV(q,
     pi). Acceptance length, tokens per verifier call with the bonus, follows from survival position by
     position (:mod:`deferral_train.evaluation.survival`).
 

@@ -1,9 +1,9 @@
 """More measures of decoded outputs than ``decode`` takes by itself: any metric of :mod:`quality`, and the
 log-likelihood of each text under the verifier, which needs no reference.
 
-The likelihood is that of the emitted ids, end of sequence included, under the verifier's own law (temperature 1,
-no truncation) given the prompt: log p(x) = sum_t log p(x_t | prompt, x_<t), in nats. A rule that keeps tokens the
-verifier finds unlikely shows here before a reference-based metric moves.
+The likelihood is that of the emitted ids, end of sequence included, under the verifier's own distribution
+(temperature 1, no truncation) given the prompt: log p(x) = sum_t log p(x_t | prompt, x_<t), in nats. A rule that
+keeps tokens the verifier finds unlikely shows here before a reference-based metric moves.
 """
 
 from __future__ import annotations

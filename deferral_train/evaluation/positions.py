@@ -19,7 +19,7 @@ from deferral_train.traces.schema import TOP_IDS, TOP_LOGPROBS
 
 BLOCK_ROWS, BLOCK_CANDIDATES = 32768, 32768 * 64  # a block of rows, and of rows times logged candidates
 _TIE = 1e-9  # nats; keeps "as likely as the likeliest" true after exp and log
-# Read whatever the rules are: what a calibration of OPT and the emitted token of law rules need.
+# Read whatever the rules are: what a calibration of OPT and the emitted token of distribution rules need.
 _ALWAYS = frozenset(
     {"tv", "drafter_max", "verifier_max", "drafter_argmax", "verifier_argmax", "verifier_at_drafter_argmax"}
     | TOKEN_FIELDS
@@ -189,7 +189,7 @@ def read_positions(
     Args:
         traces: one, or several of the same pair, prefixes and temperature.
         needs: summary fields that the rules read.
-        with_candidates: also the logged candidates, for token and law rules.
+        with_candidates: also the logged candidates, for token and distribution rules.
 
     Raises:
         InputError: no rows, traces that do not belong together, fields that are not there.

@@ -15,8 +15,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from deferral_train.evaluation.distributions import distribution_sums
 from deferral_train.evaluation.families import Family
-from deferral_train.evaluation.laws import law_sums
 from deferral_train.evaluation.positions import Positions, PromptBlock
 from deferral_train.evaluation.survival import expected_calls
 from deferral_train.rules.base import Dial, PositionRule, Rule
@@ -75,7 +75,7 @@ def effects(family: Family, block: PromptBlock, num_draft_tokens: int) -> Effect
         sums, rejection = _position_sums(family, block, defer)
         packed = np.packbits(defer, axis=1)
     else:
-        sums, rejection = law_sums(family.settings, block)
+        sums, rejection = distribution_sums(family.settings, block)
         packed = None
     acceptance = np.ascontiguousarray(1 - rejection.T)
     sums["calls"] = expected_calls(acceptance, block.layout, num_draft_tokens).T

@@ -118,7 +118,7 @@ def score_sequences(
     families = make_families(rules, grid)
     usable = [family for family in families if isinstance(family.rule, PositionRule | TokenRule)]
     left_out = {
-        family.name: "its decision is a law over the vocabulary"
+        family.name: "its decision is a distribution over the vocabulary"
         for family in families
         if family not in usable
     }
@@ -196,7 +196,7 @@ def defers(rule: Rule, summary: Summary) -> Tensor:
     if isinstance(rule, PositionRule):
         return rule.defer(summary)
     if not isinstance(rule, TokenRule):
-        raise InputError(f"rule {rule.name}: it decides by a law; decode it instead")
+        raise InputError(f"rule {rule.name}: it decides by a distribution; decode it instead")
     drafter, verifier = (summary[name].clamp_min(1e-38).log().unsqueeze(-1) for name in TOKEN_NEEDS)
     return ~rule.keep(drafter, verifier, summary)[..., 0]
 

@@ -124,7 +124,7 @@ def compare(
         rows: of ``outputs.jsonl``, any rules.
 
     Returns:
-        one row per quantity (law rules decide nothing, so they have no deferral rate): predicted, counted,
+        one row per quantity (distribution rules decide nothing, so they have no deferral rate): predicted, counted,
         their difference with a paired interval over prompts, the relative difference, ``agrees``: within
         3% relative, or the interval holds 0; and ``tail``, the lowest and highest prediction that the unlogged
         candidates allow (the log of more candidates narrows it).

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deferral_train.evaluation.laws import deferral_and_rejection
+from deferral_train.evaluation.distributions import deferral_and_rejection
 from deferral_train.evaluation.positions import Positions, PromptRows
 from deferral_train.rules.base import Rule
 
@@ -88,7 +88,7 @@ def expected_work(
         table: with the fields, and for token and distribution rules the candidates, that the rules need.
         rules: at fixed values of their dials.
         limit: of tokens, that the sequences were written under.
-        tails: see :func:`deferral_train.evaluation.laws.deferral_and_rejection`.
+        tails: see :func:`deferral_train.evaluation.distributions.deferral_and_rejection`.
     """
     parts = []
     for block in table.blocks():

@@ -21,7 +21,7 @@ def check_head(head: DeferralHead) -> None:
     """Raise InputError naming the first promise that ``head`` breaks.
 
     Checked: features are summary fields that its stage may see; shapes follow the summary; rows do not
-    influence each other; calls repeat; a missing field is refused by name; the rule it serves gives a law;
+    influence each other; calls repeat; a missing field is refused by name; the rule it serves gives a distribution;
     save_pretrained and from_pretrained give the same decisions, tensors and config.
     """
     unknown = [name for name in head.features if name not in FIELDS]
@@ -39,7 +39,7 @@ def check_head(head: DeferralHead) -> None:
 
 
 def example_summary(head: DeferralHead) -> Summary:
-    """A summary over random laws with every field that the head reads, and tv."""
+    """A summary over random distributions with every field that the head reads, and tv."""
     generator = torch.Generator().manual_seed(0)
     drafter, verifier = (2 * torch.randn(ROWS, VOCABULARY, generator=generator) for _ in range(2))
     token = torch.randint(VOCABULARY, (ROWS,), generator=generator)
@@ -76,8 +76,8 @@ def _check_missing(head: DeferralHead, decide: Callable[[Summary], Tensor], summ
 
 
 def _check_artifact(head: DeferralHead, summary: Summary, whole: Tensor) -> None:
-    law = LearnedRule(head=head, alpha=0.1).defer(summary)
-    _require(law.dtype == torch.bool, "its rule does not give booleans")
+    distribution = LearnedRule(head=head, alpha=0.1).defer(summary)
+    _require(distribution.dtype == torch.bool, "its rule does not give booleans")
     with tempfile.TemporaryDirectory() as folder:
         head.save_pretrained(folder)
         again = type(head).from_pretrained(folder)

@@ -1,7 +1,7 @@
 """Recalibration of q and p for decisions only: temperature, Platt and isotonic maps fitted on gold tokens.
 
-Sampling laws are never altered. ``Recalibration`` lives inside a head and maps the two confidences ``max
-q`` and ``max p`` to estimates of P(v_q) and P(v_p); ``fit_temperature`` rescales a whole law from its
+Sampling distributions are never altered. ``Recalibration`` lives inside a head and maps the two confidences ``max
+q`` and ``max p`` to estimates of P(v_q) and P(v_p); ``fit_temperature`` rescales a whole distribution from its
 logged top K and tail.
 """
 
@@ -61,7 +61,7 @@ def fit_platt(confidence: Tensor, correct: Tensor, steps: int = 25) -> tuple[flo
 
 
 def temper(logprobs: Tensor, tail: Tensor, vocab_size: int, temperature: float) -> Tensor:
-    """Log-law ``[N, K]`` of the logged tokens after dividing the logits by ``temperature``.
+    """Log-distribution ``[N, K]`` of the logged tokens after dividing the logits by ``temperature``.
 
     The V - K unlogged tokens are taken to share their mass ``tail [N]`` evenly, which is exact when K = V.
     """
@@ -74,7 +74,7 @@ def temper(logprobs: Tensor, tail: Tensor, vocab_size: int, temperature: float) 
 
 
 def fit_temperature(logprobs: Tensor, tail: Tensor, gold: Tensor, vocab_size: int) -> float:
-    """T minimising the negative log-likelihood of gold tokens under the tempered law (Guo et al., 2017).
+    """T minimising the negative log-likelihood of gold tokens under the tempered distribution (Guo et al., 2017).
 
     ``logprobs [N, K]``, ``tail [N]``; ``gold [N]`` is the gold token's place among the K, -1 where it is not
     logged, in which case the row counts through its tail mass.
@@ -83,9 +83,9 @@ def fit_temperature(logprobs: Tensor, tail: Tensor, gold: Tensor, vocab_size: in
     logged = gold >= 0
 
     def loss(log_t: float) -> float:
-        law = temper(logprobs, tail, vocab_size, math.exp(log_t))
-        seen = law[rows[logged], gold[logged]]
-        rest = torch.log1p(-law[~logged].exp().sum(-1).clamp_max(1 - 1e-9))
+        distribution = temper(logprobs, tail, vocab_size, math.exp(log_t))
+        seen = distribution[rows[logged], gold[logged]]
+        rest = torch.log1p(-distribution[~logged].exp().sum(-1).clamp_max(1 - 1e-9))
         return -float(seen.sum() + rest.sum()) / max(len(gold), 1)
 
     return math.exp(golden_section(loss, -2.0, 2.0, steps=40))

@@ -119,8 +119,8 @@ class TruthMixtureHead(TruthHead):
         )
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        law = self.class_logits(x).softmax(-1)
-        return {"gap": self.gate(x, law[:, 0] - law[:, 1]), "truth": law[:, 0]}
+        distribution = self.class_logits(x).softmax(-1)
+        return {"gap": self.gate(x, distribution[:, 0] - distribution[:, 1]), "truth": distribution[:, 0]}
 
     def class_logits(self, x: Tensor) -> Tensor:
         """Unnormalised log weights ``[N, 3]`` of v_p, v_q (-inf where equal to v_p) and the rest."""

@@ -30,7 +30,7 @@ class GateResult:
     Attributes:
         drafter_nats, verifier_nats: mean negative log-likelihood, nats a token, on the same ``tokens``
             tokens.
-        mean_tv: mean total variation between the two laws there; 1 - mean_tv is what rejection sampling
+        mean_tv: mean total variation between the two distributions there; 1 - mean_tv is what rejection sampling
             accepts.
         agreement: share of tokens at which both have the same most probable token.
         drafter_seconds, verifier_seconds: median time of one cached pass over one token (``passes.pass_seconds``).

@@ -1,7 +1,7 @@
-"""A language whose true next-token law P is known: the yardstick for exact regret.
+"""A language whose true next-token distribution P is known: the yardstick for exact regret.
 
-The source is a Markov chain of order 3 over 64 tokens. Its laws back off to shorter contexts, each drawn from
-a Dirichlet law around the next shorter one, so that a model can learn them from samples. Verifier and drafter
+The source is a Markov chain of order 3 over 64 tokens. Its distributions back off to shorter contexts, each drawn from
+a Dirichlet distribution around the next shorter one, so that a model can learn them from samples. Verifier and drafter
 are not made up: they are smoothed n-gram estimates of limited samples of the source, the verifier of order 3,
 the drafter of order 2 and fewer samples. ``drafter_scale=2`` doubles the drafter's logits, the overconfident
 variant. Parameters are fixed; they were not tuned to what a head achieves.
@@ -20,7 +20,7 @@ from deferral_train.errors import InputError
 from deferral_train.rules.risks import expected_loss
 
 CHAINS = 500  # chains that estimation samples come from
-MAX_TABLE = 2**26  # entries of the largest law table
+MAX_TABLE = 2**26  # entries of the largest distribution table
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class SyntheticConfig:
     Attributes:
         vocab_size: V.
         order: tokens of context that P depends on.
-        concentration: Dirichlet concentration of a law around its back-off law; lower is more peaked.
+        concentration: Dirichlet concentration of a distribution around its back-off distribution; lower is more peaked.
         seed: of the source and of all samples.
         verifier_tokens, drafter_tokens: samples that the models are estimated from.
         verifier_order, drafter_order: context lengths of the models.
-        smoothing: weight of the back-off law in an estimate, in counts.
+        smoothing: weight of the back-off distribution in an estimate, in counts.
         drafter_scale: factor on the drafter's logits; 1 as they come, 2 overconfident.
     """
 
@@ -64,11 +64,11 @@ class SyntheticConfig:
 
 
 @dataclass(frozen=True)
-class NgramLaw:
-    """Next-token laws by context: ``table`` float32 [V^order, V], rows sum to 1.
+class NgramDistribution:
+    """Next-token distributions by context: ``table`` float32 [V^order, V], rows sum to 1.
 
-    ``law(tokens)`` and ``logits(tokens)`` take ids [.., T] and give [.., T, V]: the law of the token after
-    each one. Contexts that reach before the first token are filled with token 0, where every text starts.
+    ``distribution(tokens)`` and ``logits(tokens)`` take ids [.., T] and give [.., T, V]: the distribution of the
+    token after each one. Contexts that reach before the first token are filled with token 0, where every text starts.
     """
 
     table: Tensor
@@ -79,7 +79,7 @@ class NgramLaw:
     def vocab_size(self) -> int:
         return self.table.shape[-1]
 
-    def law(self, tokens: Tensor) -> Tensor:
+    def distribution(self, tokens: Tensor) -> Tensor:
         """Probabilities [.., T, V]; with a scale, softmax(scale * log table)."""
         rows = self.table[self._contexts(tokens)]
         return rows if self.scale == 1.0 else (self.scale * rows.log()).softmax(-1)
@@ -99,12 +99,12 @@ class NgramLaw:
 
 @dataclass(frozen=True)
 class SyntheticLanguage:
-    """The true law and the two models' laws."""
+    """The true distribution and the two models' distributions."""
 
     config: SyntheticConfig
-    truth: NgramLaw
-    drafter: NgramLaw
-    verifier: NgramLaw
+    truth: NgramDistribution
+    drafter: NgramDistribution
+    verifier: NgramDistribution
 
 
 @dataclass(frozen=True)
@@ -127,17 +127,17 @@ class SyntheticChunk:
         """The traces' exact truth group, each [B, T]; for q: P(v_q), E_P -log q, sum P q, and so for p."""
         columns = {}
         for role, logits in (("drafter", self.drafter_logits), ("verifier", self.verifier_logits)):
-            law = logits.softmax(-1)
-            columns[f"truth_{role}_argmax"] = 1 - expected_loss("zero_one", law, self.truth)
-            columns[f"truth_{role}_log"] = expected_loss("log", law, self.truth)
-            columns[f"truth_{role}_prob"] = 1 - expected_loss("prob", law, self.truth)
+            distribution = logits.softmax(-1)
+            columns[f"truth_{role}_argmax"] = 1 - expected_loss("zero_one", distribution, self.truth)
+            columns[f"truth_{role}_log"] = expected_loss("log", distribution, self.truth)
+            columns[f"truth_{role}_prob"] = 1 - expected_loss("prob", distribution, self.truth)
         return columns
 
 
 def build_language(config: SyntheticConfig | None = None) -> SyntheticLanguage:
     """Draw the source, sample from it and estimate both models; the same config gives the same tables."""
     config = config or SyntheticConfig()
-    truth = NgramLaw(torch.from_numpy(_source(config)), config.order)
+    truth = NgramDistribution(torch.from_numpy(_source(config)), config.order)
     models = {}
     for role, order, tokens, scale, seed in (
         ("verifier", config.verifier_order, config.verifier_tokens, 1.0, 1),
@@ -145,7 +145,7 @@ def build_language(config: SyntheticConfig | None = None) -> SyntheticLanguage:
     ):
         texts = _sample(truth, CHAINS, tokens // CHAINS, np.random.default_rng([config.seed, seed]))
         table = _estimate(texts, order, config.vocab_size, config.smoothing)
-        models[role] = NgramLaw(torch.from_numpy(table), order, scale)
+        models[role] = NgramDistribution(torch.from_numpy(table), order, scale)
     return SyntheticLanguage(config, truth, **models)
 
 
@@ -160,7 +160,7 @@ def chunks(
 ) -> Iterator[SyntheticChunk]:
     """Both models' logits and the truth at every position of ``sequences`` [S, T], ``size`` at a time.
 
-    Position t is the law of token t given those before it.
+    Position t is the distribution of token t given those before it.
     """
     for first in range(0, len(sequences), size):
         gold = sequences[first : first + size]
@@ -170,51 +170,53 @@ def chunks(
             gold,
             language.drafter.logits(before).to(dtype),
             language.verifier.logits(before).to(dtype),
-            language.truth.law(before).to(dtype),
+            language.truth.distribution(before).to(dtype),
         )
 
 
 def _source(config: SyntheticConfig) -> np.ndarray:
-    """P as float32 [V^order, V]: a context's law is Dirichlet around that of the next shorter one."""
+    """P as float32 [V^order, V]: a context's distribution is Dirichlet around that of the next shorter one."""
     generator = np.random.default_rng([config.seed, 0])
     size = config.vocab_size
-    law = 1.0 / (2.0 + np.arange(size))  # Zipf-like, as words are
-    laws = (law / law.sum())[None]
+    distribution = 1.0 / (2.0 + np.arange(size))  # Zipf-like, as words are
+    distributions = (distribution / distribution.sum())[None]
     for _ in range(config.order):
         # Row index of a context is its tokens in base V, oldest first: the shorter context repeats V times.
-        around = np.tile(laws, (size, 1))
+        around = np.tile(distributions, (size, 1))
         drawn = generator.standard_gamma(config.concentration * around) + 1e-6 * around
-        laws = drawn / drawn.sum(-1, keepdims=True)
-    return laws.astype(np.float32)
+        distributions = drawn / drawn.sum(-1, keepdims=True)
+    return distributions.astype(np.float32)
 
 
-def _sample(law: NgramLaw, count: int, length: int, generator: np.random.Generator) -> np.ndarray:
-    """``count`` texts in step, int64 [count, length], by inversion of the cumulative laws."""
-    size = law.vocab_size
-    cumulative = law.table.double().cumsum(-1).numpy()
+def _sample(
+    distribution: NgramDistribution, count: int, length: int, generator: np.random.Generator
+) -> np.ndarray:
+    """``count`` texts in step, int64 [count, length], by inversion of the cumulative distributions."""
+    size = distribution.vocab_size
+    cumulative = distribution.table.double().cumsum(-1).numpy()
     cumulative[:, -1] = np.inf  # rounding must not leave the last token out of reach
     texts = np.zeros((count, length), dtype=np.int64)
     context = np.zeros(count, dtype=np.int64)
     for t in range(length):
         draws = generator.random(count)
         texts[:, t] = (cumulative[context] <= draws[:, None]).sum(-1)
-        context = (context * size + texts[:, t]) % size**law.order
+        context = (context * size + texts[:, t]) % size**distribution.order
     return texts
 
 
 def _estimate(texts: np.ndarray, order: int, size: int, smoothing: float) -> np.ndarray:
-    """Interpolated n-gram laws, float32 [V^order, V].
+    """Interpolated n-gram distributions, float32 [V^order, V].
 
     An estimate is (counts + smoothing * estimate of the shorter context) / (total + smoothing).
     """
     padded = np.pad(texts, ((0, 0), (order, 0)))
     length = texts.shape[1]
-    laws = np.full((1, size), 1.0 / size)
+    distributions = np.full((1, size), 1.0 / size)
     for context in range(order + 1):
         index = np.zeros(texts.shape, dtype=np.int64)
         for back in range(context, -1, -1):
             index = index * size + padded[:, order - back : order - back + length]
         counts = np.bincount(index.ravel(), minlength=size ** (context + 1)).reshape(-1, size)
-        around = np.tile(laws, (len(counts) // len(laws), 1))
-        laws = (counts + smoothing * around) / (counts.sum(-1, keepdims=True) + smoothing)
-    return laws.astype(np.float32)
+        around = np.tile(distributions, (len(counts) // len(distributions), 1))
+        distributions = (counts + smoothing * around) / (counts.sum(-1, keepdims=True) + smoothing)
+    return distributions.astype(np.float32)

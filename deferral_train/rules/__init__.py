@@ -1,4 +1,4 @@
-"""Rules: when to keep the drafter, what law that emits, how a block is verified. Torch only."""
+"""Rules: when to keep the drafter, what distribution that emits, how a block is verified. Torch only."""
 
 from deferral_train.rules.base import Dial, LawRule, PositionRule, Rule, TokenRule
 from deferral_train.rules.learned import Judge, LearnedRule

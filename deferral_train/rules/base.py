@@ -1,9 +1,9 @@
 """Base classes of deferral rules: position, token and distribution rules, their dial and the summary they read.
 
-A position rule answers "defer?", a token rule "keep this token?", a law rule gives the target law itself. The
-target law of all three is derived here, once. Decisions read the laws before temperature and truncation;
-sampling reads the laws after. A token whose processed verifier logit is -inf is never emitted, whatever a
-rule keeps.
+A position rule answers "defer?", a token rule "keep this token?", a distribution rule gives the target distribution
+itself. The target distribution of all three is derived here, once. Decisions read the distributions before
+temperature and truncation; sampling reads the distributions after. A token whose processed verifier logit is -inf
+is never emitted, whatever a rule keeps.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.rules.emission import keep_law, onto_support, rejection_mass
-from deferral_train.rules.laws import Laws, gather_token, one_hot
-from deferral_train.rules.summary import CONTEXT_FIELDS, TOKEN_FIELDS, Summary, summarize_laws
+from deferral_train.rules.distributions import Distributions, gather_token, one_hot
+from deferral_train.rules.emission import keep_distribution, onto_support, rejection_mass
+from deferral_train.rules.summary import CONTEXT_FIELDS, TOKEN_FIELDS, Summary, summarize_distributions
 from deferral_train.rules.tails import (
     Candidates,
     Estimate,
-    TailedLaws,
+    TailedDistributions,
     argmax_logprobs,
     between,
     exact,
@@ -79,8 +79,8 @@ class RuleStep:
     """A rule's decision on drafted tokens at positions [..].
 
     Attributes:
-        deferred: bool [..], the decision (token rule: drafted token not kept; law rule: held to the exact check or a
-            stricter one).
+        deferred: bool [..], the decision (token rule: drafted token not kept; distribution rule: held to the exact
+            check or a stricter one).
         kept: bool [..], the drafted token stands by the rule's leave rather than by the exact check.
         gap: [..], what `Rule.estimated_gap` says, where the decision was made from it; else None.
         target: above temperature 0 the probabilities [.., V] that the drafted token is checked and corrected against;
@@ -105,7 +105,7 @@ class Rule:
         dial: its dial, or None.
         needs: summary fields that the decision reads.
         stage: ``"draft"`` where only the drafter is read, else ``"verify"``.
-        reads_drafter_confidence: refuses proposals that come without a law (one-hot q).
+        reads_drafter_confidence: refuses proposals that come without a distribution (one-hot q).
         drafts: False for a rule that never drafts.
         dial_is_price: it is the price of a rejection in L_spec, equation (8), so that regret at it means something.
         plug_in: decides from the models' own confidence by a formula; heads are compared with these.
@@ -165,11 +165,11 @@ class Rule:
         verifier_sampling_logits: Tensor | None = None,
         context: Summary | None = None,
     ) -> Tensor:
-        """pi, the law of the token that a drafted position emits.
+        """pi, the distribution of the token that a drafted position emits.
 
         Args:
             drafter_logits, verifier_logits: decision logits [.., V].
-            temperature: of the sampling laws; 0 is greedy.
+            temperature: of the sampling distributions; 0 is greedy.
             drafter_sampling_logits, verifier_sampling_logits: logits after temperature and truncation.
             context: summary fields that logits do not give (hidden states, positions), leading shape [..].
 
@@ -181,24 +181,24 @@ class Rule:
                 the message names the rule.
         """
         with named(self):
-            laws = Laws.of(
+            distributions = Distributions.of(
                 drafter_logits,
                 verifier_logits,
                 temperature,
                 drafter_sampling_logits,
                 verifier_sampling_logits,
             )
-            laws.check()
-            return self.law_from(laws, self.read(laws, context=context))
+            distributions.check()
+            return self.distribution_from(distributions, self.read(distributions, context=context))
 
     def read(
         self,
-        laws: Laws,
+        distributions: Distributions,
         token: Tensor | None = None,
         context: Summary | None = None,
         extra: frozenset[str] = frozenset(),
     ) -> Summary:
-        """The summary that this rule's decision needs (and `extra` fields), from laws and context."""
+        """The summary that this rule's decision needs (and `extra` fields), from distributions and context."""
         wanted = (self.needs | extra) if not self.is_lossless else extra
         absent = (wanted & CONTEXT_FIELDS) - set(context.names if context is not None else ())
         if absent:
@@ -206,33 +206,33 @@ class Rule:
         computed = wanted - CONTEXT_FIELDS
         if token is None:
             computed = computed - TOKEN_FIELDS
-        columns = summarize_laws(laws, computed, token)
+        columns = summarize_distributions(distributions, computed, token)
         given = wanted & CONTEXT_FIELDS
         if context is None or not given:
             return columns
         return columns.with_fields({name: context[name] for name in given})
 
-    def law_from(self, laws: Laws, summary: Summary) -> Tensor:
-        """pi [.., V] from laws and the summary it needs; the verifier's law at the lossless end."""
+    def distribution_from(self, distributions: Distributions, summary: Summary) -> Tensor:
+        """pi [.., V] from distributions and the summary it needs; the verifier's distribution at the lossless end."""
         if self.is_lossless:
-            return laws.p
-        return self._law(laws, summary)
+            return distributions.p
+        return self._distribution(distributions, summary)
 
-    def step_law(self, laws: Laws, summary: Summary, token: Tensor) -> Tensor:
+    def step_distribution(self, distributions: Distributions, summary: Summary, token: Tensor) -> Tensor:
         """The distribution [.., V] that a drafted token [..] is checked and corrected against.
 
         The target, except for rules whose check depends on which token was drafted (cactus, judge).
         """
-        return laws.p if self.is_lossless else self._step_law(laws, summary, token)
+        return distributions.p if self.is_lossless else self._step_distribution(distributions, summary, token)
 
-    def step(self, laws: Laws, summary: Summary, token: Tensor) -> RuleStep:
+    def step(self, distributions: Distributions, summary: Summary, token: Tensor) -> RuleStep:
         """The decision on drafted tokens [..]; `summary` holds the rule's needs and ``token``."""
         raise NotImplementedError
 
-    def _step_law(self, laws: Laws, summary: Summary, token: Tensor) -> Tensor:
-        return self._law(laws, summary)
+    def _step_distribution(self, distributions: Distributions, summary: Summary, token: Tensor) -> Tensor:
+        return self._distribution(distributions, summary)
 
-    def _law(self, laws: Laws, summary: Summary) -> Tensor:
+    def _distribution(self, distributions: Distributions, summary: Summary) -> Tensor:
         raise NotImplementedError
 
     # From logged positions [N]; asked through rules/offline.py, which says what each means. Not at the lossless end.
@@ -249,7 +249,7 @@ class Rule:
         """Probability that a drafted token is rejected, [N]."""
         raise NotImplementedError
 
-    def logged_law(self, summary: Summary, candidates: Candidates, temperature: float) -> Estimate:
+    def logged_distribution(self, summary: Summary, candidates: Candidates, temperature: float) -> Estimate:
         """The target on the candidates, [N, K]; at a temperature above 0."""
         raise NotImplementedError
 
@@ -266,18 +266,22 @@ class PositionRule(Rule):
         """True where the position is left to the verifier, bool [..]."""
         raise NotImplementedError
 
-    def step(self, laws: Laws, summary: Summary, token: Tensor) -> RuleStep:
+    def step(self, distributions: Distributions, summary: Summary, token: Tensor) -> RuleStep:
         """A kept token stands; a deferred one is checked against the verifier's distribution."""
-        return self._decided(self.defer(summary), laws, token)
+        return self._decided(self.defer(summary), distributions, token)
 
-    def _decided(self, deferred: Tensor, laws: Laws, token: Tensor, gap: Tensor | None = None) -> RuleStep:
+    def _decided(
+        self, deferred: Tensor, distributions: Distributions, token: Tensor, gap: Tensor | None = None
+    ) -> RuleStep:
         deferred = deferred.expand(token.shape)
-        kept = laws.allows(token) > deferred
+        kept = distributions.allows(token) > deferred
         return RuleStep(deferred, kept, None, gap)
 
-    def _law(self, laws: Laws, summary: Summary) -> Tensor:
+    def _distribution(self, distributions: Distributions, summary: Summary) -> Tensor:
         deferred = self.defer(summary).unsqueeze(-1)
-        return torch.where(deferred, laws.p, onto_support(laws.q, laws.p, laws.support))
+        return torch.where(
+            deferred, distributions.p, onto_support(distributions.q, distributions.p, distributions.support)
+        )
 
     def logged_deferral(
         self, summary: Summary, candidates: Candidates | None, temperature: float
@@ -291,11 +295,13 @@ class PositionRule(Rule):
         """r * tv (Lemma 3), exact."""
         return exact(self.defer(summary).expand(summary.shape) * summary["tv"].double())
 
-    def logged_law(self, summary: Summary, candidates: Candidates, temperature: float) -> Estimate:
+    def logged_distribution(self, summary: Summary, candidates: Candidates, temperature: float) -> Estimate:
         """q or p."""
-        summary, laws, _ = tailed(summary, candidates, temperature, self.name)
-        pi = torch.where(self.defer(summary).expand(summary.shape).unsqueeze(-1), laws.p, laws.q)
-        return pi, laws.slack.unsqueeze(-1) * pi
+        summary, distributions, _ = tailed(summary, candidates, temperature, self.name)
+        pi = torch.where(
+            self.defer(summary).expand(summary.shape).unsqueeze(-1), distributions.p, distributions.q
+        )
+        return pi, distributions.slack.unsqueeze(-1) * pi
 
     def greedy_token(self, summary: Summary, candidates: Candidates | None) -> Estimate:
         """The verifier's argmax where it defers, else the drafter's."""
@@ -318,27 +324,27 @@ class TokenRule(Rule):
         """True for candidates that are kept when drafted, bool [.., K].
 
         Args:
-            drafter_logprobs, verifier_logprobs: log q and log p of the candidates (decision laws) [.., K];
+            drafter_logprobs, verifier_logprobs: log q and log p of the candidates (decision distributions) [.., K];
                 the whole vocabulary or any part of it.
             summary: fields in `needs`, leading shape [..].
         """
         raise NotImplementedError
 
-    def step(self, laws: Laws, summary: Summary, token: Tensor) -> RuleStep:
+    def step(self, distributions: Distributions, summary: Summary, token: Tensor) -> RuleStep:
         """A kept token stands; any other is checked against pi_Token, for which every token is asked."""
-        if laws.greedy:
-            q, p = laws.of_token(laws.logprobs, token)
+        if distributions.greedy:
+            q, p = distributions.of_token(distributions.logprobs, token)
             keep = self.keep(q.unsqueeze(-1), p.unsqueeze(-1), summary).squeeze(-1)
-            allowed = p > -torch.inf if laws.sampling is None else laws.allows(token)
+            allowed = p > -torch.inf if distributions.sampling is None else distributions.allows(token)
             return RuleStep(~keep, keep & allowed, None)
-        keeps = self.keep(laws.drafter_logprobs, laws.verifier_logprobs, summary)
-        allowed = keeps & laws.support
-        target = keep_law(laws.q, laws.p, allowed)
+        keeps = self.keep(distributions.drafter_logprobs, distributions.verifier_logprobs, summary)
+        allowed = keeps & distributions.support
+        target = keep_distribution(distributions.q, distributions.p, allowed)
         return RuleStep(~gather_token(keeps, token), gather_token(allowed, token), target)
 
-    def _law(self, laws: Laws, summary: Summary) -> Tensor:
-        keep = self.keep(laws.drafter_logprobs, laws.verifier_logprobs, summary)
-        return keep_law(laws.q, laws.p, keep & laws.support)
+    def _distribution(self, distributions: Distributions, summary: Summary) -> Tensor:
+        keep = self.keep(distributions.drafter_logprobs, distributions.verifier_logprobs, summary)
+        return keep_distribution(distributions.q, distributions.p, keep & distributions.support)
 
     def logged_deferral(
         self, summary: Summary, candidates: Candidates | None, temperature: float
@@ -346,8 +352,8 @@ class TokenRule(Rule):
         """The drafter's mass on tokens not kept."""
         if temperature == 0:
             return exact((~self._keeps_argmax(summary)).double())
-        summary, laws, candidates = tailed(summary, candidates, temperature, self.name)
-        return between(*self._eta(summary, candidates, laws), laws.slack)
+        summary, distributions, candidates = tailed(summary, candidates, temperature, self.name)
+        return between(*self._eta(summary, candidates, distributions), distributions.slack)
 
     def logged_rejection(
         self, summary: Summary, candidates: Candidates | None, temperature: float
@@ -355,25 +361,30 @@ class TokenRule(Rule):
         """Sum over tokens not kept of (q - eta p)+; bounds hold for monotone rules."""
         if temperature == 0:
             return rejects_greedily(self, summary, candidates)
-        summary, laws, candidates = tailed(summary, candidates, temperature, self.name)
-        low_eta, high_eta = self._eta(summary, candidates, laws)
-        dropped = laws.q * ~self._keeps(summary, candidates)
+        summary, distributions, candidates = tailed(summary, candidates, temperature, self.name)
+        low_eta, high_eta = self._eta(summary, candidates, distributions)
+        dropped = distributions.q * ~self._keeps(summary, candidates)
 
         def logged(eta: Tensor) -> Tensor:
-            return (dropped - eta.unsqueeze(-1) * laws.p).clamp(min=0.0).sum(dim=-1)
+            return (dropped - eta.unsqueeze(-1) * distributions.p).clamp(min=0.0).sum(dim=-1)
 
-        tail_p, tail_q = laws.overlap + laws.verifier_rest, laws.overlap + laws.excess
-        least = torch.maximum(laws.excess, tail_q - high_eta * tail_p)
+        tail_p, tail_q = (
+            distributions.overlap + distributions.verifier_rest,
+            distributions.overlap + distributions.excess,
+        )
+        least = torch.maximum(distributions.excess, tail_q - high_eta * tail_p)
         tail_low = torch.where(low_eta == high_eta, least, torch.zeros_like(least))
-        tail_high = laws.excess + (1 - low_eta).clamp(min=0.0) * laws.overlap
-        return between(logged(high_eta) + tail_low, logged(low_eta) + tail_high, 2 * laws.slack)
+        tail_high = distributions.excess + (1 - low_eta).clamp(min=0.0) * distributions.overlap
+        return between(logged(high_eta) + tail_low, logged(low_eta) + tail_high, 2 * distributions.slack)
 
-    def logged_law(self, summary: Summary, candidates: Candidates, temperature: float) -> Estimate:
+    def logged_distribution(self, summary: Summary, candidates: Candidates, temperature: float) -> Estimate:
         """pi_Token."""
-        summary, laws, candidates = tailed(summary, candidates, temperature, self.name)
-        low, high = (eta.unsqueeze(-1) for eta in self._eta(summary, candidates, laws))
-        kept = laws.q * self._keeps(summary, candidates)
-        return between(kept + low * laws.p, kept + high * laws.p, laws.slack.unsqueeze(-1))
+        summary, distributions, candidates = tailed(summary, candidates, temperature, self.name)
+        low, high = (eta.unsqueeze(-1) for eta in self._eta(summary, candidates, distributions))
+        kept = distributions.q * self._keeps(summary, candidates)
+        return between(
+            kept + low * distributions.p, kept + high * distributions.p, distributions.slack.unsqueeze(-1)
+        )
 
     def greedy_token(self, summary: Summary, candidates: Candidates | None) -> Estimate:
         """The drafter's argmax where it is kept, else the verifier's."""
@@ -388,10 +399,12 @@ class TokenRule(Rule):
         top = summary["verifier_max"].double().log().exp()  # as the candidate's own exp(log p) rounds
         return self.keep(*argmax_logprobs(summary), summary.with_fields({"verifier_max": top})).squeeze(-1)
 
-    def _eta(self, summary: Summary, candidates: Candidates, laws: TailedLaws) -> tuple[Tensor, Tensor]:
+    def _eta(
+        self, summary: Summary, candidates: Candidates, distributions: TailedDistributions
+    ) -> tuple[Tensor, Tensor]:
         """Lowest and highest eta = sum q over tokens not kept, [N]."""
-        logged = (laws.q * ~self._keeps(summary, candidates)).sum(dim=-1)
-        tail = laws.excess + laws.overlap
+        logged = (distributions.q * ~self._keeps(summary, candidates)).sum(dim=-1)
+        tail = distributions.excess + distributions.overlap
         # Where even the likeliest tail token would not be kept, none is.
         least = candidates.drafter_least.unsqueeze(-1), candidates.verifier_least.unsqueeze(-1)
         none_kept = ~self.keep(*least, summary).squeeze(-1) & self.monotone
@@ -404,61 +417,68 @@ class LawRule(Rule):
 
     Attributes:
         lossless_when_greedy: at temperature 0 it emits the verifier's token.
-        within_support: `law` gives nothing to a token to which p gives nothing.
+        within_support: `distribution` gives nothing to a token to which p gives nothing.
     """
 
     lossless_when_greedy: ClassVar[bool] = False
     within_support: ClassVar[bool] = False
 
     def law(self, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
-        """pi from the sampling laws q, p [.., V]; must sum to one."""
+        """pi from the sampling distributions q, p [.., V]; must sum to one."""
         raise NotImplementedError
 
-    def greedy(self, laws: Laws, summary: Summary) -> Tensor | None:
-        """The token [..] emitted at temperature 0; None where `law` of the one-hots is right as it is."""
-        return laws.verifier(laws.best) if self.lossless_when_greedy else None
+    def greedy(self, distributions: Distributions, summary: Summary) -> Tensor | None:
+        """The token [..] emitted at temperature 0; None where `distribution` of the one-hots is right as it is."""
+        return distributions.verifier(distributions.best) if self.lossless_when_greedy else None
 
-    def step(self, laws: Laws, summary: Summary, token: Tensor) -> RuleStep:
+    def step(self, distributions: Distributions, summary: Summary, token: Tensor) -> RuleStep:
         """A token is kept where it stands with a higher probability than in the exact check."""
-        if laws.greedy and self.lossless_when_greedy:
+        if distributions.greedy and self.lossless_when_greedy:
             deferred = torch.ones_like(token, dtype=torch.bool)
             return RuleStep(deferred, ~deferred, None)
-        if laws.greedy:
-            emitted, exact = self._greedy_step(laws, summary, token), laws.verifier(laws.best)
+        if distributions.greedy:
+            emitted, exact = (
+                self._greedy_step(distributions, summary, token),
+                distributions.verifier(distributions.best),
+            )
             kept = (emitted == token) & (token != exact)
             return RuleStep(~kept, kept, emitted)
-        target = self._step_law(laws, summary, token)
-        q, p = laws.of_token(laws.sampled, token)
+        target = self._step_distribution(distributions, summary, token)
+        q, p = distributions.of_token(distributions.sampled, token)
         kept = torch.minimum(gather_token(target, token), q) > p
         return RuleStep(~kept, kept, target)
 
-    def _greedy_step(self, laws: Laws, summary: Summary, token: Tensor) -> Tensor:
-        emitted = self.greedy(laws, summary)
+    def _greedy_step(self, distributions: Distributions, summary: Summary, token: Tensor) -> Tensor:
+        emitted = self.greedy(distributions, summary)
         if emitted is None:
-            return self._step_law(laws, summary, token).argmax(dim=-1)
-        return torch.where(laws.allows(emitted), emitted, laws.verifier(laws.best))
+            return self._step_distribution(distributions, summary, token).argmax(dim=-1)
+        return torch.where(distributions.allows(emitted), emitted, distributions.verifier(distributions.best))
 
-    def _law(self, laws: Laws, summary: Summary) -> Tensor:
-        if laws.greedy:
-            token = self.greedy(laws, summary)
+    def _distribution(self, distributions: Distributions, summary: Summary) -> Tensor:
+        if distributions.greedy:
+            token = self.greedy(distributions, summary)
             if token is not None:
-                pi = one_hot(token, laws.decision.shape[-1], laws.decision.dtype)
-                return onto_support(pi, laws.p, laws.support)
-        pi = self.law(laws.q, laws.p, summary)
-        return pi if self.within_support else onto_support(pi, laws.p, laws.support)
+                pi = one_hot(token, distributions.decision.shape[-1], distributions.decision.dtype)
+                return onto_support(pi, distributions.p, distributions.support)
+        pi = self.law(distributions.q, distributions.p, summary)
+        return pi if self.within_support else onto_support(pi, distributions.p, distributions.support)
 
-    def rejection_range(self, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor] | None:
+    def rejection_range(
+        self, summary: Summary, distributions: TailedDistributions
+    ) -> tuple[Tensor, Tensor] | None:
         """Lowest and highest D_TV(q, pi) that the unlogged tail allows, [N]; None where no bound is known."""
         return None
 
-    def law_range(self, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor] | None:
+    def distribution_range(
+        self, summary: Summary, distributions: TailedDistributions
+    ) -> tuple[Tensor, Tensor] | None:
         """Lowest and highest pi on the candidates, [N, K] each; None where no bound is known."""
         return None
 
     def logged_deferral(
         self, summary: Summary, candidates: Candidates | None, temperature: float
     ) -> Estimate:
-        """The rejection rate over D_TV: a law rule has no decision; the share of lossless rejections it makes."""
+        """The rejection rate over D_TV, the share of lossless rejections made: a distribution rule has no decision."""
         value, bound = self.logged_rejection(summary, candidates, temperature)
         tv = summary["tv"].double()
         share = torch.where(tv > 0, 1 / tv, torch.zeros_like(tv))
@@ -470,22 +490,24 @@ class LawRule(Rule):
         """D_TV(q, pi) within `rejection_range`."""
         if temperature == 0:
             return rejects_greedily(self, summary, candidates)
-        summary, laws, _ = tailed(summary, candidates, temperature, self.name)
-        found = self.rejection_range(summary, laws)
+        summary, distributions, _ = tailed(summary, candidates, temperature, self.name)
+        found = self.rejection_range(summary, distributions)
         if found is None:
-            return unbounded(*(self.rejection(summary, *laws.with_tail(way)) for way in (False, True)))
-        return between(*found, 2 * laws.slack)
+            return unbounded(
+                *(self.rejection(summary, *distributions.with_tail(way)) for way in (False, True))
+            )
+        return between(*found, 2 * distributions.slack)
 
-    def logged_law(self, summary: Summary, candidates: Candidates, temperature: float) -> Estimate:
-        """pi within `law_range`."""
-        summary, laws, _ = tailed(summary, candidates, temperature, self.name)
-        found = self.law_range(summary, laws)
+    def logged_distribution(self, summary: Summary, candidates: Candidates, temperature: float) -> Estimate:
+        """pi within `distribution_range`."""
+        summary, distributions, _ = tailed(summary, candidates, temperature, self.name)
+        found = self.distribution_range(summary, distributions)
         if found is None:
-            return unbounded(*self._stand_ins(summary, laws))
-        return between(*found, laws.slack.unsqueeze(-1))
+            return unbounded(*self._stand_ins(summary, distributions))
+        return between(*found, distributions.slack.unsqueeze(-1))
 
     def greedy_token(self, summary: Summary, candidates: Candidates | None) -> Estimate:
-        """The token that `law` gives of both models' one-hots.
+        """The token that `distribution` gives of both models' one-hots.
 
         Raises:
             InputError: the rule has a greedy token of its own, which may read more than is logged.
@@ -509,10 +531,12 @@ class LawRule(Rule):
         """D_TV(q, pi) of whole distributions, [..]."""
         return rejection_mass(self.law(q, p, summary), q)
 
-    def _stand_ins(self, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
+    def _stand_ins(self, summary: Summary, distributions: TailedDistributions) -> tuple[Tensor, Tensor]:
         """pi on the candidates with the tail merged and dispersed, [N, K] each."""
-        count = laws.q.shape[-1]
-        first, second = (self.law(*laws.with_tail(way), summary)[..., :count] for way in (False, True))
+        count = distributions.q.shape[-1]
+        first, second = (
+            self.law(*distributions.with_tail(way), summary)[..., :count] for way in (False, True)
+        )
         return first, second
 
 

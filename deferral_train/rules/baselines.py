@@ -1,7 +1,7 @@
-"""Lossy baselines that give their target law directly, each with its own parameter.
+"""Lossy baselines that give their target distribution directly, each with its own parameter.
 
-All run by draft + accept + residual of their law (emission.py), which for `lossy`, `lenient`, `mentored` and
-`ensemble` is the procedure of their authors. Laws [.., V] are sampling laws.
+All run by draft + accept + residual of their distribution (emission.py), which for `lossy`, `lenient`, `mentored` and
+`ensemble` is the procedure of their authors. Distributions [.., V] are sampling distributions.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from deferral_train.rules.base import Dial, LawRule, RuleStep, register
+from deferral_train.rules.distributions import Distributions
 from deferral_train.rules.emission import residual
 from deferral_train.rules.floors import capped, clip_between, floor_for_cut, mentored_cap, normalising_floor
-from deferral_train.rules.laws import Laws
 from deferral_train.rules.summary import Summary
-from deferral_train.rules.tails import Candidates, Estimate, TailedLaws, needs_candidates
+from deferral_train.rules.tails import Candidates, Estimate, TailedDistributions, needs_candidates
 
 
 @register
@@ -49,19 +49,21 @@ class Lossy(LawRule):
         """1/(1 - alpha), infinite at alpha = 1."""
         return _inverse(1 - self.alpha)
 
-    def rejection_range(self, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
+    def rejection_range(self, summary: Summary, distributions: TailedDistributions) -> tuple[Tensor, Tensor]:
         """Rejection can only fall where tokens are merged."""
-        return merged_range(self, summary, laws)
+        return merged_range(self, summary, distributions)
 
-    def law_range(self, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
+    def distribution_range(
+        self, summary: Summary, distributions: TailedDistributions
+    ) -> tuple[Tensor, Tensor]:
         """More is cut and less is raised in a merged tail: the floor lies between these two."""
         cap = self.cap
-        low_cut, high_cut = (cut.unsqueeze(-1) for cut in merged_range(self, summary, laws))
-        low = floor_for_cut(*laws.with_tail(dispersed=True), low_cut)
-        high = floor_for_cut(*laws.with_single_tail(), high_cut)
+        low_cut, high_cut = (cut.unsqueeze(-1) for cut in merged_range(self, summary, distributions))
+        low = floor_for_cut(*distributions.with_tail(dispersed=True), low_cut)
+        high = floor_for_cut(*distributions.with_single_tail(), high_cut)
         return (
-            clip_between(laws.q, laws.p, low, cap),
-            clip_between(laws.q, laws.p, torch.maximum(low, high), cap),
+            clip_between(distributions.q, distributions.p, low, cap),
+            clip_between(distributions.q, distributions.p, torch.maximum(low, high), cap),
         )
 
 
@@ -70,7 +72,7 @@ class Lossy(LawRule):
 class Lenient(LawRule):
     """Lenient speculative decoding (Leviathan et al. 2023, A.5): accept min(1, p/((1-alpha) q)), beta = 1.
 
-    The residual is max(0, p - q) as in lossless decoding, so that its law is
+    The residual is max(0, p - q) as in lossless decoding, so that its distribution is
     pi = min(q, p/(1-alpha)) + R norm(max(0, p - q)), R the rejection mass. At temperature 0 it is lossless.
     """
 
@@ -87,13 +89,15 @@ class Lenient(LawRule):
         rejected = (q - accepted).sum(dim=-1, keepdim=True)
         return accepted + rejected * residual(p, q)
 
-    def rejection_range(self, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
+    def rejection_range(self, summary: Summary, distributions: TailedDistributions) -> tuple[Tensor, Tensor]:
         """Rejection can only fall where tokens are merged."""
-        return merged_range(self, summary, laws)
+        return merged_range(self, summary, distributions)
 
-    def law_range(self, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
+    def distribution_range(
+        self, summary: Summary, distributions: TailedDistributions
+    ) -> tuple[Tensor, Tensor]:
         """Between a merged and a dispersed tail."""
-        first, second = self._stand_ins(summary, laws)
+        first, second = self._stand_ins(summary, distributions)
         return torch.minimum(first, second), torch.maximum(first, second)
 
 
@@ -118,14 +122,18 @@ class Mentored(LawRule):
         cap = mentored_cap(q, p, self.divergence)
         return clip_between(q, p, normalising_floor(q, p, cap), cap)
 
-    def rejection_range(self, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
+    def rejection_range(self, summary: Summary, distributions: TailedDistributions) -> tuple[Tensor, Tensor]:
         """An optimum: a coarser pair never rejects more."""
-        least = self.rejection(summary, *laws.with_single_tail())
-        return least, self.rejection(summary, *laws.with_tail(dispersed=True))
+        least = self.rejection(summary, *distributions.with_single_tail())
+        return least, self.rejection(summary, *distributions.with_tail(dispersed=True))
 
-    def law_range(self, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
+    def distribution_range(
+        self, summary: Summary, distributions: TailedDistributions
+    ) -> tuple[Tensor, Tensor]:
         """Between q and p."""
-        return torch.minimum(laws.q, laws.p), torch.maximum(laws.q, laws.p)
+        return torch.minimum(distributions.q, distributions.p), torch.maximum(
+            distributions.q, distributions.p
+        )
 
 
 @register
@@ -133,8 +141,8 @@ class Mentored(LawRule):
 class Cactus(LawRule):
     """Cactus (arXiv 2604.04987): a drafted token x is checked against h_x.
 
-    h_x(x) = min(1, p(x) + sqrt(2 delta p(x) (1 - p(x)))), the rest of p scaled to sum to one. The law checked
-    depends on the drafted token; `law` is the law that all of it together emits.
+    h_x(x) = min(1, p(x) + sqrt(2 delta p(x) (1 - p(x)))), the rest of p scaled to sum to one. The distribution checked
+    depends on the drafted token; `distribution` is the distribution that all of it together emits.
     """
 
     name: ClassVar[str] = "cactus"
@@ -161,7 +169,7 @@ class Cactus(LawRule):
         ratio = torch.where(p > 0, q / p, torch.full_like(p, torch.inf))
         order = ratio.argsort(dim=-1)
         ratio_sorted = ratio.gather(-1, order)
-        mass_p, mass_q = (_prefix(law.gather(-1, order)) for law in (p, q))
+        mass_p, mass_q = (_prefix(distribution.gather(-1, order)) for distribution in (p, q))
         count = torch.searchsorted(ratio_sorted, scale.contiguous())  # tokens with q/p < c_x
         normaliser = scale * mass_p.gather(-1, count) - mass_q.gather(-1, count)
         # The normaliser is at least q(x) - h_x(x), so that the weight is at most 1.
@@ -174,21 +182,23 @@ class Cactus(LawRule):
         of_q = _suffix(weight_sorted).gather(-1, first)
         return torch.minimum(q, raised) + (p * of_p - q * of_q).clamp(min=0.0)
 
-    def _step_law(self, laws: Laws, summary: Summary, token: Tensor) -> Tensor:
+    def _step_distribution(self, distributions: Distributions, summary: Summary, token: Tensor) -> Tensor:
         """h_x for the drafted tokens x, [.., V]."""
-        p, index = laws.p, token.unsqueeze(-1)
+        p, index = distributions.p, token.unsqueeze(-1)
         raised, own = self.raised(p).gather(-1, index), p.gather(-1, index)
         scale = torch.where(own < 1, (1 - raised) / (1 - own), torch.zeros_like(own))
         return (p * scale).scatter(-1, index, raised)
 
-    def rejection_range(self, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
+    def rejection_range(self, summary: Summary, distributions: TailedDistributions) -> tuple[Tensor, Tensor]:
         """In the tail no more than (q - p)+, and perhaps nothing: many small tokens may all be raised enough."""
-        logged = (laws.q - self.raised(laws.p)).clamp(min=0.0).sum(dim=-1)
-        return logged, logged + laws.excess
+        logged = (distributions.q - self.raised(distributions.p)).clamp(min=0.0).sum(dim=-1)
+        return logged, logged + distributions.excess
 
-    def law_range(self, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
+    def distribution_range(
+        self, summary: Summary, distributions: TailedDistributions
+    ) -> tuple[Tensor, Tensor]:
         """At least what is accepted."""
-        return torch.minimum(laws.q, self.raised(laws.p)), torch.ones_like(laws.p)
+        return torch.minimum(distributions.q, self.raised(distributions.p)), torch.ones_like(distributions.p)
 
 
 @register
@@ -196,7 +206,7 @@ class Cactus(LawRule):
 class Ensemble(LawRule):
     """The fixed ensemble that transformers ships (`assistant_ensemble_weight`): pi = w p + (1 - w) q.
 
-    At temperature 0 it emits the argmax of the mixture of the processed laws.
+    At temperature 0 it emits the argmax of the mixture of the processed distributions.
     """
 
     name: ClassVar[str] = "ensemble"
@@ -209,25 +219,35 @@ class Ensemble(LawRule):
         """pi [.., V]."""
         return self.weight * p + (1 - self.weight) * q
 
-    def greedy(self, laws: Laws, summary: Summary) -> Tensor:
+    def greedy(self, distributions: Distributions, summary: Summary) -> Tensor:
         """argmax of w p + (1 - w) q among tokens that may be emitted, [..]."""
         if self.weight == 0:
-            return laws.drafter(laws.best)
-        both = laws.probs if laws.sampling is None else torch.softmax(laws.sampling, dim=-1)
-        mixture = self.law(laws.drafter(both), laws.verifier(both), summary)
-        return torch.where(laws.support, mixture, -1.0).argmax(dim=-1)
+            return distributions.drafter(distributions.best)
+        both = (
+            distributions.probs
+            if distributions.sampling is None
+            else torch.softmax(distributions.sampling, dim=-1)
+        )
+        mixture = self.law(distributions.drafter(both), distributions.verifier(both), summary)
+        return torch.where(distributions.support, mixture, -1.0).argmax(dim=-1)
 
-    def rejection_range(self, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
+    def rejection_range(self, summary: Summary, distributions: TailedDistributions) -> tuple[Tensor, Tensor]:
         """Rejection can only fall where tokens are merged."""
-        return merged_range(self, summary, laws)
+        return merged_range(self, summary, distributions)
 
-    def law_range(self, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
+    def distribution_range(
+        self, summary: Summary, distributions: TailedDistributions
+    ) -> tuple[Tensor, Tensor]:
         """Between a merged and a dispersed tail."""
-        first, second = self._stand_ins(summary, laws)
+        first, second = self._stand_ins(summary, distributions)
         return torch.minimum(first, second), torch.maximum(first, second)
 
-    def _greedy_step(self, laws: Laws, summary: Summary, token: Tensor) -> Tensor:
-        return super()._greedy_step(laws, summary, token) if self.weight == 0 else self.greedy(laws, summary)
+    def _greedy_step(self, distributions: Distributions, summary: Summary, token: Tensor) -> Tensor:
+        return (
+            super()._greedy_step(distributions, summary, token)
+            if self.weight == 0
+            else self.greedy(distributions, summary)
+        )
 
     def greedy_token(self, summary: Summary, candidates: Candidates | None) -> Estimate:
         """argmax of the mixture among the candidates; the bound is 1 where an unlogged token could have more."""
@@ -249,7 +269,7 @@ class Biased(LawRule):
     """Self-Speculative Biased Decoding (arXiv 2509.21740): P' = (1 - bias) p + bias * point mass at the
     draft.
 
-    Over drafts from q its law is (1 - bias) p + bias q. At temperature 0 the draft stands iff
+    Over drafts from q its distribution is (1 - bias) p + bias q. At temperature 0 the draft stands iff
     p(v_q) >= max p - bias/(1 - bias), and always where it is the argmax.
     """
 
@@ -263,16 +283,23 @@ class Biased(LawRule):
         """pi [.., V]."""
         return (1 - self.bias) * p + self.bias * q
 
-    def greedy(self, laws: Laws, summary: Summary) -> Tensor:
+    def greedy(self, distributions: Distributions, summary: Summary) -> Tensor:
         """v_q where the margin allows it, else v_p, [..]."""
-        drafter, verifier = laws.drafter(laws.best), laws.verifier(laws.best)
+        drafter, verifier = (
+            distributions.drafter(distributions.best),
+            distributions.verifier(distributions.best),
+        )
         return torch.where(self.stands(summary), drafter, verifier)
 
-    def step(self, laws: Laws, summary: Summary, token: Tensor) -> RuleStep:
+    def step(self, distributions: Distributions, summary: Summary, token: Tensor) -> RuleStep:
         """At temperature 0 the draft is the drafter's argmax, which stands or gives way to the verifier's."""
-        if not laws.greedy:
-            return super().step(laws, summary, token)
-        kept = self.stands(summary) & laws.allows(token) & (token != laws.verifier(laws.best))
+        if not distributions.greedy:
+            return super().step(distributions, summary, token)
+        kept = (
+            self.stands(summary)
+            & distributions.allows(token)
+            & (token != distributions.verifier(distributions.best))
+        )
         return RuleStep(~kept, kept, None)
 
     def stands(self, summary: Summary) -> Tensor:
@@ -281,13 +308,15 @@ class Biased(LawRule):
         gap = summary["verifier_max"] - summary["verifier_at_drafter_argmax"]
         return (gap <= margin) & (self.bias > 0)
 
-    def rejection_range(self, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
+    def rejection_range(self, summary: Summary, distributions: TailedDistributions) -> tuple[Tensor, Tensor]:
         """Rejection can only fall where tokens are merged."""
-        return merged_range(self, summary, laws)
+        return merged_range(self, summary, distributions)
 
-    def law_range(self, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
+    def distribution_range(
+        self, summary: Summary, distributions: TailedDistributions
+    ) -> tuple[Tensor, Tensor]:
         """Between a merged and a dispersed tail."""
-        first, second = self._stand_ins(summary, laws)
+        first, second = self._stand_ins(summary, distributions)
         return torch.minimum(first, second), torch.maximum(first, second)
 
     def greedy_token(self, summary: Summary, candidates: Candidates | None) -> Estimate:
@@ -297,10 +326,12 @@ class Biased(LawRule):
         return token, torch.zeros(drafter.shape, dtype=torch.float64)
 
 
-def merged_range(rule: LawRule, summary: Summary, laws: TailedLaws) -> tuple[Tensor, Tensor]:
+def merged_range(
+    rule: LawRule, summary: Summary, distributions: TailedDistributions
+) -> tuple[Tensor, Tensor]:
     """D_TV(q, pi) [N] with a merged and a dispersed tail, for rules that reject no more where tokens are merged."""
-    most = rule.rejection(summary, *laws.with_tail(dispersed=True))
-    return torch.minimum(rule.rejection(summary, *laws.with_tail(dispersed=False)), most), most
+    most = rule.rejection(summary, *distributions.with_tail(dispersed=True))
+    return torch.minimum(rule.rejection(summary, *distributions.with_tail(dispersed=False)), most), most
 
 
 def _inverse(value: float) -> float:

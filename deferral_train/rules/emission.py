@@ -1,7 +1,7 @@
 """Acceptance, residual and emitted distribution of a drafted position, from a rule's target pi.
 
 Draft x ~ q, accept with probability min(1, pi(x)/q(x)), else sample max(0, pi - q), normalised. The q is the
-law that x was really drawn from: it is never renormalised onto another support. Shapes [.., V];
+distribution that x was really drawn from: it is never renormalised onto another support. Shapes [.., V];
     probabilities.
 Source: speculative sampling (Leviathan et al. 2023), for any target: Narasimhan et al. 2025, Algorithm 4.
 """
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 
-def keep_law(q: Tensor, p: Tensor, keep: Tensor) -> Tensor:
+def keep_distribution(q: Tensor, p: Tensor, keep: Tensor) -> Tensor:
     """pi_Token(v) = q(v) (1 - r(v)) + p(v) eta, with eta = sum_v r(v) q(v) and keep = (r = 0). Equation (11).
 
     Args:
-        q, p: sampling laws [.., V].
+        q, p: sampling distributions [.., V].
         keep: bool, broadcastable to [.., V].
     """
     kept = q * keep
@@ -36,7 +36,7 @@ def acceptance(pi: Tensor, q: Tensor) -> Tensor:
 
 
 def residual(pi: Tensor, q: Tensor) -> Tensor:
-    """Law of the correction after a rejection: max(0, pi - q), normalised; pi where nothing is left."""
+    """Distribution of the correction after a rejection: max(0, pi - q), normalised; pi where nothing is left."""
     excess = (pi - q).clamp(min=0.0)
     total = excess.sum(dim=-1, keepdim=True)
     return torch.where(total > 0, excess / total, pi)
@@ -47,7 +47,7 @@ def rejection_mass(pi: Tensor, q: Tensor) -> Tensor:
     return (q - pi).clamp(min=0.0).sum(dim=-1)
 
 
-def emitted_law(pi: Tensor, q: Tensor) -> Tensor:
+def emitted_distribution(pi: Tensor, q: Tensor) -> Tensor:
     """Distribution of the emitted token, [.., V], summed in full: q * acceptance + rejection mass * residual.
 
     Equals pi wherever pi sums to one: the identity that every rule is tested by.

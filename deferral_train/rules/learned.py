@@ -10,8 +10,8 @@ from torch import Tensor
 
 from deferral_train.errors import InputError
 from deferral_train.rules.base import Dial, LawRule, PositionRule, RuleStep, register
+from deferral_train.rules.distributions import Distributions
 from deferral_train.rules.emission import residual
-from deferral_train.rules.laws import Laws
 from deferral_train.rules.summary import DRAFTER_CONFIDENCE_FIELDS, FIELDS, Summary
 from deferral_train.rules.tails import Candidates, Estimate
 
@@ -86,12 +86,12 @@ class LearnedRule(PositionRule):
             return self._own(summary, self.alpha)
         return self._defer_by(self.head.gap(summary), summary)
 
-    def step(self, laws: Laws, summary: Summary, token: Tensor) -> RuleStep:
+    def step(self, distributions: Distributions, summary: Summary, token: Tensor) -> RuleStep:
         """As any position rule's, with the gap that it was decided by: a head is asked once a block."""
         if self._own is not None or type(self).defer is not LearnedRule.defer:
-            return super().step(laws, summary, token)
+            return super().step(distributions, summary, token)
         gap = self.head.gap(summary)
-        return self._decided(self._defer_by(gap, summary), laws, token, gap)
+        return self._decided(self._defer_by(gap, summary), distributions, token, gap)
 
     def _defer_by(self, gap: Tensor, summary: Summary) -> Tensor:
         tv = self.head.tv(summary) if self.stage == "draft" else summary["tv"]
@@ -136,28 +136,32 @@ class Judge(LawRule):
         """score > threshold, bool of the summary's leading shape."""
         return self.head.score(summary) > self.threshold
 
-    def _law(self, laws: Laws, summary: Summary) -> Tensor:
+    def _distribution(self, distributions: Distributions, summary: Summary) -> Tensor:
         if "verifier_hidden_at_token" in self.needs:
             raise InputError(
-                "its head reads verifier_hidden_at_token, known of the drafted token alone, so that the law of "
-                "all tokens is not; measure it with decode"
+                "its head reads verifier_hidden_at_token, known of the drafted token alone, so that the distribution "
+                "of all tokens is not; measure it with decode"
             )
-        approved = self._approval_of_all(laws, summary) & laws.support
-        accepted = torch.where(approved, laws.q, torch.minimum(laws.q, laws.p))
-        rejected = (laws.q - accepted).sum(dim=-1, keepdim=True)
-        return accepted + rejected * residual(laws.p, laws.q)
+        approved = self._approval_of_all(distributions, summary) & distributions.support
+        accepted = torch.where(approved, distributions.q, torch.minimum(distributions.q, distributions.p))
+        rejected = (distributions.q - accepted).sum(dim=-1, keepdim=True)
+        return accepted + rejected * residual(distributions.p, distributions.q)
 
-    def _step_law(self, laws: Laws, summary: Summary, token: Tensor) -> Tensor:
+    def _step_distribution(self, distributions: Distributions, summary: Summary, token: Tensor) -> Tensor:
         """q where the drafted token is approved (so that it stands), else p, [.., V]."""
-        allowed = laws.support.gather(-1, token.unsqueeze(-1))
+        allowed = distributions.support.gather(-1, token.unsqueeze(-1))
         approved = self.approved(summary).unsqueeze(-1) & allowed
-        return torch.where(approved, laws.q, laws.p)
+        return torch.where(approved, distributions.q, distributions.p)
 
-    def step(self, laws: Laws, summary: Summary, token: Tensor) -> RuleStep:
+    def step(self, distributions: Distributions, summary: Summary, token: Tensor) -> RuleStep:
         """At temperature 0 an approved token stands, any other gives way to the verifier's argmax."""
-        if not laws.greedy:
-            return super().step(laws, summary, token)
-        kept = self.approved(summary) & laws.allows(token) & (token != laws.verifier(laws.best))
+        if not distributions.greedy:
+            return super().step(distributions, summary, token)
+        kept = (
+            self.approved(summary)
+            & distributions.allows(token)
+            & (token != distributions.verifier(distributions.best))
+        )
         return RuleStep(~kept, kept, None)
 
     def logged_rejection(
@@ -166,7 +170,7 @@ class Judge(LawRule):
         """Raises InputError: the score may depend on the drafted token's own hidden state, so no bound is known."""
         raise InputError("rule judge judges drafted tokens one by one; measure it with decode")
 
-    def logged_law(self, summary: Summary, candidates: Candidates, temperature: float) -> Estimate:
+    def logged_distribution(self, summary: Summary, candidates: Candidates, temperature: float) -> Estimate:
         """Raises InputError, as `logged_rejection`."""
         return self.logged_rejection(summary, candidates, temperature)
 
@@ -174,13 +178,13 @@ class Judge(LawRule):
         """Raises InputError, as `logged_rejection`."""
         return self.logged_rejection(summary, candidates, 0.0)
 
-    def _approval_of_all(self, laws: Laws, summary: Summary) -> Tensor:
-        size = laws.p.shape[-1]
-        tokens = torch.arange(size, device=laws.p.device).expand(laws.p.shape)
+    def _approval_of_all(self, distributions: Distributions, summary: Summary) -> Tensor:
+        size = distributions.p.shape[-1]
+        tokens = torch.arange(size, device=distributions.p.device).expand(distributions.p.shape)
         everyone = summary.expand_candidates(tokens)
         logprobs = {
-            "drafter_logprob": laws.drafter_logprobs,
-            "verifier_logprob": laws.verifier_logprobs,
+            "drafter_logprob": distributions.drafter_logprobs,
+            "verifier_logprob": distributions.verifier_logprobs,
         }
         needed = {name: value for name, value in logprobs.items() if name in self.needs}
         return self.approved(everyone.with_fields(needed))

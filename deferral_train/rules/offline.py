@@ -1,6 +1,6 @@
 """Offline scores of a rule on logged positions: deferral, rejection and emitted distribution, with bounds.
 
-Position rules are exact from the summary alone, at any temperature that its `tv` belongs to. Token and law
+Position rules are exact from the summary alone, at any temperature that its `tv` belongs to. Token and distribution
 rules read the logged candidates; every number comes as (value, bound), |truth - value| <= bound being what
 the unlogged tail can change. Verifier and drafter supports are taken to be whole (no top-k or top-p). At
 temperature 0 the summary decides alone, except for `ensemble`. Shapes: N positions, K candidates.
@@ -25,7 +25,7 @@ def deferral_rate(
 ) -> Estimate:
     """Probability that a drafted token is deferred, and its bound, [N] each.
 
-    Position rules: 0 or 1. Token rules: the drafter's mass on tokens not kept. Law rules have no decision:
+    Position rules: 0 or 1. Token rules: the drafter's mass on tokens not kept. Distribution rules have no decision:
     their rejection rate over D_TV, the share of lossless rejections that they still make.
     """
     if rule.is_lossless:
@@ -38,8 +38,8 @@ def rejection_rate(
 ) -> Estimate:
     """The probability that a drafted token is rejected, and its bound, [N] each: D_TV(q, pi).
 
-    Position rules: r * tv (Lemma 3), exact. `cactus` checks x against a law of x's own and rejects sum_x (q(x) -
-    h_x(x))+, of which its residuals may give back, so that D_TV(q, pi) can be less.
+    Position rules: r * tv (Lemma 3), exact. `cactus` checks x against a distribution of x's own and rejects sum_x
+    (q(x) - h_x(x))+, of which its residuals may give back, so that D_TV(q, pi) can be less.
 
     Args:
         summary: fields in `rule.needs` and `tv` (of this temperature); at temperature 0 also drafter_max,
@@ -58,16 +58,18 @@ def acceptance_rate(
     return 1 - value, bound
 
 
-def emitted_law(rule: Rule, summary: Summary, candidates: Candidates, temperature: float = 1.0) -> Estimate:
+def emitted_distribution(
+    rule: Rule, summary: Summary, candidates: Candidates, temperature: float = 1.0
+) -> Estimate:
     """pi on the candidates [N, K], and a bound [N, K] on each entry."""
     if temperature == 0:
         token, bound = _greedy_token(rule, summary, candidates)
         pi = (candidates.ids == token.unsqueeze(-1)).double()
         return pi, bound.unsqueeze(-1).expand_as(pi)
     if rule.is_lossless:
-        _, laws, _ = tailed(summary, candidates, temperature, rule.name)
-        return laws.p, laws.slack.unsqueeze(-1) * laws.p
-    return rule.logged_law(summary, candidates, temperature)
+        _, distributions, _ = tailed(summary, candidates, temperature, rule.name)
+        return distributions.p, distributions.slack.unsqueeze(-1) * distributions.p
+    return rule.logged_distribution(summary, candidates, temperature)
 
 
 def emitted_gold_risk(
@@ -94,7 +96,7 @@ def emitted_gold_risk(
     if temperature == 1 and isinstance(rule, PositionRule):
         return exact(1 - torch.where(rule.defer(summary), verifier, drafter).exp())
     joined = needs_candidates(candidates, rule.name).with_token(gold, drafter, verifier)
-    pi, bound = emitted_law(rule, summary, joined, temperature)
+    pi, bound = emitted_distribution(rule, summary, joined, temperature)
     place = (joined.ids == gold.unsqueeze(-1)).double().argmax(dim=-1, keepdim=True)
     return 1 - pi.gather(-1, place).squeeze(-1), bound.gather(-1, place).squeeze(-1)
 

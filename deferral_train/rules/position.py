@@ -111,7 +111,7 @@ class DiffLog(PositionRule):
 class Opt(PositionRule):
     """Defer iff max q < max p - alpha D_TV(p, q). Equation (10).
 
-    alpha is any finite number, and no finite value is lossless at every temperature: maxima are of the laws
+    alpha is any finite number, and no finite value is lossless at every temperature: maxima are of the distributions
     before temperature, D_TV of those after, so that D_TV may be arbitrarily small where max q > max p. At
     temperatures 0 and 1 without truncation any alpha < -1 is lossless and any alpha >= 1 keeps the drafter,
     because |max p - max q| <= D_TV there.
@@ -156,7 +156,7 @@ class OptVerifier(PositionRule):
     """OPT decided with P := p: defer iff p(v_q) < max p - alpha D_TV(p, q). It trusts p, never q's
     confidence.
 
-    At alpha = -1 it defers wherever D_TV > 0, and elsewhere keeping is the same law: lossless. Its regret is
+    At alpha = -1 it defers wherever D_TV > 0, and elsewhere keeping is the same distribution: lossless. Its regret is
     at most 2 max_v |P(v) - p(v)|.
     """
 
@@ -180,8 +180,8 @@ class BiLD(PositionRule):
     """BiLD* of the paper's Table 3: defer iff D(q, p) > alpha, executed speculatively.
 
     Which D the paper used is not known, so that both are offered: ``"cross_entropy"`` (-sum p log q, nats,
-    alpha in 0..20) and ``"tv"`` (D_TV of the sampling laws, alpha in 0..1). Either is 0 only where the laws
-    agree.
+    alpha in 0..20) and ``"tv"`` (D_TV of the sampling distributions, alpha in 0..1). Either is 0 only where the
+    distributions agree.
     """
 
     name: ClassVar[str] = "bild"
@@ -229,7 +229,7 @@ class Fuzzy(PositionRule):
 @register
 @dataclass(frozen=True)
 class Lossless(PositionRule):
-    """Speculative decoding (Leviathan et al. 2023): every drafted token is checked; the output law is p."""
+    """Speculative decoding (Leviathan et al. 2023): every drafted token is checked; the output distribution is p."""
 
     name: ClassVar[str] = "lossless"
 
@@ -246,7 +246,7 @@ class Lossless(PositionRule):
 @register
 @dataclass(frozen=True)
 class VerifierOnly(Lossless):
-    """The verifier alone: never drafts. Its law is p, as lossless."""
+    """The verifier alone: never drafts. Its distribution is p, as lossless."""
 
     name: ClassVar[str] = "verifier_only"
     drafts: ClassVar[bool] = False

@@ -1,6 +1,6 @@
 """Risks of deferral: token losses, the loss gap, the optimal rule, exact regret, and what bounds it.
 
-Notation: q drafter, p verifier, P the true next-token law, r = 1 defers. gap = E_P[l(y,q) - l(y,p)], tv =
+Notation: q drafter, p verifier, P the true next-token distribution, r = 1 defers. gap = E_P[l(y,q) - l(y,p)], tv =
     D_TV(p,q).
 Sources: Narasimhan et al. 2025, equations (3) to (9) and Lemmas 1, 4, 5; docs/equations.md maps them.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.rules.laws import gather_token
+from deferral_train.rules.distributions import gather_token
 from deferral_train.rules.summary import Summary
 
 LOSSES = ("zero_one", "log", "prob")
@@ -32,32 +32,32 @@ def floor_logprobs(logprobs: Tensor, floor: float = LOG_FLOOR) -> Floored:
     return Floored(logprobs.clamp(min=floor), logprobs < floor)
 
 
-def token_loss(loss: str, law: Tensor, y: Tensor, floor: float = LOG_FLOOR) -> Tensor:
-    """l(y, law) for the observed token: zero_one 1[y != argmax], log -log prob (floored), prob 1 - prob.
+def token_loss(loss: str, distribution: Tensor, y: Tensor, floor: float = LOG_FLOOR) -> Tensor:
+    """l(y, distribution) for the observed token: zero_one 1[y != argmax], log -log prob (floored), prob 1 - prob.
 
     Args:
-        law: probabilities [.., V].
+        distribution: probabilities [.., V].
         y: ids [..].
     """
     _check_loss(loss)
     if loss == "zero_one":
-        return (y != law.max(dim=-1).indices).to(law.dtype)
-    at_y = gather_token(law, y)
+        return (y != distribution.max(dim=-1).indices).to(distribution.dtype)
+    at_y = gather_token(distribution, y)
     return 1 - at_y if loss == "prob" else -floor_logprobs(at_y.log(), floor).values
 
 
-def expected_loss(loss: str, law: Tensor, truth: Tensor, floor: float = LOG_FLOOR) -> Tensor:
-    """E_P l(y, law), from laws [.., V]."""
+def expected_loss(loss: str, distribution: Tensor, truth: Tensor, floor: float = LOG_FLOOR) -> Tensor:
+    """E_P l(y, distribution), from distributions [.., V]."""
     _check_loss(loss)
     if loss == "zero_one":
-        return 1 - gather_token(truth, law.max(dim=-1).indices)
+        return 1 - gather_token(truth, distribution.max(dim=-1).indices)
     if loss == "prob":
-        return 1 - (truth * law).sum(dim=-1)
-    return -(truth * floor_logprobs(law.log(), floor).values).sum(dim=-1)
+        return 1 - (truth * distribution).sum(dim=-1)
+    return -(truth * floor_logprobs(distribution.log(), floor).values).sum(dim=-1)
 
 
 def gap_from_truth(q: Tensor, p: Tensor, truth: Tensor, loss: str = "zero_one") -> Tensor:
-    """E_P[l(y,q) - l(y,p)] for a known P, from laws [.., V]."""
+    """E_P[l(y,q) - l(y,p)] for a known P, from distributions [.., V]."""
     return expected_loss(loss, q, truth) - expected_loss(loss, p, truth)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.rules.laws import Laws, gather_token, mean_under
+from deferral_train.rules.distributions import Distributions, gather_token, mean_under
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Field:
 FIELDS: dict[str, Field] = {
     field.name: field
     for field in (
-        # about the position, from the decision laws
+        # about the position, from the decision distributions
         Field("drafter_max", "max q", "float", "drafter"),
         Field("verifier_max", "max p", "float", "verifier"),
         Field("drafter_margin", "largest less second largest logit of the drafter", "float", "drafter"),
@@ -57,9 +57,9 @@ FIELDS: dict[str, Field] = {
         Field("product_sum", "sum p q", "float", "both"),
         Field("drafter_logsumexp", "log normaliser of the drafter's logits", "float", "drafter"),
         Field("verifier_logsumexp", "log normaliser of the verifier's logits", "float", "verifier"),
-        Field("tv_unscaled", "D_TV(p, q) of the decision laws", "float", "both"),
-        # from the sampling laws
-        Field("tv", "D_TV of the sampling laws (temperature 0: argmaxes differ)", "float", "both"),
+        Field("tv_unscaled", "D_TV(p, q) of the decision distributions", "float", "both"),
+        # from the sampling distributions
+        Field("tv", "D_TV of the sampling distributions (temperature 0: argmaxes differ)", "float", "both"),
         # about one token x
         Field("token", "x, the token spoken of (usually the drafted one)", "int", "drafter"),
         Field("drafter_logprob", "log q(x)", "float", "drafter"),
@@ -103,7 +103,7 @@ HIDDEN_FIELDS = frozenset({"drafter_hidden", "verifier_hidden", "verifier_hidden
 TOKEN_FIELDS = frozenset({"token", "drafter_logprob", "verifier_logprob"})
 CONTEXT_FIELDS = HIDDEN_FIELDS | {"draft_position", "position", *PREVIOUS_TOKENS}
 COMPUTED_FIELDS = frozenset(FIELDS) - CONTEXT_FIELDS
-# What an external draft without a law cannot give: with a one-hot q these say nothing about the drafter.
+# What an external draft without a distribution cannot give: with a one-hot q these say nothing about the drafter.
 DRAFTER_CONFIDENCE_FIELDS = frozenset(
     {"drafter_max", "drafter_margin", "drafter_at_verifier_argmax", "drafter_entropy", "drafter_sum_squares"}
     | {"kl", "reverse_kl", "js", "cross_entropy", "product_sum", "drafter_logsumexp", "drafter_logprob"}
@@ -229,34 +229,36 @@ def summarize(
 
     Args:
         drafter_logits, verifier_logits: decision logits [.., V].
-        temperature: of the sampling laws that `tv` compares; 0 is greedy.
+        temperature: of the sampling distributions that `tv` compares; 0 is greedy.
         drafter_sampling_logits, verifier_sampling_logits: logits after temperature and truncation [.., V],
-            where the sampling law is not softmax(decision logits / temperature).
+            where the sampling distribution is not softmax(decision logits / temperature).
         token: ids [..] for the fields about one token.
         fields: which to compute; None computes all that can be.
 
     Raises:
         InputError: an unknown field, shapes that differ, logits that are not finite (masked -inf is allowed).
     """
-    laws = Laws.of(
+    distributions = Distributions.of(
         drafter_logits, verifier_logits, temperature, drafter_sampling_logits, verifier_sampling_logits
     )
-    laws.check()
+    distributions.check()
     if fields is None:
         fields = COMPUTED_FIELDS if token is not None else COMPUTED_FIELDS - TOKEN_FIELDS
-    return summarize_laws(laws, fields, token)
+    return summarize_distributions(distributions, fields, token)
 
 
-def summarize_laws(laws: Laws, fields: Iterable[str], token: Tensor | None = None) -> Summary:
+def summarize_distributions(
+    distributions: Distributions, fields: Iterable[str], token: Tensor | None = None
+) -> Summary:
     """As `summarize`, from distributions already made; unchecked, so that nothing is copied to the host."""
     columns: dict[str, Tensor] = {}
     for name in sorted(fields):
         if name in TOKEN_FIELDS:
             if token is None:
                 raise InputError(f"summary field {name!r} needs token=")
-            columns[name] = _TOKEN_FORMULAS[name](laws, token)
+            columns[name] = _TOKEN_FORMULAS[name](distributions, token)
         elif name in _FORMULAS:
-            columns[name] = _FORMULAS[name](laws)
+            columns[name] = _FORMULAS[name](distributions)
         else:
             known = "is given by the caller" if name in FIELDS else "is unknown"
             computable = ", ".join(sorted(COMPUTED_FIELDS))
@@ -275,66 +277,82 @@ def margin(logits: Tensor) -> Tensor:
     return (first - second).clamp(max=MOST_MARGIN)
 
 
-def total_variation(both: Tensor, laws: Laws) -> Tensor:
+def total_variation(both: Tensor, distributions: Distributions) -> Tensor:
     """D_TV = sum_v max(0, p - q) of both distributions [.., V] each; at most 1 against rounding."""
-    return (laws.verifier(both) - laws.drafter(both)).clamp(min=0.0).sum(dim=-1).clamp(max=1.0)
+    return (
+        (distributions.verifier(both) - distributions.drafter(both)).clamp(min=0.0).sum(dim=-1).clamp(max=1.0)
+    )
 
 
-def _js(laws: Laws) -> Tensor:
+def _js(distributions: Distributions) -> Tensor:
     # Finite stand-ins for log 0: where both are 0 the gradient of logaddexp would be NaN.
-    logs = laws.logprobs.clamp(min=torch.finfo(laws.decision.dtype).min / 4)
-    excess = logs - torch.logaddexp(*logs.split(1, dim=laws.axis))  # log p - log(p + q)
-    halves = (laws.probs * excess).sum(dim=-1).split(1, dim=laws.axis)
-    mean = laws.drafter((halves[0] + halves[1]) * 0.5) + math.log(2)
+    logs = distributions.logprobs.clamp(min=torch.finfo(distributions.decision.dtype).min / 4)
+    excess = logs - torch.logaddexp(*logs.split(1, dim=distributions.axis))  # log p - log(p + q)
+    halves = (distributions.probs * excess).sum(dim=-1).split(1, dim=distributions.axis)
+    mean = distributions.drafter((halves[0] + halves[1]) * 0.5) + math.log(2)
     return mean.clamp(min=0.0)
 
 
-def _kl(laws: Laws) -> Tensor:
-    excess = laws.verifier_logprobs - laws.drafter_logprobs
-    return mean_under(laws.verifier(laws.probs), excess).clamp(min=0.0)
+def _kl(distributions: Distributions) -> Tensor:
+    excess = distributions.verifier_logprobs - distributions.drafter_logprobs
+    return mean_under(distributions.verifier(distributions.probs), excess).clamp(min=0.0)
 
 
-def _reverse_kl(laws: Laws) -> Tensor:
-    excess = laws.drafter_logprobs - laws.verifier_logprobs
-    return mean_under(laws.drafter(laws.probs), excess).clamp(min=0.0)
+def _reverse_kl(distributions: Distributions) -> Tensor:
+    excess = distributions.drafter_logprobs - distributions.verifier_logprobs
+    return mean_under(distributions.drafter(distributions.probs), excess).clamp(min=0.0)
 
 
-def _sampled_tv(laws: Laws) -> Tensor:
-    if laws.greedy:
-        return (laws.drafter(laws.best) != laws.verifier(laws.best)).to(laws.decision.dtype)
-    return total_variation(laws.sampled, laws)
+def _sampled_tv(distributions: Distributions) -> Tensor:
+    if distributions.greedy:
+        return (distributions.drafter(distributions.best) != distributions.verifier(distributions.best)).to(
+            distributions.decision.dtype
+        )
+    return total_variation(distributions.sampled, distributions)
 
 
-_FORMULAS: dict[str, Callable[[Laws], Tensor]] = {
-    "drafter_max": lambda laws: laws.drafter(laws.largest),
-    "verifier_max": lambda laws: laws.verifier(laws.largest),
-    "drafter_margin": lambda laws: margin(laws.drafter_logits),
-    "verifier_margin": lambda laws: margin(laws.verifier_logits),
-    "drafter_argmax": lambda laws: laws.drafter(laws.argmax),
-    "verifier_argmax": lambda laws: laws.verifier(laws.argmax),
-    "drafter_at_verifier_argmax": lambda laws: gather_token(
-        laws.drafter_logprobs, laws.verifier(laws.argmax)
+_FORMULAS: dict[str, Callable[[Distributions], Tensor]] = {
+    "drafter_max": lambda distributions: distributions.drafter(distributions.largest),
+    "verifier_max": lambda distributions: distributions.verifier(distributions.largest),
+    "drafter_margin": lambda distributions: margin(distributions.drafter_logits),
+    "verifier_margin": lambda distributions: margin(distributions.verifier_logits),
+    "drafter_argmax": lambda distributions: distributions.drafter(distributions.argmax),
+    "verifier_argmax": lambda distributions: distributions.verifier(distributions.argmax),
+    "drafter_at_verifier_argmax": lambda distributions: gather_token(
+        distributions.drafter_logprobs, distributions.verifier(distributions.argmax)
     ).exp(),
-    "verifier_at_drafter_argmax": lambda laws: gather_token(
-        laws.verifier_logprobs, laws.drafter(laws.argmax)
+    "verifier_at_drafter_argmax": lambda distributions: gather_token(
+        distributions.verifier_logprobs, distributions.drafter(distributions.argmax)
     ).exp(),
-    "drafter_entropy": lambda laws: laws.drafter(laws.entropy),
-    "verifier_entropy": lambda laws: laws.verifier(laws.entropy),
+    "drafter_entropy": lambda distributions: distributions.drafter(distributions.entropy),
+    "verifier_entropy": lambda distributions: distributions.verifier(distributions.entropy),
     "kl": _kl,
     "reverse_kl": _reverse_kl,
     "js": _js,
-    "cross_entropy": lambda laws: mean_under(laws.verifier(laws.probs), -laws.drafter_logprobs),
-    "drafter_sum_squares": lambda laws: laws.drafter(laws.probs).square().sum(dim=-1),
-    "verifier_sum_squares": lambda laws: laws.verifier(laws.probs).square().sum(dim=-1),
-    "product_sum": lambda laws: (laws.drafter(laws.probs) * laws.verifier(laws.probs)).sum(dim=-1),
-    "drafter_logsumexp": lambda laws: laws.drafter(laws.peak - laws.largest_logprob),
-    "verifier_logsumexp": lambda laws: laws.verifier(laws.peak - laws.largest_logprob),
-    "tv_unscaled": lambda laws: total_variation(laws.probs, laws),
+    "cross_entropy": lambda distributions: mean_under(
+        distributions.verifier(distributions.probs), -distributions.drafter_logprobs
+    ),
+    "drafter_sum_squares": lambda distributions: (
+        distributions.drafter(distributions.probs).square().sum(dim=-1)
+    ),
+    "verifier_sum_squares": lambda distributions: (
+        distributions.verifier(distributions.probs).square().sum(dim=-1)
+    ),
+    "product_sum": lambda distributions: (
+        distributions.drafter(distributions.probs) * distributions.verifier(distributions.probs)
+    ).sum(dim=-1),
+    "drafter_logsumexp": lambda distributions: distributions.drafter(
+        distributions.peak - distributions.largest_logprob
+    ),
+    "verifier_logsumexp": lambda distributions: distributions.verifier(
+        distributions.peak - distributions.largest_logprob
+    ),
+    "tv_unscaled": lambda distributions: total_variation(distributions.probs, distributions),
     "tv": _sampled_tv,
 }
 
-_TOKEN_FORMULAS: dict[str, Callable[[Laws, Tensor], Tensor]] = {
-    "token": lambda laws, token: token,
-    "drafter_logprob": lambda laws, token: gather_token(laws.drafter_logprobs, token),
-    "verifier_logprob": lambda laws, token: gather_token(laws.verifier_logprobs, token),
+_TOKEN_FORMULAS: dict[str, Callable[[Distributions, Tensor], Tensor]] = {
+    "token": lambda distributions, token: token,
+    "drafter_logprob": lambda distributions, token: gather_token(distributions.drafter_logprobs, token),
+    "verifier_logprob": lambda distributions, token: gather_token(distributions.verifier_logprobs, token),
 }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.rules.laws import Laws
+from deferral_train.rules.distributions import Distributions
 from deferral_train.rules.summary import Summary
 
 HALF_ROUNDOFF = 2.0**-11  # unit roundoff of float16
@@ -62,7 +62,7 @@ class Candidates:
         return cls(ids, drafter, verifier, drafter_top[0][..., -1], verifier_top[1][..., -1])
 
     @classmethod
-    def top(cls, laws: Laws, k: int) -> dict[str, Tensor]:
+    def top(cls, distributions: Distributions, k: int) -> dict[str, Tensor]:
         """Each model's K likeliest tokens at positions [N], likeliest first, as the columns that traces log.
 
         Returns:
@@ -70,10 +70,10 @@ class Candidates:
             them; ``{model}_tail`` [N], the probability of all other tokens.
         """
         columns: dict[str, Tensor] = {}
-        given = {"drafter": laws.drafter_logprobs, "verifier": laws.verifier_logprobs}
+        given = {"drafter": distributions.drafter_logprobs, "verifier": distributions.verifier_logprobs}
         for model, logprobs in given.items():
             # Ranked by logits: log probabilities of tokens that differ may round to the same.
-            ids = getattr(laws, f"{model}_logits").topk(k, dim=-1).indices
+            ids = getattr(distributions, f"{model}_logits").topk(k, dim=-1).indices
             columns[f"{model}_top_ids"] = ids.int()
             columns[f"{model}_tail"] = (1 - logprobs.gather(-1, ids).exp().sum(dim=-1)).clamp(0.0, 1.0)
             for other, theirs in given.items():
@@ -124,8 +124,8 @@ class Candidates:
 
 
 @dataclass(frozen=True)
-class TailedLaws:
-    """Sampling laws on candidates with the tail's masses.
+class TailedDistributions:
+    """Sampling distributions on candidates with the tail's masses.
 
     Attributes:
         q, p: [N, K].
@@ -141,8 +141,8 @@ class TailedLaws:
     slack: Tensor
 
     @classmethod
-    def of(cls, candidates: Candidates, tv: Tensor, temperature: float) -> TailedLaws:
-        """Laws at a temperature in (0, 1]; `tv` [N] is of those laws.
+    def of(cls, candidates: Candidates, tv: Tensor, temperature: float) -> TailedDistributions:
+        """Distributions at a temperature in (0, 1]; `tv` [N] is of those distributions.
 
         Below 1 a tail's share after tempering is only bounded, by its mass and its likeliest token; the
         middle of the bounds is taken and half their distance given as slack.
@@ -152,7 +152,7 @@ class TailedLaws:
         """
         if not 0 < temperature <= 1:
             raise InputError(
-                f"temperature {temperature}: logged candidates bound a token rule's law at temperatures "
+                f"temperature {temperature}: logged candidates bound a token rule's distribution at temperatures "
                 "0 to 1 only; measure it with decode"
             )
         q, tail_q, slack_q = _tempered(candidates.drafter_logprobs, candidates.drafter_least, temperature)
@@ -222,7 +222,7 @@ def align(summary: Summary, candidates: Candidates) -> tuple[Summary, Candidates
 
 def tailed(
     summary: Summary, candidates: Candidates | None, temperature: float, rule: str
-) -> tuple[Summary, TailedLaws, Candidates]:
+) -> tuple[Summary, TailedDistributions, Candidates]:
     """Summary, distributions and candidates of logged positions at a temperature above 0, made to agree.
 
     Raises:
@@ -230,7 +230,7 @@ def tailed(
     """
     summary, candidates = align(summary, needs_candidates(candidates, rule))
     tv = summary["tv"] if "tv" in summary else torch.zeros(summary.shape, dtype=torch.float64)
-    return summary, TailedLaws.of(candidates, tv, temperature), candidates
+    return summary, TailedDistributions.of(candidates, tv, temperature), candidates
 
 
 Estimate = tuple[Tensor, Tensor]  # a value and how far the truth may be from it; NaN where no bound is known
@@ -254,7 +254,7 @@ def unbounded(first: Tensor, second: Tensor) -> Estimate:
 def needs_candidates(candidates: Candidates | None, rule: str) -> Candidates:
     """The candidates, or InputError where a rule cannot be scored without them."""
     if candidates is None:
-        raise InputError(f"rule {rule}: its law needs logged candidates; pass candidates=")
+        raise InputError(f"rule {rule}: its distribution needs logged candidates; pass candidates=")
     return candidates
 
 

@@ -1,7 +1,7 @@
 """Token rules: each answers "keep this token?" from its probabilities and the summary.
 
 A kept token is always emitted when drafted; any other is checked against pi_Token, equation (11). Decisions
-read the laws before temperature and truncation.
+read the distributions before temperature and truncation.
 """
 
 from __future__ import annotations

@@ -17,7 +17,13 @@ from torch import Tensor
 
 from deferral_train.errors import InputError
 from deferral_train.rules.base import Rule, RuleStep, named
-from deferral_train.rules.laws import MODELS, Laws, as_float, check_temperature, gather_token
+from deferral_train.rules.distributions import (
+    MODELS,
+    Distributions,
+    as_float,
+    check_temperature,
+    gather_token,
+)
 from deferral_train.rules.learned import Judge
 from deferral_train.rules.sampling import draw, uniforms
 from deferral_train.rules.summary import Summary
@@ -53,9 +59,9 @@ class Verdict:
         accepted: [B] int64, drafted tokens emitted (kept + accepted).
         next_token: [B] int64, correction or bonus; -1 where the bonus is withheld.
         kept: [B, T] bool, the drafted token stands by the rule's leave rather than by the exact check.
-        deferred: [B, T] bool, the decision at each drafted position (token rule: drafted token not kept; law rule:
-            drafted token held to the exact check or a stricter one). False where nothing was drafted.
-        lengths: tokens that were drafted, [B] int64, or T where every row drafted T.
+        deferred: [B, T] bool, the decision at each drafted position (token rule: drafted token not kept;
+            distribution rule: drafted token held to the exact check or a stricter one). False where nothing was
+        drafted. lengths: tokens that were drafted, [B] int64, or T where every row drafted T.
         spent: [B] running estimated loss under max_request_loss, else None.
         fault: [B] int64, 0 where the row's input was fine, else a code for `raise_fault`; the other entries of such a
             row mean nothing.
@@ -142,7 +148,7 @@ def verify_block(
             step = block.lossless_step()
         else:
             summary = block.read(rule, max_request_loss is not None)
-            step = rule.step(block.laws, summary, block.token)
+            step = rule.step(block.distributions, summary, block.token)
 
         passes, kept, allowed, spent = _passes(block, step, checks), step.kept, None, block.spent
         if max_request_loss is None or block.spent is None or lossless:
@@ -183,11 +189,11 @@ def raise_fault(rule: Rule, faults: Sequence[int]) -> None:
 
 def _passes(block: _Block, step: RuleStep, checks: Tensor | None) -> Tensor:
     """Drafted tokens that stand, each by itself: kept, or with probability min(1, pi(x) / q(x)); bool [B, T]."""
-    laws, token = block.laws, block.token
+    distributions, token = block.distributions, block.token
     if checks is None:
         if step.target is not None:
             return block.inside(token == step.target)
-        return block.inside(step.kept | (token == laws.verifier(laws.best)))
+        return block.inside(step.kept | (token == distributions.verifier(distributions.best)))
     q, p = block.at_token
     if step.target is None:
         return block.inside(accepts(p, q, checks, step.kept))
@@ -264,7 +270,7 @@ class _Given:
             lengths=lengths,
             mask=mask,
             reads=reads,
-            laws=self._laws(logits, drafts, after),
+            distributions=self._distributions(logits, drafts, after),
             context=self._context(rows, drafts),
             spent=self._spent(rows, device, suspects),
             suspects=suspects,
@@ -277,12 +283,12 @@ class _Given:
         if self.drafter_logits is None:
             if self.rule.reads_drafter_confidence and not self.rule.is_lossless:
                 raise InputError(
-                    "it reads the drafter's confidence, and these proposals come without a drafter law (one-hot); "
-                    "use a rule that reads the verifier only, such as opt_verifier, token_v3 or lossless"
+                    "it reads the drafter's confidence, and these proposals come without a drafter distribution "
+                    "(one-hot); use a rule that reads the verifier only, such as opt_verifier, token_v3 or lossless"
                 )
             if self.bonus == "exact":
                 raise InputError(
-                    "bonus 'exact' needs the drafter's law after the block; these proposals have none"
+                    "bonus 'exact' needs the drafter's distribution after the block; these proposals have none"
                 )
             if self.drafter_sampling_logits is not None:
                 raise InputError(
@@ -326,11 +332,13 @@ class _Given:
             raise InputError("bonus 'exact' needs drafter logits with T+1 rows: one more drafter step")
         return found
 
-    def _laws(self, logits: dict[str, Tensor], drafts: int, after: int) -> Laws:
+    def _distributions(self, logits: dict[str, Tensor], drafts: int, after: int) -> Distributions:
         verifier = logits["verifier_logits"]
         if "drafter_logits" not in logits:  # greedy and lossless: nobody asks for the drafter's
             alone = logits.get("verifier_sampling_logits", verifier)
-            return Laws(alone[:, :after].unsqueeze(1), self.temperature, None, axis=1, columns=drafts)
+            return Distributions(
+                alone[:, :after].unsqueeze(1), self.temperature, None, axis=1, columns=drafts
+            )
         sampling = None
         if "drafter_sampling_logits" in logits or "verifier_sampling_logits" in logits:
             scale = self.temperature or 1.0
@@ -344,7 +352,7 @@ class _Given:
         decision = _joined(logits["drafter_logits"], verifier, drafts, after)
         if sampling is not None:
             sampling = sampling.to(decision.dtype)
-        return Laws(decision, self.temperature, sampling, axis=1, columns=drafts)
+        return Distributions(decision, self.temperature, sampling, axis=1, columns=drafts)
 
     def _lengths(
         self, rows: int, drafts: int, after: int, suspects: dict[int, Tensor]
@@ -396,7 +404,7 @@ class _Block:
         lengths: drafted tokens per row, [B] int64, or T where every row drafted T.
         mask: [B, T] bool, positions that were drafted; None where all were.
         reads: positions of either model that are read, bool [B, 2, W]; None where all are.
-        laws: distributions of both models, [B, 2, W, V]; rules are shown the first T positions.
+        distributions: distributions of both models, [B, 2, W, V]; rules are shown the first T positions.
         context: summary fields that logits do not give, [B, T (or T+1), ..].
         spent: [B] float64 under a limit, else None.
         suspects: faults of rows known from the arguments, by their place in `FAULTS`, bool [B].
@@ -408,7 +416,7 @@ class _Block:
     lengths: Tensor | int
     mask: Tensor | None
     reads: Tensor | None
-    laws: Laws
+    distributions: Distributions
     context: Summary | None
     spent: Tensor | None
     suspects: dict[int, Tensor]
@@ -427,14 +435,14 @@ class _Block:
     @property
     def positions(self) -> int:
         """W."""
-        return self.laws.decision.shape[2]
+        return self.distributions.decision.shape[2]
 
     def uniforms(
         self, generator: torch.Generator | None, numbers: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Random numbers in [0, 1) of the checks [B, T] and of the next token [B]; none at temperature 0."""
         rows, drafts = self.token.shape
-        if self.laws.greedy:
+        if self.distributions.greedy:
             return None, None
         if numbers is None:
             return uniforms(rows, drafts, generator, self.token)
@@ -449,7 +457,7 @@ class _Block:
         """The summary of the drafted positions that the rule reads; ``token`` is always there."""
         extra = rule.gap_needs if limited else frozenset()
         wanted = extra if rule.is_lossless else rule.needs | extra
-        return rule.read(self.laws, self.token, self._context_of(wanted), extra | {"token"})
+        return rule.read(self.distributions, self.token, self._context_of(wanted), extra | {"token"})
 
     def _context_of(self, wanted: frozenset[str]) -> Summary | None:
         rows, drafts = self.token.shape
@@ -468,7 +476,12 @@ class _Block:
 
         The rule's where the next drafted token was rejected and the limit allowed the rule, else the verifier's.
         """
-        own = self.row((self.laws.best if self.laws.greedy else self.laws.sampled).select(1, -1), accepted)
+        own = self.row(
+            (self.distributions.best if self.distributions.greedy else self.distributions.sampled).select(
+                1, -1
+            ),
+            accepted,
+        )
         if step.target is None:
             return own
         rules = rejected if allowed is None else rejected & self.row(allowed, accepted)
@@ -487,7 +500,7 @@ class _Block:
 
     def weights(self, target: Tensor, accepted: Tensor, checked: Tensor) -> Tensor:
         """Weights that the next token is drawn by, [B, V]: max(0, pi - q) after a failed check, else pi."""
-        rest = target - self.row(self.laws.sampled.select(1, 0), accepted)
+        rest = target - self.row(self.distributions.sampled.select(1, 0), accepted)
         excess = torch.where(checked.unsqueeze(1), rest, target).clamp(min=0.0)
         return torch.where(excess.any(dim=1, keepdim=True), excess, target)  # pi where nothing is left
 
@@ -514,36 +527,36 @@ class _Block:
             else self.lengths
         )
         picked = {name: self.row(one, place) for name, one in self.logits.items()}
-        laws = Laws.of(
-            picked["drafter_logits"], picked["verifier_logits"], self.laws.temperature,
+        distributions = Distributions.of(
+            picked["drafter_logits"], picked["verifier_logits"], self.distributions.temperature,
             picked.get("drafter_sampling_logits"), picked.get("verifier_sampling_logits"),
         )  # fmt: skip
         given = {} if self.context is None else {n: self.row(c, place) for n, c in self.context.items()}
         context = Summary({"draft_position": place, **given})
         extra = frozenset() if limit is None else rule.gap_needs
-        summary = rule.read(laws, None, context, extra)
-        pi = rule.law_from(laws, summary)
+        summary = rule.read(distributions, None, context, extra)
+        pi = rule.distribution_from(distributions, summary)
         if limit is not None and spent is not None:
             cost = rule.estimated_gap(summary).clamp(min=0.0).to(spent)
             fits = (spent < limit) & (spent + cost <= limit)
             spent = torch.where(fits & ~rejected, spent + cost, spent)
-            pi = torch.where(fits.unsqueeze(1), pi, laws.p)
+            pi = torch.where(fits.unsqueeze(1), pi, distributions.p)
         return (pi.argmax(dim=-1) if last is None else draw(pi, last)), spent
 
     @cached_property
     def at_token(self) -> tuple[Tensor, Tensor]:
         """q(x) and p(x) of the drafted tokens x under the sampling distributions, [B, T] each."""
-        return self.laws.of_token(self.laws.sampled, self.token)
+        return self.distributions.of_token(self.distributions.sampled, self.token)
 
     def fault(self) -> Tensor:
         """The first fault of each row as 1 + its place in `FAULTS`, 0 where all is well, [B] int64."""
-        broken = self.laws.broken
+        broken = self.distributions.broken
         if self.reads is not None:
             broken = broken & self.reads[:, -broken.shape[1] :]
         models = broken.any(dim=2)
         unknown = self.inside(self.drafted != self.token).any(dim=1, keepdim=True)
         flags = [models, unknown] if models.shape[1] == 2 else [unknown, models, unknown]
-        if not self.laws.greedy:
+        if not self.distributions.greedy:
             flags.append(self.inside(self.at_token[0] == 0).any(dim=1, keepdim=True))
         # A fault that cannot be has the flag of one that comes before it, and so never shows.
         known = sum(one.shape[1] for one in flags)

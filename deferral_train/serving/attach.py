@@ -113,7 +113,7 @@ def _wrap_runner(runner: Any, seam: Seam) -> None:
         return output
 
     def kept_propose(*args: Any, **kwargs: Any) -> Any:
-        seam.proposals.begin(seam.wants_laws())
+        seam.proposals.begin(seam.wants_distributions())
         drafted = propose(*args, **kwargs)
         seam.proposals.finish(runner.input_batch.req_ids)
         return drafted
@@ -133,22 +133,22 @@ def _kept_draft(drafter: Any, seam: Seam) -> Any:
         seam.proposals.add(logits, hidden_states)
         if sampling_metadata.all_greedy or not drafter._enable_probabilistic_draft_probs:
             return logits.argmax(dim=-1), None
-        tokens, law = drafter._sample_from_logits(
+        tokens, distribution = drafter._sample_from_logits(
             logits.clone(), sampling_metadata
         )  # which scales them in place
-        if law is not None:
-            _seeded_drafts(tokens, law, sampling_metadata)
-        return tokens, law
+        if distribution is not None:
+            _seeded_drafts(tokens, distribution, sampling_metadata)
+        return tokens, distribution
 
     return sample_draft_tokens
 
 
-def _seeded_drafts(tokens: Tensor, law: Tensor, sampling_metadata: Any) -> None:
+def _seeded_drafts(tokens: Tensor, distribution: Tensor, sampling_metadata: Any) -> None:
     """Draw again the drafts [B] of sampled requests with a seed, from their own streams: the engine seeds none."""
     for row, stream in sampling_metadata.generators.items():
         if row < len(tokens) and float(sampling_metadata.temperature[row]) >= GREEDY_BELOW:
             number = torch.rand(1, dtype=torch.float64, device=stream.device, generator=stream)
-            tokens[row] = draw(law[row : row + 1], number.to(law.device))[0]
+            tokens[row] = draw(distribution[row : row + 1], number.to(distribution.device))[0]
 
 
 def _close_with(worker: Any, seam: Seam) -> None:

@@ -46,8 +46,8 @@ class DraftedRows:
             engine's bonus token is not theirs: they draw the token after the block here.
         verifier: [R, T, V], logits after processors, before temperature: what decisions read.
         temperatures: [R], below `GREEDY_BELOW` greedy.
-        drafter: [R, T, V] in the drafter's own type; None where no row has a law.
-        has_law: per row, True where ``drafter`` is the distribution that its tokens were drawn from.
+        drafter: [R, T, V] in the drafter's own type; None where no row has a distribution.
+        has_distribution: per row, True where ``drafter`` is the distribution that its tokens were drawn from.
         sampling: [R, T, V], verifier logits after temperature and truncation; None where that is
             ``verifier / temperature``.
         context: summary fields that logits do not give, [R, T, ..].
@@ -58,7 +58,7 @@ class DraftedRows:
     verifier: Tensor
     temperatures: Sequence[float]
     drafter: Tensor | None = None
-    has_law: Sequence[bool] = ()
+    has_distribution: Sequence[bool] = ()
     sampling: Tensor | None = None
     context: dict[str, Tensor] = field(default_factory=dict)
     cut: Sequence[int] = ()
@@ -74,7 +74,7 @@ class Outcome:
         origin: [R, T+1] int8, `Origin` of each emitted token; the bonus is the caller's.
         deferred: [R, T] bool.
         loss: [R] float64, estimated loss of the tokens kept in this block.
-        unlawful: rows whose rule needs a drafter law that they have not: executed lossless.
+        unlawful: rows whose rule needs a drafter distribution that they have not: executed lossless.
         faults: rows whose logits could not be verified: one token by the verifier's highest finite logit.
     """
 
@@ -117,12 +117,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Kind:
-    """Key of rows that are verified together; ``law`` is True where the drafter's distribution is there."""
+    """Key of rows that are verified together; ``distribution`` is True where the drafter's distribution is there."""
 
     rule: Rule
     limit: float | None
     greedy: bool
-    law: bool
+    distribution: bool
 
 
 def verify(rows: DraftedRows, settings: Sequence[RowSettings], numbers: Tensor | None) -> Outcome:
@@ -136,12 +136,12 @@ def verify(rows: DraftedRows, settings: Sequence[RowSettings], numbers: Tensor |
     outcome = Outcome.empty(count, drafts)
     groups: dict[_Kind, list[int]] = {}
     for row, own in enumerate(settings):
-        rule, law = own.rule, bool(rows.has_law[row]) if rows.drafter is not None else False
-        if not law and not rule.is_lossless and needs_law(rule):
+        rule, distribution = own.rule, bool(rows.has_distribution[row]) if rows.drafter is not None else False
+        if not distribution and not rule.is_lossless and needs_distribution(rule):
             outcome.unlawful.append(row)
             rule = LOSSLESS
         limit, greedy = None if rule.is_lossless else own.limit, rows.temperatures[row] < GREEDY_BELOW
-        kind = _Kind(rule, limit, greedy, law and not (greedy and rule.is_lossless))
+        kind = _Kind(rule, limit, greedy, distribution and not (greedy and rule.is_lossless))
         groups.setdefault(kind, []).append(row)
     for kind, members in groups.items():
         for row in _verify_group(rows, settings, numbers, outcome, kind, members):
@@ -153,19 +153,19 @@ def verify(rows: DraftedRows, settings: Sequence[RowSettings], numbers: Tensor |
 
 
 def _finish_cut(rows: DraftedRows, numbers: Tensor | None, outcome: Outcome, row: int) -> None:
-    """The token after a block that was cut short and emitted whole: from the verifier's law there."""
+    """The token after a block that was cut short and emitted whole: from the verifier's distribution there."""
     place, greedy = int(rows.lengths[row]), rows.temperatures[row] < GREEDY_BELOW
     logits = rows.verifier[row, place].float()
     if greedy or numbers is None:
         outcome.correction[row] = logits.argmax()
     else:
         given = None if rows.sampling is None else rows.sampling[row, place]
-        law = torch.softmax(logits / rows.temperatures[row] if given is None else given, dim=-1)
-        outcome.correction[row] = draw(law.unsqueeze(0), numbers[row, -1:])[0]
+        distribution = torch.softmax(logits / rows.temperatures[row] if given is None else given, dim=-1)
+        outcome.correction[row] = draw(distribution.unsqueeze(0), numbers[row, -1:])[0]
     outcome.origin[row, place] = int(Origin.BONUS)
 
 
-def needs_law(rule: Rule) -> bool:
+def needs_distribution(rule: Rule) -> bool:
     """True for a rule that cannot do without what the drafter says of its own token."""
     return rule.reads_drafter_confidence or "drafter_hidden" in rule.needs
 
@@ -196,7 +196,7 @@ def _verify_group(
         return tensor if at is None else tensor.index_select(0, at)
 
     verifier = pick(rows.verifier)
-    drafter = pick(rows.drafter) if kind.law and rows.drafter is not None else None
+    drafter = pick(rows.drafter) if kind.distribution and rows.drafter is not None else None
     context = {} if kind.rule.is_lossless else {name: pick(column) for name, column in rows.context.items()}
     temperature, scaled, sampling = 0.0, None, None
     if not kind.greedy:

@@ -15,7 +15,7 @@ from deferral_train.heads.artifact import certificate_problem
 from deferral_train.heads.pairing import check_vocabulary
 from deferral_train.rules import Rule
 from deferral_train.rules.summary import FIELDS, PREVIOUS_TOKENS
-from deferral_train.serving.blocks import needs_law
+from deferral_train.serving.blocks import needs_distribution
 from deferral_train.serving.config import KEY, ServingConfig
 
 TESTED = ((0, 32), (0, 33))  # from, up to and without: versions of vLLM that the test suite runs on
@@ -94,7 +94,9 @@ def _check_method(speculative: Any) -> None:
         )
     for name in ("use_heterogeneous_vocab", "use_local_argmax_reduction", "parallel_drafting"):
         if getattr(speculative, name, False):
-            raise InputError(f"deferral: speculative_config.{name} gives no drafter law; leave it off")
+            raise InputError(
+                f"deferral: speculative_config.{name} gives no drafter distribution; leave it off"
+            )
 
 
 def check_served(rule: Rule, speculative: Any) -> None:
@@ -120,16 +122,16 @@ def check_served(rule: Rule, speculative: Any) -> None:
         raise InputError(
             f"deferral: rule {rule.name} needs {', '.join(unknown)}, which the engine cannot give"
         )
-    if rule.is_lossless or not needs_law(rule):
+    if rule.is_lossless or not needs_distribution(rule):
         return
     if speculative.method != "draft_model":
         raise InputError(
-            f"deferral: rule {rule.name} reads the drafter's law, and {speculative.method} proposals have none; "
-            "use token_v3 or opt_verifier, or a draft model"
+            f"deferral: rule {rule.name} reads the drafter's distribution, and {speculative.method} proposals have "
+            "none; use token_v3 or opt_verifier, or a draft model"
         )
     if speculative.draft_sample_method != "probabilistic":
         raise InputError(
-            f"deferral: rule {rule.name} reads the drafter's law, and draft_sample_method is "
+            f"deferral: rule {rule.name} reads the drafter's distribution, and draft_sample_method is "
             f"{speculative.draft_sample_method!r}, whose proposals have none under sampling; "
             'set "draft_sample_method": "probabilistic" in speculative_config'
         )
@@ -156,7 +158,7 @@ def _check_log(config: ServingConfig, speculative: Any) -> None:
     assert config.log is not None
     if speculative.method != "draft_model" or speculative.draft_sample_method != "probabilistic":
         raise InputError(
-            "deferral.log: traces need the drafter's law; use a draft model with "
+            "deferral.log: traces need the drafter's distribution; use a draft model with "
             '"draft_sample_method": "probabilistic"'
         )
     if open_folder(config.log.folder).size(HEADER) is not None and not config.log.resume:

@@ -56,7 +56,7 @@ def log_step(seam: StepReader, metadata: Any, logits: Tensor, tokens: Tensor) ->
     names = [names[row] for row in members]
     drafted = metadata.draft_token_ids.cpu()[at].long().numpy()
     targets = metadata.target_logits_indices[at.to(logits.device)]
-    laws, states, have = seam.proposals.take(names, drafted.shape[1])
+    distributions, states, have = seam.proposals.take(names, drafted.shape[1])
     raw, lengths = logits[targets].float(), np.array(counts)
     context = {} if states is None else {"drafter_hidden": states}
     if seam.sample_hidden is not None:
@@ -70,7 +70,7 @@ def log_step(seam: StepReader, metadata: Any, logits: Tensor, tokens: Tensor) ->
         torch.from_numpy(lengths),
         raw,
         step.temperatures,
-        laws,
+        distributions,
         have,
         context=context,
     )

@@ -94,7 +94,7 @@ class Seam:
             if self.logger is not None:
                 self.logger.finished(gone)
 
-    def wants_laws(self) -> bool:
+    def wants_distributions(self) -> bool:
         """True where this batch needs the drafter's logits: to verify by a rule, to log, or to sample on the CPU."""
         batch = self.runner.input_batch
         if not batch.sampling_metadata.all_greedy and self.runner.device.type == "cpu":
@@ -249,7 +249,7 @@ class Seam:
 
     def _rows(self, step: Step, processed: Tensor, sampling: Tensor | None, indices: Tensor) -> DraftedRows:
         drafts = step.drafted.shape[1]
-        laws, states, have = self.proposals.take(step.names, drafts)
+        distributions, states, have = self.proposals.take(step.names, drafts)
         probabilistic = self.runner.speculative_config.draft_sample_method == "probabilistic"
         lawful = [
             known and (probabilistic or temperature < GREEDY_BELOW)
@@ -261,7 +261,7 @@ class Seam:
             torch.from_numpy(step.lengths).to(device),
             spread(processed, step.counts),
             step.temperatures,
-            laws,
+            distributions,
             lawful,
             None if sampling is None else spread(sampling, step.counts),
             self._context(step, states, indices),

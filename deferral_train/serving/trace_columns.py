@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deferral_train.rules.laws import Laws
-from deferral_train.rules.summary import summarize_laws
+from deferral_train.rules.distributions import Distributions
+from deferral_train.rules.summary import summarize_distributions
 from deferral_train.rules.tails import Candidates
 from deferral_train.traces.schema import SUMMARY_COLUMNS, TOKEN_COLUMNS
 
@@ -53,14 +53,14 @@ def columns_of(
 
     drafter, verifier = (joined(role)[:, :vocabulary].float() for role in ("drafter", "verifier"))
     token = joined("token")
-    laws = Laws.of(drafter, verifier, temperature)
-    laws.check()
-    summary = summarize_laws(laws, LOGGED, token)
+    distributions = Distributions.of(drafter, verifier, temperature)
+    distributions.check()
+    summary = summarize_distributions(distributions, LOGGED, token)
     columns = {name: summary[name].numpy() for name in summary.names}
     columns |= {name: joined(name).numpy() for name in ("position", "draft_position", "origin")}
     columns["gold"] = np.full(len(token), -1)
     if top_k:
-        columns |= {name: column.numpy() for name, column in Candidates.top(laws, top_k).items()}
+        columns |= {name: column.numpy() for name, column in Candidates.top(distributions, top_k).items()}
     most = torch.finfo(torch.float16).max
     for role in hidden:
         states = torch.cat([block.hidden[role] for block in blocks])

@@ -124,7 +124,12 @@ class TraceLog:
         """Hand over the blocks of logged requests; raw [R, T, V] are the verifier's logits as the model gave them."""
         for place in places:
             name = step.names[place]
-            if self.stopped or name in self._dropped or not rows.has_law[place] or rows.drafter is None:
+            if (
+                self.stopped
+                or name in self._dropped
+                or not rows.has_distribution[place]
+                or rows.drafter is None
+            ):
                 continue
             if not self._place():
                 self._drop(name)

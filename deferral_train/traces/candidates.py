@@ -1,4 +1,4 @@
-"""The logged candidates of trace rows, as token and law rules read them."""
+"""The logged candidates of trace rows, as token and distribution rules read them."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Manifest:
     Attributes:
         pair: fingerprints of drafter, verifier and tokenizer, vocabulary size, dtype.
         prefixes: ``reference``, ``drafter``, ``verifier`` or ``cascade:<rule>``.
-        temperature: of the sampling laws that ``tv`` compares (and of sampled prefixes); 0 is greedy.
+        temperature: of the sampling distributions that ``tv`` compares (and of sampled prefixes); 0 is greedy.
         top_k: K, logged candidates of each model.
         hidden: width by role of the logged hidden states.
         truth: None, ``teacher`` or ``exact``.

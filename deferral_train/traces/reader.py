@@ -139,7 +139,7 @@ class Traces:
         Args:
             fields: which; None gives all that are stored but the hidden states, which must be asked for as
                 the previous tokens must.
-            temperature: what ``tv`` is for: None or the manifest's gives what was collected, 1 the laws as
+            temperature: what ``tv`` is for: None or the manifest's gives what was collected, 1 the distributions as
                 they are, 0 greedy decoding (1 where the argmaxes differ).
 
         Raises:

@@ -1,4 +1,4 @@
-"""Labels: the loss gap E_P[l(y, q) - l(y, p)] of every row, under each notion of the true law P."""
+"""Labels: the loss gap E_P[l(y, q) - l(y, p)] of every row, under each notion of the true distribution P."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def gap(traces: Traces, truth: str = "reference", loss: str = "zero_one") -> Ten
 
     Args:
         truth: ``reference`` one gold token (unbiased, noisy); ``verifier`` P := p in closed form;
-            ``teacher`` and ``exact`` the law logged in the truth group; ``sequence`` what becomes of the finished
-            text, NaN where not labelled (:mod:`~deferral_train.traces.sequence`).
+            ``teacher`` and ``exact`` the distribution logged in the truth group; ``sequence`` what becomes of the
+            finished text, NaN where not labelled (:mod:`~deferral_train.traces.sequence`).
         loss: ``zero_one``, ``log`` or ``prob``; ``sequence`` has one of its own.
 
     Raises:
@@ -55,7 +55,7 @@ def label(
     Args:
         truth: as for `gap`; or ``judge:tau=X``, 1 where the drafter's favourite was judged not acceptable, else 0
             (:mod:`~deferral_train.traces.judged`); or ``acceptance``, :func:`rejection`.
-        temperature: of the sampling laws, for ``acceptance``; None is the manifest's.
+        temperature: of the sampling distributions, for ``acceptance``; None is the manifest's.
     """
     if is_judge(truth):
         return (~acceptable(traces, truth)).float()
@@ -65,12 +65,12 @@ def label(
 def rejection(traces: Traces, temperature: float | None = None) -> Tensor:
     """Chance [N] that the exact check rejects a drafted token: 1 - min(1, p(x)/q(x)), SpecDec++'s soft label.
 
-    Of the logged token where the drafter wrote the text, sampled at temperature 1 (the laws that are logged); else
-    its mean over drafted tokens, E_{x~q} max(0, 1 - p(x)/q(x)) = D_TV(p, q), which at temperature 0 is the label
-    itself: 1 where the favourites differ.
+    Of the logged token where the drafter wrote the text, sampled at temperature 1 (the distributions that are
+    logged); else its mean over drafted tokens, E_{x~q} max(0, 1 - p(x)/q(x)) = D_TV(p, q), which at temperature 0
+    is the label itself: 1 where the favourites differ.
 
     Args:
-        temperature: of the sampling laws; None is the manifest's.
+        temperature: of the sampling distributions; None is the manifest's.
     """
     used = traces.manifest.temperature if temperature is None else temperature
     if traces.manifest.prefixes != "drafter" or not used == traces.manifest.temperature == 1:
@@ -93,7 +93,7 @@ def _from_gold(traces: Traces, loss: str) -> Tensor:
 def _from_truth_group(traces: Traces, truth: str, loss: str) -> Tensor:
     logged = traces.manifest.truth
     if logged != truth:
-        have = f"the {logged} law" if logged else "no law of their own"
+        have = f"the {logged} distribution" if logged else "no distribution of their own"
         raise InputError(
             f"truth={truth!r}: these traces log {have}; use reference or verifier, or collect with one"
         )

@@ -64,7 +64,7 @@ class FitConfig:
         val: the same for validation; None sets ``val_fraction`` of the prompts of ``train`` aside.
         head: type in :data:`deferral_train.heads.HEADS`, or a scikit-learn baseline: ridge, logistic,
         boosting. stage, loss, features, body, hidden, recalibration: of the head; no features means the
-        stage's default. truth: what labels the gap. temperature: of the sampling laws; None is the traces'
+        stage's default. truth: what labels the gap. temperature: of the sampling distributions; None is the traces'
         own. alphas: grid on which regret is tracked. objective, lr, weight_decay, optimizer, schedule: of
         the training; objective auto is the head's own. batch_size, epochs, patience, seed: early stopping
         after ``patience`` epochs without a better val/regret. precision: of Lightning: 32-true, bf16-mixed,

@@ -37,7 +37,7 @@ class TraceDataModule(pl.LightningDataModule):
         val_fraction: share of the prompts set aside where ``val`` is not given.
         truth: what labels the gap: reference, verifier, teacher or exact; for a judge head judge:tau=X, judge:rate=R
             (tau is then a quantile of the fit traces' scores) or, at the draft stage, acceptance.
-        temperature: of the sampling laws; None is the traces' own.
+        temperature: of the sampling distributions; None is the traces' own.
         alphas: ascending grid on which regret is tracked.
         batch_size: rows per step and process.
         seed: of the split and of the batch order.

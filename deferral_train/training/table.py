@@ -38,7 +38,7 @@ def fit_table(
         traces: at least one row; a head's memory must have been fitted on them.
         head: says which columns, which loss, which stage.
         label: truth that labels the gap: reference, verifier, teacher, exact, acceptance or judge:tau=X.
-        temperature: of the sampling laws that tv compares; None is the manifest's.
+        temperature: of the sampling distributions that tv compares; None is the manifest's.
 
     Raises:
         InputError: an empty split, missing or not finite features, labels that are all equal, a gold token

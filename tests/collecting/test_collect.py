@@ -54,7 +54,7 @@ def in_double(pair: ModelPair) -> ModelPair:
     )
 
 
-def laws_of(pair: ModelPair, traces: Traces, with_hidden: bool = False) -> list[torch.Tensor]:
+def distributions_of(pair: ModelPair, traces: Traces, with_hidden: bool = False) -> list[torch.Tensor]:
     """Full float64 logits (and hidden states) of both models at every row of the traces, sequence by sequence."""
     pair = in_double(pair)
     prompts = {p.id: p for p in make_prompts(COUNT)}
@@ -79,7 +79,7 @@ def test_every_row_equals_an_unbatched_float64_pass(kind: str, tmp_path: Path) -
     assert max(len(chunk.batches) for chunk in traces.manifest.chunks) > 1
     assert traces.prompt_ids == tuple(p.id for p in make_prompts(COUNT))
     assert np.array_equal(traces.column("gold"), traces.column("token"))
-    q, p, drafter_hidden, verifier_hidden = laws_of(pair, traces, with_hidden=True)
+    q, p, drafter_hidden, verifier_hidden = distributions_of(pair, traces, with_hidden=True)
     token = torch.from_numpy(traces.column("token")).long()
     reference = summarize(q, p, token=token, temperature=0.7)
     summary = traces.summary()
@@ -129,18 +129,18 @@ POSITION_RULES = (
 )
 
 
-def test_position_rules_from_traces_equal_rules_on_full_laws(t5: ModelPair, tmp_path: Path) -> None:
+def test_position_rules_from_traces_equal_rules_on_full_distributions(t5: ModelPair, tmp_path: Path) -> None:
     traces = collected(t5, tmp_path)
-    q, p = laws_of(t5, traces)
+    q, p = distributions_of(t5, traces)
     full = summarize(q, p, token=torch.from_numpy(traces.column("token")).long())
     decided = 0
     for spec in POSITION_RULES:
         name, alpha = spec.split(":")
         rule = make_rule(name, alpha=float(alpha))
         assert isinstance(rule, PositionRule)
-        from_traces, from_laws = rule.defer(traces.summary()), rule.defer(full)
-        assert torch.equal(from_traces, from_laws), spec
-        decided += int(0 < from_laws.float().mean() < 1)
+        from_traces, from_distributions = rule.defer(traces.summary()), rule.defer(full)
+        assert torch.equal(from_traces, from_distributions), spec
+        decided += int(0 < from_distributions.float().mean() < 1)
     assert decided >= 5  # most of the rules both defer and keep here, so that equality says something
 
 
@@ -151,15 +151,15 @@ def test_token_rules_from_candidates_are_within_the_stored_bound(
 ) -> None:
     """eta = sum of q over the tokens not kept: from candidates it is short by at most what they leave out."""
     traces = collected(t5, tmp_path, log_top_k=k)
-    q, p = (law.log_softmax(-1) for law in laws_of(t5, traces))
+    q, p = (distribution.log_softmax(-1) for distribution in distributions_of(t5, traces))
     rule = make_rule(name, alpha=0.2)
     assert isinstance(rule, TokenRule)
     full = summarize(q, p)
     kept_mass = (q.exp() * rule.keep(q, p, full)).sum(1)
     candidates = read_candidates(traces)
-    laws = candidates.drafter_logprobs, candidates.verifier_logprobs
-    keep = rule.keep(*laws, traces.summary()) & candidates.valid
-    seen = (laws[0].exp() * keep).sum(1)
+    distributions = candidates.drafter_logprobs, candidates.verifier_logprobs
+    keep = rule.keep(*distributions, traces.summary()) & candidates.valid
+    seen = (distributions[0].exp() * keep).sum(1)
     bound = candidates.drafter_rest + candidates.rounding + 1e-4
     # A candidate within float16's rounding of the threshold may fall on either side; none does here.
     assert bool(((kept_mass - seen).abs() <= bound).all())
@@ -177,7 +177,7 @@ def test_on_policy_prefixes_say_which_and_are_scored_as_any_text(
     traces = collected(pair, tmp_path / "a", **settings)
     assert traces.manifest.prefixes == ("cascade:opt:alpha=0.3" if rule else prefixes)
     assert set(traces.column("gold").tolist()) == {-1}
-    q, p = laws_of(pair, traces)
+    q, p = distributions_of(pair, traces)
     reference = summarize(q, p, token=torch.from_numpy(traces.column("token")).long())
     summary = traces.summary([name for name in reference if FIELDS[name].dtype == "float"])
     for name in summary:
@@ -227,7 +227,7 @@ def test_draft_positions_start_anew_after_the_verifiers_own_token() -> None:
     assert draft_positions([kept, resampled, resampled, accepted, kept, bonus, kept]) == [0, 1, 0, 0, 1, 2, 0]
 
 
-def test_a_teachers_law_fills_the_truth_group(tmp_path: Path) -> None:
+def test_a_teachers_distribution_fills_the_truth_group(tmp_path: Path) -> None:
     from deferral_train.traces.truth import gap
 
     from .conftest import tiny
@@ -245,8 +245,8 @@ def test_a_teachers_law_fills_the_truth_group(tmp_path: Path) -> None:
 
     pair = load_models(folders[0], folders[1], "cpu")
     truth = load_models(folders[0], teacher, "cpu")
-    q, p = (law.softmax(-1) for law in laws_of(pair, traces))
-    third = laws_of(truth, traces)[1].softmax(-1)
+    q, p = (distribution.softmax(-1) for distribution in distributions_of(pair, traces))
+    third = distributions_of(truth, traces)[1].softmax(-1)
     for loss in ("zero_one", "log", "prob"):
         expected = gap_from_truth(q, p, third, loss).float()
         torch.testing.assert_close(gap(traces, "teacher", loss), expected, **TOLERANCE)

@@ -38,7 +38,7 @@ def test_equals_the_float64_reference(logits: tuple, temperature: float) -> None
         if FIELDS[name].dtype == "int":
             assert torch.equal(columns[name], reference[name]), name
         else:
-            # float32 sums of 1,200 terms whose logits reach 90: absolute for laws, relative for sizes.
+            # float32 sums of 1,200 terms whose logits reach 90: absolute for distributions, relative for sizes.
             torch.testing.assert_close(
                 columns[name].double(), reference[name], atol=2e-5, rtol=2e-6, msg=name
             )
@@ -49,19 +49,21 @@ def test_candidates_are_the_k_likeliest_with_their_tails(logits: tuple, k: int) 
     drafter, verifier, token = logits
     rows = torch.arange(2, ROWS)  # without ties
     columns = Measure(VOCAB, k)(drafter, verifier, rows, token[2:])
-    laws = {
+    distributions = {
         role: part[rows, :VOCAB].double().log_softmax(-1)
         for role, part in (("drafter", drafter), ("verifier", verifier))
     }
-    for role, law in laws.items():
+    for role, distribution in distributions.items():
         ids = columns[f"{role}_top_ids"].long()
         # As values: two logits that differ by less than a rounding may change places.
-        torch.testing.assert_close(law.gather(1, ids), law.topk(k).values, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            distribution.gather(1, ids), distribution.topk(k).values, atol=1e-5, rtol=0
+        )
         assert all(len(set(row)) == k for row in ids.tolist())
-        for other, values in laws.items():
+        for other, values in distributions.items():
             stored = columns[f"{role}_top_{other}_logprobs"].double()
             torch.testing.assert_close(stored, values.gather(1, ids), atol=1e-5, rtol=2.0**-11)
-        tail = (1 - law.gather(1, ids).exp().sum(1)).clamp(min=0)
+        tail = (1 - distribution.gather(1, ids).exp().sum(1)).clamp(min=0)
         torch.testing.assert_close(columns[f"{role}_tail"].double(), tail, atol=1e-5, rtol=0)
 
 

@@ -160,9 +160,10 @@ def expected(pair: ModelPair, prompt: Prompt, ids: Sequence[int], begun: list[in
     score = make_scorers(["chrf1"])["chrf1"]
     if len(begun) == most or (begun and begun[-1] in pair.eos_ids):
         return float(score([text_of(pair, begun)], [prompt.reference])[0])
-    law = next_logits(pair.verifier, ids, begun).double().softmax(-1)
+    distribution = next_logits(pair.verifier, ids, begun).double().softmax(-1)
     return sum(
-        float(law[token]) * expected(pair, prompt, ids, [*begun, token], most) for token in range(len(law))
+        float(distribution[token]) * expected(pair, prompt, ids, [*begun, token], most)
+        for token in range(len(distribution))
     )
 
 

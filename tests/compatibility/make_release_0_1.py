@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tiny_models
 import torch
-from heads.laws import every_head, logits
+from heads.distributions import every_head, logits
 from rules.instances import instances, label
 from safetensors.torch import save_file
 

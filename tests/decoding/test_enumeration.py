@@ -1,8 +1,8 @@
-"""The law of the whole loop at batch 1, enumerated: every outcome of every random choice, with its probability.
+"""The loop's distribution at batch 1, enumerated: every outcome of every random choice, with its probability.
 
-Two tabular models over a few tokens, whose laws depend on the place and the token before it. The three places where
-the loop draws (a drafted token, a check, a correction or bonus) ask an oracle instead, which walks through all
-answers; nothing is sampled, so that nothing can fail by chance.
+Two tabular models over a few tokens, whose distributions depend on the place and the token before it. The three
+places where the loop draws (a drafted token, a check, a correction or bonus) ask an oracle instead, which walks
+through all answers; nothing is sampled, so that nothing can fail by chance.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig
 
 from deferral_train.decoding import cascade_generate
-from deferral_train.decoding.laws import SamplingLaws
+from deferral_train.decoding.distributions import SamplingDistributions
 from deferral_train.rules import RULES, Origin, Rule, make_rule, verify
 
 STEPS, BLOCK, START = 3, 2, 0
@@ -48,7 +48,7 @@ class Tabular(nn.Module):
         places = past_key_values.width + torch.arange(input_ids.shape[1])
         return SimpleNamespace(logits=self.table[places, input_ids])
 
-    def law(self, prefix: tuple[int, ...]) -> Tensor:
+    def distribution(self, prefix: tuple[int, ...]) -> Tensor:
         return self.table[len(prefix), (START, *prefix)[-1]]
 
 
@@ -105,7 +105,9 @@ def oracle(monkeypatch: pytest.MonkeyPatch) -> Oracle:
         asked.rejected, asked.drawn = False, 0  # a block begins
         return torch.zeros(rows, drafts), torch.zeros(rows)
 
-    def drafted(self: SamplingLaws, decision: Tensor, sampling: Any, number: Any, out: Any = None) -> Tensor:
+    def drafted(
+        self: SamplingDistributions, decision: Tensor, sampling: Any, number: Any, out: Any = None
+    ) -> Tensor:
         drawn = token(torch.softmax(decision / self.temperature, dim=-1), None)
         if out is not None:
             out[:, 0] = drawn
@@ -128,7 +130,7 @@ def oracle(monkeypatch: pytest.MonkeyPatch) -> Oracle:
     monkeypatch.setattr(verify, "uniforms", numbers)
     monkeypatch.setattr(verify, "draw", following)
     monkeypatch.setattr(verify, "accepts", accepts)
-    monkeypatch.setattr(SamplingLaws, "draw", drafted)
+    monkeypatch.setattr(SamplingDistributions, "draw", drafted)
     return asked
 
 
@@ -193,8 +195,8 @@ def assert_follows(paths: list[Path], expected: Callable[[tuple[int, ...], bool]
     for tokens, origins, chance in paths:
         for step, token in enumerate(tokens):
             key = tokens[:step], origins[step] == Origin.BONUS
-            law = expected(*key)
-            groups.setdefault(key, torch.zeros_like(law, dtype=torch.float64))[token] += chance
+            distribution = expected(*key)
+            groups.setdefault(key, torch.zeros_like(distribution, dtype=torch.float64))[token] += chance
     for (prefix, is_bonus), mass in groups.items():
         torch.testing.assert_close(mass / mass.sum(), expected(prefix, is_bonus).double(), atol=3e-6, rtol=0)
 
@@ -209,19 +211,21 @@ def test_drafts_follow_the_target_and_bonus_tokens_the_verifier(oracle: Oracle, 
 
     def expected(prefix: tuple[int, ...], is_bonus: bool) -> Tensor:
         # What has no draft (the last place of a text) is a bonus too.
-        q, p = drafter.law(prefix), verifier.law(prefix)
+        q, p = drafter.distribution(prefix), verifier.distribution(prefix)
         return torch.softmax(p, dim=-1) if is_bonus else rule.target(q[None], p[None])[0]
 
     assert_follows(paths, expected)
 
 
 @pytest.mark.parametrize(("name", "size"), CASES)
-def test_an_exact_bonus_gives_the_autoregressive_target_law(oracle: Oracle, name: str, size: int) -> None:
+def test_an_exact_bonus_gives_the_autoregressive_target_distribution(
+    oracle: Oracle, name: str, size: int
+) -> None:
     rule = rule_named(name)
     paths, drafter, verifier = enumerate_loop(oracle, rule, size, bonus="exact")
 
     def expected(prefix: tuple[int, ...], is_bonus: bool) -> Tensor:
-        return rule.target(drafter.law(prefix)[None], verifier.law(prefix)[None])[0]
+        return rule.target(drafter.distribution(prefix)[None], verifier.distribution(prefix)[None])[0]
 
     assert_follows([(tokens, (0,) * STEPS, chance) for tokens, _, chance in paths], expected)
 
@@ -242,20 +246,20 @@ def test_executions_without_blocks_follow_the_target(oracle: Oracle, name: str, 
     paths, drafter, verifier = enumerate_loop(oracle, rule, 2, execution=execution, bonus="exact")
 
     def expected(prefix: tuple[int, ...], is_bonus: bool) -> Tensor:
-        return rule.target(drafter.law(prefix)[None], verifier.law(prefix)[None])[0]
+        return rule.target(drafter.distribution(prefix)[None], verifier.distribution(prefix)[None])[0]
 
     assert_follows([(tokens, (0,) * STEPS, chance) for tokens, _, chance in paths], expected)
 
 
 @pytest.mark.parametrize("name", [*RULES, "early"])
-def test_no_loss_allowed_is_the_verifier_s_law(oracle: Oracle, name: str) -> None:
+def test_no_loss_allowed_is_the_verifier_s_distribution(oracle: Oracle, name: str) -> None:
     rule = rule_named(name)
     oracle.lossless = not rule.is_lossless  # a lossless rule is asked for one ratio
     paths, _, verifier = enumerate_loop(oracle, rule, 2, max_request_loss=0.0)
-    assert_follows(paths, lambda prefix, is_bonus: torch.softmax(verifier.law(prefix), dim=-1))
+    assert_follows(paths, lambda prefix, is_bonus: torch.softmax(verifier.distribution(prefix), dim=-1))
 
 
-def test_the_enumeration_would_notice_another_law(oracle: Oracle) -> None:
+def test_the_enumeration_would_notice_another_distribution(oracle: Oracle) -> None:
     paths, _, verifier = enumerate_loop(oracle, make_rule("opt", alpha=0.5), 3)
     with pytest.raises(AssertionError):
-        assert_follows(paths, lambda prefix, is_bonus: torch.softmax(verifier.law(prefix), dim=-1))
+        assert_follows(paths, lambda prefix, is_bonus: torch.softmax(verifier.distribution(prefix), dim=-1))

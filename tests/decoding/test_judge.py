@@ -1,4 +1,4 @@
-"""Accept-or-exact with a head on the drafted token's own state: the law it emits, greedy text, ends, refusals."""
+"""Accept-or-exact with a head on the drafted token's own state: emitted distribution, greedy text, ends, refusals."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from deferral_train.heads import DeferralHead, GapHead, JudgeHead
 from deferral_train.heads.export import set_operating_point
 from deferral_train.heads.rules import learned_rule, rule_from_spec
 from deferral_train.rules import Rule, make_rule
+from deferral_train.rules.distributions import Distributions
 from deferral_train.rules.emission import acceptance, residual
-from deferral_train.rules.laws import Laws
 from deferral_train.rules.summary import Summary
 
 WIDTH, BLOCK, ROOM = 32, 4, 12
@@ -108,7 +108,7 @@ def accept_or_exact(q: Tensor, p: Tensor, approved: Tensor) -> Tensor:
     return stands + (q - stands).sum() * excess / excess.sum()
 
 
-def test_the_emitted_law_by_enumeration_and_in_the_loop() -> None:
+def test_the_emitted_distribution_by_enumeration_and_in_the_loop() -> None:
     drafter, verifier, _ = pair_of("llama")
     prompt = [5, 9, 21, 7]
     logits = [run(model, prompt, [])[0][-1].double() for model in (drafter, verifier)]
@@ -116,16 +116,18 @@ def test_the_emitted_law_by_enumeration_and_in_the_loop() -> None:
     states = own_states(verifier, prompt, len(q))
     approved = score(states) > 0.5
     expected = accept_or_exact(q, p, approved)
-    assert float((expected - p).abs().sum()) > 0.05  # not the verifier's law
+    assert float((expected - p).abs().sum()) > 0.05  # not the verifier's distribution
 
     rule, found = judge(), torch.zeros_like(q)
-    laws = Laws.of(logits[0][None], logits[1][None], 1.0)
+    distributions = Distributions.of(logits[0][None], logits[1][None], 1.0)
     for token in range(len(q)):  # every draft, its check and its correction, added up in float64
         context = Summary({"verifier_hidden_at_token": states[token][None]})
-        law = rule.step_law(laws, rule.read(laws, torch.tensor([token]), context), torch.tensor([token]))[0]
-        passes = acceptance(law[token], q[token])
+        distribution = rule.step_distribution(
+            distributions, rule.read(distributions, torch.tensor([token]), context), torch.tensor([token])
+        )[0]
+        passes = acceptance(distribution[token], q[token])
         found[token] += q[token] * passes
-        found += q[token] * (1 - passes) * residual(law, q)
+        found += q[token] * (1 - passes) * residual(distribution, q)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
 
     count = 6000

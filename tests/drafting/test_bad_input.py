@@ -44,7 +44,7 @@ def test_rules_that_need_no_confidence_take_max_gram(rule: str) -> None:
 def test_what_needs_one_drafter_is_refused() -> None:
     assert "execution='token' needs one model" in refusal(VERTICAL, "chow", execution="token")
     assert "stop shortens one drafter's blocks" in refusal(VERTICAL, stop=ConfidenceStop(0.5))
-    assert "bonus 'exact' needs a drafter's law" in refusal(ALONE, bonus="exact")
+    assert "bonus 'exact' needs a drafter's distribution" in refusal(ALONE, bonus="exact")
 
 
 def test_bigrams_of_another_tokenizer_are_refused() -> None:

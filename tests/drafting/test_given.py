@@ -37,13 +37,13 @@ def reference(verifier: Any, prompt: torch.Tensor, draft: list[int], bias: float
     """As published, token by token: argmax of (1 - b) P + b 1[draft] until that is not the draft, then argmax P."""
     ids, along = prompt.clone(), True
     for place in range(new):
-        law = torch.softmax(verifier(input_ids=ids).logits[0, -1].double(), dim=-1)
+        distribution = torch.softmax(verifier(input_ids=ids).logits[0, -1].double(), dim=-1)
         if along and place < len(draft):
-            law = (1 - bias) * law
-            law[draft[place]] += bias
+            distribution = (1 - bias) * distribution
+            distribution[draft[place]] += bias
         else:
             along = False
-        token = int(law.argmax())
+        token = int(distribution.argmax())
         along = along and token == draft[place]
         ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
         if token == 1:

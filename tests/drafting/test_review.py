@@ -1,4 +1,4 @@
-"""The law of leniently reviewed tokens: enumeration in float64 against the formula, and samples against both."""
+"""Distribution of leniently reviewed tokens: enumeration in float64 against the formula, samples against both."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from deferral_train.decoding.drafting.review import review_greedy, review_sampled, reviewed_law
+from deferral_train.decoding.drafting.review import review_greedy, review_sampled, reviewed_distribution
 
 FAILURE = 1e-6  # probability that a chi-square test here fails by chance, were its seed not fixed
 
 
-def law_of(weights: list[int]) -> list[float]:
+def distribution_of(weights: list[int]) -> list[float]:
     total = math.fsum(weights)
     return [weight / total for weight in weights]
 
@@ -41,8 +41,10 @@ WEIGHTS = st.lists(st.integers(0, 9), min_size=4, max_size=4).filter(any)
 
 @given(WEIGHTS, WEIGHTS, st.sampled_from([1.0, 1.5, 2.0, 5.0, 100.0]))
 def test_the_formula_is_what_comes_out(q_weights, p_weights, lenience) -> None:
-    q, p = law_of(q_weights), law_of(p_weights)
-    found = reviewed_law(torch.tensor(q, dtype=torch.float64), torch.tensor(p, dtype=torch.float64), lenience)
+    q, p = distribution_of(q_weights), distribution_of(p_weights)
+    found = reviewed_distribution(
+        torch.tensor(q, dtype=torch.float64), torch.tensor(p, dtype=torch.float64), lenience
+    )
     assert found.tolist() == pytest.approx(enumerated(q, p, lenience), abs=1e-12)
     assert float(found.sum()) == pytest.approx(1.0)
 
@@ -52,7 +54,7 @@ Q, P = [0.55, 0.25, 0.15, 0.05, 0.0], [0.1, 0.2, 0.3, 0.15, 0.25]
 
 @pytest.mark.parametrize("one_hot", [False, True])
 @pytest.mark.parametrize("lenience", [1.0, 2.0, 5.0])
-def test_samples_follow_the_law(lenience: float, one_hot: bool) -> None:
+def test_samples_follow_the_distribution(lenience: float, one_hot: bool) -> None:
     rows, generator = 20_000, torch.Generator().manual_seed(4)
     p = torch.tensor(P)
     q = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0] if one_hot else Q)
@@ -67,12 +69,15 @@ def test_samples_follow_the_law(lenience: float, one_hot: bool) -> None:
     )
     first = torch.where(review.accepted == 1, drafted[:, 0], review.next_token)
     counts = torch.bincount(first, minlength=5)
-    law = torch.tensor(enumerated(q.tolist(), P, lenience), dtype=torch.float64)
-    assert int(counts[law < 1e-12].sum()) == 0
-    seen, wanted = counts[law > 1e-12].tolist(), (law[law > 1e-12] / law.sum() * rows).tolist()
+    distribution = torch.tensor(enumerated(q.tolist(), P, lenience), dtype=torch.float64)
+    assert int(counts[distribution < 1e-12].sum()) == 0
+    seen, wanted = (
+        counts[distribution > 1e-12].tolist(),
+        (distribution[distribution > 1e-12] / distribution.sum() * rows).tolist(),
+    )
     assert len(seen) < 2 or stats.chisquare(seen, wanted).pvalue > FAILURE
-    if lenience > 1:  # the reviewer's own law is another one, so that the check above can fail
-        assert (law - p).abs().sum() / 2 > 0.05
+    if lenience > 1:  # the reviewer's own distribution is another one, so that the check above can fail
+        assert (distribution - p).abs().sum() / 2 > 0.05
     own = torch.bincount(review.next_token[review.accepted == 1], minlength=5)
     assert (
         stats.chisquare(own.tolist(), (p.double() / p.double().sum() * own.sum()).tolist()).pvalue > FAILURE

@@ -1,4 +1,4 @@
-"""Traces of a tabular language: laws q, p and the true P per position are known, gold tokens are drawn from
+"""Traces of a tabular language: distributions q, p and the true P per position are known, gold tokens are drawn from
 P.
 """
 
@@ -50,19 +50,19 @@ class Language:
         return {name: values.numpy() for name, values in columns.items()}
 
     def _truth(self) -> dict[str, torch.Tensor]:
-        laws = {"drafter": self.q, "verifier": self.p}
+        distributions = {"drafter": self.q, "verifier": self.p}
         columns = {}
-        for role, law in laws.items():
-            at_argmax = self.P.gather(1, law.argmax(1, keepdim=True)).squeeze(1)
+        for role, distribution in distributions.items():
+            at_argmax = self.P.gather(1, distribution.argmax(1, keepdim=True)).squeeze(1)
             columns[f"truth_{role}_argmax"] = at_argmax
-            columns[f"truth_{role}_log"] = -(self.P * law.log()).sum(1)
-            columns[f"truth_{role}_prob"] = (self.P * law).sum(1)
+            columns[f"truth_{role}_log"] = -(self.P * distribution.log()).sum(1)
+            columns[f"truth_{role}_prob"] = (self.P * distribution).sum(1)
         return columns
 
     def _candidates(self, k: int) -> dict[str, torch.Tensor]:
         columns = {}
-        for role, law in (("drafter", self.q), ("verifier", self.p)):
-            top = law.topk(k, dim=1)
+        for role, distribution in (("drafter", self.q), ("verifier", self.p)):
+            top = distribution.topk(k, dim=1)
             columns[f"{role}_top_ids"] = top.indices
             columns[f"{role}_tail"] = 1 - top.values.sum(1)
             for other, of in (("drafter", self.q), ("verifier", self.p)):

@@ -1,4 +1,4 @@
-"""score_rules against plain float64 arithmetic on the laws themselves, statistic by statistic."""
+"""score_rules against plain float64 arithmetic on the distributions themselves, statistic by statistic."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ALPHAS = [-0.5, 0.0, 0.1, 0.6]
 
 
 def reference(language: Language, name: str, alpha: float, temperature: float) -> dict[str, float]:
-    """Rates and risks of one setting, from whole laws in float64."""
+    """Rates and risks of one setting, from whole distributions in float64."""
     rule = make_rule(name, alpha=alpha)
     drafter, verifier = language.drafter_logits.double(), language.verifier_logits.double()
     pi = rule.target(drafter, verifier, temperature)
@@ -56,7 +56,7 @@ def _calls(language: Language, accept: np.ndarray, block: int = 5) -> float:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("name", ["opt", "diff", "opt_verifier", "token_v1", "token_v2"])
-def test_rates_and_emitted_risk_equal_those_of_the_laws(
+def test_rates_and_emitted_risk_equal_those_of_the_distributions(
     language: Language, traces: Traces, greedy_traces: Traces, name: str, temperature: float
 ) -> None:
     source = traces if temperature else greedy_traces
@@ -76,12 +76,12 @@ def test_risk_is_the_mean_loss_of_the_model_in_charge(
 ) -> None:
     table = score_rules(traces, ["opt"], grid={"opt": ALPHAS}, bootstrap=0, loss=loss, truth=truth)
     gold = torch.nn.functional.one_hot(language.gold, language.P.shape[1]).float()
-    law = {"reference": gold, "verifier": language.p, "exact": language.P}[truth]
+    distribution = {"reference": gold, "verifier": language.p, "exact": language.P}[truth]
 
     def losses(model: torch.Tensor) -> torch.Tensor:
         if loss == "zero_one":
-            return 1 - law.gather(1, model.argmax(1, keepdim=True)).squeeze(1)
-        return -(law * model.log()).sum(1) if loss == "log" else 1 - (law * model).sum(1)
+            return 1 - distribution.gather(1, model.argmax(1, keepdim=True)).squeeze(1)
+        return -(distribution * model.log()).sum(1) if loss == "log" else 1 - (distribution * model).sum(1)
 
     tv = (language.q - language.p).clamp(min=0).sum(1)
     for setting, alpha in enumerate(table["opt"].values):

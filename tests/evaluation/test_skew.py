@@ -99,7 +99,7 @@ def test_sampled_predictions_on_own_prefixes_agree_within_noise(sampled: Runs, s
 
 
 def test_what_was_not_logged_is_stated(sampled: Runs) -> None:
-    """A rule that reads whole laws is predicted within what 20 of 40 logged candidates leave open; others exactly."""
+    """A rule on whole distributions is predicted within what 20 of 40 logged candidates leave open; others exactly."""
     for row in sampled.compare("opt:alpha=0.1"):
         assert row["tail"] == [row["predicted"]] * 2
     open_rows = sampled.compare("cactus:delta=0.3")

@@ -13,7 +13,8 @@ from benchmarks.studies.offline_online import compare
 from deferral_train.pairs.prompts import read_prompts
 
 PROMPTS = 60
-# A position rule, a token rule and a whole law; greedy laws have one token, and when sampling these need few more.
+# A position, a token and a distribution rule; greedy distributions have one token, and when sampling these need few
+# more.
 RULES = {
     0.0: ("opt:alpha=0.2", "lossy:alpha=0.3"),
     0.5: ("token_v3:alpha=0.5",),

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from heads.laws import every_head
+from heads.distributions import every_head
 from tiny_models import save_tiny_pair
 
 from deferral_train import load_pair

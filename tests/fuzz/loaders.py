@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 from fuzz import mutate
-from heads.laws import every_head
+from heads.distributions import every_head
 from safetensors.torch import save
 from traces.conftest import make_manifest, write_folder
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from heads.laws import FEATURES, every_head, summary_of
+from heads.distributions import FEATURES, every_head, summary_of
 from safetensors.torch import load_file, save_file
 
 from deferral_train.errors import InputError

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from heads.laws import FEATURES, every_head
+from heads.distributions import FEATURES, every_head
 
 from deferral_train.errors import InputError
 from deferral_train.heads import GapHead

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from heads.laws import FEATURES, summary_of
+from heads.distributions import FEATURES, summary_of
 
 from deferral_train.errors import InputError
 from deferral_train.heads import GapHead

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from heads.laws import FEATURES, every_head, logits, shaken, summary_of
+from heads.distributions import FEATURES, every_head, logits, shaken, summary_of
 
 from deferral_train.errors import InputError
 from deferral_train.heads import CostSensitiveHead, GapHead, PlugInHead, TokenHead, TruthMixtureHead

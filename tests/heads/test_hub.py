@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from heads import hub as local
-from heads.laws import every_head, summary_of
+from heads.distributions import every_head, summary_of
 
 from deferral_train.errors import InputError
 from deferral_train.heads import DeferralHead

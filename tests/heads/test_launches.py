@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from heads.laws import shaken
+from heads.distributions import shaken
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deferral_train.heads import GapHead, JudgeHead

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from heads.laws import FEATURES, every_head, logits, shaken, summary_of
+from heads.distributions import FEATURES, every_head, logits, shaken, summary_of
 from torch.nn import functional as F
 
 from deferral_train.errors import InputError
@@ -48,7 +48,7 @@ def test_cost_sensitive_is_consistent_for_the_sign():
         assert (grid[loss.argmin()] > 0) == (alpha * 0.5 < 0.25)
 
 
-def test_likelihood_of_classes_and_candidates_is_a_log_law():
+def test_likelihood_of_classes_and_candidates_is_a_log_distribution():
     """With all V tokens logged, exp(-loss) over every possible gold token sums to one in each row."""
     rows, vocab = 12, 9
     head = every_head()["truth_mixture"]

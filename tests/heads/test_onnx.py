@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from heads.laws import every_head, shaken, summary_of
+from heads.distributions import every_head, shaken, summary_of
 
 from deferral_train.collecting import CollectConfig, collect
 from deferral_train.errors import InputError

@@ -21,7 +21,7 @@ def overconfident(rows=4000, vocab=7, scale=2.0, seed=0):
     return (scale * true).log_softmax(-1), gold
 
 
-def test_law_temperature_undoes_a_doubling():
+def test_distribution_temperature_undoes_a_doubling():
     logs, gold = overconfident()
     tail = torch.zeros(len(gold))
     found = fit_temperature(logs, tail, gold, 7)
@@ -34,7 +34,7 @@ def test_law_temperature_undoes_a_doubling():
     assert 1.8 < found < 2.2
 
 
-def test_law_temperature_from_the_top_half_is_near():
+def test_distribution_temperature_from_the_top_half_is_near():
     logs, gold = overconfident()
     top = logs.topk(4, dim=-1)
     hit = top.indices == gold.unsqueeze(-1)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from heads.laws import every_head
+from heads.distributions import every_head
 
 from deferral_train import DeferralHead, cli
 from deferral_train.errors import InputError

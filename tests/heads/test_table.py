@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from heads.laws import every_head
+from heads.distributions import every_head
 
 from deferral_train.errors import InputError
 from deferral_train.heads import HEADS, DeferralHead, GapHead

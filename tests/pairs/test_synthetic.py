@@ -21,7 +21,7 @@ def language():
     return build_language(SMALL)
 
 
-def test_laws_are_laws_and_repeatable(language):
+def test_distributions_are_distributions_and_repeatable(language):
     again = build_language(SMALL)
     for role in ("truth", "verifier", "drafter"):
         table = getattr(language, role).table
@@ -37,11 +37,11 @@ def test_texts_follow_the_truth(language):
     counts = np.zeros((512, 8))
     index = (texts[:, :-3] * 64 + texts[:, 1:-2] * 8 + texts[:, 2:-1]).reshape(-1)
     np.add.at(counts, (index.numpy(), texts[:, 3:].reshape(-1).numpy()), 1)
-    law = language.truth.table.numpy()
-    expected = counts.sum(-1, keepdims=True) * law
+    distribution = language.truth.table.numpy()
+    expected = counts.sum(-1, keepdims=True) * distribution
     common = expected > 20
     assert common.sum() > 500
-    squares = (counts - expected)[common] ** 2 / (expected * (1 - law))[common]
+    squares = (counts - expected)[common] ** 2 / (expected * (1 - distribution))[common]
     assert abs(squares.mean() - 1) < 6 * squares.std() / np.sqrt(len(squares))
 
 
@@ -57,27 +57,27 @@ def test_estimate_against_a_plain_count():
 
 def test_context_indexing_matches_a_loop(language):
     tokens = torch.tensor([[3, 1, 4, 1, 5]])
-    law = language.truth.law(tokens)
+    distribution = language.truth.distribution(tokens)
     padded = [0, 0, 3, 1, 4, 1, 5]
     for t in range(5):
         a, b, c = padded[t : t + 3]
-        assert torch.equal(law[0, t], language.truth.table[a * 64 + b * 8 + c])
+        assert torch.equal(distribution[0, t], language.truth.table[a * 64 + b * 8 + c])
 
 
 def test_chunks_cover_all_sequences_and_truth_is_exact(language):
     texts = sample_sequences(language, 10, 20, seed=2)
     seen = 0
     for chunk in chunks(language, texts, size=4, dtype=torch.float64):
-        q, p, law = chunk.drafter_logits.softmax(-1), chunk.verifier_logits.softmax(-1), chunk.truth
+        q, p, distribution = chunk.drafter_logits.softmax(-1), chunk.verifier_logits.softmax(-1), chunk.truth
         columns = chunk.truth_columns()
         v_q = q.argmax(-1, keepdim=True)
-        torch.testing.assert_close(columns["truth_drafter_argmax"], law.gather(-1, v_q)[..., 0])
-        torch.testing.assert_close(columns["truth_verifier_log"], -(law * p.log()).sum(-1))
-        torch.testing.assert_close(columns["truth_drafter_prob"], (law * q).sum(-1))
+        torch.testing.assert_close(columns["truth_drafter_argmax"], distribution.gather(-1, v_q)[..., 0])
+        torch.testing.assert_close(columns["truth_verifier_log"], -(distribution * p.log()).sum(-1))
+        torch.testing.assert_close(columns["truth_drafter_prob"], (distribution * q).sum(-1))
         assert torch.equal(chunk.gold, texts[seen : seen + 4])
-        # position t's law knows tokens before t only
+        # position t's distribution knows tokens before t only
         again = next(chunks(language, chunk.gold[:, :7], dtype=torch.float64))
-        assert torch.equal(again.truth, law[:, :7])
+        assert torch.equal(again.truth, distribution[:, :7])
         seen += len(chunk.gold)
     assert seen == 10
 
@@ -88,7 +88,7 @@ def test_doubled_drafter_is_the_same_drafter_sharper(language):
     one, two = next(chunks(language, texts)), next(chunks(doubled, texts))
     torch.testing.assert_close(two.drafter_logits, 2 * one.drafter_logits)
     assert torch.equal(one.verifier_logits, two.verifier_logits)
-    torch.testing.assert_close(doubled.drafter.law(texts), doubled.drafter.logits(texts).softmax(-1))
+    torch.testing.assert_close(doubled.drafter.distribution(texts), doubled.drafter.logits(texts).softmax(-1))
 
 
 def test_default_language_has_a_better_verifier():
@@ -96,8 +96,8 @@ def test_default_language_has_a_better_verifier():
     language = build_language()
     texts = sample_sequences(language, 60, 100, seed=0)
     columns = next(chunks(language, texts, size=60)).truth_columns()
-    law = language.truth.law(texts)
-    entropy = -(law * law.clamp_min(1e-30).log()).sum(-1).mean()
+    distribution = language.truth.distribution(texts)
+    entropy = -(distribution * distribution.clamp_min(1e-30).log()).sum(-1).mean()
     assert entropy + 0.05 < columns["truth_verifier_log"].mean() < columns["truth_drafter_log"].mean() - 0.2
 
 

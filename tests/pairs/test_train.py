@@ -237,7 +237,7 @@ def test_t5_on_parallel_text_with_distillation(text, tmp_path):
 
 
 def test_distillation_draws_the_drafter_to_the_verifier(tmp_path):
-    """A teacher whose law has nothing to do with the text: only the distilled student moves towards it."""
+    """A teacher whose distribution has nothing to do with the text: only the distilled student moves towards it."""
     teacher = tiny_model("llama", seed=1)
     stream = torch.randint(4, 40, (2000,), generator=torch.Generator().manual_seed(0))
     batches = WindowBatches(stream.int(), 16, 8, seed=0)
@@ -294,11 +294,13 @@ def test_the_mask_weighs_the_distillation_and_is_off_by_default(text, tmp_path):
 
     def gradient(top_k):
         student = tiny_model("t5", seed=2).requires_grad_(True)
-        logits, law = (next_token_logits(model, batch).log_softmax(-1) for model in (student, teacher))
+        logits, distribution = (
+            next_token_logits(model, batch).log_softmax(-1) for model in (student, teacher)
+        )
         weights = (batch["labels"] != IGNORED).float()
         if top_k:
             weights = drafts_that_reach(logits, batch["labels"], top_k, 4)
-        ((law.exp() * (law - logits)).sum(-1) * weights).sum().div(weights.sum()).backward()
+        ((distribution.exp() * (distribution - logits)).sum(-1) * weights).sum().div(weights.sum()).backward()
         return torch.cat([p.grad.flatten() for p in student.parameters()])
 
     def moved(top_k):
@@ -368,10 +370,12 @@ def test_gate_scores_match_a_plain_computation(llama, text):
     for item in held:
         ids = torch.tensor([pair.tokenizer(item.prompt + (item.reference or ""))["input_ids"]])
         with torch.no_grad():
-            laws = [m(ids).logits[0, :-1].double().log_softmax(-1) for m in (pair.drafter, pair.verifier)]
-        for i, law in enumerate(laws):
-            nats[i] -= float(law.gather(1, ids[0, 1:, None]).sum())
-        tv += float((laws[0].exp() - laws[1].exp()).abs().sum() / 2)
+            distributions = [
+                m(ids).logits[0, :-1].double().log_softmax(-1) for m in (pair.drafter, pair.verifier)
+            ]
+        for i, distribution in enumerate(distributions):
+            nats[i] -= float(distribution.gather(1, ids[0, 1:, None]).sum())
+        tv += float((distributions[0].exp() - distributions[1].exp()).abs().sum() / 2)
         tokens += ids.shape[1] - 1
     assert gate.tokens == tokens
     assert gate.drafter_nats == pytest.approx(nats[0] / tokens, abs=1e-5)
@@ -466,9 +470,9 @@ def test_the_gate_scores_a_pair_of_questions_through_its_template(tmp_path):
         question = pair.tokenizer(row.prompt)["input_ids"]
         answer = [*pair.tokenizer(row.reference)["input_ids"], pair.tokenizer.eos_token_id]
         with torch.inference_mode():
-            law = pair.verifier(torch.tensor([question + answer])).logits[0].log_softmax(-1)
+            distribution = pair.verifier(torch.tensor([question + answer])).logits[0].log_softmax(-1)
         for place, token in enumerate(answer):
-            nats -= float(law[len(question) + place - 1, token])
+            nats -= float(distribution[len(question) + place - 1, token])
         tokens += len(answer)
     assert gate.verifier_nats == pytest.approx(nats / tokens, rel=1e-4)
     assert gate.tokens == tokens

@@ -36,7 +36,7 @@ class DraftGap:
 
 
 class TokenJudge:
-    """A judge that looks at the drafted token and the verifier's law."""
+    """A judge that looks at the drafted token and the verifier's distribution."""
 
     features = ("token", "verifier_logprob", "verifier_max")
 

@@ -18,7 +18,7 @@ from deferral_train.testing import RuleReport
 CATALOGUE = Path(__file__).resolve().parents[2] / "docs" / "catalogue.md"
 BEGIN, END = "<!-- generated: rules -->", "<!-- end of generated: rules -->"
 HEAD = (
-    "| rule | kind | dial | range | lossless at | drafter at | reads | needs the drafter's law | "
+    "| rule | kind | dial | range | lossless at | drafter at | reads | needs the drafter's distribution | "
     "draft + accept + residual = target |\n|---|---|---|---|---|---|---|---|---|"
 )
 
@@ -33,8 +33,8 @@ def row(name: str) -> str:
     rule = build(name, PARAMETERS[name][0])
     found = reports(name)
     cells = (f"`{name}`", found[0].kind, *dial_cells(rule, found[0]), reads(rule))
-    law = "yes" if rule.reads_drafter_confidence else "no"
-    return f"| {' | '.join(cells)} | {law} | {exactness(found)} |"
+    distribution = "yes" if rule.reads_drafter_confidence else "no"
+    return f"| {' | '.join(cells)} | {distribution} | {exactness(found)} |"
 
 
 def dial_cells(rule: Rule, report: RuleReport) -> tuple[str, str, str, str]:

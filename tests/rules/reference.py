@@ -1,7 +1,7 @@
 """The slow, obvious twin of everything that emits a token: plain Python floats, one position at a time.
 
 Written from the equations (docs/equations.md) without looking at the tensor code, and sharing nothing with it
-but the rule's parameters. Laws are lists of V floats. Used by tests and by nothing else.
+but the rule's parameters. Distributions are lists of V floats. Used by tests and by nothing else.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 
 from deferral_train.rules.summary import Summary
 
-Law = list[float]
+Distribution = list[float]
 INFINITY = math.inf
 
 
-def softmax(logits: Law) -> Law:
+def softmax(logits: Distribution) -> Distribution:
     """exp(z)/sum exp(z)."""
     top = max(logits)
     weights = [math.exp(z - top) for z in logits]
@@ -25,12 +25,14 @@ def softmax(logits: Law) -> Law:
     return [w / total for w in weights]
 
 
-def argmax(values: Law) -> int:
+def argmax(values: Distribution) -> int:
     """The lowest index of the largest value."""
     return values.index(max(values))
 
 
-def sampling_law(decision: Law, given: Law | None, temperature: float) -> Law:
+def sampling_distribution(
+    decision: Distribution, given: Distribution | None, temperature: float
+) -> Distribution:
     """One-hot of the lowest argmax at temperature 0, else softmax of the tempered (or the given) logits."""
     processed = decision if given is None else given
     if temperature == 0:
@@ -39,46 +41,46 @@ def sampling_law(decision: Law, given: Law | None, temperature: float) -> Law:
     return softmax(processed if given is not None else [z / temperature for z in decision])
 
 
-def entropy(law: Law) -> float:
+def entropy(distribution: Distribution) -> float:
     """-sum p log p."""
-    return -math.fsum(x * math.log(x) for x in law if x > 0)
+    return -math.fsum(x * math.log(x) for x in distribution if x > 0)
 
 
-def cross_entropy(p: Law, q: Law) -> float:
+def cross_entropy(p: Distribution, q: Distribution) -> float:
     """-sum p log q."""
     return math.fsum(INFINITY if b == 0 else -a * math.log(b) for a, b in zip(p, q) if a > 0)
 
 
-def kl(p: Law, q: Law) -> float:
+def kl(p: Distribution, q: Distribution) -> float:
     """sum p log(p/q)."""
     return math.fsum(INFINITY if b == 0 else a * math.log(a / b) for a, b in zip(p, q) if a > 0)
 
 
-def js(p: Law, q: Law) -> float:
+def js(p: Distribution, q: Distribution) -> float:
     """Jensen-Shannon divergence."""
     middle = [(a + b) / 2 for a, b in zip(p, q)]
     return (kl(p, middle) + kl(q, middle)) / 2
 
 
-def total_variation(p: Law, q: Law) -> float:
+def total_variation(p: Distribution, q: Distribution) -> float:
     """sum max(0, p - q)."""
     return math.fsum(max(0.0, a - b) for a, b in zip(p, q))
 
 
 class Position:
-    """One position: decision laws, sampling laws, and what may be emitted."""
+    """One position: decision distributions, sampling distributions, and what may be emitted."""
 
     def __init__(
         self,
-        drafter: Law,
-        verifier: Law,
+        drafter: Distribution,
+        verifier: Distribution,
         temperature: float,
-        drafter_sampling: Law | None = None,
-        verifier_sampling: Law | None = None,
+        drafter_sampling: Distribution | None = None,
+        verifier_sampling: Distribution | None = None,
     ) -> None:
         self.q_decision, self.p_decision = softmax(drafter), softmax(verifier)
-        self.q = sampling_law(drafter, drafter_sampling, temperature)
-        self.p = sampling_law(verifier, verifier_sampling, temperature)
+        self.q = sampling_distribution(drafter, drafter_sampling, temperature)
+        self.p = sampling_distribution(verifier, verifier_sampling, temperature)
         processed = verifier if verifier_sampling is None else verifier_sampling
         self.processed_q = softmax(drafter if drafter_sampling is None else drafter_sampling)
         self.processed_p = softmax(processed)
@@ -121,13 +123,13 @@ class Position:
         return fields
 
 
-def log_normaliser(logits: Law) -> float:
+def log_normaliser(logits: Distribution) -> float:
     """log sum exp(z)."""
     top = max(logits)
     return top + math.log(math.fsum(math.exp(z - top) for z in logits))
 
 
-def margin(logits: Law) -> float:
+def margin(logits: Distribution) -> float:
     """The largest logit less the largest of the others; 1e4 stands for an only token."""
     top = argmax(logits)
     others = logits[:top] + logits[top + 1 :]
@@ -183,10 +185,10 @@ def keeps(rule: Any, at: Position, v: int) -> bool:
     raise KeyError(name)
 
 
-def target(rule: Any, at: Position) -> Law:
-    """pi, the law that a drafted position emits."""
-    if rule.name in _LAWS:
-        return _only_allowed(_LAWS[rule.name](rule, at), at)
+def target(rule: Any, at: Position) -> Distribution:
+    """pi, the distribution that a drafted position emits."""
+    if rule.name in _DISTRIBUTIONS:
+        return _only_allowed(_DISTRIBUTIONS[rule.name](rule, at), at)
     keep = [_kept(rule, at, v) and at.allowed[v] for v in range(len(at.q))]
     eta = math.fsum(x for x, k in zip(at.q, keep) if not k)
     return [(x if k else 0.0) + y * eta for x, y, k in zip(at.q, at.p, keep)]
@@ -199,13 +201,13 @@ def _kept(rule: Any, at: Position, v: int) -> bool:
         return keeps(rule, at, v)
 
 
-def _only_allowed(pi: Law, at: Position) -> Law:
+def _only_allowed(pi: Distribution, at: Position) -> Distribution:
     lost = math.fsum(x for x, a in zip(pi, at.allowed) if not a)
     return [(x if a else 0.0) + y * lost for x, y, a in zip(pi, at.p, at.allowed)]
 
 
-def enumerate_step(pi: Law, q: Law) -> Law:
-    """Law of draft x ~ q, accept with min(1, pi(x)/q(x)), else draw from max(0, pi - q), token by token."""
+def enumerate_step(pi: Distribution, q: Distribution) -> Distribution:
+    """Distribution of draft x ~ q, accept with min(1, pi(x)/q(x)), else draw from max(0, pi - q), token by token."""
     excess = [max(0.0, b - a) for a, b in zip(q, pi)]
     total = math.fsum(excess)
     correction = [e / total for e in excess] if total > 0 else pi
@@ -228,12 +230,12 @@ def _summary(at: Position, token: int | None = None) -> Summary:
     )
 
 
-def _clip(q: Law, p: Law, floor: float, cap: float) -> Law:
+def _clip(q: Distribution, p: Distribution, floor: float, cap: float) -> Distribution:
     return [max(min(a, b * cap if b > 0 else 0.0), b * floor) for a, b in zip(q, p)]
 
 
-def _floor(q: Law, p: Law, cap: float) -> float:
-    """The floor in [0, 1] with which the clipped law sums to one, by bisection; 0 where nothing is cut."""
+def _floor(q: Distribution, p: Distribution, cap: float) -> float:
+    """The floor in [0, 1] with which the clipped distribution sums to one, by bisection; 0 where nothing is cut."""
     if math.fsum(_clip(q, p, 0.0, cap)) >= math.fsum(q):
         return 0.0
     low, high = 0.0, 1.0
@@ -243,12 +245,12 @@ def _floor(q: Law, p: Law, cap: float) -> float:
     return (low + high) / 2
 
 
-def _lossy(rule: Any, at: Position) -> Law:
+def _lossy(rule: Any, at: Position) -> Distribution:
     cap = INFINITY if rule.alpha == 1 else 1 / (1 - rule.alpha)
     return _clip(at.q, at.p, _floor(at.q, at.p, cap), cap)
 
 
-def _lenient(rule: Any, at: Position) -> Law:
+def _lenient(rule: Any, at: Position) -> Distribution:
     cap = INFINITY if rule.alpha == 1 else 1 / (1 - rule.alpha)
     accepted = _clip(at.q, at.p, 0.0, cap)
     excess = [max(0.0, b - a) for a, b in zip(at.q, at.p)]
@@ -256,23 +258,23 @@ def _lenient(rule: Any, at: Position) -> Law:
     return [a + (rejected * e / total if total > 0 else 0.0) for a, e in zip(accepted, excess)]
 
 
-def _mentored(rule: Any, at: Position) -> Law:
-    def law(log_cap: float) -> Law:
+def _mentored(rule: Any, at: Position) -> Distribution:
+    def distribution(log_cap: float) -> Distribution:
         cap = math.exp(log_cap) if log_cap < 700 else INFINITY
         return _clip(at.q, at.p, _floor(at.q, at.p, cap), cap)
 
     if rule.divergence == 0:
         return at.p
-    if kl(at.p, law(INFINITY)) <= rule.divergence:
-        return law(INFINITY)
+    if kl(at.p, distribution(INFINITY)) <= rule.divergence:
+        return distribution(INFINITY)
     low, high = 0.0, 700.0
     for _ in range(80):
         middle = (low + high) / 2
-        low, high = (middle, high) if kl(at.p, law(middle)) <= rule.divergence else (low, middle)
-    return law(low)
+        low, high = (middle, high) if kl(at.p, distribution(middle)) <= rule.divergence else (low, middle)
+    return distribution(low)
 
 
-def _cactus(rule: Any, at: Position) -> Law:
+def _cactus(rule: Any, at: Position) -> Distribution:
     emitted = [0.0] * len(at.q)
     for x, drafted in enumerate(at.q):
         if drafted == 0:
@@ -290,11 +292,11 @@ def _cactus(rule: Any, at: Position) -> Law:
     return emitted
 
 
-def _mixture(weight: float, at: Position) -> Law:
+def _mixture(weight: float, at: Position) -> Distribution:
     return [weight * b + (1 - weight) * a for a, b in zip(at.q, at.p)]
 
 
-def _ensemble(rule: Any, at: Position) -> Law:
+def _ensemble(rule: Any, at: Position) -> Distribution:
     if at.temperature > 0:
         return _mixture(rule.weight, at)
     if rule.weight in (0, 1):
@@ -304,14 +306,14 @@ def _ensemble(rule: Any, at: Position) -> Law:
     return [1.0 if v == argmax(mixed) else 0.0 for v in range(len(mixed))]
 
 
-def _biased(rule: Any, at: Position) -> Law:
+def _biased(rule: Any, at: Position) -> Distribution:
     if at.temperature > 0:
         return _mixture(1 - rule.bias, at)
     margin = INFINITY if rule.bias == 1 else rule.bias / (1 - rule.bias)
     return at.q if rule.bias > 0 and max(at.p_decision) - at.p_decision[at.v_q] <= margin else at.p
 
 
-def _judge(rule: Any, at: Position) -> Law:
+def _judge(rule: Any, at: Position) -> Distribution:
     excess = [max(0.0, b - a) for a, b in zip(at.q, at.p)]
     total = math.fsum(excess)
     emitted = [0.0] * len(at.q)
@@ -324,7 +326,7 @@ def _judge(rule: Any, at: Position) -> Law:
     return emitted
 
 
-_LAWS = {
+_DISTRIBUTIONS = {
     "lossy": _lossy,
     "lenient": _lenient,
     "mentored": _mentored,

@@ -1,4 +1,4 @@
-"""Identities between rules' output laws, and the lemmas, on random draws."""
+"""Identities between rules' output distributions, and the lemmas, on random draws."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deferral_train.rules import make_rule, summarize
-from deferral_train.rules.emission import expected_tokens_per_call, keep_law, rejection_mass
+from deferral_train.rules.emission import expected_tokens_per_call, keep_distribution, rejection_mass
 from deferral_train.rules.risks import lemma5_bound, regret
 from deferral_train.testing import cases
 
@@ -17,16 +17,16 @@ WHOLE = [c for c in cases(seed=11, positions=30) if c.temperature > 0 and bool((
 RANDOM = [case for case in cases(seed=11, positions=30) if case.temperature > 0 and "top" not in case.name]
 
 
-def law(name, case, **parameters):
+def distribution(name, case, **parameters):
     return make_rule(name, **parameters).target(case.drafter, case.verifier, case.temperature)
 
 
 @pytest.mark.parametrize("alpha", [-1.0, -0.6, -0.11, 0.0, 0.13, 0.57, 1.0])
 def test_opt_diff_and_v1_agree_at_temperature_zero(alpha):
     for case in GREEDY:
-        diff = law("diff", case, alpha=alpha)
-        assert torch.equal(law("opt", case, alpha=alpha), diff), case.name
-        assert torch.equal(law("token_v1", case, alpha=alpha), diff), case.name
+        diff = distribution("diff", case, alpha=alpha)
+        assert torch.equal(distribution("opt", case, alpha=alpha), diff), case.name
+        assert torch.equal(distribution("token_v1", case, alpha=alpha), diff), case.name
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 0.75, 1.0])
@@ -39,14 +39,14 @@ def test_v3_at_temperature_zero_is_greedy_lenience(alpha):
         stands &= case.verifier.gather(-1, v_q[:, None])[:, 0] > -torch.inf  # masked tokens are never emitted
         emitted = torch.where(stands, v_q, v_p)
         # A tie is the lowest index for both models, as torch's max gives it on CPU.
-        assert torch.equal(law("token_v3", case, alpha=alpha).argmax(-1), emitted), case.name
+        assert torch.equal(distribution("token_v3", case, alpha=alpha).argmax(-1), emitted), case.name
 
 
 @pytest.mark.parametrize("name", ["lossy", "lenient"])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.9, 1.0])
 def test_lossy_and_lenient_are_lossless_at_temperature_zero(name, alpha):
     for case in GREEDY:
-        assert torch.equal(law(name, case, alpha=alpha), law("lossless", case)), case.name
+        assert torch.equal(distribution(name, case, alpha=alpha), distribution("lossless", case)), case.name
 
 
 def test_lossy_and_lenient_differ_where_beta_matters():
@@ -83,7 +83,7 @@ def test_ensemble_and_biased_reject_their_share_of_tv():
         q = torch.softmax(case.drafter / case.temperature, dim=-1)
         tv = summarize(case.drafter, case.verifier, temperature=case.temperature).tv
         for name, parameters, share in (("ensemble", {"weight": 0.3}, 0.3), ("biased", {"bias": 0.3}, 0.7)):
-            rejected = rejection_mass(law(name, case, **parameters), q)
+            rejected = rejection_mass(distribution(name, case, **parameters), q)
             torch.testing.assert_close(rejected, share * tv, atol=1e-14, rtol=0)
 
 
@@ -101,8 +101,8 @@ def test_expected_tokens_per_call_against_enumeration():
 
 def test_chow_ends():
     for case in [*GREEDY, *RANDOM]:
-        assert torch.equal(law("chow", case, alpha=0.0), law("lossless", case))
-        assert torch.equal(law("chow", case, alpha=1.0), law("drafter_only", case))
+        assert torch.equal(distribution("chow", case, alpha=0.0), distribution("lossless", case))
+        assert torch.equal(distribution("chow", case, alpha=1.0), distribution("drafter_only", case))
 
 
 def test_lemma_5_on_a_hundred_thousand_draws():
@@ -138,16 +138,16 @@ def test_outside_its_set_v3_is_stricter_than_lossless():
         q = torch.softmax(case.drafter / case.temperature, dim=-1)
         p = torch.softmax(case.verifier / case.temperature, dim=-1)
         keep = p >= 0.5 * p.amax(-1, keepdim=True)
-        pi = keep_law(q, p, keep)
+        pi = keep_distribution(q, p, keep)
         assert bool((pi[~keep] <= p[~keep] + 1e-15).all())
 
 
 def test_opt_ends_at_temperature_one():
     """|max p - max q| <= D_TV, so that alpha < -1 is lossless and alpha >= 1 keeps the drafter there."""
     for case in [c for c in RANDOM if c.temperature == 1]:
-        pi = law("opt", case, alpha=-1.01)
-        torch.testing.assert_close(pi, law("lossless", case), atol=1e-12, rtol=0)
-        assert torch.equal(law("opt", case, alpha=1.01), law("drafter_only", case))
+        pi = distribution("opt", case, alpha=-1.01)
+        torch.testing.assert_close(pi, distribution("lossless", case), atol=1e-12, rtol=0)
+        assert torch.equal(distribution("opt", case, alpha=1.01), distribution("drafter_only", case))
 
 
 def test_opt_has_no_lossless_alpha_at_other_temperatures():

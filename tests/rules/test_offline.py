@@ -1,4 +1,5 @@
-"""Offline estimates from logged candidates against the whole laws: exact where said, within the bound elsewhere."""
+"""Offline estimates from logged candidates against whole distributions: exact where said, within the bound
+elsewhere."""
 
 from __future__ import annotations
 
@@ -12,14 +13,14 @@ from instances import DraftGap, build, instances, label
 from deferral_train.errors import InputError
 from deferral_train.rules import make_rule, summarize
 from deferral_train.rules.base import LawRule, PositionRule
+from deferral_train.rules.distributions import Distributions
 from deferral_train.rules.emission import rejection_mass
-from deferral_train.rules.laws import Laws
 from deferral_train.rules.offline import (
     Candidates,
     acceptance_rate,
     deferral_rate,
+    emitted_distribution,
     emitted_gold_risk,
-    emitted_law,
     rejection_rate,
 )
 
@@ -62,12 +63,12 @@ def test_candidates_hold_no_token_twice():
 
 
 def checked_one_by_one(rule, drafter, verifier, q, temperature):
-    """1 - sum_x q(x) min(1, law_x(x) / q(x)), with the law that a drafted x is checked against."""
-    laws = Laws.of(drafter, verifier, temperature)
+    """1 - sum_x q(x) min(1, distribution_x(x) / q(x)), with the distribution that a drafted x is checked against."""
+    distributions = Distributions.of(drafter, verifier, temperature)
     kept = torch.zeros(N, dtype=torch.float64)
     for x in range(V):
         token = torch.full((N,), x)
-        kept += torch.minimum(q[:, x], rule.step_law(laws, None, token)[:, x])
+        kept += torch.minimum(q[:, x], rule.step_distribution(distributions, None, token)[:, x])
     return 1 - kept
 
 
@@ -77,7 +78,7 @@ def test_rejection_within_its_bound(rule, temperature):
     drafter, verifier, candidates, summary, _ = logged(temperature)
     pi, q = rule.target(drafter, verifier, temperature), sampling(drafter, temperature)
     exact = rejection_mass(pi, q)
-    if rule.name == "cactus":  # each drafted token against the law that the loop checks it with
+    if rule.name == "cactus":  # each drafted token against the distribution that the loop checks it with
         exact = checked_one_by_one(rule, drafter, verifier, q, temperature)
     value, bound = rejection_rate(rule, summary, candidates, temperature)
     assert bool(((value - exact).abs() <= bound + 1e-9).all())
@@ -113,14 +114,14 @@ def test_below_temperature_one(name, temperature):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("rule", RULES, ids=label)
-def test_emitted_law_and_gold_risk(rule, temperature):
+def test_emitted_distribution_and_gold_risk(rule, temperature):
     drafter, verifier, candidates, summary, gold = logged(temperature)
     pi = rule.target(drafter, verifier, temperature)
-    law, bound = emitted_law(rule, summary, candidates, temperature)
+    distribution, bound = emitted_distribution(rule, summary, candidates, temperature)
     real = candidates.ids >= 0
     exact = pi.gather(1, candidates.ids.clamp(min=0))
     if rule.name != "cactus":
-        assert bool(((law - exact).abs() <= bound + 1e-9)[real].all())
+        assert bool(((distribution - exact).abs() <= bound + 1e-9)[real].all())
     value, slack = emitted_gold_risk(rule, summary, candidates, gold, temperature)
     risk = 1 - pi.gather(1, gold.unsqueeze(1)).squeeze(1)
     if rule.name != "cactus":
@@ -140,8 +141,8 @@ def test_deferral_rate(rule, temperature):
     elif isinstance(rule, PositionRule):
         exact = rule.defer(summary).expand(N).double()
     else:
-        laws = Laws.of(drafter, verifier)
-        keep = rule.keep(laws.drafter_logprobs, laws.verifier_logprobs, summary)
+        distributions = Distributions.of(drafter, verifier)
+        keep = rule.keep(distributions.drafter_logprobs, distributions.verifier_logprobs, summary)
         exact = (q * ~keep).sum(-1)
     assert bool(((value - exact).abs() <= bound + 1e-9).all())
 
@@ -172,8 +173,8 @@ class Tilted(LawRule):
 class TiltedByHand(Tilted):
     name: ClassVar[str] = "tilted_by_hand"
 
-    def greedy(self, laws, summary):
-        return laws.drafter(laws.best)
+    def greedy(self, distributions, summary):
+        return distributions.drafter(distributions.best)
 
 
 def test_a_rule_that_states_no_bound_is_scored_without_one():
@@ -183,9 +184,9 @@ def test_a_rule_that_states_no_bound_is_scored_without_one():
     exact = rejection_mass(rule.target(drafter, verifier), sampling(drafter, 1.0))
     assert bool(bound.isnan().all())
     torch.testing.assert_close(value, exact, atol=0.05, rtol=0)
-    law, bound = emitted_law(rule, summary, candidates)
+    distribution, bound = emitted_distribution(rule, summary, candidates)
     assert bool(bound.isnan().all())
-    assert not bool(law.isnan().any())
+    assert not bool(distribution.isnan().any())
 
 
 def test_a_users_rule_is_not_taken_for_lossless_at_temperature_zero():
@@ -203,7 +204,7 @@ def test_a_users_rule_is_not_taken_for_lossless_at_temperature_zero():
 def test_candidates_say_what_they_leave_out():
     drafter, verifier, candidates, _, _ = logged(1.0)
     for logits, rest in ((drafter, candidates.drafter_rest), (verifier, candidates.verifier_rest)):
-        law = torch.softmax(logits, -1)
-        inside = law.gather(1, candidates.ids.clamp(min=0)) * candidates.valid
+        distribution = torch.softmax(logits, -1)
+        inside = distribution.gather(1, candidates.ids.clamp(min=0)) * candidates.valid
         torch.testing.assert_close(rest, 1 - inside.sum(1), atol=1e-12, rtol=0)
     assert 0 < float(candidates.rounding.max()) < 2e-3

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from instances import instances
 
 from deferral_train.rules import make_rule, summarize
-from deferral_train.rules.emission import emitted_law, rejection_mass
+from deferral_train.rules.emission import emitted_distribution, rejection_mass
 
 # Token ids carry no meaning for these; the judge in the table of instances looks at the id.
 ANONYMOUS = [rule for rule in instances() if rule.name != "judge"]
@@ -53,7 +53,7 @@ def test_dtypes(rule, dtype, seed):
 
 @COMMON
 @given(RULE, TEMPERATURE, st.integers(0, 999))
-def test_permuting_the_vocabulary_permutes_the_law(rule, temperature, seed):
+def test_permuting_the_vocabulary_permutes_the_distribution(rule, temperature, seed):
     drafter, verifier = pair((4,), 9, seed)
     order = torch.randperm(9, generator=torch.Generator().manual_seed(seed))
     permuted = rule.target(drafter[:, order], verifier[:, order], temperature)
@@ -74,9 +74,9 @@ def test_padding_columns_change_nothing(rule, temperature, columns, seed):
 
 @COMMON
 @given(st.integers(2, 10), st.integers(0, 999))
-def test_any_law_is_emitted_by_its_own_acceptance_and_residual(vocabulary, seed):
+def test_any_distribution_is_emitted_by_its_own_acceptance_and_residual(vocabulary, seed):
     q, pi = (torch.softmax(logits, -1) for logits in pair((5,), vocabulary, seed))
-    torch.testing.assert_close(emitted_law(pi, q), pi, atol=1e-14, rtol=0)
+    torch.testing.assert_close(emitted_distribution(pi, q), pi, atol=1e-14, rtol=0)
     torch.testing.assert_close(rejection_mass(pi, q), (pi - q).abs().sum(-1) / 2, atol=1e-14, rtol=0)
 
 
@@ -95,7 +95,7 @@ def test_rejection_falls_along_the_dial(name, seed):
 @pytest.mark.parametrize(
     "rule", [r for r in ANONYMOUS if r.name != "mentored"], ids=lambda r: f"{r.name}-{r.dial_value}"
 )
-def test_gradients_of_the_law_are_finite(rule):
+def test_gradients_of_the_distribution_are_finite(rule):
     drafter, verifier = (logits.requires_grad_() for logits in pair((4,), 9, 1))
     pi = rule.target(drafter, verifier)
     (pi * torch.linspace(0, 1, 9, dtype=torch.float64)).sum().backward()

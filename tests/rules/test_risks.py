@@ -29,7 +29,7 @@ SPEC = ("drafter_max", "drafter_argmax", "verifier_argmax", "drafter_logprob", "
 
 
 @pytest.fixture(scope="module")
-def laws():
+def distributions():
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(3, N, V, generator=generator, dtype=torch.float64) * 1.5
     return torch.softmax(logits, dim=-1).unbind(0)
@@ -42,29 +42,29 @@ def every_gold(q, p):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_expected_loss_is_the_mean_of_the_token_loss(laws, loss):
-    q, _, truth = laws
+def test_expected_loss_is_the_mean_of_the_token_loss(distributions, loss):
+    q, _, truth = distributions
     every = torch.stack([token_loss(loss, q, torch.full((N,), y)) for y in range(V)], dim=-1)
     torch.testing.assert_close(expected_loss(loss, q, truth), (truth * every).sum(-1), atol=1e-13, rtol=0)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_one_gold_token_is_unbiased_for_the_gap(laws, loss):
-    q, p, truth = laws
+def test_one_gold_token_is_unbiased_for_the_gap(distributions, loss):
+    q, p, truth = distributions
     gaps = gap_from_gold(every_gold(q, p), loss)  # [V, N]
     mean = (truth.T * gaps).sum(0)
     torch.testing.assert_close(mean, gap_from_truth(q, p, truth, loss), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_expected_gap_is_the_gap_where_the_verifier_is_the_truth(laws, loss):
-    q, p, _ = laws
+def test_expected_gap_is_the_gap_where_the_verifier_is_the_truth(distributions, loss):
+    q, p, _ = distributions
     summary = summarize(q.log(), p.log())
     torch.testing.assert_close(expected_gap(summary, loss), gap_from_truth(q, p, p, loss), atol=1e-12, rtol=0)
 
 
-def test_regret_is_the_excess_over_the_best_decision(laws):
-    q, p, truth = laws
+def test_regret_is_the_excess_over_the_best_decision(distributions):
+    q, p, truth = distributions
     drafter, verifier = expected_loss("zero_one", q, truth), expected_loss("zero_one", p, truth)
     tv = summarize(q.log(), p.log()).tv
     for alpha in (-0.3, 0.0, 0.4):
@@ -82,24 +82,24 @@ def test_regret_is_the_excess_over_the_best_decision(laws):
         torch.testing.assert_close(called, verifier + alpha, atol=0, rtol=0)
 
 
-def test_an_estimate_within_e_has_regret_within_e(laws):
-    q, p, truth = laws
+def test_an_estimate_within_e_has_regret_within_e(distributions):
+    q, p, truth = distributions
     gap, tv = gap_from_truth(q, p, truth), summarize(q.log(), p.log()).tv
     noise = (torch.rand(N, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2 - 1) * 0.1
     for alpha in (-0.3, 0.0, 0.4):
         assert float(regret(gap, tv, optimal(gap + noise, tv, alpha), alpha).max()) <= 0.1
 
 
-def test_opt_verifier_is_optimal_where_the_verifier_is_the_truth(laws):
-    q, p, _ = laws
+def test_opt_verifier_is_optimal_where_the_verifier_is_the_truth(distributions):
+    q, p, _ = distributions
     summary = summarize(q.log(), p.log())
     defer = make_rule("opt_verifier", alpha=0.2).defer(summary)
     assert not bool(regret(gap_from_truth(q, p, p), summary.tv, defer, 0.2).any())
 
 
-def test_hindsight_excess_is_biased_upwards(laws):
+def test_hindsight_excess_is_biased_upwards(distributions):
     """The per-token minimum lies below the minimum of the expectation."""
-    q, p, truth = laws
+    q, p, truth = distributions
     tv = summarize(q.log(), p.log()).tv
     defer = make_rule("opt", alpha=0.1).defer(summarize(q.log(), p.log()))
     gold = gap_from_gold(every_gold(q, p), "zero_one")
@@ -109,8 +109,8 @@ def test_hindsight_excess_is_biased_upwards(laws):
     assert float(mean.mean() - exact.mean()) > 0.05
 
 
-def test_differences_between_two_rules_are_unbiased(laws):
-    q, p, truth = laws
+def test_differences_between_two_rules_are_unbiased(distributions):
+    q, p, truth = distributions
     summary = summarize(q.log(), p.log())
     first, second = make_rule("opt").defer(summary), make_rule("chow", alpha=0.5).defer(summary)
 
@@ -147,8 +147,8 @@ def test_the_floor_is_counted():
     assert float(expected_loss("log", q, p, floor=-10.0)) == pytest.approx(5.0)
 
 
-def test_emitted_risk(laws):
-    q, p, truth = laws
+def test_emitted_risk(distributions):
+    q, p, truth = distributions
     pi = make_rule("token_v3", alpha=0.4).target(q.log(), p.log())
     torch.testing.assert_close(emitted_risk(pi, truth), (truth * (1 - pi)).sum(-1), atol=1e-13, rtol=0)
     greedy = make_rule("lossless").target(q.log(), p.log(), 0.0)
@@ -157,8 +157,8 @@ def test_emitted_risk(laws):
     )
 
 
-def test_unknown_losses_are_refused(laws):
-    q, p, truth = laws
+def test_unknown_losses_are_refused(distributions):
+    q, p, truth = distributions
     with pytest.raises(InputError, match="zero_one, log, prob"):
         expected_loss("hinge", q, truth)
     with pytest.raises(InputError, match="hinge"):

@@ -21,8 +21,8 @@ def block(seed=0, rows=B, drafts=T, vocabulary=V, spread=1.2, dtype=torch.float6
     generator = torch.Generator().manual_seed(seed)
     verifier = torch.randn(rows, drafts + 1, vocabulary, generator=generator, dtype=dtype) * 1.5
     drafter = verifier + torch.randn(rows, drafts + 1, vocabulary, generator=generator, dtype=dtype) * spread
-    law = torch.softmax(drafter[:, :drafts].reshape(-1, vocabulary), dim=-1)
-    drafted = torch.multinomial(law, 1, generator=generator).reshape(rows, drafts)
+    distribution = torch.softmax(drafter[:, :drafts].reshape(-1, vocabulary), dim=-1)
+    drafted = torch.multinomial(distribution, 1, generator=generator).reshape(rows, drafts)
     return drafted, drafter, verifier
 
 
@@ -214,7 +214,7 @@ def test_an_empty_block_emits_the_verifiers_token():
 
 
 def test_one_hot_proposals():
-    """A draft without a law is a point mass: accepted with probability pi(x), here p(x)."""
+    """A draft without a distribution is a point mass: accepted with probability pi(x), here p(x)."""
     rows = 20_000
     verifier = torch.tensor([1.0, 0.0, -1.0]).expand(rows, 2, -1)
     drafted = torch.ones(rows, 1, dtype=torch.long)

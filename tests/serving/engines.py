@@ -1,4 +1,4 @@
-"""Tiny Llama pairs that vLLM loads, engines over them in this process, and exact laws to hold them against."""
+"""Tiny Llama pairs that vLLM loads, engines over them in this process, and exact distributions to hold them against."""
 
 from __future__ import annotations
 
@@ -165,19 +165,21 @@ def loop(
     )  # fmt: skip
 
 
-def uniformity(laws: torch.Tensor, tokens: torch.Tensor, order: torch.Tensor, bins: int = 20) -> float:
-    """p-value that each token [N] was drawn from its own law [N, V].
+def uniformity(
+    distributions: torch.Tensor, tokens: torch.Tensor, order: torch.Tensor, bins: int = 20
+) -> float:
+    """p-value that each token [N] was drawn from its own distribution [N, V].
 
-    Each draw is turned to a number that is uniform under its law (the probability of the tokens before it in `order`
-    [N, V], plus a random part of its own); their histogram goes to a chi-square test of `bins` cells.
+    Each draw is turned to a number that is uniform under its distribution (the probability of the tokens before it
+    in `order` [N, V], plus a random part of its own); their histogram goes to a chi-square test of `bins` cells.
     """
     from scipy.stats import chisquare
 
-    sorted_laws = laws.gather(1, order)
+    sorted_distributions = distributions.gather(1, order)
     place = (order == tokens[:, None]).double().argmax(dim=1, keepdim=True)
-    before = (sorted_laws.cumsum(1) - sorted_laws).gather(1, place)[:, 0]
+    before = (sorted_distributions.cumsum(1) - sorted_distributions).gather(1, place)[:, 0]
     part = torch.rand(len(tokens), generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    numbers = before + part * sorted_laws.gather(1, place)[:, 0]
+    numbers = before + part * sorted_distributions.gather(1, place)[:, 0]
     cells = torch.histc(numbers.clamp(0, 1 - 1e-12), bins, 0, 1)
     return float(chisquare(cells.numpy()).pvalue)
 

@@ -15,7 +15,7 @@ from deferral_train.serving.tally import tally
 R, T, V = 12, 3, 9
 
 
-def rows(temperatures, law=True, seed=0):
+def rows(temperatures, distribution=True, seed=0):
     generator = torch.Generator().manual_seed(seed)
     verifier = torch.randn(R, T, V, generator=generator) * 1.5
     drafter = verifier + torch.randn(R, T, V, generator=generator)
@@ -28,7 +28,7 @@ def rows(temperatures, law=True, seed=0):
                 (drafter[row] / temperature).softmax(-1), 1, generator=generator
             )[:, 0]
     lengths = torch.tensor([1 + row % T for row in range(R)])
-    return DraftedRows(drafted, lengths, verifier, temperatures, drafter, [law] * R)
+    return DraftedRows(drafted, lengths, verifier, temperatures, drafter, [distribution] * R)
 
 
 def numbers(seed=1):
@@ -118,11 +118,11 @@ def test_rows_at_their_own_dial_of_one_head_in_one_step(temperature):
     assert not torch.equal(strict.deferred, lenient.deferred)
 
 
-def test_without_a_drafter_law_a_rule_that_reads_it_is_served_lossless_and_named():
+def test_without_a_drafter_distribution_a_rule_that_reads_it_is_served_lossless_and_named():
     settings = [RowSettings(make_rule("opt", alpha=0.2)), RowSettings(make_rule("token_v3", alpha=0.5))] * (
         R // 2
     )
-    block, draws = rows([1.0] * R, law=False), numbers()
+    block, draws = rows([1.0] * R, distribution=False), numbers()
     outcome = verify(block, settings, draws)
     needy = [row for row in range(R) if row % 2 == 0]
     assert outcome.unlawful == needy
@@ -150,7 +150,7 @@ def test_truncation_reaches_sampling_and_not_decisions():
 
 
 @pytest.mark.parametrize("neighbours", [0.7, 1.3])
-def test_a_law_of_half_precision_is_the_one_that_the_tokens_were_drawn_from(neighbours, monkeypatch):
+def test_a_distribution_of_half_precision_is_the_one_that_the_tokens_were_drawn_from(neighbours, monkeypatch):
     temperatures = [0.7, neighbours] * (R // 2)
     block, seen = rows(temperatures), {}
     block.drafter = (8 * block.drafter).to(torch.bfloat16)
@@ -187,9 +187,9 @@ def test_a_block_that_a_grammar_cut_draws_its_next_token_here(temperature):
     if temperature == 0:
         assert torch.equal(outcome.correction, block.verifier[:, 0].argmax(-1))
     else:
-        law = (block.verifier[:, 0].double() / temperature).softmax(-1).cumsum(-1)
+        distribution = (block.verifier[:, 0].double() / temperature).softmax(-1).cumsum(-1)
         assert torch.equal(
-            outcome.correction, torch.searchsorted(law, draws[:, -1:].contiguous(), right=True)[:, 0]
+            outcome.correction, torch.searchsorted(distribution, draws[:, -1:].contiguous(), right=True)[:, 0]
         )
 
 

@@ -1,4 +1,4 @@
-"""The real engine on the CPU: identical greedy output, exact sampled laws, per-request settings.
+"""The real engine on the CPU: identical greedy output, exact sampled distributions, per-request settings.
 
 A chi-square test fails by chance with probability at most FAILURE; there are fewer than 20 of them.
 """
@@ -96,7 +96,7 @@ def test_a_rule_in_force_changes_the_text_and_metrics_of_engine_and_plug_in_agre
     assert after[1] - before[1] <= found["kept"]  # the engine counts what fits the request's length
 
 
-def sampled_laws(llm, pair, count=160, tokens=21, temperature=1.0, **sampling):
+def sampled_distributions(llm, pair, count=160, tokens=21, temperature=1.0, **sampling):
     """Tokens [N, L] sampled after one prompt and both models' logits where each was drawn [N, L, V]."""
     prompt = [2, 5, 6, 7]
     found = []
@@ -107,32 +107,36 @@ def sampled_laws(llm, pair, count=160, tokens=21, temperature=1.0, **sampling):
     return torch.tensor(found), drafter[:, at], verifier[:, at]
 
 
-def p_value(laws, tokens, drafter, verifier, at):
+def p_value(distributions, tokens, drafter, verifier, at):
     from engines import uniformity
 
     order = (verifier - drafter)[:, at].argsort(-1)  # what a wrong mixture of the two would shift
-    size = laws.shape[-1]
-    return uniformity(laws[:, at].reshape(-1, size), tokens[:, at].reshape(-1), order.reshape(-1, size))
+    size = distributions.shape[-1]
+    return uniformity(
+        distributions[:, at].reshape(-1, size), tokens[:, at].reshape(-1), order.reshape(-1, size)
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("spec", ["opt:alpha=0.1", "token_v3:alpha=0.3", "lossy:alpha=0.4"])
 def test_sampled_tokens_follow_p_first_and_pi_where_drafted(llm, pair, spec, temperature):
     use(llm, rule=spec)
-    tokens, drafter, verifier = sampled_laws(llm, pair, tokens=DRAFTS + 1, temperature=temperature)
+    tokens, drafter, verifier = sampled_distributions(llm, pair, tokens=DRAFTS + 1, temperature=temperature)
     p = (verifier / temperature).softmax(-1)
     name, _, value = spec.partition(":alpha=")
     pi = make_rule(name, alpha=float(value)).target(drafter, verifier, temperature)
     first, rest = slice(0, 1), slice(1, DRAFTS + 1)  # the first comes from the prompt's own pass
     assert p_value(p, tokens, drafter, verifier, first) > FAILURE
     assert p_value(pi, tokens, drafter, verifier, rest) > FAILURE
-    assert p_value(p, tokens, drafter, verifier, rest) < FAILURE  # the test can tell: not the verifier's law
+    assert (
+        p_value(p, tokens, drafter, verifier, rest) < FAILURE
+    )  # the test can tell: not the verifier's distribution
     assert p_value((drafter / temperature).softmax(-1), tokens, drafter, verifier, rest) < FAILURE
 
 
 def test_lossless_sampling_follows_p_everywhere(llm, pair):
     seam = use(llm, rule="lossless")
-    tokens, drafter, verifier = sampled_laws(llm, pair)
+    tokens, drafter, verifier = sampled_distributions(llm, pair)
     assert p_value(verifier.softmax(-1), tokens, drafter, verifier, slice(0, 21)) > FAILURE
     assert counts(seam)["accepted"] > 0
     assert counts(seam)["rejected"] > 0
@@ -140,7 +144,7 @@ def test_lossless_sampling_follows_p_everywhere(llm, pair):
 
 def test_bonus_tokens_follow_p_between_drafted_ones_that_follow_q(llm, pair):
     use(llm, rule="drafter_only")
-    tokens, drafter, verifier = sampled_laws(llm, pair)
+    tokens, drafter, verifier = sampled_distributions(llm, pair)
     # prefill, then whole blocks: DRAFTS tokens and a bonus
     bonus = torch.arange(0, 21, DRAFTS + 1)
     drafted = torch.tensor([t for t in range(21) if t % (DRAFTS + 1)])
@@ -152,7 +156,7 @@ def test_bonus_tokens_follow_p_between_drafted_ones_that_follow_q(llm, pair):
 
 def test_truncation_holds_for_drafted_tokens(llm, pair):
     use(llm, rule="opt:alpha=0.2")
-    tokens, drafter, verifier = sampled_laws(llm, pair, count=60, top_k=3)
+    tokens, drafter, verifier = sampled_distributions(llm, pair, count=60, top_k=3)
     allowed = verifier.topk(4, dim=-1).indices  # one more than three: a tie of float32 may go either way
     assert (allowed == tokens[..., None]).any(-1).all()
     kept = verifier.masked_fill(verifier < verifier.topk(3, dim=-1).values[..., -1:], -torch.inf)

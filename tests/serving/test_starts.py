@@ -66,7 +66,7 @@ def test_without_settings_the_engine_keeps_its_own_sampler_and_its_random_path_i
     assert accepted < 0.5 * drafted, (drafted, accepted)
 
 
-def test_the_same_weights_accept_every_draft_and_the_law_stays(pair, plain):
+def test_the_same_weights_accept_every_draft_and_the_distribution_stays(pair, plain):
     engine = start(pair, {"rule": "opt:alpha=0.2"}, drafter="verifier")
     try:
         for temperature in (0.0, 1.0):
@@ -128,7 +128,7 @@ def remembering(requests, spent):
     return forget
 
 
-def test_proposals_without_a_law_take_rules_that_need_none(pair, plain):
+def test_proposals_without_a_distribution_take_rules_that_need_none(pair, plain):
     """The engine's n-gram proposer leaves the process unfit for another engine, so it has one of its own."""
     ngram = {
         "method": "ngram",
@@ -136,7 +136,9 @@ def test_proposals_without_a_law_take_rules_that_need_none(pair, plain):
         "prompt_lookup_max": 2,
         "prompt_lookup_min": 1,
     }
-    with pytest.raises(InputError, match="rule opt reads the drafter's law, and ngram proposals have none"):
+    with pytest.raises(
+        InputError, match="rule opt reads the drafter's distribution, and ngram proposals have none"
+    ):
         start(pair, {"rule": "opt:alpha=0.2"}, speculative=ngram)
     jobs = [{}, {"extra": {"deferral_dial": 0.0}}, {"extra": {"deferral_lossless": 1}, "temperature": 1.0}]
     found = run_elsewhere(pair, {"rule": "token_v3:alpha=0.5"}, {"speculative": ngram}, jobs)
@@ -209,7 +211,7 @@ def test_a_grammar_is_kept_to_under_a_rule(tmp_path, spec):
         (
             {"rule": "chow:alpha=0.2"},
             {"speculative": {"draft_sample_method": "greedy"}},
-            "reads the drafter's law, and draft_sample_method is 'greedy'",
+            "reads the drafter's distribution, and draft_sample_method is 'greedy'",
         ),
         (
             {"rule": "lossless"},

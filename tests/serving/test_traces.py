@@ -51,7 +51,7 @@ def step_of(names, seed=0, start=0):
     return step, rows, outcome
 
 
-def test_rows_are_those_of_emitted_drafted_positions_with_the_laws_there(tmp_path):
+def test_rows_are_those_of_emitted_drafted_positions_with_the_distributions_there(tmp_path):
     log, counters = logged(tmp_path / "t", top_k=4)
     names = [f"r{n}" for n in range(6)]
     steps = [step_of(names, seed) for seed in (1, 2)]
@@ -272,7 +272,7 @@ def test_a_folder_with_traces_is_not_written_over(tmp_path):
     config = ServingConfig(rule="opt", log=LogConfig(str(tmp_path / "t")))
     with pytest.raises(InputError, match="holds traces already; name a new one"):
         _check_log(config, SimpleNamespace(method="draft_model", draft_sample_method="probabilistic"))
-    with pytest.raises(InputError, match="traces need the drafter's law"):
+    with pytest.raises(InputError, match="traces need the drafter's distribution"):
         _check_log(config, SimpleNamespace(method="draft_model", draft_sample_method="greedy"))
 
 

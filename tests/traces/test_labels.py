@@ -1,4 +1,4 @@
-"""Labels and candidates against the definitions, computed from full laws."""
+"""Labels and candidates against the definitions, computed from full distributions."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from .conftest import make_columns, make_manifest
 VOCAB, K = 30, 4
 
 
-def _laws(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _distributions(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randn(rows, VOCAB, generator=generator).mul(2).log_softmax(-1) for _ in range(3))  # type: ignore[return-value]
 
 
 @pytest.fixture
 def known(tmp_path: Path) -> tuple[Path, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A folder written from full laws q, p and an exact P, with gold tokens drawn from P."""
+    """A folder written from full distributions q, p and an exact P, with gold tokens drawn from P."""
     manifest: Manifest = make_manifest(truth="exact", hidden={}, top_k=K, temperature=1.0)
     kept = []
     writer = TraceWriter(str(tmp_path), manifest)
     for chunk in prepare_folder(str(tmp_path), manifest):
         columns = make_columns(manifest, chunk)
         rows = len(columns["prompt"])
-        q, p, truth = _laws(rows, chunk.seed)
+        q, p, truth = _distributions(rows, chunk.seed)
         y = torch.multinomial(truth.exp(), 1, generator=torch.Generator().manual_seed(chunk.seed))[:, 0]
         summary = summarize(q, p, token=y)
         columns |= {name: summary[name].numpy() for name in (*SUMMARY_COLUMNS, *TOKEN_COLUMNS)}
         columns["gold"] = y.numpy()
-        for role, law in (("drafter", q), ("verifier", p)):
-            ids = law.topk(K).indices
+        for role, distribution in (("drafter", q), ("verifier", p)):
+            ids = distribution.topk(K).indices
             columns[f"{role}_top_ids"] = ids.numpy()
             for other, values in (("drafter", q), ("verifier", p)):
                 columns[f"{role}_top_{other}_logprobs"] = values.gather(1, ids).half().numpy()
@@ -49,7 +49,7 @@ def known(tmp_path: Path) -> tuple[Path, torch.Tensor, torch.Tensor, torch.Tenso
                 ("log", "log", 1, 0),
                 ("prob", "prob", -1, 1),
             ):
-                expected = risks.expected_loss(loss, law.exp(), truth.exp())
+                expected = risks.expected_loss(loss, distribution.exp(), truth.exp())
                 columns[f"truth_{role}_{name}"] = (offset + sign * expected).numpy()
         writer.write(chunk, columns)
         kept.append((q, p, truth, y))
@@ -85,9 +85,9 @@ def test_gaps_of_a_mapped_shard_warn_of_nothing(tmp_path: Path, truth: str) -> N
 
 
 def test_truths_that_are_not_logged_are_refused(known: tuple, folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="truth='teacher': these traces log the exact law"):
+    with pytest.raises(InputError, match="truth='teacher': these traces log the exact distribution"):
         gap(open_traces(known[0]), "teacher")
-    with pytest.raises(InputError, match="no law of their own"):
+    with pytest.raises(InputError, match="no distribution of their own"):
         gap(open_traces(folder), "exact")
     with pytest.raises(InputError, match="truth='oracle'"):
         gap(open_traces(folder), "oracle")
@@ -108,8 +108,8 @@ def test_candidates_bound_what_they_leave_out(known: tuple) -> None:
         union = set(q[row].topk(K).indices.tolist()) | set(p[row].topk(K).indices.tolist())
         valid = candidates.valid[row]
         assert sorted(candidates.ids[row][valid].tolist()) == sorted(union)
-        for law, rest in ((q, candidates.drafter_rest), (p, candidates.verifier_rest)):
-            outside = 1 - law[row, sorted(union)].exp().sum()
+        for distribution, rest in ((q, candidates.drafter_rest), (p, candidates.verifier_rest)):
+            outside = 1 - distribution[row, sorted(union)].exp().sum()
             assert abs(float(rest[row] - outside)) <= float(candidates.rounding[row]) + 1e-6
     assert float(candidates.rounding.max()) < 2e-3
 

@@ -1,6 +1,6 @@
 """Proposers of tokens besides one model: Max-Gram, cascades of drafters, their distributions and their speed.
 
-Knows tokens and laws, nothing of models: ``decoding`` runs what is described here.
+Knows tokens and distributions, nothing of models: ``decoding`` runs what is described here.
 """
 
 from deferral_train.decoding.drafting.bigrams import BigramTable

@@ -1,4 +1,4 @@
-"""Max-Gram: proposes what followed the longest suffix of the text where it stood before. No model, no law.
+"""Max-Gram: proposes what followed the longest suffix of the text where it stood before. No model, no distribution.
 
 Source: cascade speculative drafting (Chen et al. 2024, arXiv 2312.11462), section on statistical drafting. As
 published: unbounded suffix, prompt and generated text, earliest match, greedy bigrams where there is none.

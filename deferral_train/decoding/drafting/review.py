@@ -1,14 +1,14 @@
-"""A drafter reviews what a smaller one proposed: leniently, and with the exact law of what comes out.
+"""A drafter reviews what a smaller one proposed: leniently, and with the exact distribution of what comes out.
 
-B batch, T proposed tokens, V vocabulary. q is the law that the proposals were drawn from, p the reviewer's own
-law, l >= 1 the lenience. A proposed token x stands with probability min(1, l p(x)/q(x)), else a token from
+B batch, T proposed tokens, V vocabulary. q is the distribution that the proposals were drawn from, p the reviewer's own
+distribution, l >= 1 the lenience. A proposed token x stands with probability min(1, l p(x)/q(x)), else a token from
 max(0, p - q), normalised, takes its place and the rest is dropped; after a block that stands, one token from p.
 What comes out at a reviewed place is *not* drawn from p where l > 1 but from
 
     q~ = a + (1 - sum a) norm(max(0, p - q)),   a = min(q, l p),
 
 which is what whoever reviews next must be told. Sources: Leviathan et al. 2023, A.5 (lenience); Chen et al. 2024
-(lenience between drafters only); the law q~ is derived in docs/equations.md.
+(lenience between drafters only); the distribution q~ is derived in docs/equations.md.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deferral_train.rules.distributions import lowest_argmax, one_hot
 from deferral_train.rules.emission import residual
-from deferral_train.rules.laws import lowest_argmax, one_hot
 from deferral_train.rules.sampling import draw, uniforms
 
 
@@ -36,13 +36,13 @@ class Review:
     next_token: Tensor
 
 
-def reviewed_law(proposal: Tensor, reviewer: Tensor, lenience: float) -> Tensor:
-    """q~, the law of the token that comes out of a reviewed place, [.., V].
+def reviewed_distribution(proposal: Tensor, reviewer: Tensor, lenience: float) -> Tensor:
+    """q~, the distribution of the token that comes out of a reviewed place, [.., V].
 
     Args:
-        proposal: q, the law that the proposed token was drawn from [.., V]; a one-hot for Max-Gram.
-        reviewer: p, the reviewer's sampling law [.., V].
-        lenience: l, at least 1; at 1 the law is p.
+        proposal: q, the distribution that the proposed token was drawn from [.., V]; a one-hot for Max-Gram.
+        reviewer: p, the reviewer's sampling distribution [.., V].
+        lenience: l, at least 1; at 1 the distribution is p.
     """
     if lenience == 1.0:
         return reviewer
@@ -63,7 +63,7 @@ def review_sampled(
 
     Args:
         drafted: [B, T] int64; row b proposes the first ``lengths[b]``.
-        proposal: q [B, T, V], the laws that they were drawn from; None for one-hots (Max-Gram).
+        proposal: q [B, T, V], the distributions that they were drawn from; None for one-hots (Max-Gram).
         reviewer: p [B, T+1, V].
         lengths: [B] int64.
         lenience: l, at least 1.
@@ -81,10 +81,10 @@ def review_sampled(
     if bool(rejected.any()):
         where, place = row[rejected], accepted[rejected]
         if proposal is None:
-            law = one_hot(drafted[where, place], reviewer.shape[-1], reviewer.dtype)
+            distribution = one_hot(drafted[where, place], reviewer.shape[-1], reviewer.dtype)
         else:
-            law = proposal[where, place]
-        weights[where] = residual(weights[where], law)
+            distribution = proposal[where, place]
+        weights[where] = residual(weights[where], distribution)
     return Review(accepted, draw(weights, last))
 
 
@@ -93,7 +93,7 @@ def review_greedy(
 ) -> Review:
     """Review a block at temperature 0, where nothing is random.
 
-    A token stands if it is the reviewer's argmax, or if l > 1 and l p(x) > q(x), with p the law before
+    A token stands if it is the reviewer's argmax, or if l > 1 and l p(x) > q(x), with p the distribution before
     temperature and q(x) the probability that the proposer gave it: the published greedy rule.
 
     Args:

@@ -55,7 +55,7 @@ def fit_cumulative(
         traces: one or several of a pair; best with the verifier's prefixes, which is what decoding walks along.
         cost: time of a drafter pass over a verifier pass.
         longest: most tokens of a draft.
-        temperature: of the sampling laws, default that of the traces.
+        temperature: of the sampling distributions, default that of the traces.
 
     Raises:
         InputError: a cost or a length that cannot be meant.

@@ -55,7 +55,7 @@ def optimise(
     was not.
 
     Args:
-        teacher: verifier whose law the drafter is drawn to with weight ``schedule.distil``.
+        teacher: verifier whose distribution the drafter is drawn to with weight ``schedule.distil``.
         report: called after every step.
 
     Raises:
@@ -102,8 +102,10 @@ def _step(
         text_loss = loss = F.cross_entropy(logits, labels, ignore_index=IGNORED)
         if teacher is not None and schedule.distil > 0:
             with torch.no_grad():
-                law = next_token_logits(teacher, batch).flatten(0, 1).float().log_softmax(-1)
-            divergence = F.kl_div(logits.log_softmax(-1), law, reduction="none", log_target=True).sum(-1)
+                distribution = next_token_logits(teacher, batch).flatten(0, 1).float().log_softmax(-1)
+            divergence = F.kl_div(
+                logits.log_softmax(-1), distribution, reduction="none", log_target=True
+            ).sum(-1)
             weights = _distillation_weights(logits.detach(), batch["labels"], schedule)
             divergence = (weights * divergence).sum() / weights.sum()
             loss = (1 - schedule.distil) * loss + schedule.distil * divergence

@@ -1,4 +1,4 @@
-"""Every rule's law: enumerated execution = stated target = the plain-Python reference, within 1e-12."""
+"""Every rule's distribution: enumerated execution = stated target = the plain-Python reference, within 1e-12."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_residual_keeps_the_true_proposal():
     p = torch.tensor([0.4, 0.6, 0.0], dtype=torch.float64)
     rule = make_rule("lossless")
     case = Case("example", 1.0, q.log().unsqueeze(0), p.log().unsqueeze(0))
-    emitted, _ = enumerate_emission(rule, case.laws())
+    emitted, _ = enumerate_emission(rule, case.distributions())
     torch.testing.assert_close(emitted[0], p, atol=1e-15, rtol=0)
     torch.testing.assert_close(rule.target(q.log(), p.log()), p, atol=1e-15, rtol=0)
 
@@ -102,7 +102,7 @@ def test_a_masked_token_is_never_emitted_even_by_the_drafter_alone():
 
 def test_a_rule_that_breaks_the_contract_is_caught():
     class Renormalised(PositionRule):
-        """Claims to defer always, but reports the drafter's law as its target."""
+        """Claims to defer always, but reports the drafter's distribution as its target."""
 
         name = "renormalised"
 

@@ -1,4 +1,4 @@
-"""Deferral, rejection and loss of one rule on a block of rows; token and law rules from the logged candidates."""
+"""Deferral, rejection and loss of one rule on a block of rows, from logged candidates where a rule needs them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from deferral_train.rules.base import Rule
 from deferral_train.rules.offline import deferral_rate, emitted_gold_risk, rejection_rate
 
 
-def law_sums(settings: Sequence[Rule], block: PromptBlock) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def distribution_sums(
+    settings: Sequence[Rule], block: PromptBlock
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Sums per prompt [S, P'] and the rejection probability D_TV(q, pi) [S, n].
 
     ``candidate_bound`` sums the most by which the unlogged tail can change the rejection probability; it is absent

@@ -1,8 +1,8 @@
 """The distributions of a drafter and a verifier over the same positions: each computed once, and only if it is read.
 
 Both models' logits lie in one tensor, so that one operator serves both: a block of a few positions costs by the number
-of operators, not by its size. Nothing here copies to the host but `Laws.check`. V vocabulary; the leading shape [..] of
-positions is free.
+of operators, not by its size. Nothing here copies to the host but `Distributions.check`. V vocabulary; the leading
+shape [..] of positions is free.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def gather_token(values: Tensor, token: Tensor) -> Tensor:
 
 def one_hot(index: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     """Point masses [.., size] at `index` [..]."""
-    law = torch.zeros(*index.shape, size, dtype=dtype, device=index.device)
-    return law.scatter_(-1, index.unsqueeze(-1), 1.0)
+    distribution = torch.zeros(*index.shape, size, dtype=dtype, device=index.device)
+    return distribution.scatter_(-1, index.unsqueeze(-1), 1.0)
 
 
 def not_finite(values: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def not_finite(values: Tensor) -> Tensor:
     return (values - values) != 0
 
 
-class Laws:
+class Distributions:
     """Decision and sampling distributions of both models at some positions.
 
     Decision distributions are softmax of the decision logits (after logits processors, before temperature and
@@ -103,7 +103,7 @@ class Laws:
         temperature: float = 1.0,
         drafter_sampling_logits: Tensor | None = None,
         verifier_sampling_logits: Tensor | None = None,
-    ) -> Laws:
+    ) -> Distributions:
         """From each model's logits [.., V]; computed in the wider of their precisions, float32 at least.
 
         Raises:
@@ -150,12 +150,12 @@ class Laws:
         drafter, verifier = both.gather(-1, index.expand(shape)).squeeze(-1).unbind(self.axis)
         return drafter, verifier
 
-    def at(self, index: tuple[Tensor, ...]) -> Laws:
+    def at(self, index: tuple[Tensor, ...]) -> Distributions:
         """These distributions at some positions (advanced indexing of the leading shape)."""
         assert self.axis == 0
         both: tuple[Any, ...] = (slice(None), *index)
         sampling = None if self.sampling is None else self.sampling[both]
-        return Laws(self.decision[both], self.temperature, sampling)
+        return Distributions(self.decision[both], self.temperature, sampling)
 
     def check(self) -> None:
         """Refuse logits that are no distribution: NaN, +inf, or nothing but -inf at a position. One copy to the host.

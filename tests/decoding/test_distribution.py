@@ -1,8 +1,8 @@
-"""The law of the whole loop when sampling, against exact enumeration over a vocabulary of three tokens.
+"""The distribution of the whole loop when sampling, against exact enumeration over a vocabulary of three tokens.
 
-Two tiny Llama models have laws that can be written down for every prefix. A chi-square test compares thousands of
-sampled rows with them; each comparison has a stated probability FAILURE of failing by chance, and fixed seeds make
-the outcome the same every time.
+Two tiny Llama models have distributions that can be written down for every prefix. A chi-square test compares
+thousands of sampled rows with them; each comparison has a stated probability FAILURE of failing by chance, and
+fixed seeds make the outcome the same every time.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def target(rule: Rule, prefix: tuple[int, ...]) -> torch.Tensor:
     return rule.target(drafter[None], verifier[None])[0]
 
 
-def verifier_law(prefix: tuple[int, ...]) -> torch.Tensor:
+def verifier_distribution(prefix: tuple[int, ...]) -> torch.Tensor:
     return torch.softmax(logits()[prefix][1], dim=-1)
 
 
@@ -93,9 +93,9 @@ def sample(
     return [tuple(row) for row in output.sequences[:, len(PROMPT) :].tolist()], output.stats.origin.tolist()
 
 
-def assert_law(counts: torch.Tensor, law: torch.Tensor) -> None:
+def assert_distribution(counts: torch.Tensor, distribution: torch.Tensor) -> None:
     """Chi-square; outcomes of probability 0 must not occur, rare ones are pooled."""
-    expected = law.double() / law.double().sum() * counts.sum()
+    expected = distribution.double() / distribution.double().sum() * counts.sum()
     assert int(counts[expected == 0].sum()) == 0
     cells = sorted(zip(expected.tolist(), counts.tolist()))
     while len(cells) > 1 and cells[0][0] < 5:
@@ -114,17 +114,17 @@ def index_of(sequence: tuple[int, ...]) -> int:
 
 
 @pytest.mark.parametrize("name", list(RULES))
-def test_exact_bonus_gives_the_autoregressive_target_law(name: str) -> None:
+def test_exact_bonus_gives_the_autoregressive_target_distribution(name: str) -> None:
     rule = rule_named(name)
     sequences, _ = sample(rule, seed=7, bonus="exact")
     counts = torch.bincount(torch.tensor([index_of(s) for s in sequences]), minlength=SIZE**STEPS)
-    law = torch.zeros(SIZE**STEPS, dtype=torch.float64)
+    distribution = torch.zeros(SIZE**STEPS, dtype=torch.float64)
     for sequence in product(range(SIZE), repeat=STEPS):
         chance = 1.0
         for step, token in enumerate(sequence):
             chance *= float(target(rule, sequence[:step])[token])
-        law[index_of(sequence)] = chance
-    assert_law(counts, law)
+        distribution[index_of(sequence)] = chance
+    assert_distribution(counts, distribution)
 
 
 @pytest.mark.parametrize("name", list(RULES))
@@ -138,16 +138,16 @@ def test_verifier_bonus_follows_the_verifier_and_drafts_follow_the_target(name: 
             group[token] += 1
     assert any(is_bonus for _, is_bonus in groups) or name == "drafter_only"
     for (prefix, is_bonus), counts in groups.items():
-        assert_law(counts, verifier_law(prefix) if is_bonus else target(rule, prefix))
+        assert_distribution(counts, verifier_distribution(prefix) if is_bonus else target(rule, prefix))
 
 
 @pytest.mark.parametrize("name", ["lossless", "opt", "token_v3"])
-def test_rows_that_wait_follow_the_same_law(name: str) -> None:
+def test_rows_that_wait_follow_the_same_distribution(name: str) -> None:
     rule = rule_named(name)
     sequences, _ = sample(rule, seed=9, rows=400, bonus="exact")
     counts = torch.bincount(torch.tensor([s[0] * SIZE + s[1] for s in sequences]), minlength=SIZE**2)
-    law = torch.stack([target(rule, ())[t] * target(rule, (t,)) for t in range(SIZE)]).flatten()
-    assert_law(counts, law)
+    distribution = torch.stack([target(rule, ())[t] * target(rule, (t,)) for t in range(SIZE)]).flatten()
+    assert_distribution(counts, distribution)
 
 
 @pytest.mark.parametrize("execution", ["token", "lazy"])
@@ -155,12 +155,12 @@ def test_executions_without_blocks_follow_the_target(execution: str) -> None:
     rule = make_rule("chow", alpha=0.5)
     sequences, _ = sample(rule, seed=10, execution=execution, bonus="exact")
     counts = torch.bincount(torch.tensor([s[0] * SIZE + s[1] for s in sequences]), minlength=SIZE**2)
-    law = torch.stack([target(rule, ())[t] * target(rule, (t,)) for t in range(SIZE)]).flatten()
-    assert_law(counts, law)
+    distribution = torch.stack([target(rule, ())[t] * target(rule, (t,)) for t in range(SIZE)]).flatten()
+    assert_distribution(counts, distribution)
 
 
-def test_the_test_would_notice_another_law() -> None:
+def test_the_test_would_notice_another_distribution() -> None:
     sequences, _ = sample(make_rule("opt", alpha=0.2), seed=7, bonus="exact")
     counts = torch.bincount(torch.tensor([s[0] for s in sequences]), minlength=SIZE)
     with pytest.raises(AssertionError):
-        assert_law(counts, verifier_law(()).roll(1))
+        assert_distribution(counts, verifier_distribution(()).roll(1))

@@ -45,7 +45,7 @@ def needs_real_rows(one: Any) -> bool:
     return not own or isinstance(one, hf.PrefixConstrainedLogitsProcessor)
 
 
-class SamplingLaws:
+class SamplingDistributions:
     """Splits a prepared list of logits processors and applies its parts.
 
     Args:

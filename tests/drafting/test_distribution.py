@@ -1,6 +1,6 @@
-"""The law of the whole cascade when sampling: enumerated exactly on tables, and sampled from tiny models.
+"""The distribution of the whole cascade when sampling: enumerated exactly on tables, and sampled from tiny models.
 
-The naive law (a reviewed token was drawn from its reviewer's own law) must fail both.
+The naive distribution (a reviewed token was drawn from its reviewer's own distribution) must fail both.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from decoding.helpers import generate
-from decoding.test_law import SIZE, assert_law, index_of, models
-from drafting.enumeration import Enumeration, Law, exact_law
+from decoding.test_distribution import SIZE, assert_distribution, index_of, models
+from drafting.enumeration import Distribution, Enumeration, exact_distribution
 from drafting.test_suffixes import longest_match
 from tiny_models import tiny_model
 
@@ -34,8 +34,8 @@ MATRICES = {
 
 
 @cache
-def table(model: int, prefix: tuple[int, ...]) -> Law:
-    """The law of a tabular model after a prefix: fixed random numbers, some of them 0."""
+def table(model: int, prefix: tuple[int, ...]) -> Distribution:
+    """The distribution of a tabular model after a prefix: fixed random numbers, some of them 0."""
     numbers = random.Random(f"{model} {prefix}")
     weights = [numbers.choice([0, 1, 2, 4, 9]) for _ in range(SIZE)]
     weights[numbers.randrange(SIZE)] += 1
@@ -52,30 +52,30 @@ def copied(prefix: tuple[int, ...], count: int) -> list[int]:
 
 
 def worst_error(k: list[list[int]], lenience: float, naive: bool) -> float:
-    """Largest deviation from the verifier's law of the first token, and of the second after each first."""
+    """Largest deviation from the verifier's distribution of the first token, and of the second after each first."""
     drafters = [lambda prefix, m=m: table(m, prefix) for m in range(len(k))]
     rounds = Enumeration(drafters, copied, k, lenience, naive).round((0, 1, 0), cap=4)
     assert sum(chance for chance, _, _ in rounds) == pytest.approx(1.0)
     worst = 0.0
     for first in [(), *((token,) for token in range(SIZE))]:
-        law = [0.0] * SIZE
+        distribution = [0.0] * SIZE
         for chance, tokens, _ in rounds:
             if tokens[: len(first)] == first and len(tokens) > len(first):
-                law[tokens[len(first)]] += chance
-        if sum(law) > 0:
+                distribution[tokens[len(first)]] += chance
+        if sum(distribution) > 0:
             wanted = table(0, (0, 1, 0, *first))
-            worst = max(worst, *(abs(a / sum(law) - b) for a, b in zip(law, wanted)))
+            worst = max(worst, *(abs(a / sum(distribution) - b) for a, b in zip(distribution, wanted)))
     return worst
 
 
 @pytest.mark.parametrize("lenience", [1.0, 2.0, 5.0])
 @pytest.mark.parametrize("name", list(MATRICES))
-def test_the_verifier_emits_its_own_law(name: str, lenience: float) -> None:
+def test_the_verifier_emits_its_own_distribution(name: str, lenience: float) -> None:
     assert worst_error(MATRICES[name], lenience, naive=False) < 1e-12
 
 
 @pytest.mark.parametrize("name", ["vertical", "three_levels", "all"])
-def test_the_naive_law_would_bias_it(name: str) -> None:
+def test_the_naive_distribution_would_bias_it(name: str) -> None:
     assert worst_error(MATRICES[name], 1.0, naive=True) < 1e-12  # without lenience it is right
     assert worst_error(MATRICES[name], 2.0, naive=True) > 0.01
     assert worst_error(MATRICES[name], 5.0, naive=True) > 0.01
@@ -83,7 +83,7 @@ def test_the_naive_law_would_bias_it(name: str) -> None:
 
 @lru_cache(maxsize=1)
 def small() -> Any:
-    """A second drafter beside those of ``decoding.test_law``."""
+    """A second drafter beside those of ``decoding.test_distribution``."""
     model = tiny_model("llama", 5, vocab_size=40)
     model.resize_token_embeddings(SIZE)
     model.config.pad_token_id = model.config.eos_token_id = None
@@ -102,48 +102,50 @@ def sample(name: str, lenience: float, rule: Any, rows: int, steps: int = 3, **o
     return output.sequences[:, len(PROMPT) :]
 
 
-def assert_verifiers_law(sequences: torch.Tensor) -> None:
+def assert_verifiers_distribution(sequences: torch.Tensor) -> None:
     steps, verifier = sequences.shape[1], models()[1]
     places = torch.tensor([index_of(tuple(row)) for row in sequences.tolist()])
-    law = torch.ones(SIZE**steps, dtype=torch.float64)
+    distribution = torch.ones(SIZE**steps, dtype=torch.float64)
     for sequence in product(range(SIZE), repeat=steps):
         logits = verifier(input_ids=torch.tensor([[*PROMPT, *sequence]])).logits[0, len(PROMPT) - 1 : -1]
-        law[index_of(sequence)] = (
+        distribution[index_of(sequence)] = (
             torch.softmax(logits.double(), -1).gather(1, torch.tensor([sequence]).T).prod()
         )
-    assert_law(torch.bincount(places, minlength=SIZE**steps), law)
+    assert_distribution(torch.bincount(places, minlength=SIZE**steps), distribution)
 
 
 @pytest.mark.parametrize("lenience", [1.0, 2.0, 5.0])
 @pytest.mark.parametrize("name", ["vertical", "all"])
 def test_samples_follow_the_verifier(name: str, lenience: float) -> None:
-    assert_verifiers_law(sample(name, lenience, "lossless", rows=1000))
+    assert_verifiers_distribution(sample(name, lenience, "lossless", rows=1000))
 
 
 @pytest.mark.parametrize("name", ["max_gram", "tail", "three_levels"])
 def test_samples_of_the_others_follow_it_too(name: str) -> None:
-    assert_verifiers_law(sample(name, 2.0, "lossless", rows=1000))
+    assert_verifiers_distribution(sample(name, 2.0, "lossless", rows=1000))
 
 
 @pytest.mark.parametrize("lenience", [2.0, 5.0])
-def test_samples_with_the_naive_law_do_not(monkeypatch: pytest.MonkeyPatch, lenience: float) -> None:
-    monkeypatch.setattr(cascade_drafting, "reviewed_law", lambda proposal, reviewer, lenience: reviewer)
+def test_samples_with_the_naive_distribution_do_not(monkeypatch: pytest.MonkeyPatch, lenience: float) -> None:
+    monkeypatch.setattr(
+        cascade_drafting, "reviewed_distribution", lambda proposal, reviewer, lenience: reviewer
+    )
     with pytest.raises(AssertionError):
-        assert_verifiers_law(sample("vertical", lenience, "lossless", rows=1000))
+        assert_verifiers_distribution(sample("vertical", lenience, "lossless", rows=1000))
 
 
 @pytest.mark.parametrize("name", ["opt", "token_v3", "lenient", "ensemble", "drafter_only"])
-def test_other_rules_take_the_law_that_tokens_were_drawn_from(name: str) -> None:
-    """The first token follows pi of q~ and p, decided by the reviewing drafter's own law."""
+def test_other_rules_take_the_distribution_that_tokens_were_drawn_from(name: str) -> None:
+    """The first token follows pi of q~ and p, decided by the reviewing drafter's own distribution."""
     rule, lenience = make_rule(name), 3.0
     drafter, verifier = (model(input_ids=torch.tensor([PROMPT])).logits[0, -1] for model in models())
     one_hot = [1.0 if token == 2 else 0.0 for token in range(SIZE)]  # what Max-Gram copies
-    law = exact_law(one_hot, torch.softmax(drafter.double(), -1).tolist(), lenience)
-    pi = rule.target(drafter, verifier, drafter_sampling_logits=torch.tensor(law).log())
+    distribution = exact_distribution(one_hot, torch.softmax(drafter.double(), -1).tolist(), lenience)
+    pi = rule.target(drafter, verifier, drafter_sampling_logits=torch.tensor(distribution).log())
     plan = Plan(MATRICES["vertical"], lenience, MaxGram())
     ids = torch.tensor([PROMPT]).repeat(1500, 1)
     output = generate(
         DraftCascade([models()[0]], plan), models()[1], {"input_ids": ids}, rule, do_sample=True, top_k=0,
         max_new_tokens=3, generator=torch.Generator().manual_seed(3),
     )  # fmt: skip
-    assert_law(torch.bincount(output.sequences[:, len(PROMPT)], minlength=SIZE), pi)
+    assert_distribution(torch.bincount(output.sequences[:, len(PROMPT)], minlength=SIZE), pi)
