@@ -155,6 +155,10 @@ class PairConfig:
         autocast: bfloat16 matrix products; about 1.4x faster where the CPU has them, very slow where it
             has not.
         checkpoint_seconds: an interrupted training continues from at most this long before.
+        from_verifier: checkpoint of a decoder-only model that is there already. It becomes the pair's verifier as it
+            is, with its tokenizer, and the drafter starts from ``kept_layers`` of it and is distilled; sizes,
+            ``vocab_size`` and ``verifier_schedule`` are then not read. None trains both from scratch.
+        kept_layers: numbers of the verifier's layers that the drafter keeps, from 0, negative ones from the end.
     """
 
     kind: Literal["llama", "t5"] = "llama"
@@ -169,8 +173,12 @@ class PairConfig:
     threads: int = 0
     autocast: bool = False
     checkpoint_seconds: float = 20.0
+    from_verifier: str | None = None
+    kept_layers: tuple[int, ...] = (0, 1, 2, 3, -2, -1)
 
     def __post_init__(self) -> None:
+        if self.from_verifier is not None:
+            self._check_cut()
         if self.vocab_size < 300:
             raise InputError(
                 f"vocab_size={self.vocab_size}: at least 300 (256 bytes, special tokens, some merges)"
@@ -201,12 +209,23 @@ class PairConfig:
         if self.verifier_schedule.distil:
             raise InputError("verifier_schedule.distil: the verifier learns from text alone; set it to 0")
 
+    def _check_cut(self) -> None:
+        if self.kind != "llama":
+            raise InputError("from_verifier is for decoder-only models; leave kind at llama")
+        if not self.drafter_schedule.distil:
+            raise InputError(
+                "from_verifier: the drafter learns from the verifier's distribution; give drafter_schedule.distil "
+                "above 0, such as 1"
+            )
+
     def outcome_hash(self) -> str:
         """Hash of what changes the trained weights; how often to checkpoint does not."""
         values: dict[str, Any] = asdict(self)
         del values["checkpoint_seconds"]
         if not values["text"]["answers"]:  # pairs from before there were answers keep their hash
             del values["text"]["answers"]
+        if self.from_verifier is None:  # and those from before a verifier could be given
+            del values["from_verifier"], values["kept_layers"]
         for name in ("drafter_schedule", "verifier_schedule"):
             schedule = values[name]  # pairs from before there was one of these keep their hash
             if not schedule["alignable_top_k"]:
