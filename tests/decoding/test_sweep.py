@@ -36,9 +36,7 @@ def test_is_refused_with_the_reason(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_every_class_that_can_be_made_tiny(request: pytest.FixtureRequest) -> None:
-    if "slow" not in str(request.config.getoption("markexpr")):
-        pytest.skip("takes minutes; ask for it with -m slow")
+def test_every_class_that_can_be_made_tiny() -> None:
     found = [examine(name, kind, config) for name, (kind, config) in KNOWN.items()]
     made = [one for one in found if one.verdict != "unmade"]
     assert len(made) >= 100

@@ -405,7 +405,7 @@ def test_requests_are_forgotten_and_the_engines_proposals_do_not_linger(llm):
     generate(llm, prompts(1))
     assert len(seam.requests) <= 1
     assert counts(seam)["requests"] == 25
-    assert counts(seam)["refused_drafter_distribution"] == 0
+    assert counts(seam)["refused_drafter_law"] == 0
     assert counts(seam)["refused_fault"] == 0
 
 
