@@ -17,7 +17,7 @@ from deferral_train.collecting.continuations import CachedTexts, Tally, Verifier
 from deferral_train.collecting.prefixes import Continuations
 from deferral_train.collecting.scoring import ModelOutputs
 from deferral_train.collecting.sequence import (
-    Favourites,
+    Argmaxes,
     Place,
     Score,
     differing,
@@ -162,8 +162,8 @@ class SequenceLabels:
         settings, pair = self.settings, self.pair
         most = settings.max_new_tokens
         verifier = Verifier(pair.verifier, pair.vocab_size, frozenset(pair.eos_ids), most, tally=self.tally)
-        favourites = [
-            Favourites(lowest_argmax(q).tolist(), lowest_argmax(p).tolist())
+        argmaxes = [
+            Argmaxes(lowest_argmax(q).tolist(), lowest_argmax(p).tolist())
             for q, p in zip(distributions["drafter"], distributions["verifier"])
         ]
         greedy = settings.sampling.temperature == 0
@@ -173,17 +173,17 @@ class SequenceLabels:
                 settings.share,
                 prompt_seed(settings.seed, prompt.id, "places"),
             )
-            for prompt, own, text in zip(prompts, favourites, path.texts)
+            for prompt, own, text in zip(prompts, argmaxes, path.texts)
         ]
         references: list[str | None] = [self.references.get(prompt.id) for prompt in prompts]
         own_wanted = settings.reference == "verifier"
         if greedy or own_wanted:
             picked = chosen if greedy else [[] for _ in chosen]
-            found, own_texts = finished_places(verifier, path, favourites, picked, own_wanted)
+            found, own_texts = finished_places(verifier, path, argmaxes, picked, own_wanted)
             if own_wanted:
                 references = list(map(self._text, own_texts))
         if greedy:
-            tokens = [favourites[one.row].drafter[one.place] for one in found]
+            tokens = [argmaxes[one.row].drafter[one.place] for one in found]
             return [[one] for one in found], tokens, references
         uniforms = Uniforms([prompt.id for prompt in prompts], settings.seed, most)
         sampled = {

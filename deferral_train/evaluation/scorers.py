@@ -22,6 +22,7 @@ import numpy as np
 
 from deferral_train.errors import InputError
 from deferral_train.evaluation.quality import METRICS, check_program, per_prompt
+from deferral_train.evaluation.sql import database_of
 
 COMMAND = "command:"
 PATIENCE = 30.0  # seconds that a program may take over one text
@@ -31,14 +32,14 @@ def make_scorer(metric: str, typed: Collection[str] = ()) -> Any:
     """The scorer that a name stands for.
 
     Args:
-        metric: a name in :data:`~deferral_train.evaluation.quality.METRICS`, `CORPUS_METRICS`, ``command:PROGRAM``, or
-            ``module:function``.
+        metric: a name in :data:`~deferral_train.evaluation.quality.METRICS`, `CORPUS_METRICS`, ``sql:DATABASE``,
+            ``command:PROGRAM``, or ``module:function``.
         typed: names that the user typed; a function is imported only where it is one of them.
 
     Raises:
         InputError: an unknown metric, a program or function that is not there.
     """
-    if metric in METRICS:
+    if metric in METRICS or database_of(metric) is not None:
         return NamedScorer(metric)
     if metric in CORPUS_METRICS:
         return CorpusScorer(metric)
@@ -52,8 +53,8 @@ def make_scorer(metric: str, typed: Collection[str] = ()) -> Any:
             )
         return FunctionScorer(metric, _imported(metric, module, name))
     raise InputError(
-        f"metric is {metric!r}; use one of {', '.join([*METRICS, *CORPUS_METRICS])}, 'command:PROGRAM' or "
-        "'module:function'"
+        f"metric is {metric!r}; use one of {', '.join([*METRICS, *CORPUS_METRICS])}, 'sql:DATABASE', "
+        "'command:PROGRAM' or 'module:function'"
     )
 
 

@@ -1,6 +1,6 @@
-"""Labels of judged tokens: may the drafter's favourite stand although the verifier's text has another?
+"""Labels of judged tokens: may the drafter's argmax stand although the verifier's text has another?
 
-The judged token of a row is the drafter's favourite v_q; rows where it is the text's own token need no judgement.
+The judged token of a row is the drafter's argmax v_q; rows where it is the text's own token need no judgement.
 Scores (``judge_score``) are made by `collect --labels`; the label is 1[score > tau]. N rows.
 """
 

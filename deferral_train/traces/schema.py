@@ -62,7 +62,6 @@ TOP_LOGPROBS = (
     "verifier_top_drafter_logprobs",
     "verifier_top_verifier_logprobs",
 )
-HIDDEN_COLUMNS = ("drafter_hidden", "verifier_hidden")
 JUDGED_COLUMN = "judge_score"
 JUDGED_HIDDEN = "verifier_hidden_at_token"
 SEQUENCE_GAP = "sequence_gap"

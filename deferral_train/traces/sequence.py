@@ -89,7 +89,7 @@ def sequence_summary(traces: Traces, fields: Iterable[str], temperature: float |
     That is the drafted token of a token label, and v_q of a position label.
     """
     if traces.manifest.labels.get("form") != "token":
-        return favourite_summary(traces, fields, temperature)
+        return argmax_summary(traces, fields, temperature)
     names = list(fields)
     known = traces.summary([name for name in names if name not in TOKEN_FIELDS], temperature)
     columns = dict(zip(TOKEN_LABEL, (SEQUENCE_TOKEN, *SEQUENCE_LOGPROBS)))
@@ -101,8 +101,8 @@ def sequence_summary(traces: Traces, fields: Iterable[str], temperature: float |
     )
 
 
-def favourite_summary(traces: Traces, fields: Iterable[str], temperature: float | None = None) -> Summary:
-    """As :meth:`Traces.summary`, with the fields about one token speaking of the drafter's favourite v_q."""
+def argmax_summary(traces: Traces, fields: Iterable[str], temperature: float | None = None) -> Summary:
+    """As :meth:`Traces.summary`, with the fields about one token speaking of the drafter's argmax v_q."""
     names = list(fields)
     read = [name for name in names if name not in TOKEN_FIELDS]
     known = traces.summary(

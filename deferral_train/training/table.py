@@ -23,7 +23,7 @@ from deferral_train.rules.summary import TOKEN_FIELDS, Summary
 from deferral_train.traces import Traces, read_candidates, truth
 from deferral_train.traces.judged import is_judge, judged_rows, judges_sequences
 from deferral_train.traces.schema import JUDGED_HIDDEN
-from deferral_train.traces.sequence import favourite_summary, is_sequence, labelled_rows, sequence_summary
+from deferral_train.traces.sequence import argmax_summary, is_sequence, labelled_rows, sequence_summary
 from deferral_train.training.preparation import gold_tokens
 
 CANDIDATE_BLOCK = 65_536  # rows whose candidates are read at once
@@ -144,9 +144,7 @@ def _shared(
     check_label(head, label)
     _check_form(traces, head, label)
     wanted = list(dict.fromkeys([*head.features, "tv"]))
-    read = (
-        favourite_summary if is_judge(label) else sequence_summary if is_sequence(label) else Traces.summary
-    )
+    read = argmax_summary if is_judge(label) else sequence_summary if is_sequence(label) else Traces.summary
     summary = read(traces, wanted, temperature)
     rows = labelled(traces, label)
     if rows is not None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from deferral_train.errors import InputError
 from deferral_train.pairs import overlap
 from deferral_train.pairs.checkpoint import without_bars
 from deferral_train.pairs.encode import encode_prompts
+from deferral_train.pairs.fingerprint import checkpoint_fingerprint
 from deferral_train.pairs.gate import GateResult, check_pair
 from deferral_train.pairs.load import load_models, load_tokenizer
 from deferral_train.pairs.prompts import Prompt
@@ -30,6 +30,7 @@ from deferral_train.pairs.scratch.tokenizer import QUESTION, train_tokenizer
 from deferral_train.pairs.scratch.train_config import PairConfig, Schedule
 from deferral_train.pairs.scratch.training_text import TrainingText, load_training_text
 
+AGAIN = "--fresh trains anew"
 RECORD = "pair.json"
 # What a progress display is asked for: a report for one model's training, given its name and number of steps.
 Progress = Callable[[str, int], Report]
@@ -115,7 +116,7 @@ def _finished(config: PairConfig, out: Path) -> PairResult | None:
     """The stored result; refuses a folder that another configuration or other texts began."""
     now = made_from(config)
     for path in (out / RECORD, out / "work" / "config.json"):
-        record = _read(path)
+        record = provenance.read_object(path, AGAIN)
         if record is None:
             continue
         if record.get("outcome") != now["outcome"]:
@@ -124,25 +125,25 @@ def _finished(config: PairConfig, out: Path) -> PairResult | None:
             )
         before = None if "texts" not in record else {name: record[name] for name in now}
         provenance.refuse_reuse(out, before, now, "choose another folder, or --fresh to train anew")
-    record = _read(out / RECORD)
+    record = provenance.read_object(out / RECORD, AGAIN)
     if record is None:
         return None
     try:
+        _refuse_others(out, record["fingerprints"])
         return _result(out, record["losses"], GateResult(**record["gate"]), reused=True)
     except (KeyError, TypeError) as error:
         raise InputError(f"{out / RECORD} is damaged ({error}); --fresh trains anew") from None
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("no object")
-        return found
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({str(error)[:100]}); --fresh trains anew") from None
+def _refuse_others(out: Path, recorded: Mapping[str, Any]) -> None:
+    """Refuse models that are not those that were trained here and measured: gone, or trained on in their folder."""
+    for role in ("drafter", "verifier"):
+        try:
+            now = checkpoint_fingerprint(out / role)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{out / role} cannot be read ({str(error)[:100]}); {AGAIN}") from None
+        if any(now[name] != recorded[role][name] for name in ("config", "weights")):
+            raise InputError(f"{out / role} holds another model than the one that was trained there; {AGAIN}")
 
 
 def _result(out: Path, losses: dict[str, float], gate: GateResult, reused: bool) -> PairResult:
@@ -188,6 +189,14 @@ def _schedules(config: PairConfig) -> dict[str, Schedule]:
     return {"verifier": config.verifier_schedule, "drafter": config.drafter_schedule}
 
 
+def _kept_loss(path: Path) -> float:
+    """Closing loss of a model that is finished while its pair is not."""
+    try:
+        return float((provenance.read_object(path, AGAIN) or {})["loss"])
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{path} is damaged (no loss); {AGAIN}") from None
+
+
 def _one_model(
     role: str,
     config: PairConfig,
@@ -200,7 +209,7 @@ def _one_model(
     """Train and publish one model unless it is there; returns its closing training loss."""
     kept = out / "work" / f"{role}.json"
     if (out / role).is_dir() and kept.is_file():
-        return float(json.loads(kept.read_text())["loss"])
+        return _kept_loss(kept)
     schedule = _schedules(config)[role]
     if config.from_verifier is None:
         model = new_model(config, role, tokenizer)
