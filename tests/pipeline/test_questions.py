@@ -92,7 +92,7 @@ def test_the_verdict_speaks_of_answers_and_the_page_begins_with_it(finished):
     assert verdict["quality"]["lossless"] == pytest.approx(100 * answers["right"]["lossless"])
     page = (finished / "report.html").read_text()
     head, _, rest = page.partition("</h1>")
-    assert f"Of {SIZES['test']} new questions the verifier alone answers" in head
+    assert f"Of {SIZES['test']} new questions the large model alone (the verifier) answers" in head
     assert 'id="answers"' in rest
     assert rest.index('id="answers"') < rest.index('id="numbers"')
     assert rest.count("<article") == 3

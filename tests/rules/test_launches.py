@@ -26,6 +26,7 @@ DEARER = {
     "mentored": (32, 260),  # its cap is searched for in four grids
     "judge": (44, 62),  # two thirds of it the head of the tests
     "learned": (44, 66),
+    "token_gap": (38, 64),  # its estimate and its price of every token
 }
 
 
