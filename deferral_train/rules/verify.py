@@ -22,7 +22,6 @@ from deferral_train.rules.distributions import (
     Distributions,
     as_float,
     check_temperature,
-    gather_token,
 )
 from deferral_train.rules.learned import Judge
 from deferral_train.rules.sampling import draw, uniforms
@@ -553,7 +552,9 @@ class _Block:
             broken = broken & self.reads[:, -broken.shape[1] :]
         unknown = self._padded(self.drafted != self.token)
         kinds = [*([one] for one in broken.unbind(1)), unknown]
-        first = 2 - broken.shape[1]  # place of the first kind: without a drafter's distribution its logits are not read
+        first = (
+            2 - broken.shape[1]
+        )  # place of the first kind: without a drafter's distribution its logits are not read
         if not self.distributions.greedy:
             kinds.append(self._padded(self.distributions.sampled_of(self.token)[0] == 0))
         # A fault that cannot be has the flags of one that comes before it, and so never shows.
