@@ -10,12 +10,15 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
+import importlib.util
 import json
 import os
 import platform
+import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from deferral_train.errors import InputError
-from deferral_train.redaction import redacted, redacted_words
+from deferral_train.redaction import redacted, redacted_text, redacted_words
 
 PACKAGES = (
     "deferral-train",
@@ -106,6 +109,27 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
 
 
+def read_object(path: str | Path, remedy: str) -> dict[str, Any] | None:
+    """The JSON object of a file; None where there is none.
+
+    Args:
+        remedy: how to go on where it is damaged, such as ``run that stage again``.
+
+    Raises:
+        InputError: it is no JSON, or holds something else than an object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON ({str(error)[:100]}); {remedy}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds no JSON object; {remedy}")
+    return found
+
+
 def sync_folder(folder: str | Path) -> None:
     """Make a rename inside ``folder`` durable; quietly does nothing on systems that cannot."""
     with contextlib.suppress(OSError):
@@ -164,6 +188,40 @@ def content_keys(paths: Mapping[str, str | Path | None]) -> dict[str, Any]:
     }
 
 
+def metric_contents(metrics: Iterable[str]) -> dict[str, Any]:
+    """By metric that names a program, a database or a function: content keys of the files that it names.
+
+    ``command:PROGRAM ARGUMENTS`` is its program and every argument that is a file; ``module:function`` the module's.
+    """
+    found: dict[str, Any] = {}
+    for metric in metrics:
+        files = files_of_metric(metric)
+        if files:
+            found[redacted_text(metric)] = {redacted_text(file): content_key(file) for file in files}
+    return found
+
+
+def files_of_metric(metric: str) -> list[str]:
+    """The files that a metric names, see :func:`metric_contents`; none for a metric of ours."""
+    kind, colon, rest = metric.partition(":")
+    if not colon:
+        return []
+    if kind == "sql":
+        return [rest]
+    if kind == "command":
+        try:
+            words = shlex.split(rest)
+        except ValueError:  # an open quote: whoever runs the program says so
+            words = rest.split()
+        programs = [shutil.which(word) or word for word in words[:1]]
+        return [word for word in (*programs, *words[1:]) if Path(word).is_file()]
+    try:
+        module = importlib.util.find_spec(kind)
+    except (ImportError, ValueError):
+        module = None
+    return [module.origin] if module is not None and module.origin is not None else []
+
+
 def changes(before: Any, now: Any, name: str = "") -> list[str]:
     """The differences of two JSON-like records, one text a place: ``lr: 0.003 -> 0.001``.
 
@@ -215,7 +273,7 @@ def refuse_reuse(folder: str | Path, before: Any, now: Any, remedy: str) -> None
     """
     if before is None:
         raise InputError(f"{folder} does not record what it was made from (an earlier release); {remedy}")
-    now = json.loads(json.dumps(record_of(now)))
+    now = record_of(now)
     found = changes(before, now)
     if found:
         other = ", ".join(sorted(k for k in {*before, *now} if before.get(k) != now.get(k)))
@@ -233,7 +291,8 @@ def one_writer(folder: str | Path, doing: str = "command") -> Iterator[None]:
     """Within, this process alone writes to ``folder``; the operating system ends the claim with the process.
 
     The lock lies beside the folder, or inside where nothing can be written beside it. Addresses of remote stores
-    (``scheme://``) cannot be locked. Of the processes of one job the first holds the lock for all.
+    (``scheme://``) cannot be locked. Of the processes of one job the first holds the lock for all. Whoever holds it may
+    claim the folder again in what it calls.
 
     Args:
         folder: made where absent.
@@ -252,7 +311,7 @@ def one_writer(folder: str | Path, doing: str = "command") -> Iterator[None]:
         lock = folder / ".lock"
     try:
         with naming(lock):
-            held = FileLock(lock, timeout=0)
+            held = FileLock(lock, timeout=0, is_singleton=True)
             held.acquire()
     except Timeout:
         raise InputError(

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from deferral_train.decoding.settings import Settings
 from deferral_train.errors import InputError
+from deferral_train.redaction import redacted_text
 from deferral_train.traces.kinds import JUDGE_LABELS, PREFIX_SOURCES, SEQUENCE_LABELS
 
 HIDDEN = {"none": (), "drafter": ("drafter",), "verifier": ("verifier",), "both": ("drafter", "verifier")}
@@ -75,7 +77,7 @@ class CollectConfig:
     prompts: str = ""
     prefixes: str = "reference"
     rule: str | None = None
-    num_draft_tokens: int = 5
+    num_draft_tokens: int = Settings.num_draft_tokens
     temperature: float = 1.0
     log_top_k: int = 64
     hidden: str = "none"
@@ -187,9 +189,10 @@ class CollectConfig:
         if self.labels == "selfjudge":
             return {"kind": self.labels, "window": self.label_window}
         if self.labels == "autojudge":
-            return {"kind": self.labels, "metric": self.metrics[0], "tolerance": self.label_tolerance}
+            metric = redacted_text(self.metrics[0])
+            return {"kind": self.labels, "metric": metric, "tolerance": self.label_tolerance}
         own = ("share", "samples", "reference", "form")
-        return {"kind": self.labels, "metrics": list(self.metrics)} | {
+        return {"kind": self.labels, "metrics": [redacted_text(metric) for metric in self.metrics]} | {
             name: getattr(self, f"label_{name}") for name in own
         }
 

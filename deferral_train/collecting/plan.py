@@ -140,7 +140,11 @@ def make_plan(
         seed=config.seed,
         chunking={"chunk_prompts": config.chunk_prompts, "batch_tokens": batch_tokens},
         prompts={"sha256": prompts_hash(kept, not texts_decide), "given": len(prompts), **notices},
-        settings=config.deciding() | {"contents": contents(config, pair if handed_over else None)},
+        settings=config.deciding()
+        | {
+            "contents": contents(config, pair if handed_over else None)
+            | _label_contents(config, prompts, kept)
+        },
         provenance=provenance.collect({"seed": config.seed})
         | {"models": {role: model_facts(getattr(pair, role)) for role in ("drafter", "verifier")}},
     )
@@ -154,6 +158,19 @@ def _unit_scales(config: CollectConfig) -> dict[str, Any]:
     if config.labels != SEQUENCE_LABELS:
         return {}
     return {"scales": [float(one) for one in config.label_scales or [1.0] * len(config.metrics)]}
+
+
+def _label_contents(
+    config: CollectConfig, prompts: Sequence[Prompt], kept: Sequence[EncodedPrompt]
+) -> dict[str, Any]:
+    """Inputs of labels of finished texts besides the models: files that metrics name, references as texts."""
+    if config.labels not in ("autojudge", SEQUENCE_LABELS):
+        return {}
+    texts = {prompt.id: prompt.reference for prompt in prompts}
+    named = provenance.metric_contents(config.metrics)
+    return {"references": provenance.hash_of([texts[prompt.id] for prompt in kept])} | (
+        {"metrics": named} if named else {}
+    )
 
 
 def contents(config: CollectConfig, pair: ModelPair | None = None) -> dict[str, Any]:

@@ -88,10 +88,12 @@ def run(config: ChooseConfig) -> int:
         name: value for name, value in conditions.items() if value is not None
     }
     if config.head is not None:
-        _store(config.head, choice, certificate, evidence)
+        with provenance.one_writer(config.head, "choose or export"):
+            _store(config.head, choice, certificate, evidence)
     if config.out is not None:
         content = certificate | {"label": choice.setting.label}
-        provenance.write_json(Path(config.out) / "choice.json", content)
+        with provenance.one_writer(config.out, "choose"):
+            provenance.write_json(Path(config.out) / "choice.json", content)
     print(describe(choice))
     return 0
 
@@ -200,7 +202,8 @@ def _fit_stop(config: ChooseConfig) -> int:
         "positions": sum(map(len, opened)),
     }
     if config.out is not None:
-        provenance.write_json(Path(config.out) / "stop.json", record)
+        with provenance.one_writer(config.out, "choose"):
+            provenance.write_json(Path(config.out) / "stop.json", record)
     print(
         f"{spec}: expected {fit.speed / verifier_seconds:.4g} tokens per second, {fit.drafted:.2f} of at most "
         f"{num_draft_tokens} tokens drafted a block\n"

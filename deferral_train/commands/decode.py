@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from deferral_train.decoding.settings import DecodeConfig, Settings
 from deferral_train.errors import InputError
 
 if TYPE_CHECKING:
@@ -80,24 +81,24 @@ class DecodeSettings:
     split: str = "train"
     start: int = 0
     limit: int | None = None
-    num_draft_tokens: int = 5
-    max_new_tokens: int = 128
-    batch_size: int = 8
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    repetitions: int = 1
-    execution: str = "speculative"
-    bonus: str = "verifier"
-    max_request_loss: float | None = None
+    num_draft_tokens: int = Settings.num_draft_tokens
+    max_new_tokens: int = Settings.max_new_tokens
+    batch_size: int = Settings.batch_size
+    temperature: float = Settings.temperature
+    top_k: int = Settings.top_k
+    top_p: float = Settings.top_p
+    seed: int = Settings.seed
+    repetitions: int = DecodeConfig.repetitions
+    execution: str = Settings.execution
+    bonus: str = Settings.bonus
+    max_request_loss: float | None = Settings.max_request_loss
     stop: str | None = None
     drafting: str | None = None
     stop_strings: list[str] = field(default_factory=list)
-    chat: str = "auto"
-    log_tokens: int = 0
+    chat: str = Settings.chat
+    log_tokens: int = DecodeConfig.log_tokens
     metrics: list[str] = field(default_factory=list)
-    accept_mismatch: bool = False
+    accept_mismatch: bool = Settings.accept_mismatch
     device: str = "auto"
     dtype: str = "auto"
     drafter_device: str | None = None
@@ -115,12 +116,13 @@ def run(config: DecodeSettings, *, fresh: bool = False) -> int:
         config: see the fields above.
         fresh: remove the outputs of another run from ``out`` and start over.
     """
-    from deferral_train.decoding.decode import DecodeConfig, decode
+    from deferral_train.decoding.decode import decode
     from deferral_train.decoding.drafting.spec import drafting_from_spec
-    from deferral_train.decoding.pair import Settings, load_pair
+    from deferral_train.decoding.pair import load_pair
     from deferral_train.evaluation.outputs import check_metrics, score_outputs
     from deferral_train.heads.rules import rule_from_spec
     from deferral_train.pairs.prompts import read_prompts
+    from deferral_train.provenance import one_writer
 
     drafting = drafting_from_spec(config.drafting) if config.drafting is not None else None
     given = {name: getattr(config, name) for name in Settings.__dataclass_fields__}
@@ -157,9 +159,10 @@ def run(config: DecodeSettings, *, fresh: bool = False) -> int:
         device_map=config.device_map,
     )
     asked = DecodeConfig(settings, config.repetitions, config.log_tokens)
-    summary = decode(pair, prompts, rules, asked, config.out, fresh)
-    if config.metrics:
-        summary = score_outputs(config.out, config.metrics, pair.models, prompts, chat=config.chat)
+    with one_writer(config.out, "decode"):
+        summary = decode(pair, prompts, rules, asked, config.out, fresh)
+        if config.metrics:
+            summary = score_outputs(config.out, config.metrics, pair.models, prompts, chat=config.chat)
     for line in table(summary, config.metrics):
         print(line)
     print(f"outputs and summary in {config.out}")
@@ -206,6 +209,7 @@ def stop_from_spec(spec: str | None) -> StopDrafting | None:
 
 def table(summary: dict[str, Any], metrics: Sequence[str] = ()) -> list[str]:
     """The summary as a few aligned lines, asked-for metrics last."""
+    from deferral_train.redaction import redacted_text
     from deferral_train.rules.registry import short_label
 
     heads = [("BLEU", 6), ("tok/s", 8), ("ms/tok", 7), ("accept", 7), ("defer", 6), ("reject", 6), ("len", 6)]
@@ -220,7 +224,7 @@ def table(summary: dict[str, Any], metrics: Sequence[str] = ()) -> list[str]:
             _cell(rule["deferral_rate"], 6, 3),
             _cell(rule["rejection_rate"], 6, 3),
             _cell(rule["mean_output_tokens"], 6, 1),
-            *(_cell(rule["quality"].get(metric), 14, 4) for metric in metrics),
+            *(_cell(rule["quality"].get(redacted_text(metric)), 14, 4) for metric in metrics),
         )
         lines.append(f"{short_label(label, 32):<32} " + " ".join(cells))
     return lines

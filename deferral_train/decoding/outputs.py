@@ -8,12 +8,12 @@ resuming.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from deferral_train.errors import InputError
-from deferral_train.provenance import append_text, refuse_reuse, write_json, write_text
+from deferral_train.provenance import append_text, hash_of, read_object, refuse_reuse, write_json, write_text
 from deferral_train.redaction import redacted
 
 OUTPUTS, BATCHES, RUN = "outputs.jsonl", "batches.jsonl", "run.json"
@@ -23,6 +23,9 @@ Key = tuple[str, int, int]  # rule, repetition, batch
 
 class OutputFolder:
     """Append-only outputs of one run, resumable after any interruption.
+
+    Attributes:
+        identity: hash of the record in ``run.json``.
 
     Args:
         folder: made if absent.
@@ -34,7 +37,7 @@ class OutputFolder:
     """
 
     def __init__(self, folder: str | Path, identity: Mapping[str, Any], fresh: bool = False) -> None:
-        self.folder = Path(folder)
+        self.folder, self.identity = Path(folder), identity_of(identity)
         self.folder.mkdir(parents=True, exist_ok=True)
         if fresh:
             for name in (SUMMARY, METRICS, BATCHES, OUTPUTS, RUN):
@@ -57,14 +60,11 @@ class OutputFolder:
         write_json(path, redacted(identity))
 
     def _recover(self) -> None:
-        """Keep what is whole: rows of finished batches."""
-        for line in read_lines(self.folder / BATCHES):
-            self.finished[_key(line)] = line
-        rows = [row for row in read_lines(self.folder / OUTPUTS) if _key(row) in self.finished]
-        counts: dict[Key, int] = {}
-        for row in rows:
-            counts[_key(row)] = counts.get(_key(row), 0) + 1
-        self.finished = {k: v for k, v in self.finished.items() if counts.get(k) == v.get("rows")}
+        """Keep what is whole: rows of finished batches, as they were written."""
+        batches = {_key(line): line for line in read_lines(self.folder / BATCHES)}
+        rows = [row for row in read_lines(self.folder / OUTPUTS) if _key(row) in batches]
+        own = rows_by_batch(rows)
+        self.finished = {key: line for key, line in batches.items() if is_whole(line, own.get(key, []))}
         rows = [row for row in rows if _key(row) in self.finished]
         if (self.folder / OUTPUTS).exists():
             write_text(self.folder / OUTPUTS, "".join(_line(row) for row in rows))
@@ -72,34 +72,55 @@ class OutputFolder:
 
     def append(self, rows: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]) -> None:
         """Put a finished batch on the disk: its rows, then the line that makes them count."""
+        line = dict(batch) | {"content": _content(batch, rows)}
         _append(self.folder / OUTPUTS, "".join(_line(row) for row in rows))
-        _append(self.folder / BATCHES, _line(batch))
-        self.finished[_key(batch)] = dict(batch)
+        _append(self.folder / BATCHES, _line(line))
+        self.finished[_key(line)] = line
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Every row written so far."""
         return read_lines(self.folder / OUTPUTS)
 
 
+def identity_of(record: Mapping[str, Any]) -> str:
+    """Hash of what decided a run's outputs, as ``run.json`` holds it: a summary names the run that it is of."""
+    return hash_of(json.loads(json.dumps(redacted(dict(record)))))
+
+
+def rows_by_batch(rows: Iterable[dict[str, Any]]) -> dict[Key, list[dict[str, Any]]]:
+    """Rows by the batch that they name, in order."""
+    found: dict[Key, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(_key(row), []).append(row)
+    return found
+
+
+def is_whole(batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
+    """True where ``rows`` are those that the line of their batch was written for, none missing, double or altered.
+
+    Lines of earlier releases hold no hash of them: there their number must do.
+    """
+    same = batch.get("content") in (None, _content(batch, rows))
+    return len(rows) == batch.get("rows") and same
+
+
+def _content(batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Hash of a batch's line, less the hash itself, and of its rows."""
+    own = {name: value for name, value in batch.items() if name != "content"}
+    return hash_of([_line(own), *(_line(row) for row in rows)])
+
+
 def read_record(path: Path) -> dict[str, Any] | None:
-    """The JSON object of a file; None where there is none.
+    """The JSON object of a decode folder's file; None where there is none.
 
     Raises:
         InputError: it is damaged.
     """
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({str(error)[:100]}); decode again with --fresh") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path} is damaged (no object); decode again with --fresh")
-    return found
+    return read_object(path, "decode again with --fresh")
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """JSON lines of a file; a last line cut short by a crash is left out.
+    """JSON lines of a file, none where it is absent; a last line cut short by a crash is left out.
 
     Raises:
         InputError: another line that is no JSON, by number.
@@ -108,7 +129,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         return
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
+            if line.isspace() or not line.endswith(b"\n"):
                 continue
             try:
                 found = json.loads(line)

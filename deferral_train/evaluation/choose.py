@@ -28,6 +28,7 @@ from deferral_train.evaluation.families import make_families
 from deferral_train.evaluation.offline import score_rules
 from deferral_train.evaluation.quality import check_metric, per_prompt
 from deferral_train.evaluation.settings import Dials, Setting, in_order, setting_of
+from deferral_train.redaction import redacted_text
 from deferral_train.rules.base import Rule
 from deferral_train.traces import Traces
 
@@ -204,7 +205,7 @@ def _choice(
     return Choice(
         setting,
         "certificate",
-        metric,
+        redacted_text(metric),
         certificate.limit,
         confidence,
         certificate.prompts,

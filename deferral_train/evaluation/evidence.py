@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deferral_train.decoding.outputs import BATCHES, OUTPUTS, RUN, SUMMARY, read_lines, read_record
+from deferral_train.decoding.outputs import (
+    BATCHES,
+    OUTPUTS,
+    RUN,
+    SUMMARY,
+    identity_of,
+    is_whole,
+    read_lines,
+    read_record,
+    rows_by_batch,
+)
 from deferral_train.errors import InputError
 from deferral_train.evaluation.settings import Dials, dials_of
 from deferral_train.heads.fingerprint import weights_key
@@ -45,9 +55,11 @@ class Evidence:
     @property
     def conditions(self) -> dict[str, Any]:
         """Engine, number formats, temperature and pair that the outputs were decoded with: a claim holds for these."""
-        found = (self.summary or {}).get("conditions") or {}
-        pair = (self.record or {}).get("pair")
-        settings = (self.summary or {}).get("settings") or {}
+        record, summary = self.record or {}, self.summary or {}
+        pair = record.get("pair")
+        # What decided the outputs comes first; a record of an earlier release holds no conditions.
+        found = record.get("conditions") or summary.get("conditions") or {}
+        settings = record.get("settings") or summary.get("settings") or {}
         decoding = {name: settings[name] for name in DECODING if settings.get(name) is not None}
         conditions = {name: found.get(name) for name in CONDITIONS}
         return conditions | ({"pair": pair} if pair else {}) | ({"decoding": decoding} if decoding else {})
@@ -59,7 +71,10 @@ class Evidence:
             InputError: the weights differ, or the outputs do not say which were decoded.
         """
         if self.record is None:
-            return
+            raise InputError(
+                f"outputs={self.folder} hold no {RUN}, which says what was decoded: nothing was stored; "
+                f"decode {folder} with this release, or leave head out"
+            )
         rule = (self.record.get("rules") or {}).get(label)
         decoded = rule.get("head") if isinstance(rule, Mapping) else None
         if not isinstance(decoded, Mapping) or "weights" not in decoded:
@@ -121,6 +136,25 @@ def _check_whole(found: Evidence) -> None:
         if batch.get("repetition") == 0 and _is_count(batch.get("rows")):
             lines[str(batch.get("rule"))] += batch["rows"]
     _check_even(found, lines, (found.record or {}).get("prompts_planned"))
+    _check_unchanged(found, batches)
+
+
+def _check_unchanged(found: Evidence, batches: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse rows that no batch of this run wrote: altered, double, or of another run; and a summary of another run."""
+    again = "decode again with --fresh"
+    of = (found.summary or {}).get("run")
+    if of is not None and (found.record is None or of != identity_of(found.record)):
+        raise InputError(f"outputs={found.folder}: {SUMMARY} is of another run than {RUN}; {again}")
+    rows = rows_by_batch(found.rows)
+    keys = list(rows_by_batch(dict(batch) for batch in batches))
+    if len(keys) < len(batches) or set(rows) - set(keys):
+        raise InputError(f"outputs={found.folder} hold rows or batches of more than one run; {again}")
+    for key, batch in zip(keys, batches):
+        if not is_whole(batch, rows.get(key, [])) and batch.get("content") is not None:
+            raise InputError(
+                f"outputs={found.folder}: rows of {key[0]}, batch {key[2]}, are not as they were decoded: altered, "
+                f"missing or double; {again}"
+            )
 
 
 def _check_even(found: Evidence, lines: Mapping[str, int], planned: Any) -> None:

@@ -18,6 +18,7 @@ from deferral_train import provenance
 from deferral_train.errors import InputError
 from deferral_train.evaluation.online import speed_table
 from deferral_train.evaluation.settings import dials_of, setting_of
+from deferral_train.redaction import redacted_text
 
 VERIFIER = "verifier_only"
 # Cost on the x axis of each figure: field of a point, and its label.
@@ -60,7 +61,7 @@ def decoded_points(
     Raises:
         InputError: the verifier alone was not decoded, or the metric is not in the summary.
     """
-    rules = summary["rules"]
+    rules, metric = summary["rules"], redacted_text(metric)
     if VERIFIER not in rules:
         raise InputError(f"summary has no {VERIFIER}; decode it beside the others, latency is relative to it")
     if metric not in rules[VERIFIER]["quality"]:

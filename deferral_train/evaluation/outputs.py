@@ -18,16 +18,17 @@ import torch
 
 from deferral_train import provenance
 from deferral_train.collecting.scoring import make_inputs, score
-from deferral_train.decoding.outputs import OUTPUTS, read_lines
+from deferral_train.decoding.outputs import METRICS, OUTPUTS, SUMMARY, read_lines
 from deferral_train.errors import InputError
 from deferral_train.evaluation import sql
 from deferral_train.evaluation.quality import check_metric, per_prompt
 from deferral_train.pairs.encode import encode_prompts
 from deferral_train.pairs.load import ModelPair
 from deferral_train.pairs.prompts import Prompt
+from deferral_train.provenance import read_object
+from deferral_train.redaction import redacted_text
 
 LIKELIHOOD = "log_likelihood"
-METRICS_FILE = "metrics.jsonl"
 BATCH = 16
 
 
@@ -75,7 +76,9 @@ def score_outputs(
     root = Path(folder)
     rows = [row for row in read_lines(root / OUTPUTS) if row["repetition"] == 0]
     check_metrics(metrics, prompts)
-    summary = json.loads((root / "summary.json").read_text(encoding="utf-8"))
+    summary = read_object(root / SUMMARY, "decode again")
+    if summary is None:
+        raise InputError(f"{root} holds no {SUMMARY}; finish the decode run first")
     scored = [{"rule": row["rule"], "id": row["id"], "tokens": len(row["tokens"])} for row in rows]
     wrong: dict[str, dict[str, dict[str, int]]] = {}
     for metric in metrics:
@@ -84,18 +87,18 @@ def score_outputs(
             values: Any = [float(verdict == sql.RIGHT) for verdict in verdicts]
             for label in summary["rules"]:
                 own_verdicts = (verdict for row, verdict in zip(rows, verdicts) if row["rule"] == label)
-                wrong.setdefault(label, {})[metric] = sql.reasons(own_verdicts)
+                wrong.setdefault(label, {})[redacted_text(metric)] = sql.reasons(own_verdicts)
         else:
             values = _values(metric, rows, pair, prompts, chat)
         for line, value in zip(scored, values):
-            line[metric] = float(value)
-    provenance.write_text(root / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in scored))
+            line[redacted_text(metric)] = float(value)
+    provenance.write_text(root / METRICS, "".join(json.dumps(line) + "\n" for line in scored))
     for label, rule in summary["rules"].items():
         own = [line for line in scored if line["rule"] == label]
-        rule["quality"] |= {metric: _mean(metric, own) for metric in metrics}
+        rule["quality"] |= {name: _mean(name, own) for name in map(redacted_text, metrics)}
         if label in wrong:
             rule["wrong"] = wrong[label]
-    provenance.write_json(root / "summary.json", summary)
+    provenance.write_json(root / SUMMARY, summary)
     return summary
 
 

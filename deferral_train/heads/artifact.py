@@ -172,17 +172,23 @@ def foreign_files(folder: str | Path) -> list[str]:
 
 
 def certificate_problem(head: Any) -> str | None:
-    """Reason why the certificate in a head's metadata is of other weights; None where it is not, or there is none.
+    """Reason why the certificate in a head's metadata is of other weights or another setting of its dial; None where it
+    is not, or there is none.
 
     Certificates of earlier releases do not say which weights they are about: they are believed.
     """
-    certificate = (getattr(head, "metadata", None) or {}).get("certificate")
-    if not isinstance(certificate, Mapping) or "weights" not in certificate:
+    metadata = getattr(head, "metadata", None) or {}
+    certificate = metadata.get("certificate")
+    if not isinstance(certificate, Mapping):
         return None
-    key = weights_key(head)
-    if certificate["weights"] == key:
+    dial = getattr(head, "dial", None)
+    certified, now = certificate.get("value"), metadata.get(dial)
+    if certificate.get("parameter") == dial and certified is not None and certified != now:
+        return f"{dial} is {now}, the certified one {certified}"
+    key = weights_key(head) if "weights" in certificate else None
+    if key == certificate.get("weights"):
         return None
-    return f"weights are {key[:12]}, the certified ones {str(certificate['weights'])[:12]}"
+    return f"weights are {str(key)[:12]}, the certified ones {str(certificate['weights'])[:12]}"
 
 
 def check_size(path: Path, expected: Mapping[str, torch.Tensor]) -> None:

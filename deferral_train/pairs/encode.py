@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,13 +74,15 @@ def encode_prompts(
     result = EncodedPrompts()
     for prompt in prompts:
         reason = _missing(prompt, require_reference)
-        input_ids = [] if reason else _prompt_ids(tokenizer, prompt.prompt, template, is_encoder_decoder)
+        with _one_line(prompt):
+            input_ids = [] if reason else _prompt_ids(tokenizer, prompt.prompt, template, is_encoder_decoder)
         if not reason and max_prompt_tokens is not None and len(input_ids) > max_prompt_tokens:
             reason = f"{len(input_ids)} tokens, more than the limit of {max_prompt_tokens}"
         if reason:
             result.skipped.append(Notice(prompt.id, reason))
             continue
-        reference_ids = _reference_ids(tokenizer, prompt.reference, ends)
+        with _one_line(prompt):
+            reference_ids = _reference_ids(tokenizer, prompt.reference, ends)
         if max_reference_tokens is not None and len(reference_ids) > max_reference_tokens:
             result.cut.append(
                 Notice(prompt.id, f"reference of {len(reference_ids)} tokens cut to {max_reference_tokens}")
@@ -87,6 +90,19 @@ def encode_prompts(
             reference_ids = reference_ids[:max_reference_tokens]
         result.kept.append(EncodedPrompt(prompt.id, input_ids, reference_ids))
     return result
+
+
+@contextmanager
+def _one_line(prompt: Prompt) -> Iterator[None]:
+    """Within, what a tokenizer or its chat template raises is one line that names the prompt."""
+    try:
+        yield
+    except Exception as error:  # a damaged config, a template that refuses a message: each its own class
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise InputError(
+            f"tokenizer: prompt {prompt.id} cannot be encoded ({reason}); mend tokenizer_config.json or its template, "
+            "or use chat='off'"
+        ) from error
 
 
 def _missing(prompt: Prompt, require_reference: bool) -> str | None:

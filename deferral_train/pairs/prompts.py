@@ -17,6 +17,7 @@ import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,34 @@ CHOICES = ("A", "B", "C", "D")
 PLAIN_NAMES = frozenset({"prompt", "question", "reference", "answer"})
 LARGEST_CELL = 2**31 - 1  # characters of a csv cell; the csv module's own limit is 131,072
 CONTAINERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-_MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig"}
-_SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+# By their first bytes, the longest first: that of UTF-32 begins as that of UTF-16.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF8: "utf-8-sig",
+}
+_PACKED: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+# First bytes of files that hold no text, whatever they are called.
+_NO_TEXT = {
+    b"PK\x03\x04": "a zip archive",
+    b"\x28\xb5\x2f\xfd": "zstd-compressed",
+    b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow file",
+    b"%PDF": "a PDF file",
+    b"SQLite format": "a SQLite database",
+    **dict.fromkeys(_PACKED, "compressed twice"),
+}
+_MOST_MAGIC = 16
+_SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+}
 
 
 @dataclass(frozen=True)
@@ -217,9 +244,11 @@ def _as_text(value: Any, numbers: bool) -> str | None:
     """A text as it is; with ``numbers`` one as JSON writes it, since answers are often numbers and prompts never."""
     if isinstance(value, str):
         return value
-    if not numbers or isinstance(value, bool) or not isinstance(value, int | float):
+    if not numbers or isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         return None
-    return json.dumps(value) if math.isfinite(value) else None
+    if not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Decimal) else json.dumps(value)
 
 
 def _refuse_surrogates(text: str, where: str, field: str) -> None:
@@ -280,20 +309,36 @@ def read_lines(path: str | Path) -> list[str]:
     UTF-8, or UTF-16 with a byte order mark; the mark is no part of the first line.
     """
     with _open(path) as file:
-        return [line.rstrip("\r\n") for line in _guard(file, path)]
+        lines = [line.rstrip("\r\n") for line in _guard(file, path)]
+    if len(lines) == 1 and "\r" in lines[0]:
+        raise InputError(f"{path}: its lines end in a carriage return alone; convert it: tr '\\r' '\\n'")
+    return lines
 
 
 def _open(path: str | Path) -> io.TextIOBase:
     if not Path(path).is_file():
         raise InputError(f"text file {path} does not exist; check the path")
-    opened = CONTAINERS.get(Path(path).suffix.lower(), open)
+    opened = _opener(path)
     with opened(path, "rb") as file:
         try:
-            start = file.read(3)
+            start = file.read(_MOST_MAGIC)
         except _DAMAGED as error:
             raise _damaged(path, error) from error
+    kind = next((kind for magic, kind in _NO_TEXT.items() if start.startswith(magic)), None)
+    if kind is not None:
+        raise InputError(f"{path} is {kind}, no text; unpack it, or give its kind by suffix or format")
     encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8")
     return opened(path, "rt", encoding=encoding, newline="\n")
+
+
+def _opener(path: str | Path) -> Any:
+    """The function that opens a file: by its suffix, else by its first bytes, since people rename what they download."""
+    suffix = Path(path).suffix.lower()
+    if suffix in CONTAINERS:
+        return CONTAINERS[suffix]
+    with open(path, "rb") as file:
+        start = file.read(_MOST_MAGIC)
+    return next((opened for magic, opened in _PACKED.items() if start.startswith(magic)), open)
 
 
 _DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError)
@@ -319,32 +364,63 @@ def _guard(lines: Iterable[Any], path: str | Path) -> Iterator[Any]:
 
 
 def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    for number, line in enumerate(read_lines(path), 1):
+    lines = read_lines(path)
+    if next((line for line in lines if line.strip()), "").lstrip("\ufeff \t").startswith("["):
+        yield from _rows_of_a_list(path, "\n".join(lines))
+        return
+    for number, line in enumerate(lines, 1):
         line = line.lstrip("\ufeff")  # of a file that another was appended to
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"{path}, line {number}: not JSON ({str(error)[:80]}); one object a line"
-            ) from error
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number}: a {type(row).__name__}, needs an object with fields")
-        yield row
+        if line.strip():
+            yield _row(_parsed(line, f"{path}, line {number}"), f"{path}, line {number}")
+
+
+def _rows_of_a_list(path: Path, text: str) -> Iterator[Mapping[str, Any]]:
+    """Objects of one JSON list, as ``.json`` files often hold them."""
+    for number, row in enumerate(_parsed(text.lstrip("\ufeff"), f"{path}"), 1):
+        yield _row(row, f"{path}, entry {number}")
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_each_once)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON ({str(error)[:80]}); one object a line") from error
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; of a field that is there twice, nobody knows which is meant."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"field {next(name for name in names if names.count(name) > 1)!r} appears twice")
+    return found
+
+
+def _row(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: a {type(value).__name__}, needs an object with fields")
+    return value
 
 
 def _table_rows(path: Path, separator: str = ",") -> Iterator[Mapping[str, Any]]:
     csv.field_size_limit(LARGEST_CELL)
     with _open(path) as file:
-        reader = csv.DictReader(file, delimiter=separator)
+        # Strict: a quote that is never closed would swallow the rows after it, and one in a cell be dropped.
+        reader = csv.DictReader(file, delimiter=separator, strict=True)
+        reader.fieldnames = [name.strip() for name in next(_guard(_header(reader), path), ())]
+        _refuse_repeated_columns(reader.fieldnames, path)
         for number, row in enumerate(_guard(reader, path), 1):
-            _refuse_repeated_columns(reader.fieldnames or (), path)
             if None in row or None in row.values():
                 raise InputError(
                     f"{path}, row {number}: number of cells differs from the header; mend the row"
                 )
             yield row
+
+
+def _header(reader: csv.DictReader[str]) -> Iterator[Sequence[str]]:
+    """The names of the columns, where the file has any."""
+    if reader.fieldnames is not None:
+        yield reader.fieldnames
 
 
 def _refuse_repeated_columns(names: Sequence[str], path: Path) -> None:
@@ -357,7 +433,7 @@ def _choice_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     """MMLU's tables: no header; question, four choices, the letter of the right one."""
     csv.field_size_limit(LARGEST_CELL)
     with _open(path) as file:
-        for number, cells in enumerate(_guard(csv.reader(file), path), 1):
+        for number, cells in enumerate(_guard(csv.reader(file, strict=True), path), 1):
             if len(cells) != 6 or cells[5].strip() not in CHOICES:
                 raise InputError(
                     f"{path}, row {number}: {len(cells)} cells; an MMLU row is question, four choices and one of "
@@ -385,7 +461,7 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     except Exception as error:  # what a Parquet reader raises on damaged bytes is not ours to list
         raise InputError(f"{path}: not a readable Parquet file ({str(error)[:100]})") from error
     for row in frame.to_dict("records"):
-        yield {str(name): _plain(value) for name, value in row.items()}
+        yield {str(name).lstrip("\ufeff"): _plain(value) for name, value in row.items()}
 
 
 def _plain(value: Any) -> Any:

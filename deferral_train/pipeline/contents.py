@@ -6,11 +6,12 @@ What lies here decides whether a finished stage may be taken up, see :mod:`defer
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from deferral_train import provenance
 from deferral_train.collecting.config import CollectConfig
 from deferral_train.decoding.decode import DecodeConfig
 from deferral_train.decoding.pair import Settings
@@ -21,6 +22,7 @@ from deferral_train.pairs.checkpoint import find_checkpoint
 from deferral_train.pairs.load import DTYPES
 from deferral_train.pipeline.config import PARTS, PairSection, RunConfig, TextConfig
 from deferral_train.pipeline.heads import candidate_config
+from deferral_train.redaction import redacted_text
 
 FREE_METRICS = ("bleu", "chrf", "exact_match", "log_likelihood")
 
@@ -68,7 +70,29 @@ def spec_inputs(specs: Sequence[str]) -> dict[str, str | None]:
         name, parameters = parse_spec(spec)
         if name in HEAD_PARAMETERS and "head" in parameters:
             found[spec] = str(parameters["head"])
+        if spec.partition(":")[0].count("."):  # my_pkg.mine:MyRule
+            found |= metric_inputs([spec])
     return found
+
+
+def metric_inputs(metrics: Sequence[str | None]) -> dict[str, str | None]:
+    """Programs, databases and modules that metrics name."""
+    given = [metric for metric in metrics if metric is not None]
+    return {
+        f"{redacted_text(metric)}, file {place}": file
+        for metric in given
+        for place, file in enumerate(provenance.files_of_metric(metric))
+    }
+
+
+def head_inputs(config: RunConfig) -> dict[str, str | None]:
+    """Checkpoints that candidates read embeddings from, and what the metrics of rounds name."""
+    found: dict[str, str | None] = {}
+    for name, settings in config.heads.candidates.items():
+        verifier = settings.get("verifier") if isinstance(settings, Mapping) else None
+        if isinstance(verifier, str):
+            found[f"heads.candidates.{name}.verifier"] = verifier
+    return found | (metric_inputs(config.heads.label_metric) if config.heads.rounds else {})
 
 
 def check_values(config: RunConfig) -> None:

@@ -27,6 +27,7 @@ from deferral_train.pipeline.heads import BEST, LEARNED
 from deferral_train.pipeline.pair import open_pair
 from deferral_train.pipeline.print_summary import short
 from deferral_train.pipeline.text import read_part
+from deferral_train.redaction import redacted_text
 from deferral_train.rules.base import Rule
 from deferral_train.traces import open_traces
 
@@ -73,7 +74,7 @@ def decode_shapes(run: RunContext, results: Results) -> Any:
     prompts = read_part(run.folder, ask.SHAPES)
     decode(pair, prompts, rules, DecodeConfig(_settings(run)), run.folder / SHAPES)
     summary = score_outputs(run.folder / SHAPES, (run.metric,), pair.models, prompts)
-    right = {name: rule["quality"][run.metric] for name, rule in summary["rules"].items()}
+    right = {name: rule["quality"][redacted_text(run.metric)] for name, rule in summary["rules"].items()}
     return {"questions": len(prompts), "right": right}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -84,7 +83,8 @@ def _brought(config: PairSection, run: Path, console: RunConsole) -> dict[str, A
     record = run / FOLDER / GATE_FILE
     pair = _load(config, config.drafter, config.verifier)
     wanted = {"fingerprints": pair.fingerprints, "device": str(pair.device)}
-    if record.is_file() and (stored := json.loads(record.read_text())).get("for") == wanted:
+    stored = provenance.read_object(record, "remove it") or {}
+    if stored.get("for") == wanted and isinstance(stored.get("gate"), dict):
         gate = stored["gate"]
     else:
         prompts = read_part(run, "validation", GATE_PROMPTS)

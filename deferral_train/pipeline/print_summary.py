@@ -8,6 +8,7 @@ from typing import Any
 
 from deferral_train.pipeline.console import RunConsole
 from deferral_train.pipeline.stages import StageRecord
+from deferral_train.redaction import redacted_text
 
 KEPT = (
     "mean_acceptance_length",
@@ -23,8 +24,8 @@ def short(scores: Mapping[str, Any], metric: str) -> dict[str, Any]:
     (chrF from 0 to 100, others from 0 to 1).
     """
     return {name: scores[name] for name in KEPT} | {
-        "quality": scores["quality"].get(metric),
-        "metric": metric,
+        "quality": scores["quality"].get(redacted_text(metric)),
+        "metric": redacted_text(metric),
     }
 
 

@@ -25,7 +25,14 @@ from deferral_train.pipeline.breakdowns import break_down
 from deferral_train.pipeline.config import PARTS, RunConfig
 from deferral_train.pipeline.console import RunConsole
 from deferral_train.pipeline.constraint import FOLDER
-from deferral_train.pipeline.contents import check_values, pair_inputs, spec_inputs, text_inputs
+from deferral_train.pipeline.contents import (
+    check_values,
+    head_inputs,
+    metric_inputs,
+    pair_inputs,
+    spec_inputs,
+    text_inputs,
+)
 from deferral_train.pipeline.heads import BEST, LEARNED, fit_candidates
 from deferral_train.pipeline.learning import ROUNDS, learn_in_rounds
 from deferral_train.pipeline.pair import prepare_pair
@@ -171,7 +178,10 @@ class Run:
             Stage(
                 name="fit",
                 title="heads learn the loss gap",
-                settings={"heads": c.heads, "seed": c.seed},
+                # Rounds decode, and label by metrics.
+                settings={"heads": c.heads, "seed": c.seed}
+                | ({"decode": c.decode} if c.heads.rounds else {}),
+                inputs=head_inputs(c),
                 after=("traces",),
                 outputs=("fit",),
                 work=self.fit,
@@ -184,7 +194,7 @@ class Run:
                 after=("fit",),
                 outputs=("point.json", "head", *constraint),
                 work=self.point,
-                inputs=spec_inputs([*c.rules, *c.decoded]),
+                inputs=spec_inputs([*c.rules, *c.decoded]) | metric_inputs([c.point.metric]),
                 replace=bool(constraint),
             ),
         ]
@@ -224,7 +234,7 @@ class Run:
                 after=("point",),
                 outputs=("decode", *((online.TIMING,) if c.decode.timed else ())),
                 work=partial(online.decode_rules, self),
-                inputs=rules,
+                inputs=rules | metric_inputs([c.point.metric, *c.decode.metrics]),
                 replace=True,
             ),
         ]
@@ -241,7 +251,7 @@ class Run:
                 after=("point",),
                 outputs=("frontier", "evaluation/frontier.json", "evaluation/frontier"),
                 work=partial(online.decode_frontiers, self),
-                inputs=spec_inputs(cascades),
+                inputs=spec_inputs(cascades) | metric_inputs([c.frontier.metric]),
                 replace=True,
             ),
             Stage(

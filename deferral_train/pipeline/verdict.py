@@ -14,6 +14,7 @@ from deferral_train.evaluation.choose import HIGH, LOW, least_limit
 from deferral_train.evaluation.online import online_table
 from deferral_train.evaluation.quality import per_prompt
 from deferral_train.pipeline.config import OperatingPointConfig
+from deferral_train.redaction import redacted_text
 
 POINTS = 100.0  # metrics per prompt lie in [0, 1]
 
@@ -44,7 +45,7 @@ class Measured:
     @property
     def metric_name(self) -> str:
         """In words."""
-        return METRICS.get(self.metric.partition(":")[0], f"mean {self.metric}")
+        return METRICS.get(self.metric.partition(":")[0], f"mean {redacted_text(self.metric)}")
 
 
 def make_verdict(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.rules.base import Rule, RuleStep, named
+from deferral_train.rules.base import PositionRule, Rule, RuleStep, named
 from deferral_train.rules.distributions import (
     MODELS,
     Distributions,
@@ -137,11 +137,10 @@ def verify_block(
             there is none.
     """
     with named(rule):
-        given = _Given(
+        block = _Given(
             rule, drafted, drafter_logits, verifier_logits, drafter_sampling_logits, verifier_sampling_logits,
             check_temperature(temperature), lengths, bonus, context, max_request_loss, spent,
-        )  # fmt: skip
-        block = given.block()
+        ).block()  # fmt: skip
         if not block.positions:
             return block.nothing()
         checks, last = block.uniforms(generator, numbers)
@@ -150,15 +149,18 @@ def verify_block(
             step = block.lossless_step()
         else:
             summary = block.read(rule, max_request_loss is not None)
-            step = rule.step(block.distributions, summary, block.token)
-
+            gap = None if max_request_loss is None else rule.estimated_gap(summary)
+            if isinstance(rule, PositionRule):
+                deferred = rule.defer(summary) if gap is None else rule.defer_by_gap(summary, gap)
+                step = RuleStep.of_deferral(deferred, block.distributions, block.token)
+            else:
+                step = rule.step(block.distributions, summary, block.token)
         passes, kept, allowed, spent = _passes(block, step, checks), step.kept, None, block.spent
-        if max_request_loss is None or block.spent is None or lossless:
+        if lossless or gap is None or max_request_loss is None or block.spent is None:
             accepted = passes.cumprod(dim=1).sum(dim=1)
         else:
             exact = _passes(block, block.lossless_step(), checks)
-            cost = rule.estimated_gap(summary) if step.gap is None else step.gap
-            accepted, allowed, spent = _walk(passes, exact, kept, cost, block.spent, max_request_loss)
+            accepted, allowed, spent = _walk(passes, exact, kept, gap, block.spent, max_request_loss)
             kept = kept & allowed
 
         rejected = accepted < block.lengths

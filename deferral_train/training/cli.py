@@ -60,7 +60,7 @@ class FitCLI(LightningCLI):
         out, ckpt_path = Path(self.config["out"]), self.config["ckpt_path"]
         resumed_at = None
         if ckpt_path is not None:
-            resumed_at = check_resumable(ckpt_path, self.model, self.datamodule)
+            resumed_at = check_resumable(ckpt_path, self.model, self.datamodule, given)
         if given["logger"] is None or given["logger"] is True:
             changes.setdefault("logger", curve_logger(out, resumed_at))
         self.best = best_checkpoint(out)
@@ -80,11 +80,10 @@ def main(words: Sequence[str]) -> int:
     find_modules_here()
     cli = _parsed(words)
     out, trainer = Path(cli.config["out"]), cli.trainer
-    provenance.write_json(
-        out / "fit.provenance.json", provenance.collect({"seed": cli.config["data"]["seed"]})
-    )
     try:
         with provenance.one_writer(out, "fit"), lightning_errors():
+            seeds = {"seed": cli.config["data"]["seed"]}
+            provenance.write_json(out / "fit.provenance.json", provenance.collect(seeds))
             trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config["ckpt_path"], weights_only=True)
             if trainer.global_step == 0:
                 raise InputError("the run ended before its first step; give trainer.max_time more time")
@@ -101,7 +100,10 @@ def main(words: Sequence[str]) -> int:
         print("fast_dev_run: training and validation ran; no checkpoint and no log are kept")
         return 0
     best, scores = cli.best.best_model_path, cli.model.scalars
-    print(f"val/regret {scores.get('regret', float('nan')):.6f} (last epoch); best checkpoint: {best}")
+    if scores:
+        print(f"val/regret {scores['regret']:.6f} (last epoch); best checkpoint: {best}")
+    else:  # resumed at its end
+        print(f"nothing was left to train after step {trainer.global_step}; best checkpoint: {best}")
     print(f"export it with: {_export_command(cli, best)}")
     return 0
 
@@ -130,7 +132,7 @@ def _parsed(words: Sequence[str]) -> FitCLI:
     spoken = io.StringIO()
     with (
         warnings.catch_warnings(),
-        lightning_errors(),
+        lightning_errors("flags"),
         contextlib.nullcontext() if asked_for_help else contextlib.redirect_stderr(spoken),
     ):
         # The words are the command line's own, less the command: sys.argv holds nothing else to mistake them for.

@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from deferral_train import provenance
+from deferral_train.errors import InputError
 from deferral_train.heads.base import DeferralHead
 from deferral_train.training.checkpoint import load_checkpoint, read_checkpoint
 from deferral_train.training.config import FitConfig, make_head, plain_settings
@@ -24,7 +25,6 @@ from deferral_train.training.metadata import evaluation_metadata, training_metad
 from deferral_train.training.module import HEADLINE, DeferralModule
 from deferral_train.training.preparation import fit_recalibration
 from deferral_train.training.resuming import made_from, take_up
-from deferral_train.training.ridge import RIDGE
 from deferral_train.training.scoring import score
 from deferral_train.training.sklearn_heads import SklearnHead
 
@@ -48,9 +48,7 @@ class FitResult:
     epochs: int = 0
 
 
-def fit(
-    config: FitConfig, out_dir: str | Path, *, resume: bool = True, initial: DeferralHead | None = None
-) -> FitResult:
+def fit(config: FitConfig, out_dir: str | Path, *, resume: bool = True) -> FitResult:
     """Fit a head; everything is checked before training starts.
 
     Args:
@@ -59,29 +57,27 @@ def fit(
             ``made_from.json`` (settings and contents that decide the weights).
         resume: continue from ``checkpoints/last.ckpt`` where it exists and was made from the same settings, traces and
             initial weights; False starts over.
-        initial: start from this head's weights instead of fresh ones (refitting on new prefixes).
 
     Raises:
         InputError: bad settings or traces, by name; a folder that holds a fit of others.
     """
     out = Path(out_dir)
     with provenance.one_writer(out, "fit"):
-        return _fit(config, out, resume, initial)
+        return _fit(config, out, resume)
 
 
-def _fit(config: FitConfig, out: Path, resume: bool, initial: DeferralHead | None) -> FitResult:
+def _fit(config: FitConfig, out: Path, resume: bool) -> FitResult:
     with quiet_lightning():
         pl.seed_everything(config.seed, verbose=False)
     data = _data(config)
     head = make_head(config, data.traces["train"], data.matrix_width)
-    if initial is not None and config.objective != RIDGE:
-        head.load_state_dict(initial.state_dict())
-    take_up(out, made_from(plain_settings(config), data, head), resume)
+    source = made_from(plain_settings(config), data, head)
+    take_up(out, source, resume)
     data.prepare(head)
     if config.head == "plug_in" or isinstance(head, SklearnHead):
         result = _closed_form(config, data, head)
     else:
-        result = _train(config, data, head, out, resume)
+        result = _train(config, data, head, out, provenance.hash_of(source), resume)
     _record(config, data, result, out)
     return result
 
@@ -102,8 +98,9 @@ def _data(config: FitConfig) -> TraceDataModule:
 
 
 def _train(
-    config: FitConfig, data: TraceDataModule, head: DeferralHead, out: Path, resume: bool
+    config: FitConfig, data: TraceDataModule, head: DeferralHead, out: Path, source: str, resume: bool
 ) -> FitResult:
+    """Train with Lightning; ``source`` is the hash of what decides the weights, which checkpoints carry."""
     module = DeferralModule(
         head,
         objective=config.objective,
@@ -114,6 +111,7 @@ def _train(
         seed=config.seed,
         figure_every=config.figure_every,
     )
+    module.made_from = source
     best = best_checkpoint(out)
     last = out / "checkpoints" / "last.ckpt"
     start = str(last) if resume and last.exists() else None
@@ -125,6 +123,10 @@ def _train(
             config, logger, [best, stop, KeepLast(last), OneCurve(out, start is not None), LogOften()]
         )
         trainer.fit(module, data, ckpt_path=start, weights_only=True)
+    if not Path(best.best_model_path).is_file():
+        raise InputError(
+            f"{out}: the best checkpoint, {best.best_model_path}, is gone; resume=False or --fresh starts over"
+        )
     head, scalars = read_checkpoint(best.best_model_path)
     return FitResult(head, Path(best.best_model_path), scalars, Path(logger.log_dir), trainer.current_epoch)
 

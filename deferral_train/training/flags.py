@@ -85,21 +85,25 @@ def check_trainer_flags(given: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def lightning_errors() -> Iterator[None]:
+def lightning_errors(part: str = "trainer") -> Iterator[None]:
     """Context in which Lightning's errors on flags that do not fit become an InputError of one line.
 
-    Its own class of error, and plain ones that it raises itself; an error from anywhere else is passed on.
+    Its own class of error, and plain ones that it raises itself, or the parser of its flags, or what opens addresses
+    for it; an error from anywhere else is passed on.
+
+    Args:
+        part: what the line begins with.
     """
     try:
         yield
     except InputError:
         raise
     except MisconfigurationException as error:
-        raise InputError(f"trainer: {error}") from error
+        raise InputError(f"{part}: {error}") from error
     except (ValueError, TypeError, RuntimeError, ImportError, NotImplementedError) as error:
         if not _raised_by_lightning(error):
             raise
-        raise InputError(f"trainer: {error}") from error
+        raise InputError(f"{part}: {error}") from error
 
 
 def _raised_by_lightning(error: BaseException) -> bool:
@@ -107,4 +111,4 @@ def _raised_by_lightning(error: BaseException) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
-    return module.partition(".")[0] in ("pytorch_lightning", "lightning_fabric")
+    return module.partition(".")[0] in ("pytorch_lightning", "lightning_fabric", "jsonargparse", "fsspec")

@@ -20,7 +20,7 @@ from deferral_train.training.figures import draw
 from deferral_train.training.loader import step_seed
 from deferral_train.training.metadata import training_metadata
 from deferral_train.training.preparation import prepare_head
-from deferral_train.training.resuming import traces_keys
+from deferral_train.training.resuming import traces_keys, training_settings
 from deferral_train.training.ridge import RIDGE, fit_ridge
 from deferral_train.training.scoring import label_range
 from deferral_train.training.tracking import Tracker, predict
@@ -72,6 +72,9 @@ class DeferralModule(pl.LightningModule):
         self.generator = torch.Generator()
         self.trackers = torch.nn.ModuleDict()
         self.scalars: dict[str, float] = {}  # of the latest validation
+        self.made_from: str | None = (
+            None  # hash of what decides the weights, where a caller keeps such a record
+        )
 
     @property
     def data(self) -> TraceDataModule:
@@ -210,6 +213,11 @@ class DeferralModule(pl.LightningModule):
         checkpoint["deferral_head"] = self.head.stored_config()
         checkpoint["deferral_scalars"] = self.scalars
         checkpoint["deferral_traces"] = traces_keys(self.data)
+        checkpoint["deferral_trainer"] = training_settings(
+            vars(self.trainer) | {"precision": self.trainer.precision}
+        )
+        if self.made_from is not None:
+            checkpoint["deferral_made_from"] = self.made_from
 
 
 def _flat(value: Any) -> Any:

@@ -11,7 +11,7 @@ from deferral_train.errors import InputError
 from deferral_train.training.checkpoint import load_checkpoint
 from deferral_train.training.datamodule import TraceDataModule
 from deferral_train.training.module import DeferralModule
-from deferral_train.training.resuming import traces_keys
+from deferral_train.training.resuming import traces_keys, training_settings
 
 LIGHTNING = (
     "epoch",
@@ -25,10 +25,15 @@ HEAD = ("deferral_head_type", "stage", "loss", "features", "widths", "body", "hi
 FREE = frozenset({"figure_every", "pair_training"})  # decide no weight
 
 
-def check_resumable(path: str | Path, module: DeferralModule, data: TraceDataModule) -> int:
+def check_resumable(
+    path: str | Path, module: DeferralModule, data: TraceDataModule, trainer: Mapping[str, Any]
+) -> int:
     """Refuse a checkpoint that this fit cannot continue; returns the optimiser steps that it has taken.
 
     Lightning restores weights and optimiser from the file, so that a setting given anew would be recorded but not used.
+
+    Args:
+        trainer: flags of Lightning's Trainer.
 
     Raises:
         InputError: an absent or damaged file, another head, or other settings, by name.
@@ -54,6 +59,7 @@ def check_resumable(path: str | Path, module: DeferralModule, data: TraceDataMod
             "leave ckpt_path out to start anew"
         )
     pairs += [("contents of data", checkpoint["deferral_traces"], traces_keys(data))]
+    pairs += [("trainer", checkpoint.get("deferral_trainer", {}), training_settings(trainer))]
     for section, before, after in pairs:
         _refuse_changes(path, section, before, after)
     return int(checkpoint["global_step"])

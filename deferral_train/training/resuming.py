@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from deferral_train import provenance
-from deferral_train.decoding.outputs import read_record
+from deferral_train.errors import InputError
 from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.fingerprint import weights_key
 from deferral_train.traces import Traces
+from deferral_train.training.checkpoint import load_checkpoint
 from deferral_train.training.datamodule import TraceDataModule
 
 RECORD = "made_from.json"
@@ -32,6 +32,29 @@ def traces_keys(data: TraceDataModule) -> dict[str, Any]:
     return keys | {"further": [traces_key(traces) for traces in data.further]}
 
 
+def training_settings(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of Lightning's Trainer that change the weights of a run which goes on, as JSON-like values.
+
+    Args:
+        trainer: attributes of a Trainer, or its flags as they were given.
+    """
+    values = {"accumulate_grad_batches": 1, "limit_train_batches": 1.0, "overfit_batches": 0.0}
+    values |= {"gradient_clip_val": None, "gradient_clip_algorithm": None, "precision": "32-true"}
+    found = {
+        name: trainer.get(name) if trainer.get(name) is not None else value for name, value in values.items()
+    }
+    found["gradient_clip_val"] = found["gradient_clip_val"] or None
+    algorithm = found["gradient_clip_algorithm"] or "norm"
+    found["gradient_clip_algorithm"] = (
+        str(getattr(algorithm, "value", algorithm)) if found["gradient_clip_val"] else None
+    )
+    precision = str(found["precision"])
+    found["precision"] = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "None": "32-true"}.get(
+        precision, precision
+    )
+    return found
+
+
 def made_from(settings: Mapping[str, Any], data: TraceDataModule, head: DeferralHead) -> dict[str, Any]:
     """Everything that decides the fitted weights, as JSON-like values.
 
@@ -45,7 +68,7 @@ def made_from(settings: Mapping[str, Any], data: TraceDataModule, head: Deferral
         "features": head.config,
         "initial": weights_key(head),
     }
-    return dict(json.loads(json.dumps(provenance.record_of(found))))
+    return dict(provenance.record_of(found))
 
 
 def take_up(out: Path, now: Mapping[str, Any], resume: bool) -> None:
@@ -63,7 +86,12 @@ def take_up(out: Path, now: Mapping[str, Any], resume: bool) -> None:
     checkpoints = sorted((out / CHECKPOINTS).glob("*.ckpt")) if (out / CHECKPOINTS).is_dir() else []
     if checkpoints and resume:
         remedy = "resume=False or --fresh starts over, another folder keeps both"
-        provenance.refuse_reuse(out, read_record(out / RECORD), now, remedy)
+        provenance.refuse_reuse(out, provenance.read_object(out / RECORD, remedy), now, remedy)
+        for path in checkpoints:
+            if load_checkpoint(path).get("deferral_made_from") not in (None, provenance.hash_of(now)):
+                raise InputError(
+                    f"{path} was written by another fit than the one recorded in {out / RECORD}; {remedy}"
+                )
         return
     for path in (*checkpoints, *(out / "log").glob("events.out.tfevents.*")):
         path.unlink()

@@ -10,12 +10,12 @@ from decoding.sweep import candidates, examine
 ALWAYS = (
     "AfmoeForCausalLM", "BioGptForCausalLM", "BloomForCausalLM", "CTRLLMHeadModel", "DeepseekV2ForCausalLM",
     "FSMTForConditionalGeneration", "FalconForCausalLM", "GPTJForCausalLM", "PhimoeForCausalLM",
+    # Read one token at a time: without a cache, recurrent, indexed, compressed, with columns of their own.
+    "CpmAntForCausalLM", "DeepseekV32ForCausalLM", "FalconMambaForCausalLM", "MiniMaxForCausalLM", "MoshiForCausalLM",
+    "ProphetNetForConditionalGeneration", "RwkvForCausalLM", "SwitchTransformersForConditionalGeneration",
+    "XLNetLMHeadModel", "GitForCausalLM", "JambaForCausalLM", "Qwen3NextForCausalLM",
 )  # fmt: skip
-REFUSED = {
-    "CpmAntForCausalLM": "columns in its cache",
-    "DeepseekV32ForCausalLM": "cannot be rolled back row by row",
-    "FalconMambaForCausalLM": "keeps no key/value cache",
-}
+REFUSED = {"RecurrentGemmaForCausalLM": "keeps its state in its own modules"}
 KNOWN = {name: (kind, config) for name, kind, config in candidates()}
 
 

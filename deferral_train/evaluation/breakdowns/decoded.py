@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deferral_train.decoding.outputs import BATCHES, OUTPUTS, read_lines
+from deferral_train.decoding.outputs import BATCHES, OUTPUTS, read_lines, read_record
 from deferral_train.errors import InputError
 from deferral_train.evaluation.bootstrap import Interval, Redraws
 from deferral_train.evaluation.breakdowns.prompts import size_words
@@ -45,7 +44,11 @@ def settings_table(folders: Sequence[Path], redraws: Redraws) -> list[Row]:
 
 
 def _rows(folder: Path, redraws: Redraws) -> list[Row]:
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    summary = read_record(folder / "summary.json")
+    if summary is None or not isinstance(summary.get("rules"), dict):
+        raise InputError(
+            f"decoded: {folder} holds no summary of rules; give the --out of a finished decode run"
+        )
     outputs, batches = list(read_lines(folder / OUTPUTS)), list(read_lines(folder / BATCHES))
     speeds = speed_table(batches)
     group = f"{folder.name}: {describe(summary)}"

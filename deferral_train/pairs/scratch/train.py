@@ -1,11 +1,10 @@
-"""Train a tokenizer, a verifier and a drafter from scratch; resumable; records what was seen."""
+"""Train a pair: from scratch, or a drafter cut from an existing verifier; resumable; records what was seen."""
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,16 +18,19 @@ from deferral_train.errors import InputError
 from deferral_train.pairs import overlap
 from deferral_train.pairs.checkpoint import without_bars
 from deferral_train.pairs.encode import encode_prompts
+from deferral_train.pairs.fingerprint import checkpoint_fingerprint
 from deferral_train.pairs.gate import GateResult, check_pair
 from deferral_train.pairs.load import load_models, load_tokenizer
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.pairs.scratch.batches import AnswerBatches, Batches, PairBatches, WindowBatches
+from deferral_train.pairs.scratch.cut import cut, open_verifier
 from deferral_train.pairs.scratch.models import load_trained, new_model
 from deferral_train.pairs.scratch.optimise import LoopSettings, Report, optimise
 from deferral_train.pairs.scratch.tokenizer import QUESTION, train_tokenizer
 from deferral_train.pairs.scratch.train_config import PairConfig, Schedule
 from deferral_train.pairs.scratch.training_text import TrainingText, load_training_text
 
+AGAIN = "--fresh trains anew"
 RECORD = "pair.json"
 # What a progress display is asked for: a report for one model's training, given its name and number of steps.
 Progress = Callable[[str, int], Report]
@@ -102,6 +104,9 @@ def made_from(config: PairConfig) -> dict[str, Any]:
         for place, file in enumerate(files)
         if file != "stdlib"
     }
+    if config.from_verifier is not None:
+        key = provenance.content_key(config.from_verifier)
+        texts["from_verifier"] = {"path": config.from_verifier, "content": key}
     if "stdlib" in config.text.files:
         texts["python"] = platform.python_version()
     return {"outcome": config.outcome_hash(), "texts": texts}
@@ -111,7 +116,7 @@ def _finished(config: PairConfig, out: Path) -> PairResult | None:
     """The stored result; refuses a folder that another configuration or other texts began."""
     now = made_from(config)
     for path in (out / RECORD, out / "work" / "config.json"):
-        record = _read(path)
+        record = provenance.read_object(path, AGAIN)
         if record is None:
             continue
         if record.get("outcome") != now["outcome"]:
@@ -120,25 +125,25 @@ def _finished(config: PairConfig, out: Path) -> PairResult | None:
             )
         before = None if "texts" not in record else {name: record[name] for name in now}
         provenance.refuse_reuse(out, before, now, "choose another folder, or --fresh to train anew")
-    record = _read(out / RECORD)
+    record = provenance.read_object(out / RECORD, AGAIN)
     if record is None:
         return None
     try:
+        _refuse_others(out, record["fingerprints"])
         return _result(out, record["losses"], GateResult(**record["gate"]), reused=True)
     except (KeyError, TypeError) as error:
         raise InputError(f"{out / RECORD} is damaged ({error}); --fresh trains anew") from None
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("no object")
-        return found
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({str(error)[:100]}); --fresh trains anew") from None
+def _refuse_others(out: Path, recorded: Mapping[str, Any]) -> None:
+    """Refuse models that are not those that were trained here and measured: gone, or trained on in their folder."""
+    for role in ("drafter", "verifier"):
+        try:
+            now = checkpoint_fingerprint(out / role)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{out / role} cannot be read ({str(error)[:100]}); {AGAIN}") from None
+        if any(now[name] != recorded[role][name] for name in ("config", "weights")):
+            raise InputError(f"{out / role} holds another model than the one that was trained there; {AGAIN}")
 
 
 def _result(out: Path, losses: dict[str, float], gate: GateResult, reused: bool) -> PairResult:
@@ -154,8 +159,15 @@ def _train(config: PairConfig, out: Path, progress: Progress | None) -> PairResu
         role: batched(schedule.batch, config.seed + offset)
         for offset, (role, schedule) in enumerate(_schedules(config).items())
     }
-    losses = {"verifier": _one_model("verifier", config, out, tokenizer, batches["verifier"], None, progress)}
-    teacher = load_trained(config, out / "verifier") if config.drafter_schedule.distil else None
+    if config.from_verifier is None:
+        losses = {
+            "verifier": _one_model("verifier", config, out, tokenizer, batches["verifier"], None, progress)
+        }
+        teacher = load_trained(config, out / "verifier") if config.drafter_schedule.distil else None
+    else:
+        losses, teacher = {}, open_verifier(config.from_verifier, torch.float32)
+        if not (out / "verifier").is_dir():
+            _publish(out / "verifier", open_verifier(config.from_verifier), tokenizer)
     losses["drafter"] = _one_model("drafter", config, out, tokenizer, batches["drafter"], teacher, progress)
     pair = load_models(out / "drafter", out / "verifier", device="cpu", dtype="float32")
     gate = check_pair(pair, text.heldout, context=config.context)
@@ -177,6 +189,14 @@ def _schedules(config: PairConfig) -> dict[str, Schedule]:
     return {"verifier": config.verifier_schedule, "drafter": config.drafter_schedule}
 
 
+def _kept_loss(path: Path) -> float:
+    """Closing loss of a model that is finished while its pair is not."""
+    try:
+        return float((provenance.read_object(path, AGAIN) or {})["loss"])
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{path} is damaged (no loss); {AGAIN}") from None
+
+
 def _one_model(
     role: str,
     config: PairConfig,
@@ -189,9 +209,12 @@ def _one_model(
     """Train and publish one model unless it is there; returns its closing training loss."""
     kept = out / "work" / f"{role}.json"
     if (out / role).is_dir() and kept.is_file():
-        return float(json.loads(kept.read_text())["loss"])
+        return _kept_loss(kept)
     schedule = _schedules(config)[role]
-    model = new_model(config, role, tokenizer)
+    if config.from_verifier is None:
+        model = new_model(config, role, tokenizer)
+    else:
+        model = cut(teacher, config.kept_layers).requires_grad_(True)
     settings = LoopSettings(
         checkpoint=out / "work" / f"{role}.pt",
         outcome=config.outcome_hash(),
@@ -225,6 +248,8 @@ def _publish(folder: Path, *parts: Any) -> None:
 
 
 def _tokenizer(config: PairConfig, folder: Path, text: TrainingText) -> Any:
+    if config.from_verifier is not None:
+        return load_tokenizer(config.from_verifier)
     if not folder.is_dir():
         texts = (side for item in text.train for side in (item.prompt, item.reference) if side)
         template = QUESTION if config.text.answers else None
