@@ -278,11 +278,7 @@ def _js(distributions: Distributions) -> Tensor:
         distributions.drafter(distributions.probs),
         distributions.verifier(distributions.probs),
     )
-<<<<<<< HEAD
     total = (drafter + verifier).clamp_(min=torch.finfo(drafter.dtype).tiny)
-=======
-    total = (drafter + verifier).clamp(min=torch.finfo(drafter.dtype).tiny)
->>>>>>> main
     entropies = distributions.drafter(distributions.entropy) + distributions.verifier(distributions.entropy)
     both = torch.xlogy(total, total).sum(dim=-1) + entropies
     return torch.rsub(both, math.log(2), alpha=0.5).clamp(min=0.0)
