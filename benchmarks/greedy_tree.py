@@ -1,6 +1,6 @@
 """Greedy cascades of many rules at once, over shared prefixes: the same texts and calls as ``decode`` writes.
 
-At temperature 0 a cascade emits the drafter's favourite or the verifier's, so that all settings of all rules walk one
+At temperature 0 a cascade emits the drafter's argmax or the verifier's, so that all settings of all rules walk one
 tree with two branches at a place. Both models score every prefix once, whoever comes there, and each setting keeps its
 own place in the block. A study that decodes a hundred settings pays for a few. Encoder-decoder pairs.
 """
@@ -221,7 +221,7 @@ def _summary(rules: Mapping[str, Rule], q: Tensor, p: Tensor, states: Tensor | N
 
 
 def _defer(rule: Rule, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
-    """Whether a rule emits another token than the drafter's favourite, bool [N]."""
+    """Whether a rule emits another token than the drafter's argmax, bool [N]."""
     if not isinstance(rule, PositionRule | TokenRule):
         return rule.target(q, p, temperature=0.0).argmax(-1) != q.argmax(-1)
     return defers(rule, summary)

@@ -36,7 +36,7 @@ from deferral_train.pairs.prompts import Prompt, read_prompts
 from deferral_train.rules.base import PositionRule, Rule, TokenRule
 from deferral_train.rules.registry import make_rule
 from deferral_train.traces import Traces, open_traces
-from deferral_train.traces.sequence import labelled_rows
+from deferral_train.traces.sequence import labelled_rows, sequence_summary
 
 RULES = (
     "opt_verifier",
@@ -76,7 +76,7 @@ def settings_of(name: str, traces: Traces) -> dict[str, Rule]:
         picked = rules[:: max(1, len(rules) // (len(KEPT) + 1))][1 : len(KEPT) + 1]
         return {f"{name}:{rule.dial_value:g}": rule for rule in picked}
     needs = sorted({*family.rule.needs, *TOKEN_NEEDS, "tv"})
-    summary = traces.summary(needs).select(labelled_rows(traces))
+    summary = sequence_summary(traces, needs).select(labelled_rows(traces))
     kept = np.array([1 - float(defers(rule, summary).double().mean()) for rule in rules])
     picked = [rules[int(np.abs(kept - share).argmin())] for share in KEPT]
     return {f"{name}:{rule.dial_value:g}": rule for rule in picked}

@@ -6,19 +6,20 @@ neither transformers nor Lightning.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from deferral_train.errors import names_on_first_use
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "load_pair": "deferral_train.decoding",
-    "cascade_generate": "deferral_train.decoding",
-    "make_rule": "deferral_train.rules",
-    "DeferralHead": "deferral_train.heads",
-    "open_traces": "deferral_train.traces",
-    "score_rules": "deferral_train.evaluation",
-    "InputError": "deferral_train.errors",
+    "load_pair": "decoding",
+    "cascade_generate": "decoding",
+    "make_rule": "rules",
+    "DeferralHead": "heads",
+    "open_traces": "traces",
+    "score_rules": "evaluation",
+    "InputError": "errors",
 }
 
 __all__ = [
@@ -40,15 +41,7 @@ if TYPE_CHECKING:
     from deferral_train.traces import open_traces
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'deferral_train' has no attribute {name!r}")
-    try:
-        return getattr(importlib.import_module(_HOME[name]), name)
-    except ModuleNotFoundError as error:
-        from deferral_train.errors import missing_extra
-
-        raise missing_extra(error) from None
+__getattr__ = names_on_first_use(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from argparse import ArgumentError
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from deferral_train.redaction import redacted_text
 
@@ -77,6 +79,28 @@ def missing_extra(error: ModuleNotFoundError) -> MissingExtraError:
     if top not in EXTRAS:
         raise error
     return MissingExtraError(top, EXTRAS[top])
+
+
+def names_on_first_use(package: str, home: Mapping[str, str]) -> Callable[[str], Any]:
+    """``__getattr__`` of a package that imports its names when they are first asked for, so that importing it is light.
+
+    Args:
+        package: its ``__name__``.
+        home: name to the module of the package that defines it.
+
+    Returns:
+        a function that raises AttributeError for other names, and MissingExtraError where an extra is not installed.
+    """
+
+    def find(name: str) -> Any:
+        if name not in home:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        try:
+            return getattr(importlib.import_module(f"{package}.{home[name]}"), name)
+        except ModuleNotFoundError as error:
+            raise missing_extra(error) from None
+
+    return find
 
 
 @contextlib.contextmanager

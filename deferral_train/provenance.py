@@ -116,7 +116,7 @@ def read_object(path: str | Path, remedy: str) -> dict[str, Any] | None:
         remedy: how to go on where it is damaged, such as ``run that stage again``.
 
     Raises:
-        InputError: it is damaged.
+        InputError: it is no JSON, or holds something else than an object.
     """
     path = Path(path)
     if not path.is_file():
@@ -124,9 +124,9 @@ def read_object(path: str | Path, remedy: str) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({str(error)[:100]}); {remedy}") from None
+        raise InputError(f"{path} is no JSON ({str(error)[:100]}); {remedy}") from None
     if not isinstance(found, dict):
-        raise InputError(f"{path} is damaged (no object); {remedy}")
+        raise InputError(f"{path} holds no JSON object; {remedy}")
     return found
 
 
@@ -273,7 +273,7 @@ def refuse_reuse(folder: str | Path, before: Any, now: Any, remedy: str) -> None
     """
     if before is None:
         raise InputError(f"{folder} does not record what it was made from (an earlier release); {remedy}")
-    now = json.loads(json.dumps(record_of(now)))
+    now = record_of(now)
     found = changes(before, now)
     if found:
         other = ", ".join(sorted(k for k in {*before, *now} if before.get(k) != now.get(k)))

@@ -52,7 +52,7 @@ class RuleReport:
 
     Attributes:
         name: of the rule.
-        kind: ``"position"``, ``"token"`` or ``"law"``.
+        kind: ``"position"``, ``"token"`` or ``"distribution"``.
         positions: positions checked.
         worst: largest |enumerated - target| of any token.
         rejection: largest |enumerated rejection - D_TV(q, pi)|; for a rule whose check depends on the drafted
@@ -108,8 +108,8 @@ def check_rule(rule: Rule, context: Callable[[int], Summary] | None = None, seed
 
 
 def kind_of(rule: Rule) -> str:
-    """Kind of a rule: ``"position"``, ``"token"`` or ``"law"``."""
-    for kind, base in (("position", PositionRule), ("token", TokenRule), ("law", LawRule)):
+    """Kind of a rule: ``"position"``, ``"token"`` or ``"distribution"``."""
+    for kind, base in (("position", PositionRule), ("token", TokenRule), ("distribution", LawRule)):
         if isinstance(rule, base):
             return kind
     raise AssertionError(f"{type(rule).__name__} must subclass PositionRule, TokenRule or LawRule")
@@ -222,7 +222,11 @@ def _checked(
             torch.ones_like(token, dtype=torch.bool), torch.zeros_like(token, dtype=torch.bool), None
         )
     else:
-        step = rule.step(distributions, rule.read(distributions, token, context, frozenset({"token"})), token)
+        summary = rule.read(distributions, token, context, frozenset({"token"}))
+        if isinstance(rule, PositionRule):
+            step = RuleStep.of_deferral(rule.defer(summary), distributions, token)
+        else:
+            step = rule.step(distributions, summary, token)
     target = distributions.p if step.target is None else step.target
     if distributions.greedy and target.dim() == token.dim():
         target = one_hot(target, distributions.q.shape[-1], distributions.q.dtype)
@@ -324,11 +328,14 @@ def _check_offline(rule: Rule, case: Case, context: Summary | None) -> None:
     if isinstance(rule, PositionRule) and not rule.needs & TOKEN_FIELDS and not rule.is_lossless:
         assert torch.equal(rule.defer(online), rule.defer(offline)), f"{rule.name}: offline decision differs"
     if isinstance(rule, TokenRule) and not rule.is_lossless:
-        every = rule.keep(distributions.drafter_logprobs, distributions.verifier_logprobs, online)
-        some = torch.tensor([0, 3, distributions.q.shape[-1] - 1])
-        part = rule.keep(
-            distributions.drafter_logprobs[..., some], distributions.verifier_logprobs[..., some], offline
+        every = rule.keep_tokens(
+            None, distributions.drafter_logprobs, distributions.verifier_logprobs, online
         )
+        some = torch.tensor([0, 3, distributions.q.shape[-1] - 1])
+        chosen = (
+            logs[..., some] for logs in (distributions.drafter_logprobs, distributions.verifier_logprobs)
+        )
+        part = rule.keep_tokens(some.expand(*every.shape[:-1], len(some)), *chosen, offline)
         assert torch.equal(every[..., some], part), f"{rule.name}: a token's decision depends on its company"
 
 

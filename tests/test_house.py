@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "deferral_train"
 KNOWN = Path(__file__).with_name("house_known.json")
 MOST_PARAMETERS, MOST_LINES = 8, 60
+MOST_CALLS, MOST_FILES = 6, 4  # from Pair.generate to the formula of a rule
 
 # A signature that another library or the public surface fixes.
 FIXED_SIGNATURES = {
@@ -42,13 +43,15 @@ REPLACED_WORDS = {
     "paste": "engine_command",
     "imagined": "shadow_outcome",
     "shelf": "ShardWriterThread",
+    "law": "distribution",
 }
+STABLE_NAMES = {"LawRule", "law"}  # public: rules that users have written define the method
 # Whole names, where the word alone is fine elsewhere: by file or room.
 REPLACED_NAMES = {
     ("decoding", "Cascade"): "DecodingState",
     ("decoding", "Stepper"): "CachedModel",
     ("decoding", "Ledger"): "StatsRecorder",
-    ("decoding/loop.py", "judge"): "verify: judge is a rule, a head and a label",
+    ("decoding", "judge"): "verify_block: judge is a rule, a head and a label",
     ("collecting/scoring.py", "Scores"): "ModelOutputs",
     ("rules/scoring.py", "Scores"): "AcceptanceProbs",
 }
@@ -137,6 +140,9 @@ def replaced_words() -> Iterator[tuple[str, str]]:
     for file, name, node in everywhere():
         if is_public(name):
             words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", node.name)}
+            words = {word.removesuffix("s") for word in words} - (
+                {"law"} if node.name in STABLE_NAMES else set()
+            )
             named = (file, node.name) in REPLACED_NAMES or (file.split("/")[0], node.name) in REPLACED_NAMES
             if named or words & set(REPLACED_WORDS):
                 yield file, name
@@ -174,6 +180,10 @@ class Twice: ...
 
 def many(a, b, c, d, e, f, g, *h, i): ...
 
+def law(): ...
+
+def laws_of(): ...
+
 class Shelf:
     def __init__(self, a, b, c, d, e, f, g, h): ...
 
@@ -193,7 +203,7 @@ def test_every_check_finds_what_is_planted(monkeypatch):
             "long_functions": ["x.py:long"],
             "shared_class_names": ["x.py:Twice"],
             "riddling_docstrings": ["x.py:Shelf.puts"],
-            "replaced_words": ["x.py:Shelf"],
+            "replaced_words": ["x.py:Shelf", "x.py:laws_of"],
         },
         "b": {"shared_class_names": ["y.py:Twice"]},
     }
@@ -207,6 +217,41 @@ def test_every_fixed_signature_is_one():
         if isinstance(node, Function)
     }
     assert all(sizes.get(name, 0) > MOST_PARAMETERS for name in FIXED_SIGNATURES)
+
+
+def test_the_walk_from_generate_to_a_rules_formula_is_short():
+    """Every frame of the package on the stack when max q < max p - alpha D_TV is evaluated, both ends counted."""
+    from decoding.helpers import pair_of
+
+    from deferral_train.decoding import Pair
+    from deferral_train.pairs.load import make_pair
+    from deferral_train.rules.position import Opt
+
+    walks = []
+
+    def note(frame, event, _):
+        if event != "call" or frame.f_code is not Opt.defer.__code__:
+            return
+        walk = []
+        while frame is not None:
+            if Path(frame.f_code.co_filename).is_relative_to(PACKAGE):
+                walk.append((Path(frame.f_code.co_filename).name, frame.f_code.co_qualname))
+            frame = frame.f_back
+        walks.append(walk[::-1])
+
+    pair = Pair(make_pair(*pair_of("llama")))
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        pair.generate(["w1 w2 w3", "w4 w5"], rule="opt", max_new_tokens=6)
+    finally:
+        sys.setprofile(before)
+    assert walks
+    for walk in walks:
+        assert walk[0] == ("pair.py", "Pair.generate")
+        assert walk[-1] == ("position.py", "Opt.defer")
+        assert len(walk) <= MOST_CALLS, walk
+        assert len({file for file, _ in walk}) <= MOST_FILES, walk
 
 
 def test_files_do_not_import_each_other_in_a_circle():

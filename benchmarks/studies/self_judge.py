@@ -32,7 +32,8 @@ from deferral_train.heads.judge import JudgeHead
 from deferral_train.pairs.prompts import Prompt, read_prompts
 from deferral_train.rules import Rule, make_rule
 from deferral_train.traces import Traces, open_traces
-from deferral_train.traces.judged import acceptable, judged_rows, judged_summary, resolve_truth
+from deferral_train.traces.judged import acceptable, judged_rows, resolve_truth
+from deferral_train.traces.sequence import argmax_summary
 from deferral_train.training.config import FitConfig
 from deferral_train.training.fit import fit
 
@@ -172,7 +173,7 @@ def _fitted(name: str, traces: Mapping[str, Traces], work: Path) -> tuple[JudgeH
 
 def _approving(head: JudgeHead, traces: Traces, share: float) -> float:
     """The threshold that approves of a share of the judged tokens."""
-    scores = head.score(judged_summary(traces, head.features).select(judged_rows(traces)))
+    scores = head.score(argmax_summary(traces, head.features).select(judged_rows(traces)))
     return float(scores.double().quantile(1 - share))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from deferral_train.decoding.settings import Settings
 from deferral_train.errors import InputError
 from deferral_train.redaction import redacted_text
 from deferral_train.traces.kinds import JUDGE_LABELS, PREFIX_SOURCES, SEQUENCE_LABELS
@@ -76,7 +77,7 @@ class CollectConfig:
     prompts: str = ""
     prefixes: str = "reference"
     rule: str | None = None
-    num_draft_tokens: int = 5
+    num_draft_tokens: int = Settings.num_draft_tokens
     temperature: float = 1.0
     log_top_k: int = 64
     hidden: str = "none"

@@ -28,7 +28,7 @@ def judge_columns(
     window: int,
     batch_tokens: int,
 ) -> dict[str, Tensor]:
-    """``judge_score`` [N] and ``verifier_hidden_at_token`` [N, D] of the drafter's favourite at every position.
+    """``judge_score`` [N] and ``verifier_hidden_at_token`` [N, D] of the drafter's argmax at every position.
 
     Args:
         model: the verifier.
@@ -38,22 +38,22 @@ def judge_columns(
         continuations: texts that follow the prompts; where they bring labels, AutoJudge's (+1, -1, 0), these are the
             scores, else SelfJudge's are computed.
         prompts: token ids of each.
-        window: tokens after the favourite that SelfJudge rescores.
+        window: tokens after the argmax that SelfJudge rescores.
         batch_tokens: most padded tokens per pass.
 
     Returns:
-        Where the favourite is the text's own token the score is 0, and the state that of the next position (zeros at
+        Where the argmax is the text's own token the score is 0, and the state that of the next position (zeros at
         the last, which is never read).
     """
     assert scores.past is not None
     assert scores.hidden is not None
     texts, labels = continuations.tokens, continuations.labels
     token = torch.tensor([one for text in texts for one in text], device=verifier.device)
-    favourite = lowest_argmax(drafter)
+    argmax = lowest_argmax(drafter)
     normaliser = verifier.float().logsumexp(-1)
     own = gather_token(verifier, token).float() - normaliser
-    theirs = gather_token(verifier, favourite).float() - normaliser
-    judged = favourite != token if labels is None else favourite != lowest_argmax(verifier)
+    theirs = gather_token(verifier, argmax).float() - normaliser
+    judged = argmax != token if labels is None else argmax != lowest_argmax(verifier)
     score = torch.zeros_like(own, dtype=torch.float64)
     hidden = _next_states(scores.hidden, [len(text) for text in texts])
     places = [(row, place) for row, text in enumerate(texts) for place in range(len(text))]
@@ -62,7 +62,7 @@ def judge_columns(
         encoder_decoder = model.config.is_encoder_decoder
         substitutions = [
             Substitution(
-                row, place, (1 if encoder_decoder else len(prompts[row])) + place, int(favourite[number])
+                row, place, (1 if encoder_decoder else len(prompts[row])) + place, int(argmax[number])
             )
             for number in chosen
             for row, place in (places[number],)

@@ -24,19 +24,19 @@ ACCEPTABLE, IMPORTANT = 1, -1
 
 @dataclass
 class _Search:
-    """One text under search: ``favourites`` are the drafter's along ``tokens``; places before ``place`` are settled."""
+    """One text under search: ``argmaxes`` are the drafter's along ``tokens``; places before ``place`` are settled."""
 
     prompt: EncodedPrompt
     tokens: list[int]
     reference: str
     own: float  # quality of the verifier's own text
-    favourites: list[int] = field(default_factory=list)
+    argmaxes: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     place: int = 0
 
     def next_mismatch(self) -> bool:
         """Go to the next place where the drafter favours another token; False at the end."""
-        while self.place < len(self.tokens) and self.favourites[self.place] == self.tokens[self.place]:
+        while self.place < len(self.tokens) and self.argmaxes[self.place] == self.tokens[self.place]:
             self.labels.append(0)
             self.place += 1
         return self.place < len(self.tokens)
@@ -73,14 +73,14 @@ class Mined:
             _Search(prompt, list(tokens), reference, float(value))
             for prompt, tokens, reference, value in zip(prompts, own, references, worth)
         ]
-        _favourites(pair, searches)
+        _argmaxes(pair, searches)
         while open_ := [one for one in searches if one.next_mismatch()]:
             self._round(pair, open_)
         return Continuations([one.tokens for one in searches], False, labels=[one.labels for one in searches])
 
     def _round(self, pair: ModelPair, searches: Sequence[_Search]) -> None:
         """One swap in every text that is still searched."""
-        swapped = [[*one.tokens[: one.place], one.favourites[one.place]] for one in searches]
+        swapped = [[*one.tokens[: one.place], one.argmaxes[one.place]] for one in searches]
         finished = greedy_continuations(pair, [one.prompt for one in searches], swapped, self.max_new_tokens)
         worth = self.quality(
             [_text(pair, tokens) for tokens in finished], [one.reference for one in searches]
@@ -93,19 +93,19 @@ class Mined:
                 changed.append(one)
             else:
                 one.settle(IMPORTANT)
-        _favourites(pair, changed)
+        _argmaxes(pair, changed)
 
 
-def _favourites(pair: ModelPair, searches: Sequence[_Search]) -> None:
-    """The drafter's favourite at every place of the texts."""
+def _argmaxes(pair: ModelPair, searches: Sequence[_Search]) -> None:
+    """The drafter's argmax at every place of the texts."""
     if not searches:
         return
     ids, texts = [one.prompt.input_ids for one in searches], [one.tokens for one in searches]
     inputs = make_inputs(pair.drafter, ids, texts, pair.drafter.device)
     logits = score(pair.drafter, inputs).logits[:, : pair.vocab_size].index_select(0, inputs.rows)
     found = lowest_argmax(logits).split([len(tokens) for tokens in texts])
-    for one, favourites in zip(searches, found):
-        one.favourites = favourites.tolist()
+    for one, argmaxes in zip(searches, found):
+        one.argmaxes = argmaxes.tolist()
 
 
 def _text(pair: ModelPair, tokens: Sequence[int]) -> str:

@@ -163,7 +163,7 @@ def _unit_scales(config: CollectConfig) -> dict[str, Any]:
 def _label_contents(
     config: CollectConfig, prompts: Sequence[Prompt], kept: Sequence[EncodedPrompt]
 ) -> dict[str, Any]:
-    """What labels of finished texts are made with besides the models: files that metrics name, references as texts."""
+    """Inputs of labels of finished texts besides the models: files that metrics name, references as texts."""
     if config.labels not in ("autojudge", SEQUENCE_LABELS):
         return {}
     texts = {prompt.id: prompt.reference for prompt in prompts}

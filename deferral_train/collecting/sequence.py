@@ -1,4 +1,4 @@
-"""Sequence labels at temperature 0: what becomes of the finished text where the drafter's favourite is kept.
+"""Sequence labels at temperature 0: what becomes of the finished text where the drafter's argmax is kept.
 
 At every place of a path where drafter and verifier favour different tokens v_q and v_p,
 
@@ -25,7 +25,7 @@ Text = Callable[[Sequence[int]], str]  # tokens to text
 
 
 @dataclass(frozen=True)
-class Favourites:
+class Argmaxes:
     """Both models' argmaxes along one text, a token per place.
 
     Attributes:
@@ -78,23 +78,23 @@ class GreedyTexts:
 
     Args:
         path: the texts.
-        favourites: of every text.
+        argmaxes: of every text.
     """
 
-    def __init__(self, path: CachedTexts, favourites: Sequence[Favourites]) -> None:
-        self.path, self.favourites = path, favourites
+    def __init__(self, path: CachedTexts, argmaxes: Sequence[Argmaxes]) -> None:
+        self.path, self.argmaxes = path, argmaxes
         self._wanted: dict[Branch, None] = {}
         self._finished: dict[Branch, list[int]] = {}
         self._departures = [
             [place for place, token in enumerate(text) if token != own.verifier[place]]
-            for text, own in zip(path.texts, favourites)
+            for text, own in zip(path.texts, argmaxes)
         ]
 
     def after(self, row: int, place: int) -> Branch | None:
         """The branch that writes the verifier's text behind the path's first ``place`` tokens; None: the path does."""
         for departure in self._departures[row]:
             if departure >= place:
-                return Branch(row, departure, self.favourites[row].verifier[departure])
+                return Branch(row, departure, self.argmaxes[row].verifier[departure])
         return None
 
     def behind(self, row: int, place: int, token: int) -> Branch | None:
@@ -117,16 +117,16 @@ class GreedyTexts:
         return self.path.texts[row] if branch is None else self._finished[branch]
 
 
-def differing(favourites: Favourites) -> list[int]:
+def differing(argmaxes: Argmaxes) -> list[int]:
     """Places of a text where the two models favour different tokens."""
-    pairs = zip(favourites.drafter, favourites.verifier)
+    pairs = zip(argmaxes.drafter, argmaxes.verifier)
     return [place for place, (drafter, verifier) in enumerate(pairs) if drafter != verifier]
 
 
 def finished_places(
     verifier: Verifier,
     path: CachedTexts,
-    favourites: Sequence[Favourites],
+    argmaxes: Sequence[Argmaxes],
     chosen: Sequence[Sequence[int]],
     own: bool = False,
 ) -> tuple[list[Place], list[Sequence[int]]]:
@@ -135,17 +135,17 @@ def finished_places(
     Args:
         verifier: finishes the texts.
         path: what the places lie on.
-        favourites: of each text.
+        argmaxes: of each text.
         chosen: places of each text.
         own: whether the verifier's own texts are wanted, else that list is empty.
     """
-    texts = GreedyTexts(path, favourites)
+    texts = GreedyTexts(path, argmaxes)
     wanted = []
     for row, places in enumerate(chosen):
         for place in places:
             pair = (
-                texts.behind(row, place, favourites[row].drafter[place]),
-                texts.behind(row, place, favourites[row].verifier[place]),
+                texts.behind(row, place, argmaxes[row].drafter[place]),
+                texts.behind(row, place, argmaxes[row].verifier[place]),
             )
             wanted.append((row, place, pair))
             for branch in pair:

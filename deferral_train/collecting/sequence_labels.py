@@ -17,7 +17,7 @@ from deferral_train.collecting.continuations import CachedTexts, Tally, Verifier
 from deferral_train.collecting.prefixes import Continuations
 from deferral_train.collecting.scoring import ModelOutputs
 from deferral_train.collecting.sequence import (
-    Favourites,
+    Argmaxes,
     Place,
     Score,
     differing,
@@ -35,6 +35,7 @@ from deferral_train.traces.schema import (
     SEQUENCE_ERROR,
     SEQUENCE_GAP,
     SEQUENCE_GAPS,
+    SEQUENCE_LOGPROBS,
     SEQUENCE_TOKEN,
     SEQUENCE_WORDS,
 )
@@ -146,7 +147,10 @@ class SequenceLabels:
         starts = [1 if self.pair.is_encoder_decoder else len(prompt.input_ids) for prompt in prompts]
         path = CachedTexts(continuations.tokens, starts, past)
         texts = self._places(prompts, path, distributions)
-        return self._table(lengths, *self._measured(prompts, texts), str(rows.device))
+        columns = self._table(lengths, *self._measured(prompts, texts), str(rows.device))
+        if self.settings.sampling.form == "token":
+            columns |= _token_logprobs(columns[SEQUENCE_TOKEN], distributions)
+        return columns
 
     def _places(
         self,
@@ -158,8 +162,8 @@ class SequenceLabels:
         settings, pair = self.settings, self.pair
         most = settings.max_new_tokens
         verifier = Verifier(pair.verifier, pair.vocab_size, frozenset(pair.eos_ids), most, tally=self.tally)
-        favourites = [
-            Favourites(lowest_argmax(q).tolist(), lowest_argmax(p).tolist())
+        argmaxes = [
+            Argmaxes(lowest_argmax(q).tolist(), lowest_argmax(p).tolist())
             for q, p in zip(distributions["drafter"], distributions["verifier"])
         ]
         greedy = settings.sampling.temperature == 0
@@ -169,17 +173,17 @@ class SequenceLabels:
                 settings.share,
                 prompt_seed(settings.seed, prompt.id, "places"),
             )
-            for prompt, own, text in zip(prompts, favourites, path.texts)
+            for prompt, own, text in zip(prompts, argmaxes, path.texts)
         ]
         references: list[str | None] = [self.references.get(prompt.id) for prompt in prompts]
         own_wanted = settings.reference == "verifier"
         if greedy or own_wanted:
             picked = chosen if greedy else [[] for _ in chosen]
-            found, own_texts = finished_places(verifier, path, favourites, picked, own_wanted)
+            found, own_texts = finished_places(verifier, path, argmaxes, picked, own_wanted)
             if own_wanted:
                 references = list(map(self._text, own_texts))
         if greedy:
-            tokens = [favourites[one.row].drafter[one.place] for one in found]
+            tokens = [argmaxes[one.row].drafter[one.place] for one in found]
             return [[one] for one in found], tokens, references
         uniforms = Uniforms([prompt.id for prompt in prompts], settings.seed, most)
         sampled = {
@@ -244,3 +248,13 @@ class SequenceLabels:
 
     def _text(self, tokens: Sequence[int]) -> str:
         return str(self.pair.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+def _token_logprobs(token: Tensor, distributions: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    """log q and log p [N] of the labelled tokens, NaN where there is none."""
+    found = {}
+    for name, logits in zip(SEQUENCE_LOGPROBS, (distributions["drafter"], distributions["verifier"])):
+        logprobs = torch.cat(list(logits)).float().log_softmax(-1)
+        own = logprobs.gather(-1, token.clamp_min(0).to(logprobs.device).unsqueeze(-1))[:, 0]
+        found[name] = torch.where(token.to(own.device) >= 0, own, torch.nan)
+    return found

@@ -1,6 +1,6 @@
 """Substitute and rescore: what does the verifier's own text become worth with the drafter's token in one place?
 
-SelfJudge (arXiv 2510.02329): along the verifier's text y, where the drafter's favourite z is another token,
+SelfJudge (arXiv 2510.02329): along the verifier's text y, where the drafter's argmax z is another token,
 
     s = [log P(z_i | y_<i) - log P(y_i | y_<i)] + [log P(y_>i | y_<i, z_i) - log P(y_>i | y_<=i)],
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from deferral_train.decoding.settings import DecodeConfig, Settings
 from deferral_train.errors import InputError
 
 if TYPE_CHECKING:
@@ -80,24 +81,24 @@ class DecodeSettings:
     split: str = "train"
     start: int = 0
     limit: int | None = None
-    num_draft_tokens: int = 5
-    max_new_tokens: int = 128
-    batch_size: int = 8
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    repetitions: int = 1
-    execution: str = "speculative"
-    bonus: str = "verifier"
-    max_request_loss: float | None = None
+    num_draft_tokens: int = Settings.num_draft_tokens
+    max_new_tokens: int = Settings.max_new_tokens
+    batch_size: int = Settings.batch_size
+    temperature: float = Settings.temperature
+    top_k: int = Settings.top_k
+    top_p: float = Settings.top_p
+    seed: int = Settings.seed
+    repetitions: int = DecodeConfig.repetitions
+    execution: str = Settings.execution
+    bonus: str = Settings.bonus
+    max_request_loss: float | None = Settings.max_request_loss
     stop: str | None = None
     drafting: str | None = None
     stop_strings: list[str] = field(default_factory=list)
-    chat: str = "auto"
-    log_tokens: int = 0
+    chat: str = Settings.chat
+    log_tokens: int = DecodeConfig.log_tokens
     metrics: list[str] = field(default_factory=list)
-    accept_mismatch: bool = False
+    accept_mismatch: bool = Settings.accept_mismatch
     device: str = "auto"
     dtype: str = "auto"
     drafter_device: str | None = None
@@ -115,9 +116,9 @@ def run(config: DecodeSettings, *, fresh: bool = False) -> int:
         config: see the fields above.
         fresh: remove the outputs of another run from ``out`` and start over.
     """
-    from deferral_train.decoding.decode import DecodeConfig, decode
+    from deferral_train.decoding.decode import decode
     from deferral_train.decoding.drafting.spec import drafting_from_spec
-    from deferral_train.decoding.pair import Settings, load_pair
+    from deferral_train.decoding.pair import load_pair
     from deferral_train.evaluation.outputs import check_metrics, score_outputs
     from deferral_train.heads.rules import rule_from_spec
     from deferral_train.pairs.prompts import read_prompts

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deferral_train import provenance
+from deferral_train.decoding.settings import Settings
 from deferral_train.errors import InputError
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class EvaluateConfig:
     seed: int = 0
     confidence: float = 0.95
     temperature: float | None = None
-    num_draft_tokens: int = 5
+    num_draft_tokens: int = Settings.num_draft_tokens
     drafter_seconds: float | None = None
     verifier_seconds: float | None = None
     decode: str | None = None
@@ -290,12 +291,11 @@ def _compare_with_decode(config: EvaluateConfig, traces: Sequence[Traces], decod
 
 def _write_frontier(decode: Path, out: Path, metric: str) -> None:
     """Quality against cost of the decoded settings, where the verifier alone and references are among them."""
-    from deferral_train.decoding.outputs import BATCHES, read_lines, read_record
+    from deferral_train.decoding.outputs import BATCHES, SUMMARY, read_lines, read_record
     from deferral_train.evaluation import frontier
     from deferral_train.evaluation.figures import draw_frontier
 
-    path = decode / "summary.json"
-    summary = read_record(path) or {"rules": {}}
+    summary = read_record(decode / SUMMARY) or {"rules": {}}
     if frontier.VERIFIER not in summary["rules"] or not summary["rules"][frontier.VERIFIER]["quality"]:
         return
     entry = frontier.frontier_of(summary, metric, list(read_lines(decode / BATCHES)))

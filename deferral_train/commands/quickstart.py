@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 CONFIG = Path(__file__).parents[1] / "pipeline" / "quickstart.yaml"
 
 
-def run(*, out: str = "runs/quickstart", seed: int = 0, fresh: bool = False) -> int:
+def run(*, out: str = "runs/quickstart", seed: int = 0, rounds: int = 0, fresh: bool = False) -> int:
     """Ask a small pair, trained on the spot, questions about Python's own library, and see what a cascade gains.
 
     A database is made of the standard library's sources; the pair learns to answer questions about it in SQL; whether
@@ -21,12 +21,15 @@ def run(*, out: str = "runs/quickstart", seed: int = 0, fresh: bool = False) -> 
     Args:
         out: the run folder.
         seed: of everything that draws.
+        rounds: above 0, the head learns from whole answers, right or wrong, in so many rounds along the cascade's own
+            text; takes some minutes a round longer.
         fresh: start over.
     """
     from deferral_train.pipeline.config import read_config
     from deferral_train.pipeline.run import run as run_stages
 
-    run_stages(seeded(read_config(CONFIG, out=out), seed), fresh=fresh)
+    config = seeded(read_config(CONFIG, out=out), seed)
+    run_stages(replace(config, heads=replace(config.heads, rounds=rounds)), fresh=fresh)
     return 0
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from deferral_train.pipeline.config import RoundsSettings
+
 
 @dataclass(frozen=True)
 class RoundsConfig:
@@ -58,19 +60,19 @@ class RoundsConfig:
     prompt_field: str | None = None
     reference_field: str | None = None
     template: str = "{prompt}"
-    rounds: int = 2
-    calls: float = 0.7
-    label_metric: list[str] = field(default_factory=lambda: ["sentence_bleu", "chrf1"])
-    label_share: float = 1.0
-    own_share: float = 0.5
-    label_reference: str = "given"
-    objectives: list[str] = field(default_factory=lambda: ["ridge"])
-    length_tolerance: float = 0.01
-    temperature: float = 0.0
-    num_draft_tokens: int = 5
-    max_new_tokens: int = 128
-    batch_size: int = 32
-    seed: int = 0
+    rounds: int = RoundsSettings.rounds
+    calls: float = RoundsSettings.calls
+    label_metric: list[str] = field(default_factory=lambda: list(RoundsSettings.metrics))
+    label_share: float = RoundsSettings.label_share
+    own_share: float = RoundsSettings.own_share
+    label_reference: str = RoundsSettings.label_reference
+    objectives: list[str] = field(default_factory=lambda: list(RoundsSettings.objectives))
+    length_tolerance: float = RoundsSettings.length_tolerance
+    temperature: float = RoundsSettings.temperature
+    num_draft_tokens: int = RoundsSettings.num_draft_tokens
+    max_new_tokens: int = RoundsSettings.max_new_tokens
+    batch_size: int = RoundsSettings.batch_size
+    seed: int = RoundsSettings.seed
     device: str = "auto"
     dtype: str = "auto"
 
@@ -84,7 +86,7 @@ def run(config: RoundsConfig) -> int:
     from deferral_train.decoding.pair import load_pair
     from deferral_train.evaluation.scorers import make_scorers
     from deferral_train.pairs.prompts import read_prompts
-    from deferral_train.pipeline.learning import Learning, RoundsSettings
+    from deferral_train.pipeline.learning import Learning
     from deferral_train.provenance import one_writer
 
     given = {name: getattr(config, name) for name in RoundsSettings.__dataclass_fields__ if name != "metrics"}

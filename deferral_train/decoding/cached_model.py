@@ -7,13 +7,13 @@ that positions, masks and switches of the cache are the model's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput
 
 from deferral_train.decoding.caches import RowCache
 from deferral_train.decoding.facts import core_of, facts_of
@@ -28,12 +28,13 @@ class ModelInputs:
 
     Attributes:
         columns: arguments with a value for every column of every row, [.., R, C] by name (``position_ids``).
-        encoder: encoder states [R, S, D] and mask [R, S] (None = nothing padded), encoder-decoder models only.
+        encoder: what the encoder put out for all rows, states [R, S, D] first, and its mask [R, S] (None = nothing
+            padded); encoder-decoder models only.
         constant: arguments that are the same in every pass.
     """
 
     columns: Mapping[str, Tensor] = field(default_factory=dict)
-    encoder: tuple[Tensor, Tensor | None] | None = None
+    encoder: tuple[ModelOutput, Tensor | None] | None = None
     constant: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -94,14 +95,14 @@ class CachedModel:
 
     def _select_encoded(self) -> None:
         """Encoder states and mask of the running rows."""
-        self.encoder: tuple[BaseModelOutput, Tensor | None] | None = None
+        self.encoder: tuple[ModelOutput, Tensor | None] | None = None
         if self.inputs.encoder is not None and self.tokens.rows:
-            states, mask = self.inputs.encoder
-            if len(self.tokens.rows) < len(states):
-                index = self.tokens.index.to(states.device)
-                states = states.index_select(0, index)
+            output, mask = self.inputs.encoder
+            if len(self.tokens.rows) < len(output[0]):
+                index = self.tokens.index.to(output[0].device)
+                output = rows_of(output, index)
                 mask = None if mask is None else mask.index_select(0, index)
-            self.encoder = BaseModelOutput(last_hidden_state=states), mask
+            self.encoder = output, mask
 
     def feed(self, ahead: int = 0, keep: int = 1) -> Tensor:
         """Feed every row up to its newest token and ``ahead`` drafted tokens beyond.
@@ -224,3 +225,20 @@ class CachedModel:
                 if layer.is_initialized:
                     layer.batch_select_indices(index.to(layer.keys.device))
             self._select_encoded()
+
+
+def rows_of(output: ModelOutput, index: Tensor) -> ModelOutput:
+    """An encoder's output for the rows ``index`` [B] alone.
+
+    All of it: a decoder may read more than the states (the routes of experts).
+    """
+    rows = len(output[0])
+
+    def selected(value: Any) -> Any:
+        if isinstance(value, tuple | list):
+            return type(value)(selected(one) for one in value)
+        whole = isinstance(value, Tensor) and value.dim() > 0 and len(value) == rows
+        return value.index_select(0, index.to(value.device)) if whole else value
+
+    # Fields that are None stay attributes: ``items`` leaves them out.
+    return type(output)(**{one.name: selected(getattr(output, one.name)) for one in fields(output)})

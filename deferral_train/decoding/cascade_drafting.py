@@ -2,21 +2,25 @@
 
 The distributions of :mod:`deferral_train.decoding.drafting.review` travel with the tokens: the verifier is told what
 each token was really drawn from. Source: cascade speculative drafting (Chen et al. 2024), Algorithm 1; batches,
-sampling, key/value caches and the number of tokens per row are ours.
+sampling, key/value caches and the number of tokens per row are ours. A given text is a draft of one piece.
+
+B rows, M tokens of one piece, N of a draft, V vocabulary, D hidden width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from deferral_train.decoding.cached_model import CachedModel
-from deferral_train.decoding.cascade_draft import CascadeDraft, Grown, Piece, one_hots
 from deferral_train.decoding.criteria import EndOfRow
 from deferral_train.decoding.distributions import Drafted, SamplingDistributions
 from deferral_train.decoding.drafting.counts import ReviewCounts
+from deferral_train.decoding.drafting.given import GivenDraft
 from deferral_train.decoding.drafting.max_gram import MaxGramText
 from deferral_train.decoding.drafting.plan import Plan
 from deferral_train.decoding.drafting.review import (
@@ -25,8 +29,154 @@ from deferral_train.decoding.drafting.review import (
     review_sampled,
     reviewed_distribution,
 )
+from deferral_train.decoding.proposing import Draft
 from deferral_train.decoding.tokens import TokenRows, on_device
 from deferral_train.rules.distributions import lowest_argmax
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens that one step added: row b has ``lengths[b]`` of them, from place ``starts[b]`` on.
+
+    Attributes:
+        source: the drafter that handed them on, 0 the largest; Max-Gram comes last.
+        tokens: [B, M].
+        decision: that drafter's decision logits [B, M, V]; None for Max-Gram.
+        distribution: what the tokens were drawn from [B, M, V]; None for Max-Gram and at temperature 0: one-hots.
+        hidden: that drafter's hidden states [B, M, D], where somebody reads them.
+    """
+
+    source: int
+    starts: list[int]
+    lengths: list[int]
+    tokens: Tensor
+    decision: Tensor | None = None
+    distribution: Tensor | None = None
+    hidden: Tensor | None = None
+
+    def drawn_from(self, vocabulary: int) -> Tensor:
+        """q of the tokens, [B, M, V]: the distribution that they were drawn from."""
+        return one_hots(self.tokens, vocabulary) if self.distribution is None else self.distribution
+
+
+@dataclass
+class Grown:
+    """A draft for one reviewer as it grows.
+
+    Attributes:
+        counts: tokens of each row.
+        ended: rows that draft no further.
+        sources: who handed on each token of each row.
+        missing: rows where Max-Gram had fewer tokens than it was asked for.
+        device: of the tokens, where a draft without a piece is read.
+    """
+
+    counts: list[int]
+    ended: list[bool]
+    sources: list[list[int]]
+    missing: list[bool]
+    pieces: list[Piece] = field(default_factory=list)
+    device: torch.device | None = None
+
+    @classmethod
+    def empty(cls, caps: list[int]) -> Grown:
+        """Nothing yet; rows whose cap is 0 have ended."""
+        rows = len(caps)
+        return cls([0] * rows, [cap < 1 for cap in caps], [[] for _ in caps], [False] * rows)
+
+    def add(self, piece: Piece) -> None:
+        """Take in a piece behind what is there."""
+        self.pieces.append(piece)
+        for row, length in enumerate(piece.lengths):
+            self.counts[row] += length
+            self.sources[row] += [piece.source] * length
+
+    def distributions(self, depth: int, vocabulary: int) -> Tensor | None:
+        """q [B, depth, V], what the tokens were drawn from; None where all are Max-Gram's one-hots."""
+        if all(piece.distribution is None for piece in self.pieces):
+            return None
+        return self._assembled(depth, vocabulary, lambda piece: piece.drawn_from(vocabulary))
+
+    def probabilities(self, drafted: Tensor) -> Tensor:
+        """At temperature 0: the probability that the drafter which handed on a token gives it, [B, N]."""
+        found = torch.ones(drafted.shape, device=drafted.device)
+        for piece in self.pieces:
+            if piece.decision is not None:
+                distribution = torch.softmax(piece.decision, dim=-1)
+                _place(found, piece, distribution.gather(2, piece.tokens[..., None])[..., 0])
+        return found
+
+    def decisions(self, depth: int, vocabulary: int) -> Tensor:
+        """Decision logits [B, depth, V] of the drafters that handed on the tokens; one-hots for Max-Gram's."""
+
+        def logits(piece: Piece) -> Tensor:
+            return one_hots(piece.tokens, vocabulary).log_() if piece.decision is None else piece.decision
+
+        return self._assembled(depth, vocabulary, logits)
+
+    def samplings(self, depth: int, vocabulary: int) -> Tensor:
+        """Logits [B, depth, V] of the distributions that the tokens were really drawn from."""
+        return self._assembled(depth, vocabulary, lambda piece: piece.drawn_from(vocabulary).log())
+
+    def hiddens(self, depth: int) -> Tensor | None:
+        """Hidden states [B, depth, D] of the drafters that handed on the tokens, or None."""
+        widths = [piece.hidden.shape[-1] for piece in self.pieces if piece.hidden is not None]
+        return self._assembled(depth, widths[0], lambda piece: piece.hidden) if widths else None
+
+    def _assembled(self, depth: int, width: int, part: Callable[[Piece], Tensor | None]) -> Tensor:
+        """A part [B, M, width] of each piece where its tokens stand in the draft, [B, depth, width]; 0 elsewhere."""
+        device = self.pieces[0].tokens.device if self.pieces else self.device
+        whole = torch.zeros(len(self.counts), depth, width, device=device)
+        for piece in self.pieces:
+            if (found := part(piece)) is not None:
+                _place(whole, piece, found)
+        return whole
+
+
+@dataclass
+class CascadeDraft(Draft):
+    """A draft whose distributions are put together only if somebody reads them.
+
+    Attributes:
+        grown: its pieces.
+        places: T, or T + 1 for an exact bonus.
+        vocabulary: V.
+        explicit: whether tokens were drawn from other distributions than softmax(decision / temperature).
+    """
+
+    grown: Grown = field(default_factory=lambda: Grown.empty([]))
+    places: int = 0
+    vocabulary: int = 0
+    explicit: bool = False
+
+    @cached_property
+    def columns(self) -> int:
+        return self.places
+
+    @cached_property
+    def logits(self) -> Tensor:
+        return self.grown.decisions(self.places, self.vocabulary)
+
+    @cached_property
+    def sampling(self) -> Tensor | None:
+        return self.grown.samplings(self.places, self.vocabulary) if self.explicit else None
+
+    @cached_property
+    def hidden(self) -> Tensor | None:
+        return self.grown.hiddens(self.places)
+
+
+def one_hots(tokens: Tensor, vocabulary: int) -> Tensor:
+    """[B, M, V] of tokens [B, M], float32."""
+    distribution = torch.zeros(*tokens.shape, vocabulary, device=tokens.device)
+    return distribution.scatter_(-1, tokens[..., None], 1.0)
+
+
+def _place(whole: Tensor, piece: Piece, part: Tensor) -> None:
+    """Put the tokens' part [B, M, ..] of a piece where they stand in the draft [B, N, ..]."""
+    for row, (start, length) in enumerate(zip(piece.starts, piece.lengths)):
+        if length:
+            whole[row, start : start + length] = part[row, :length]
 
 
 class CascadeProposer:
@@ -250,3 +400,50 @@ class CascadeProposer:
             known = self._known[row]
             self._texts[row].follow(known, tail[behind - (count - known) :])
             self._known[row] = count
+
+
+class GivenProposer:
+    """The running side of a given draft.
+
+    Args:
+        given: a text for each row of the call.
+        tokens: of the call.
+        vocab_size: columns of the logits.
+    """
+
+    def __init__(self, given: GivenDraft, tokens: TokenRows, vocab_size: int) -> None:
+        self.given, self.tokens, self.vocab_size = given, tokens, vocab_size
+        self.models: Sequence[CachedModel] = []
+
+    def propose(self, limits: Sequence[int], exact: bool) -> CascadeDraft:
+        """The texts of rows that have emitted nothing yet; they are one-hots.
+
+        Up to the last place that a row may emit, which limits leave to the verifier: nothing is saved there, but the
+        rule leans towards the text at every place.
+        """
+        tokens = self.tokens
+        texts = [
+            list(self.given.texts[row][: limit + 1]) if length == tokens.prompt_length else []
+            for row, length, limit in zip(tokens.rows, tokens.lengths, limits)
+        ]
+        counts = [len(text) for text in texts]
+        depth = max(counts)
+        host = [text + [0] * (depth - len(text)) for text in texts]
+        block = torch.tensor(host, dtype=torch.long, device=tokens.device).reshape(len(host), depth)
+        tokens.write(0, block)
+        grown = Grown.empty(counts)
+        grown.add(Piece(0, list(grown.counts), counts, block))
+        return CascadeDraft(
+            block,
+            counts,
+            (),
+            calls=[0] * len(host),
+            drafted=Drafted(counts, [False] * len(counts)),
+            grown=grown,
+            places=depth,
+            vocabulary=self.vocab_size,
+            explicit=True,
+        )
+
+    def observe(self, proposed: Sequence[int], accepted: Sequence[int]) -> None:
+        """Nothing to learn: what did not stand is not proposed again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from deferral_train.decoding.criteria import longest_row
 from deferral_train.decoding.drafting.given import GivenDraft
 from deferral_train.decoding.drafting.plan import DraftCascade, Plan
 from deferral_train.decoding.facts import ModelFacts, facts_of
@@ -23,7 +25,7 @@ EXECUTION_NAMES = ("speculative", "token", "lazy", "sequence")
 BONUSES = ("verifier", "exact")
 KNOWN_ARGUMENTS = frozenset(
     {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "encoder_outputs"}
-    | {"decoder_attention_mask", "token_type_ids", "mm_token_type_ids"}
+    | {"cache_params", "decoder_attention_mask", "token_type_ids", "mm_token_type_ids"}
 )
 UNSUPPORTED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
@@ -37,6 +39,7 @@ class Request:
         drafters: the models that draft, largest first; none for a given text or Max-Gram alone.
         num_draft_tokens: most tokens of a block.
         depth: most drafted tokens behind the end of a row at any time.
+        max_length: columns that a row may fill.
     """
 
     model: Any
@@ -52,6 +55,7 @@ class Request:
     inputs_tensor: Tensor | None = None
     drafter_inputs: dict[str, Tensor] | None = None
     generator: torch.Generator | None = None
+    criteria: Sequence[Any] = ()
 
     @cached_property
     def facts(self) -> ModelFacts:
@@ -83,6 +87,10 @@ class Request:
         """Drafters first, the verifier last."""
         return [*self.drafters, self.model]
 
+    @cached_property
+    def max_length(self) -> int:
+        return longest_row(self.criteria, self.generation_config.max_length, self.input_ids.shape[1])
+
     @property
     def num_draft_tokens(self) -> int:
         if self.plan is not None:
@@ -112,7 +120,7 @@ def check_request(request: Request) -> None:
         _check_given(request, request.given)
 
 
-def rows_together(request: Request, strict: bool) -> bool:
+def rows_together(request: Request, strict: bool, joint: bool) -> bool:
     """True where the rows of a batch have to advance by the same number of tokens, as in ``generate``.
 
     So that a processor or criterion of the caller's own sees the text that it would see there, and for models whose
@@ -120,6 +128,7 @@ def rows_together(request: Request, strict: bool) -> bool:
 
     Args:
         strict: a processor or criterion may be shown nothing but text that rows have.
+        joint: rows end together.
 
     Raises:
         InputError: what rows that advance together cannot do.
@@ -128,14 +137,17 @@ def rows_together(request: Request, strict: bool) -> bool:
     if rows == 1:
         return False
     facts = [*request.drafter_facts, request.facts]
-    fixed = [one.name for one in facts if not one.aligns_right]
-    if not strict and not fixed:
+    stepwise = [f"{one.name} is read one token at a time ({one.stepwise})" for one in facts if one.stepwise]
+    fixed = [
+        f"{one.name} has absolute positions that cannot be given per row"
+        for one in facts
+        if not one.aligns_right
+    ]
+    own = ["a logits processor or stopping criterion of your own must see whole rows"] if strict else []
+    ends = ["without eos_token_id a stopping criterion ends all rows at once"] if joint else []
+    if not (reasons := [*stepwise, *fixed, *own, *ends]):
         return False
-    reason = (
-        f"{fixed[0]} has absolute positions that cannot be given per row"
-        if fixed
-        else "a logits processor or stopping criterion of your own must see whole rows"
-    )
+    reason = reasons[0]
     if request.plan is not None and request.drafters:
         raise InputError(
             f"batch of {rows} with a cascade of drafters: {reason}; decode one row at a time, or use one drafter"
@@ -269,12 +281,10 @@ def _check_models(request: Request) -> None:
         raise InputError("drafter is missing; pass drafter=... to generate")
     for facts in request.drafter_facts:
         _check_drafter(request, facts)
-    for facts in (*request.drafter_facts, request.facts):
-        if "past_key_values" not in facts.takes:
-            raise InputError(
-                f"{facts.name} keeps no key/value cache that can be rolled back (its forward pass takes no "
-                "past_key_values); use another model"
-            )
+    if lasting := [one.name for one in (*request.drafter_facts, request.facts) if one.irrevocable]:
+        raise InputError(
+            f"{lasting[0]} keeps its state in its own modules: what it has read cannot be taken back; use another model"
+        )
 
 
 def _check_drafter(request: Request, facts: ModelFacts) -> None:
@@ -312,17 +322,20 @@ def _check_configuration(request: Request) -> None:
 
 
 def _check_lengths(request: Request) -> None:
-    prompt, longest = request.input_ids.shape[1], request.generation_config.max_length
+    prompt, given = request.input_ids.shape[1], request.generation_config.max_length
     if prompt < 1:
         raise InputError("input_ids: the prompt is empty; give at least one token")
+    longest = request.max_length
     if longest <= prompt:
-        raise InputError(f"max_length is {longest}, the prompt has {prompt} tokens; raise max_new_tokens")
+        raise InputError(f"max_length is {given}, the prompt has {prompt} tokens; raise max_new_tokens")
     mask = request.model_kwargs.get("attention_mask")
     padded = mask is not None and not bool(mask.all())
     roles = [("drafter", one) for one in request.drafter_facts]
     for role, facts in (*roles, ("verifier", request.facts)):
+        _check_encoder_room(request, role, facts)
         context, switch = facts.context, facts.long_rope
-        if context is not None and longest > context:
+        # The last token is emitted and never read.
+        if context is not None and longest - 1 > context:
             raise InputError(
                 f"prompt of {prompt} tokens and room for {longest - prompt} more exceed the {role}'s context "
                 f"of {context}; shorten the prompt or lower max_new_tokens"
@@ -332,6 +345,18 @@ def _check_lengths(request: Request) -> None:
                 f"prompt of {prompt} tokens and room for {longest - prompt} more reach beyond the {switch} at which "
                 f"the {role}'s longrope changes its factors for a whole batch; decode one unpadded row at a time"
             )
+
+
+def _check_encoder_room(request: Request, role: str, facts: ModelFacts) -> None:
+    given = request.inputs_tensor
+    if role == "drafter" and request.drafter_inputs is not None:
+        given = request.drafter_inputs["input_ids"]
+    most = facts.room.prompt
+    if most is None or given is None or given.dim() != 2 or given.shape[1] <= most:
+        return
+    raise InputError(
+        f"prompt of {given.shape[1]} tokens exceeds the {most} positions of the {role}'s encoder; shorten it"
+    )
 
 
 def _check_cache(request: Request) -> None:

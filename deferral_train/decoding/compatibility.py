@@ -83,7 +83,7 @@ def _temperature_differs(metadata: Mapping[str, Any], facts: Mapping[str, Any]) 
 class Consulted:
     """Stands before a head and counts how often it was asked; everything else is the head's own."""
 
-    QUESTIONS = frozenset({"gap", "tv", "defer", "truth", "score", "verifier_truth"})
+    QUESTIONS = frozenset({"gap", "token_gap", "tv", "defer", "truth", "score", "verifier_truth"})
 
     def __init__(self, head: Any) -> None:
         self._head = head

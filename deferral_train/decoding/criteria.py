@@ -15,23 +15,39 @@ from deferral_train.decoding.distributions import needs_real_rows
 from deferral_train.decoding.tokens import TokenRows
 
 
+def longest_row(criteria: Sequence[Any], max_length: int, prompt: int) -> int:
+    """Columns that a row may fill.
+
+    A caller's ``MaxLengthCriteria`` stands in the place of ``generate``'s own, and is asked once a token is there.
+
+    Args:
+        criteria: as prepared by ``generate``.
+        max_length: of the generation config.
+        prompt: columns of the prompt.
+    """
+    limits = [one.max_length for one in criteria if type(one) is MaxLengthCriteria]
+    return max(min(limits), prompt + 1) if limits else max_length
+
+
 class EndOfRow:
     """Splits a prepared list of stopping criteria into what is checked for a block at once and what per
     token.
 
     Attributes:
-        max_length: columns that a row may fill, the least of the length criteria.
+        max_length: columns that a row may fill.
         strict: a criterion may be shown nothing but text that rows have, as ``generate`` shows it.
+        joint: no token ends a row, so that ``generate`` writes on in every row until criteria have ended all of them.
     """
 
     def __init__(self, criteria: Sequence[Any], max_length: int) -> None:
-        limits = [one.max_length for one in criteria if type(one) is MaxLengthCriteria]
-        self.max_length = min([max_length, *limits])
+        self.max_length = max_length
         ends = [one.eos_token_id.flatten() for one in criteria if type(one) is EosTokenCriteria]
         self.eos = torch.cat(ends) if ends else None
         self._eos_set = frozenset() if self.eos is None else frozenset(self.eos.tolist())
         self.others = [one for one in criteria if type(one) not in (MaxLengthCriteria, EosTokenCriteria)]
         self.strict = any(needs_real_rows(one) for one in self.others)
+        self.joint = bool(self.others) and not any(hasattr(one, "eos_token_id") for one in criteria)
+        self._over: set[int] = set()  # rows that criteria have ended, where rows end jointly
 
     def are_eos(self, block: Sequence[int]) -> list[bool]:
         """Which tokens on the host end a row."""
@@ -77,7 +93,9 @@ class EndOfRow:
         return counts, done
 
     def _cut_by_others(self, tokens: TokenRows, counts: list[int], done: list[bool]) -> None:
-        lengths = list(tokens.lengths)
+        lengths, joint = list(tokens.lengths), self.joint and len(tokens.ids) > 1
+        if lengths[0] == tokens.prompt_length:
+            self._over.clear()
         ends = sorted({length + step + 1 for length, count in zip(lengths, counts) for step in range(count)})
         open_rows = set(range(len(counts)))
         flags = torch.zeros(len(tokens.ids), dtype=torch.bool, device=tokens.device)
@@ -90,6 +108,12 @@ class EndOfRow:
             flags.zero_()
             for criterion in self.others:
                 flags |= criterion(shown, None)
+            if joint:
+                self._over.update(row for row in tokens.rows if bool(flags[row]))
+                if self._over >= set(tokens.rows):
+                    counts[:], done[:] = [end - lengths[0]] * len(counts), [True] * len(done)
+                    return
+                continue
             for place in list(open_rows):
                 here = lengths[place] < end <= lengths[place] + counts[place]
                 if here and bool(flags[tokens.rows[place]]):

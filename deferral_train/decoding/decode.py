@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch
 from deferral_train import provenance
 from deferral_train.decoding.compatibility import Consulted, check_consulted, with_counting
 from deferral_train.decoding.outputs import BATCHES, OutputFolder, read_lines
-from deferral_train.decoding.pair import BatchResult, Pair, Settings
+from deferral_train.decoding.pair import BatchResult, Pair
 from deferral_train.decoding.reuse import identity
+from deferral_train.decoding.settings import DecodeConfig
 from deferral_train.decoding.stopping import StopDrafting
 from deferral_train.decoding.summary import summarize_rule
 from deferral_train.decoding.token_log import TokenLog
@@ -23,31 +24,6 @@ from deferral_train.pairs.fingerprint import model_facts
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.rules.base import Rule
 from deferral_train.rules.registry import make_rule
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """How to run ``decode``.
-
-    Attributes:
-        settings: of the decoding itself.
-        repetitions: times that every batch is decoded with every rule; rules take turns batch by batch, so
-            that
-            whatever else the machine does falls on all of them.
-        log_tokens: candidates per model to record for every token; 0 records none.
-        sort_by_length: put prompts of like length into one batch.
-    """
-
-    settings: Settings = field(default_factory=Settings)
-    repetitions: int = 1
-    log_tokens: int = 0
-    sort_by_length: bool = True
-
-    def __post_init__(self) -> None:
-        if self.repetitions < 1:
-            raise InputError(f"repetitions is {self.repetitions}; give at least 1")
-        if self.log_tokens < 0:
-            raise InputError(f"log_tokens is {self.log_tokens}; give a number of candidates, 0 for none")
 
 
 @dataclass

@@ -69,18 +69,18 @@ class SamplingDistributions:
                     f"logits processor {type(processor).__name__}: keeps a state of its own; leave it out"
                 )
         self.vocab_size = vocab_size
-        self.processors = [one for one in processors if not isinstance(one, WARPERS)]
+        # Greedy, generate makes no warpers: those of the caller are processors like others, in their order.
+        self.processors = [one for one in processors if not (do_sample and isinstance(one, WARPERS))]
         self.strict = any(needs_real_rows(one) for one in self.processors)
         warpers = [one for one in processors if isinstance(one, WARPERS)] if do_sample else []
         temperatures = [one.temperature for one in warpers if isinstance(one, hf.TemperatureLogitsWarper)]
         self.temperature = (float(temperatures[-1]) if temperatures else 1.0) if do_sample else 0.0
         self._shaping: list[Any] = [] if len(warpers) == len(temperatures) <= 1 else warpers
         # A processor behind a warper (watermarks) must stay behind it in the sampling distribution.
-        last = [one for one in processors if do_sample or not isinstance(one, WARPERS)]
-        mixed = any(
-            isinstance(a, WARPERS) and not isinstance(b, WARPERS) for a, b in itertools.pairwise(last)
+        mixed = do_sample and any(
+            isinstance(a, WARPERS) and not isinstance(b, WARPERS) for a, b in itertools.pairwise(processors)
         )
-        self._whole = last if mixed else None
+        self._whole = list(processors) if mixed else None
 
     @property
     def shapes(self) -> bool:

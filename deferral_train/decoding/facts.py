@@ -6,7 +6,19 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from deferral_train.pairs.positions import PositionLimits, room_of
+
+# Model types whose caches look like others' and are not.
+ONE_AT_A_TIME = {
+    "prophetnet": "its decoder takes one token behind a cache",
+    "cpmant": "its cache begins with a prompt of its own",
+    "git": "its mask behind a cache counts the tokens of an image",
+    "moshi": "its window is kept by the cache alone, not by the mask of a block",
+}
+# Model types whose passes cannot be taken back at all.
+STATE_IN_MODULES = frozenset({"recurrent_gemma"})
 
 
 @dataclass(frozen=True)
@@ -17,21 +29,30 @@ class ModelFacts:
         name: its class.
         is_encoder_decoder: whether it has an encoder.
         vocab_size: columns of its logits.
-        context: most positions it was built for, None where positions are relative only.
+        room: most tokens that it can place in a prompt of its encoder and in a text.
         cache_layers: the type of each layer's cache and its sliding window, None where it has none.
         takes: names of the arguments of its forward pass.
         relative_positions: whether attention depends on distances alone, computed from columns.
+        irrevocable: whether it keeps state in its own modules, where none can be put back.
+        stepwise: why it must be read one token at a time, in words; None where blocks and rollbacks work.
         long_rope: tokens from which it rotates with its long factors (rope type longrope); None where it has none.
     """
 
     name: str
     is_encoder_decoder: bool
     vocab_size: int
-    context: int | None
+    room: PositionLimits
     cache_layers: tuple[tuple[type, int | None], ...]
     takes: frozenset[str]
     relative_positions: bool
+    irrevocable: bool
+    stepwise: str | None
     long_rope: int | None
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens of a text, None where positions are relative only."""
+        return self.room.text
 
     @property
     def takes_positions(self) -> bool:
@@ -56,16 +77,30 @@ def facts_of(model: Any) -> ModelFacts:
     core = core_of(model)
     decoder = core.config.get_text_config(decoder=True)
     layers = DynamicCache(config=decoder).layers
+    kinds = tuple((type(layer), getattr(layer, "sliding_window", None)) for layer in layers)
+    takes = frozenset(inspect.signature(type(core).forward).parameters)
     return ModelFacts(
         name=type(core).__name__,
         is_encoder_decoder=bool(core.config.is_encoder_decoder),
         vocab_size=_columns(core, decoder),
-        context=getattr(decoder, "max_position_embeddings", None),
-        cache_layers=tuple((type(layer), getattr(layer, "sliding_window", None)) for layer in layers),
-        takes=frozenset(inspect.signature(type(core).forward).parameters),
+        room=room_of((core,)),
+        cache_layers=kinds,
+        takes=takes,
         relative_positions=hasattr(core.config, "relative_attention_num_buckets"),
+        irrevocable=core.config.model_type in STATE_IN_MODULES,
+        stepwise=_stepwise(core, kinds, takes),
         long_rope=_long_rope(decoder),
     )
+
+
+def _stepwise(core: Any, layers: tuple[tuple[type, int | None], ...], takes: frozenset[str]) -> str | None:
+    """Why a model must be read one token at a time, or None."""
+    if (reason := ONE_AT_A_TIME.get(core.config.model_type)) is not None:
+        return reason
+    if "past_key_values" not in takes:
+        return "keeps no key/value cache"
+    other = next((kind for kind, _ in layers if kind not in (DynamicLayer, DynamicSlidingWindowLayer)), None)
+    return None if other is None else f"its {other.__name__} cannot be rolled back row by row"
 
 
 def _columns(core: Any, decoder: Any) -> int:

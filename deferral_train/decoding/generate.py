@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,25 +12,27 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from deferral_train.decoding.block import VerifiedBlock, on_host
 from deferral_train.decoding.cached_model import CachedModel, CacheRoom
-from deferral_train.decoding.cascade_drafting import CascadeProposer
+from deferral_train.decoding.cascade_drafting import CascadeProposer, GivenProposer
 from deferral_train.decoding.checks import Request, check_request, rows_together
 from deferral_train.decoding.criteria import EndOfRow
 from deferral_train.decoding.distributions import SamplingDistributions
 from deferral_train.decoding.drafting.counts import ReviewCounts
-from deferral_train.decoding.executions import execute
+from deferral_train.decoding.executions import lazy_cascade, sequence_cascade, token_cascade
 from deferral_train.decoding.facts import core_of
-from deferral_train.decoding.given_drafting import GivenProposer
 from deferral_train.decoding.hidden import HiddenTap, tap_hidden
 from deferral_train.decoding.inputs import decoder_inputs, encoder_inputs, prompts_of
-from deferral_train.decoding.loop import DecodingState
-from deferral_train.decoding.proposing import ModelProposer, Proposer
+from deferral_train.decoding.proposing import Draft, ModelProposer, Proposer
 from deferral_train.decoding.settings import Settings
+from deferral_train.decoding.state import DecodingState
 from deferral_train.decoding.stats import GenerationStats, StatsRecorder
+from deferral_train.decoding.stepwise import StepwiseModel
 from deferral_train.decoding.stopping import StopDrafting
 from deferral_train.decoding.tokens import TokenRows
 from deferral_train.rules.base import Rule
 from deferral_train.rules.registry import make_rule
+from deferral_train.rules.verify import raise_fault, verify_block
 
 
 @dataclass
@@ -59,12 +61,12 @@ def cascade_generate(
     generation_config: Any = None,
     drafter: Any = None,
     rule: Rule | str = "lossless",
-    num_draft_tokens: int = 5,
+    num_draft_tokens: int = Settings.num_draft_tokens,
     drafter_inputs: dict[str, Tensor] | None = None,
     inputs_tensor: Tensor | None = None,
     stop: StopDrafting | None = None,
-    execution: str = "speculative",
-    bonus: str = "verifier",
+    execution: str = Settings.execution,
+    bonus: str = Settings.bonus,
     max_request_loss: float | None = None,
     generator: torch.Generator | None = None,
     token_streamer: Any = None,
@@ -112,23 +114,18 @@ def cascade_generate(
     Raises:
         InputError: anything that cannot work (see :mod:`deferral_train.decoding.checks`), before any work.
     """
-    rule = make_rule(rule) if isinstance(rule, str) else rule
     if token_streamer is None:
         token_streamer = _streamer_of_generate()
-    settings = Settings(
-        num_draft_tokens=num_draft_tokens,
-        execution=execution,
-        bonus=bonus,
-        max_request_loss=max_request_loss,
-        stop=stop,
-    )
     request = Request(
         model=model,
         drafter=drafter,
         input_ids=input_ids,
         generation_config=generation_config,
-        rule=rule,
-        settings=settings,
+        rule=make_rule(rule) if isinstance(rule, str) else rule,
+        settings=Settings(
+            num_draft_tokens=num_draft_tokens, execution=execution, bonus=bonus, max_request_loss=max_request_loss,
+            stop=stop,
+        ),
         token_streamer=token_streamer,
         token_log=token_log,
         vocab_size=vocab_size,
@@ -136,52 +133,119 @@ def cascade_generate(
         inputs_tensor=inputs_tensor,
         drafter_inputs=drafter_inputs,
         generator=generator,
-    )
+        criteria=stopping_criteria or [],
+    )  # fmt: skip
     check_request(request)
-    return _decode(request, logits_processor or [], stopping_criteria or [])
+    with contextlib.ExitStack() as taps:
+        state = _start(request, logits_processor or [], taps)
+        EXECUTIONS[state.execution](state)
+    return _output(request, state)
 
 
-def _decode(request: Request, processors: Sequence[Any], criteria: Sequence[Any]) -> Tensor | CascadeOutput:
-    """Run the loop for a checked request; returns what ``cascade_generate`` does."""
+def speculative(state: DecodingState) -> None:
+    """Until all rows end: draft a block, verify it in one pass, emit what the rule's target distribution lets through.
+
+    Batched speculative execution (Narasimhan et al. 2025, Algorithms 4 to 6) with acceptance per row.
+    """
+    rule, settings, distributions, tokens = state.rule, state.settings, state.distributions, state.tokens
+    while state.running:
+        # One token less than a row may still emit: verification adds one.
+        limits = [min(state.num_draft_tokens, room - 1) if rule.drafts else 0 for room in tokens.room]
+        draft = state.proposer.propose(limits, state.exact)
+        logits = state.verifier.feed(ahead=draft.depth, keep=draft.depth + 1).to(tokens.device)
+        decision = distributions.decision(logits, tokens, 0, draft.drafted)
+        sampling = distributions.sampling(logits, decision, tokens, 0, draft.drafted)
+        # Without a draft nothing can be kept, so that there is nothing to charge. What stands behind an end is never
+        # emitted, and must not be charged.
+        limit = settings.max_request_loss if draft.columns else None
+        verdict = verify_block(
+            rule,
+            draft.tokens,
+            draft.logits,
+            decision,
+            temperature=distributions.temperature,
+            drafter_sampling_logits=draft.sampling,
+            verifier_sampling_logits=sampling,
+            lengths=draft.lengths if limit is None else state.ends.lengths(draft.tokens, draft.lengths),
+            bonus=settings.bonus if rule.drafts else "verifier",
+            generator=state.generator,
+            context=state.context(draft),
+            max_request_loss=limit,
+            spent=state.spent if limit is not None else None,
+            check=False,
+        )
+        block = on_host(verdict, draft, state.ends)
+        raise_fault(rule, block.faults)
+        if state.token_log is not None:
+            state.token_log.block(state, draft, decision, block)
+        _emit(state, block, draft)
+
+
+def _emit(state: DecodingState, block: VerifiedBlock, draft: Draft) -> None:
+    """Append what stands and the correction or bonus; cut at ends and limits; let finished rows leave."""
+    tokens = state.tokens
+    tokens.put_last(block.emitted)
+    counts, done = state.ends.cut(tokens, block.emitted, [len(new) for new in block.emitted], state.together)
+    calls = draft.calls
+    if calls is None:
+        calls = [proposed + 1 for proposed in block.proposed] if state.exact else block.proposed
+    state.stats.block(tokens.rows, counts, calls, block)
+    state.proposer.observe(block.proposed, block.accepted)
+    state.advance(counts, done, block.spent)
+
+
+EXECUTIONS: dict[str, Callable[[DecodingState], None]] = {
+    "speculative": speculative,
+    "token": token_cascade,
+    "lazy": lazy_cascade,
+    "sequence": sequence_cascade,
+}
+
+
+def _start(request: Request, processors: Sequence[Any], taps: contextlib.ExitStack) -> DecodingState:
+    """The state of a checked request before its first token; ``taps`` holds the hooks that read hidden states."""
     config, settings, rows = request.generation_config, request.settings, len(request.input_ids)
-    ends = EndOfRow(criteria, config.max_length)
+    ends = EndOfRow(request.criteria, request.max_length)
     size = request.vocab_size or request.facts.vocab_size
     distributions = SamplingDistributions(processors, bool(config.do_sample), size)
-    together = rows_together(request, distributions.strict or ends.strict)
+    together = rows_together(request, distributions.strict or ends.strict, ends.joint)
     tokens = TokenRows(
         request.input_ids, _prompt_mask(request), ends.max_length, request.depth, _pad_id(config)
     )
-    stats = StatsRecorder(rows, request.num_draft_tokens)
-    with contextlib.ExitStack() as stack:
-        taps = [stack.enter_context(tap_hidden(core_of(one), read)) for one, read in _hidden_read(request)]
-        models = _cached(request, tokens, taps, together)
-        proposer: Proposer
-        if request.given is not None:
-            proposer = GivenProposer(request.given, tokens, size)
-        elif request.plan is None:
-            proposer = ModelProposer(models[0], tokens, distributions, ends, settings.stop, request.generator)
-        else:
-            prompts = prompts_of(request.model, tokens, request.inputs_tensor, request.model_kwargs)
-            separate = request.facts.is_encoder_decoder
-            proposer = CascadeProposer(
-                request.plan, models[:-1], tokens, distributions, ends, prompts, separate, request.generator
-            )
-        state = DecodingState(
-            models[0], models[-1], request.rule, distributions, tokens, ends, stats, proposer, settings,
-            request.num_draft_tokens, request.generator, together, request.token_streamer, request.token_log,
-        )  # fmt: skip
-        if settings.stop is not None:
-            settings.stop.start(rows, request.num_draft_tokens)
-        execute(settings.execution, state)
+    hidden = [taps.enter_context(tap_hidden(core_of(one), read)) for one, read in _hidden_read(request)]
+    models = _cached(request, tokens, hidden, together)
+    proposer: Proposer
+    if request.given is not None:
+        proposer = GivenProposer(request.given, tokens, size)
+    elif request.plan is None:
+        proposer = ModelProposer(models[0], tokens, distributions, ends, settings.stop, request.generator)
+    else:
+        prompts = prompts_of(request.model, tokens, request.inputs_tensor, request.model_kwargs)
+        separate = request.facts.is_encoder_decoder
+        proposer = CascadeProposer(
+            request.plan, models[:-1], tokens, distributions, ends, prompts, separate, request.generator
+        )
+    if settings.stop is not None:
+        settings.stop.start(rows, request.num_draft_tokens)
+    return DecodingState(
+        models[0], models[-1], request.rule, distributions, tokens, ends, StatsRecorder(rows, request.num_draft_tokens),
+        proposer, settings, request.num_draft_tokens, request.generator, together, request.token_streamer,
+        request.token_log,
+    )  # fmt: skip
+
+
+def _output(request: Request, state: DecodingState) -> Tensor | CascadeOutput:
+    """Sequences and counts of a finished state, in the form that the configuration asks for."""
     if request.token_streamer is not None:
         request.token_streamer.end()
-    found = stats.finish(models[-1].passes, sum(one.passes for one in proposer.models))
-    sequences = tokens.sequences()
-    if not config.return_dict_in_generate:
+    proposer = state.proposer
+    stats = state.stats.finish(state.verifier.passes, sum(one.passes for one in proposer.models))
+    sequences = state.tokens.sequences()
+    if not request.generation_config.return_dict_in_generate:
         return sequences
     if not isinstance(proposer, CascadeProposer):
-        return CascadeOutput(sequences, found)
-    return CascadeOutput(sequences, found, proposer.counts, torch.tensor(proposer.passes))
+        return CascadeOutput(sequences, stats)
+    return CascadeOutput(sequences, stats, proposer.counts, torch.tensor(proposer.passes))
 
 
 def _streamer_of_generate() -> Any:
@@ -211,8 +275,10 @@ def _cached(
     margin = request.depth + 2 if request.settings.execution == "speculative" else None
     capacity = min(tokens.ids.shape[1], tokens.prompt_length + 256)
     room = CacheRoom(capacity, margin, trims=not together)
+    facts = [*request.drafter_facts, request.facts]
     return [
-        CachedModel(one, tokens, room, given, tap) for one, given, tap in zip(request.models, inputs, taps)
+        (StepwiseModel if one.stepwise else CachedModel)(model, tokens, room, given, tap)
+        for one, model, given, tap in zip(facts, request.models, inputs, taps)
     ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deferral_train.decoding.cached_model import ModelInputs
+from deferral_train.decoding.cached_model import ModelInputs, rows_of
 from deferral_train.decoding.facts import ModelFacts, core_of, facts_of
 from deferral_train.decoding.tokens import TokenRows
 from deferral_train.errors import InputError
@@ -84,7 +84,7 @@ def encoder_inputs(
 ) -> list[ModelInputs]:
     """Inputs of encoder-decoder models, drafters first and the verifier last, one encoded row per decoded row."""
     mask = padding_or_none(given.get("attention_mask"))
-    verifier = ModelInputs(encoder=(given["encoder_outputs"][0], mask))
+    verifier = ModelInputs(encoder=(given["encoder_outputs"], mask))
     if len(models) == 1:
         return [verifier]
     if drafter_inputs is None:
@@ -98,12 +98,12 @@ def encoder_inputs(
     for model in models[:-1]:
         encoder, device = core_of(model).get_encoder(), core_of(model).device
         own_mask = None if drafter_mask is None else drafter_mask.to(device)
-        states = encoder(
-            input_ids=ids.to(device), attention_mask=own_mask, return_dict=True
-        ).last_hidden_state
-        if own_mask is not None:
-            own_mask = own_mask.repeat_interleave(repeats, dim=0)
-        found.append(ModelInputs(encoder=(states.repeat_interleave(repeats, dim=0), own_mask)))
+        output = encoder(input_ids=ids.to(device), attention_mask=own_mask, return_dict=True)
+        if repeats > 1:
+            index = torch.arange(len(ids), device=device).repeat_interleave(repeats)
+            output = rows_of(output, index)
+            own_mask = None if own_mask is None else own_mask.index_select(0, index)
+        found.append(ModelInputs(encoder=(output, own_mask)))
     return [*found, verifier]
 
 

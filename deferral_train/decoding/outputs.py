@@ -120,7 +120,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """JSON lines of a file; a last line cut short by a crash is left out.
+    """JSON lines of a file, none where it is absent; a last line cut short by a crash is left out.
 
     Raises:
         InputError: another line that is no JSON, by number.
@@ -129,7 +129,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         return
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
+            if line.isspace() or not line.endswith(b"\n"):
                 continue
             try:
                 found = json.loads(line)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,9 +90,16 @@ class Pair:
         rule = make_rule(rule) if isinstance(rule, str) else rule
         mismatches = self.check(rule, options)
         encoded = self.encode(as_prompts(prompts), options)
-        results = list(self.batches(encoded, rule, options, token_streamer=token_streamer))
+        counted, stop, counters = with_counting(rule, options.stop)
+        results: list[BatchResult] = []
+        for number, start in enumerate(range(0, len(encoded), options.batch_size)):
+            batch = encoded[start : start + options.batch_size]
+            results.append(
+                self.decode_batch(batch, counted, options, stop, number, token_streamer=token_streamer)
+            )
         tokens = [row for result in results for row in result.tokens]
         stats = GenerationStats.joined([result.stats for result in results])
+        check_consulted(counters, int(stats.drafted.sum()))
         seconds = sum(result.seconds for result in results)
         return Generation([self.text(row) for row in tokens], tokens, stats, seconds, mismatches)
 
@@ -133,37 +140,20 @@ class Pair:
         return encoded.kept
 
     def _check_context(self, prompt: EncodedPrompt, new: int) -> None:
+        length, separate = len(prompt.input_ids), self.models.is_encoder_decoder
         for role in ("drafter", "verifier"):
-            context = facts_of(getattr(self.models, role)).context
-            needed = len(prompt.input_ids) + (0 if self.models.is_encoder_decoder else new)
-            if context is not None and needed > context:
+            room = facts_of(getattr(self.models, role)).room
+            if separate and room.prompt is not None and length > room.prompt:
                 raise InputError(
-                    f"prompt {prompt.id}: {len(prompt.input_ids)} tokens and room for {new} more exceed the "
-                    f"{role}'s context of {context}; shorten it or lower max_new_tokens"
+                    f"prompt {prompt.id}: {length} tokens exceed the {room.prompt} positions of the {role}'s encoder; "
+                    "shorten it"
                 )
-
-    def batches(
-        self,
-        encoded: Sequence[EncodedPrompt],
-        rule: Rule,
-        options: Settings,
-        token_log: Callable[[int], Any] | None = None,
-        token_streamer: Any = None,
-    ) -> Iterator[BatchResult]:
-        """Decode batch after batch, yielding each as it is done.
-
-        Args:
-            token_log: makes the log of a batch from its number, see ``cascade_generate``.
-        """
-        rule, stop, counters = with_counting(rule, options.stop)
-        drafted = 0
-        for number, start in enumerate(range(0, len(encoded), options.batch_size)):
-            batch = encoded[start : start + options.batch_size]
-            log = token_log(number) if token_log is not None else None
-            result = self.decode_batch(batch, rule, options, stop, number, log, token_streamer)
-            drafted += int(result.stats.drafted.sum())
-            yield result
-        check_consulted(counters, drafted)
+            # The last token is emitted and never read.
+            if room.text is not None and (0 if separate else length) + new - (not separate) > room.text:
+                raise InputError(
+                    f"prompt {prompt.id}: {length} tokens and room for {new} more exceed the {role}'s context of "
+                    f"{room.text}; shorten it or lower max_new_tokens"
+                )
 
     def decode_batch(
         self,
@@ -175,7 +165,12 @@ class Pair:
         token_log: Any = None,
         token_streamer: Any = None,
     ) -> BatchResult:
-        """One call of ``verifier.generate``; ``number`` picks the batch's stream of random numbers."""
+        """One call of ``verifier.generate``.
+
+        Args:
+            number: picks the batch's stream of random numbers.
+            token_log, token_streamer: see ``cascade_generate``.
+        """
         models = self.models
         inputs = pad_batch([prompt.input_ids for prompt in batch], self._pad_id(), models)
         generator = torch.Generator(device=models.device).manual_seed(options.seed * 1_000_003 + number)

@@ -1,4 +1,4 @@
-"""The drafting side of the loop: what proposes. :mod:`deferral_train.decoding.loop` decides what becomes of it.
+"""The drafting side of the loop: what proposes. ``speculative`` in generate.py lets the rule decide what stands of it.
 
 A :class:`Proposer` writes a block of tokens behind every row's end and says which distribution each was drawn from;
 that is all the verifier needs for exact verification, whoever the proposers are.

@@ -6,7 +6,6 @@ memory.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,7 +47,7 @@ def identity(
         "tokenizer": tokenizer_fingerprint(pair.tokenizer),
         "conditions": pair.facts(settings) | {"device": pair.models.device.type},
     }
-    return dict(json.loads(json.dumps(provenance.plain(record))))
+    return dict(provenance.plain(record))
 
 
 def _model_key(model: Any) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-from deferral_train.decoding.drafting.plan import Plan
-from deferral_train.decoding.stopping import StopDrafting
 from deferral_train.errors import InputError
+
+if TYPE_CHECKING:
+    from deferral_train.decoding.drafting.plan import Plan
+    from deferral_train.decoding.stopping import StopDrafting
 
 
 @dataclass(frozen=True)
@@ -68,3 +70,27 @@ class Settings:
         values = asdict(replace(self, stop=None, drafting=None))
         drafting = None if self.drafting is None else self.drafting.described()
         return values | {"stop": repr(self.stop), "drafting": drafting}
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Settings of a run of ``decode``: prompts decoded under several rules side by side.
+
+    Attributes:
+        settings: of the decoding itself.
+        repetitions: times that every batch is decoded with every rule; rules take turns batch by batch, so that
+            whatever else the machine does falls on all of them.
+        log_tokens: candidates per model to record for every token; 0 records none.
+        sort_by_length: put prompts of like length into one batch.
+    """
+
+    settings: Settings = field(default_factory=Settings)
+    repetitions: int = 1
+    log_tokens: int = 0
+    sort_by_length: bool = True
+
+    def __post_init__(self) -> None:
+        if self.repetitions < 1:
+            raise InputError(f"repetitions is {self.repetitions}; give at least 1")
+        if self.log_tokens < 0:
+            raise InputError(f"log_tokens is {self.log_tokens}; give a number of candidates, 0 for none")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deferral_train.decoding.drafting.speed import SpeedModel
 from deferral_train.errors import InputError
 from deferral_train.rules.summary import (
     CONTEXT_FIELDS,
@@ -261,6 +262,7 @@ class ExpectedSpeedStop(StopDrafting):
     def __post_init__(self) -> None:
         if not 0.0 < self.cost < math.inf:
             raise InputError(f"stop cost is {self.cost}; give drafter time / verifier time, above 0")
+        self._model = SpeedModel.of_passes(drafter=self.cost, verifier=1.0)
         self._rejects = HeadStop(self.head, self.alpha) if self.head is not None else None
 
     @property
@@ -278,9 +280,8 @@ class ExpectedSpeedStop(StopDrafting):
             self._reach, self._expected = torch.ones_like(chance), torch.ones_like(chance)
         self._reach = self._reach * chance
         self._expected = self._expected + self._reach
-        spent = 1.0 + (step.place + 1) * self.cost
-        further = (self._expected + self._reach * chance) / (spent + self.cost)
-        return further <= self._expected / spent
+        now, longer = (float(self._model.round(step.place + more)) for more in (1, 2))
+        return (self._expected + self._reach * chance) / longer <= self._expected / now
 
     def _acceptance(self, step: DraftStep) -> Tensor:
         if self._rejects is not None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from deferral_train.decoding.block import VerifiedBlock
-from deferral_train.decoding.loop import DecodingState, context_of
 from deferral_train.decoding.proposing import Draft
+from deferral_train.decoding.state import DecodingState
 from deferral_train.rules.distributions import Distributions
 from deferral_train.rules.summary import Summary
 
@@ -54,7 +54,7 @@ class TokenLog:
         distributions = Distributions.of(
             draft.logits[:, :depth], decision[:, :depth], state.distributions.temperature
         )
-        context = context_of(state, draft)
+        context = state.context(draft)
         if context is not None:
             context = Summary({name: context[name][:, :depth] for name in context.names})
         summary = rule.read(distributions, draft.tokens, context, rule.gap_needs | {"tv"})

@@ -18,12 +18,13 @@ from deferral_train.decoding import Pair
 from deferral_train.decoding.drafting.plan import Plan
 from deferral_train.decoding.drafting.replay import UNKNOWN, Path, fit_ending, replay
 from deferral_train.decoding.drafting.spec import drafting_from_spec
+from deferral_train.decoding.drafting.speed import SpeedModel
 from deferral_train.decoding.pair import Settings
 from deferral_train.errors import InputError
 from deferral_train.evaluation.bootstrap import Interval, PromptBootstrap, Redraws
 from deferral_train.evaluation.distributions import deferral_and_rejection
 from deferral_train.evaluation.positions import read_positions
-from deferral_train.evaluation.speed import SpeedModel, measure_speed
+from deferral_train.evaluation.speed import measure_speed
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.rules.base import Rule
 from deferral_train.traces import Traces
@@ -62,7 +63,7 @@ def propose_for(
     rule: Rule,
     traces: Traces,
     *,
-    num_draft_tokens: int = 5,
+    num_draft_tokens: int = Settings.num_draft_tokens,
     temperature: float = 0.0,
     counted: Mapping[str, int] | None = None,
     redraws: Redraws = Redraws(),  # noqa: B008 - frozen

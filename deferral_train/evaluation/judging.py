@@ -10,7 +10,8 @@ from deferral_train.errors import InputError
 from deferral_train.heads.judge import JudgeHead
 from deferral_train.heads.pairing import check_vocabulary
 from deferral_train.traces import Traces
-from deferral_train.traces.judged import acceptable, judged_rows, judged_summary
+from deferral_train.traces.judged import acceptable, judged_rows
+from deferral_train.traces.sequence import argmax_summary
 
 CHOICES = ("recall", "f1")
 
@@ -65,7 +66,7 @@ def sweep(head: JudgeHead, traces: Traces, truth: str) -> list[JudgePoint]:
         raise InputError(f"head: a {kind} judges no tokens; give a judge head of stage 'verify'")
     check_vocabulary(head, traces.manifest.pair)
     rows = judged_rows(traces)
-    scores = head.score(judged_summary(traces, head.features).select(rows)).double().numpy()
+    scores = head.score(argmax_summary(traces, head.features).select(rows)).double().numpy()
     good = acceptable(traces, truth)[rows].numpy()
     if not good.any() or good.all():
         raise InputError(

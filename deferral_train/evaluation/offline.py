@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from deferral_train.decoding.drafting.speed import SpeedModel
+from deferral_train.decoding.settings import Settings
 from deferral_train.errors import InputError
 from deferral_train.evaluation.bootstrap import PromptBootstrap
 from deferral_train.evaluation.calibration import reliability
@@ -15,7 +17,6 @@ from deferral_train.evaluation.families import Family, make_families
 from deferral_train.evaluation.positions import Positions, read_positions
 from deferral_train.evaluation.prefixes import slider_prefixes
 from deferral_train.evaluation.scan import FamilySums, Oracle, scan
-from deferral_train.evaluation.speed import SpeedModel
 from deferral_train.evaluation.table import RuleScores, ScoreTable
 from deferral_train.heads.pairing import check_vocabulary
 from deferral_train.rules.base import PositionRule, Rule
@@ -49,7 +50,7 @@ def score_rules(
     seed: int = 0,
     costs: Mapping[str, float] | None = None,
     temperature: float | None = None,
-    num_draft_tokens: int = 5,
+    num_draft_tokens: int = Settings.num_draft_tokens,
     confidence: float = 0.95,
     prefixes: int = 0,
     workers: int | None = None,

@@ -18,7 +18,7 @@ import torch
 
 from deferral_train import provenance
 from deferral_train.collecting.scoring import make_inputs, score
-from deferral_train.decoding.outputs import OUTPUTS, SUMMARY, read_lines
+from deferral_train.decoding.outputs import METRICS, OUTPUTS, SUMMARY, read_lines
 from deferral_train.errors import InputError
 from deferral_train.evaluation import sql
 from deferral_train.evaluation.quality import check_metric, per_prompt
@@ -29,7 +29,6 @@ from deferral_train.provenance import read_object
 from deferral_train.redaction import redacted_text
 
 LIKELIHOOD = "log_likelihood"
-METRICS_FILE = "metrics.jsonl"
 BATCH = 16
 
 
@@ -93,7 +92,7 @@ def score_outputs(
             values = _values(metric, rows, pair, prompts, chat)
         for line, value in zip(scored, values):
             line[redacted_text(metric)] = float(value)
-    provenance.write_text(root / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in scored))
+    provenance.write_text(root / METRICS, "".join(json.dumps(line) + "\n" for line in scored))
     for label, rule in summary["rules"].items():
         own = [line for line in scored if line["rule"] == label]
         rule["quality"] |= {name: _mean(name, own) for name in map(redacted_text, metrics)}

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from deferral_train.decoding.settings import Settings
 from deferral_train.evaluation.distributions import distribution_sums
 from deferral_train.evaluation.families import Family
 from deferral_train.evaluation.positions import Positions, PromptBlock
@@ -128,7 +129,11 @@ def _position_sums(
 
 
 def scan(
-    families: Sequence[Family], positions: Positions, *, num_draft_tokens: int = 5, workers: int | None = None
+    families: Sequence[Family],
+    positions: Positions,
+    *,
+    num_draft_tokens: int = Settings.num_draft_tokens,
+    workers: int | None = None,
 ) -> list[FamilySums]:
     """Apply every family to every row, once.
 

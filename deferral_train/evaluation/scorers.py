@@ -13,6 +13,7 @@ import queue
 import shlex
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 
 from deferral_train.errors import InputError
 from deferral_train.evaluation.quality import METRICS, check_program, per_prompt
+from deferral_train.evaluation.sql import database_of
 
 COMMAND = "command:"
 PATIENCE = 30.0  # seconds that a program may take over one text
@@ -30,14 +32,14 @@ def make_scorer(metric: str, typed: Collection[str] = ()) -> Any:
     """The scorer that a name stands for.
 
     Args:
-        metric: a name in :data:`~deferral_train.evaluation.quality.METRICS`, `CORPUS_METRICS`, ``command:PROGRAM``, or
-            ``module:function``.
+        metric: a name in :data:`~deferral_train.evaluation.quality.METRICS`, `CORPUS_METRICS`, ``sql:DATABASE``,
+            ``command:PROGRAM``, or ``module:function``.
         typed: names that the user typed; a function is imported only where it is one of them.
 
     Raises:
         InputError: an unknown metric, a program or function that is not there.
     """
-    if metric in METRICS:
+    if metric in METRICS or database_of(metric) is not None:
         return NamedScorer(metric)
     if metric in CORPUS_METRICS:
         return CorpusScorer(metric)
@@ -51,8 +53,8 @@ def make_scorer(metric: str, typed: Collection[str] = ()) -> Any:
             )
         return FunctionScorer(metric, _imported(metric, module, name))
     raise InputError(
-        f"metric is {metric!r}; use one of {', '.join([*METRICS, *CORPUS_METRICS])}, 'command:PROGRAM' or "
-        "'module:function'"
+        f"metric is {metric!r}; use one of {', '.join([*METRICS, *CORPUS_METRICS])}, 'sql:DATABASE', "
+        "'command:PROGRAM' or 'module:function'"
     )
 
 
@@ -80,8 +82,17 @@ class FunctionScorer:
     without_references = True
 
     def __call__(self, texts: Sequence[str], references: Sequence[str | None]) -> np.ndarray:
-        found = [float(self.function(text, reference)) for text, reference in zip(texts, references)]
-        return np.array([check_score(self.name, value) for value in found])
+        return np.array([self._score(text, reference) for text, reference in zip(texts, references)])
+
+    def _score(self, text: str, reference: str | None) -> float:
+        try:
+            value = float(self.function(text, reference))
+        except Exception as error:  # whatever the user's own code raises
+            told = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            raise InputError(
+                f"metric {self.name} failed on a text of {len(text)} characters ({told})"
+            ) from error
+        return check_score(self.name, value)
 
 
 def check_score(metric: str, value: float) -> float:
@@ -178,13 +189,27 @@ class _Program:
 
     def ask(self, line: str, patience: float) -> str | None:
         """Its answer, None where there is none."""
+        if not self.lines.empty():  # a line that nothing was asked for would pass for the next answer
+            return None
+        until = time.monotonic() + patience
+        # A program that does not read lets a long line fill the pipe, and the write waits with it.
+        writer = threading.Thread(target=self._write, args=(line + "\n",), daemon=True)
+        writer.start()
+        writer.join(patience)
+        if writer.is_alive():
+            return None
+        try:
+            return self.lines.get(timeout=max(0.0, until - time.monotonic())) or None
+        except queue.Empty:
+            return None
+
+    def _write(self, line: str) -> None:
         assert self.process.stdin is not None
         try:
-            self.process.stdin.write(line + "\n")
+            self.process.stdin.write(line)
             self.process.stdin.flush()
-            return self.lines.get(timeout=patience) or None
-        except (OSError, ValueError, queue.Empty):
-            return None
+        except (OSError, ValueError):  # it has ended; that there is no answer tells
+            return
 
     def close(self) -> None:
         self.process.kill()

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from deferral_train.collecting.first_look import CorpusMetric
+from deferral_train.rules.token_gap import price as token_price
 from deferral_train.rules.verify import Origin
 from deferral_train.traces import Traces
 from deferral_train.traces.schema import SEQUENCE_GAP, SEQUENCE_GAPS
-from deferral_train.traces.sequence import labelled_rows
+from deferral_train.traces.sequence import TOKEN_LABEL, labelled_rows, sequence_summary
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,12 @@ def _texts(traces: Traces, text: Callable[[Sequence[int]], str]) -> dict[str, st
 
 
 def quantiles_of_estimates(traces: Traces, head: Any, levels: Sequence[float]) -> list[float]:
-    """Alphas at which about these shares of the labelled places are kept."""
+    """Alphas at which about these shares of the labelled places are kept, each decided by itself."""
     rows = labelled_rows(traces)
-    summary = traces.summary([*dict.fromkeys([*head.features, "tv"])]).select(rows)
-    ratio = head.gap(summary).double() / summary["tv"].double().clamp_min(1e-6)
+    named = TOKEN_LABEL if head.tokenwise else ("tv",)
+    summary = sequence_summary(traces, [*dict.fromkeys([*head.features, *named])]).select(rows)
+    of_tokens = [summary[name].double().exp() for name in named[1:]]
+    price = token_price(*of_tokens) if head.tokenwise else summary["tv"].double()
+    ratio = head.gap(summary).double() / price.clamp_min(1e-6)
     found = torch.quantile(ratio, torch.tensor(list(levels), dtype=torch.float64))
     return [float(f"{value:.4g}") for value in found]

@@ -23,11 +23,12 @@ from deferral_train.evaluation.token_pairs import token_pairs
 from deferral_train.rules.base import PositionRule, Rule, TokenRule
 from deferral_train.rules.learned import LearnedRule
 from deferral_train.rules.summary import Summary
+from deferral_train.rules.token_gap import TokenGapRule
 from deferral_train.traces import Traces
-from deferral_train.traces.sequence import check_one_kind, labelled_rows, sequence_gap
+from deferral_train.traces.sequence import check_one_kind, labelled_rows, sequence_gap, sequence_summary
 
 FILE, PAIRS = "sequence_scores.json", "token_pairs.json"
-TOKEN_NEEDS = ("drafter_max", "verifier_at_drafter_argmax")
+TOKEN_NEEDS = ("token", "drafter_logprob", "verifier_logprob")
 SHARES = tuple(
     round(0.05 * step, 2) for step in range(1, 20)
 )  # of places kept, where a head's alphas are taken
@@ -161,7 +162,7 @@ def _places(traces: Sequence[Traces], families: Sequence[Family]) -> _Places:
     parts, gaps, prompts, count = [], [], [], 0
     for part in traces:
         rows = labelled_rows(part)
-        parts.append(part.summary(sorted(names)).select(rows))
+        parts.append(sequence_summary(part, sorted(names)).select(rows))
         gaps.append(sequence_gap(part)[rows].numpy())
         found, place = np.unique(part.prompt_of_row, return_inverse=True)
         prompts.append(place[rows.numpy()] + count)
@@ -176,7 +177,7 @@ def _scores(
     family: Family, traces: Sequence[Traces], places: _Places, redraws: PromptBootstrap
 ) -> list[SequenceScore]:
     values: Sequence[float | None] = family.values
-    if isinstance(family.rule, LearnedRule):
+    if isinstance(family.rule, LearnedRule | TokenGapRule):
         values = sorted(
             {*quantiles_of_estimates(traces[0], family.rule.head, SHARES)} | {family.chosen or 0.0}
         )
@@ -188,7 +189,7 @@ def _scores(
 
 
 def defers(rule: Rule, summary: Summary) -> Tensor:
-    """Decisions of a rule where the drafter's argmax was drafted, bool [N]: True where it defers.
+    """Decisions of a rule on the summary's token, bool [N]: True where it defers.
 
     Raises:
         InputError: a rule that answers neither for a position nor for a token.
@@ -197,8 +198,8 @@ def defers(rule: Rule, summary: Summary) -> Tensor:
         return rule.defer(summary)
     if not isinstance(rule, TokenRule):
         raise InputError(f"rule {rule.name}: it decides by a distribution; decode it instead")
-    drafter, verifier = (summary[name].clamp_min(1e-38).log().unsqueeze(-1) for name in TOKEN_NEEDS)
-    return ~rule.keep(drafter, verifier, summary)[..., 0]
+    token, drafter, verifier = (summary[name].unsqueeze(-1) for name in TOKEN_NEEDS)
+    return ~rule.alone.keep_tokens(token.long(), drafter, verifier, summary)[..., 0]
 
 
 def _score(

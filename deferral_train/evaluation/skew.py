@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from deferral_train.decoding.settings import Settings
 from deferral_train.errors import InputError
 from deferral_train.evaluation.bootstrap import Interval, PromptBootstrap, Redraws
 from deferral_train.evaluation.positions import read_positions
@@ -60,7 +61,7 @@ def predict(
     rule: Rule,
     *,
     temperature: float | None = None,
-    num_draft_tokens: int = 5,
+    num_draft_tokens: int = Settings.num_draft_tokens,
     tails: Sequence[float] = (0.0,),
 ) -> list[WorkSums]:
     """Expected work per prompt if ``rule`` decoded the logged sequences, under the limit of tokens that they had.
@@ -112,7 +113,7 @@ def compare(
     rows: Iterable[Mapping[str, Any]],
     *,
     temperature: float | None = None,
-    num_draft_tokens: int = 5,
+    num_draft_tokens: int = Settings.num_draft_tokens,
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The speed model: seconds of decoding from counted passes, and how it is measured on this machine at batch 1.
+"""Measures the speed model (``decoding/drafting/speed.py``) of a pair on this machine, at batch 1.
 
 A verifier pass costs what :mod:`deferral_train.pairs.passes` measures for its width. What the loop adds to it in a
 round, what a drafter's step and a prompt cost is fitted to a few short decodings, by non-negative least squares.
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deferral_train.decoding.drafting.speed import LoopSeconds, SpeedModel
+
 if TYPE_CHECKING:
     from deferral_train.decoding import Pair
-    from deferral_train.decoding.drafting.replay import Work
     from deferral_train.pairs.prompts import Prompt
     from deferral_train.rules.base import Rule
 
@@ -34,79 +34,6 @@ CASCADES: Named = {
     "vertical, 4": {"drafting": "vertical:tokens=4,copies=8"},
     "vertical, one token": {"drafting": "vertical:tokens=4,copies=8", "max_new_tokens": 1},
 }
-
-
-@dataclass(frozen=True)
-class LoopSeconds:
-    """Seconds of the decoding loop besides the verifier's passes.
-
-    Attributes:
-        prompt: of each prompt.
-        round: of each round (a draft and its verification).
-        step: of each drafter pass, with all that belongs to it.
-    """
-
-    prompt: float
-    round: float
-    step: float
-
-
-@dataclass(frozen=True)
-class SpeedModel:
-    """Seconds of decoding at batch 1, from counts of what was done.
-
-    Attributes:
-        verifier: seconds of a verifier pass by the number of tokens that go through it; between them linear.
-        plain, cascade: of the loop with one drafter, and with a cascade of drafters.
-        prompt, token: of the verifier alone, for each prompt and each token.
-    """
-
-    verifier: Mapping[int, float]
-    plain: LoopSeconds
-    cascade: LoopSeconds
-    prompt: float
-    token: float
-
-    @classmethod
-    def of_passes(
-        cls, drafter: float, verifier: float, verifier_token: float | None = None, head: float = 0.0
-    ) -> SpeedModel:
-        """From seconds of single passes, whatever their width.
-
-        Args:
-            drafter: of one drafter step.
-            verifier: of one verifying pass.
-            verifier_token: of one token by the verifier alone, default ``verifier``.
-            head: of the head, in each round.
-        """
-        loop = LoopSeconds(0.0, head, drafter)
-        return cls({1: verifier}, loop, loop, 0.0, verifier if verifier_token is None else verifier_token)
-
-    def alone(self, tokens: int) -> float:
-        """Seconds of the verifier alone for a text."""
-        return self.prompt + tokens * self.token
-
-    def of(self, work: Work, cascade: bool) -> float:
-        """Seconds of a text under a drafting plan, from its replayed work."""
-        loop = self.cascade if cascade else self.plain
-        widths = list(work.widths[0])
-        verifying = float(np.dot(self.passes(widths), [work.widths[0][width] for width in widths]))
-        return loop.prompt + verifying + work.calls * loop.round + sum(work.passes) * loop.step
-
-    def relative(self, calls_per_token: np.ndarray, num_draft_tokens: int) -> np.ndarray:
-        """Predicted time against the verifier alone, prompts left out; any shape."""
-        verifying = float(self.passes([num_draft_tokens + 1])[0])
-        return (
-            calls_per_token * (verifying + num_draft_tokens * self.plain.step + self.plain.round) / self.token
-        )
-
-    def passes(self, widths: Sequence[float]) -> np.ndarray:
-        """Seconds of verifier passes of these widths; beyond the widest known one they go on in a straight line."""
-        known = sorted(self.verifier)
-        seconds = [self.verifier[width] for width in known]
-        slope = (seconds[-1] - seconds[0]) / (known[-1] - known[0]) if len(known) > 1 else 0.0
-        beyond = np.maximum(np.asarray(widths) - known[-1], 0) * max(slope, 0.0)
-        return np.interp(widths, known, seconds) + beyond
 
 
 def measure_speed(pair: Pair, prompts: Sequence[Prompt], rule: Rule, temperature: float = 0.0) -> SpeedModel:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from deferral_train.decoding.settings import Settings
 from deferral_train.evaluation.distributions import deferral_and_rejection
 from deferral_train.evaluation.positions import Positions, PromptRows
 from deferral_train.rules.base import Rule
@@ -77,7 +78,7 @@ class ExpectedWork:
 def expected_work(
     table: Positions,
     rules: Sequence[Rule],
-    num_draft_tokens: int = 5,
+    num_draft_tokens: int = Settings.num_draft_tokens,
     *,
     limit: int | None = None,
     tails: Sequence[float] = (0.0,),
@@ -99,7 +100,9 @@ def expected_work(
     return ExpectedWork.joined(parts)
 
 
-def expected_calls(acceptance: np.ndarray, layout: PromptRows, num_draft_tokens: int = 5) -> np.ndarray:
+def expected_calls(
+    acceptance: np.ndarray, layout: PromptRows, num_draft_tokens: int = Settings.num_draft_tokens
+) -> np.ndarray:
     """Expected verifier calls [P, S] of the logged sequences; see :func:`block_chain` for the arguments."""
     calls = np.zeros((len(layout.lengths), acceptance.shape[1]), dtype=acceptance.dtype)
     order = layout.longest_first
@@ -111,7 +114,7 @@ def expected_calls(acceptance: np.ndarray, layout: PromptRows, num_draft_tokens:
 def block_chain(
     acceptance: np.ndarray,
     layout: PromptRows,
-    num_draft_tokens: int = 5,
+    num_draft_tokens: int = Settings.num_draft_tokens,
     deferral: np.ndarray | None = None,
     cut: np.ndarray | None = None,
 ) -> ExpectedWork:

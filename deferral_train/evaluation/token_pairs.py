@@ -15,7 +15,7 @@ from deferral_train.traces.sequence import labelled_rows, sequence_gap
 
 @dataclass(frozen=True)
 class TokenPair:
-    """A pair of favourites at labelled places.
+    """A pair of argmaxes at labelled places.
 
     Attributes:
         drafter, verifier: the tokens, as text.

@@ -9,6 +9,7 @@ from deferral_train.heads.export import push_to_hub, set_operating_point
 from deferral_train.heads.gap import GapHead
 from deferral_train.heads.judge import JudgeHead
 from deferral_train.heads.plug_in import PlugInHead
+from deferral_train.heads.token_gap import TokenGapHead
 from deferral_train.heads.truth import TokenHead, TruthMixtureHead
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "GapHead",
     "JudgeHead",
     "PlugInHead",
+    "TokenGapHead",
     "TokenHead",
     "TruthMixtureHead",
     "push_to_hub",

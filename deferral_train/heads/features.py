@@ -173,6 +173,17 @@ class FeatureSet(nn.Module):
         self.register_buffer("order", torch.tensor(order), persistent=False)
         self.out_features = sum(self.width_of(f.name) for f in self.features)
 
+    @property
+    def spans(self) -> dict[str, slice]:
+        """Where each feature, by its text, lies among the columns that :meth:`forward` gives."""
+        found, at = {}, 0
+        for transform, _ in self.groups:
+            for feature in self.features:
+                if feature.transform == transform:
+                    found[str(feature)] = slice(at, at + self.width_of(feature.name))
+                    at += self.width_of(feature.name)
+        return found
+
     def _columns_of(self, name: str) -> range:
         return range(self.start[name], self.start[name] + self.width_of(name))
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
 from deferral_train.errors import InputError
+from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.gap import GapHead
 from deferral_train.heads.lookups import COSINE, EMBEDDINGS, MATRIX
+from deferral_train.heads.token_gap import TokenGapHead, fold_token
 
 
-def reads_embeddings(head: GapHead) -> bool:
+def folded(head: DeferralHead) -> DeferralHead:
+    """The head with tables in place of the embeddings that it reads linearly; itself where there is none."""
+    if isinstance(head, TokenGapHead) and reads_embeddings(head):
+        return fold_token(head)
+    return fold(head) if isinstance(head, GapHead) and reads_embeddings(head) and is_linear(head) else head
+
+
+def reads_embeddings(head: DeferralHead) -> bool:
     """True where a feature of the head is a token embedding."""
     return any(feature.name in EMBEDDINGS for feature in head.inputs.features)
 
@@ -48,7 +55,7 @@ def fold(head: GapHead) -> GapHead:
         widths.pop(MATRIX, None)
     arguments = {key: head.config[key] for key in ("stage", "loss", "body", "hidden", "recalibration")}
     folded = GapHead(names, widths=widths, **arguments)
-    old, new = _spans(head), _spans(folded)
+    old, new = head.inputs.spans, folded.inputs.spans
     layer, target = linear_layer(head), linear_layer(folded)
     assert head.inputs.lookups is not None
     target.bias.copy_(layer.bias)
@@ -84,18 +91,3 @@ def _folded_name(feature: str) -> str:
     if transform:
         raise InputError(f"feature {feature!r}: an embedding that goes through a transform cannot be folded")
     return name.replace("_embedding", "_worth")
-
-
-def _spans(head: GapHead) -> dict[str, slice]:
-    """Columns of each feature among those that the body reads."""
-    return dict(_each_span(head))
-
-
-def _each_span(head: GapHead) -> Iterator[tuple[str, slice]]:
-    at = 0
-    for transform, _ in head.inputs.groups:
-        for feature in head.inputs.features:
-            if feature.transform == transform:
-                width = head.inputs.width_of(feature.name)
-                yield str(feature), slice(at, at + width)
-                at += width

@@ -137,7 +137,7 @@ def judge(head: DeferralHead, batch: Batch, generator: torch.Generator) -> Tenso
 def judge_losses(head: JudgeHead, batch: Batch) -> tuple[Tensor, Tensor]:
     """Binary log loss of the score against the soft label 1 - z, and each row's weight, ``[N]`` both.
 
-    z is the chance that the token is not acceptable. At the verify stage rows count where the drafter's favourite is
+    z is the chance that the token is not acceptable. At the verify stage rows count where the drafter's argmax is
     not the verifier's; at the draft stage all do, and the part of a label that is rejected is weighted by
     :data:`REJECTED_WEIGHT` (SpecDec++, arXiv 2405.19715).
     """

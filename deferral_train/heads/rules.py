@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
 from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.own import import_head_class
+from deferral_train.heads.token_gap import TokenGapHead
 from deferral_train.heads.truth import TruthHead
 from deferral_train.rules import make_rule
 from deferral_train.rules.base import Dial, Rule, TokenRule
 from deferral_train.rules.learned import Judge, LearnedRule
 from deferral_train.rules.summary import Summary
+from deferral_train.rules.token_gap import TokenGapRule, costly_tokens
 
 # P^(v_p) comes by two ways, from the summary and from log p, log q; rounding must not break the tie for v_p.
 TIE = 1e-6
@@ -25,7 +26,6 @@ HEAD_PARAMETERS = {
     "learned": ("head", "alpha", "tokenwise", "priced", "class"),
     "judge": ("head", "threshold", "class"),
 }
-ROUNDS = 4  # eight raise the objective by 2e-6 of 0.2 on the Multi30k pair
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,11 @@ class LearnedTokenRule(TokenRule):
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset(self.head.features)
 
+    @property
+    def alone(self) -> LearnedTokenRule:
+        """The plain rule."""
+        return replace(self, priced=False) if self.priced else self
+
     def keep(self, drafter_logprobs: Tensor, verifier_logprobs: Tensor, summary: Summary) -> Tensor:
         """Bool [.., K]; with candidates fewer than V the sums run over these, as if they were all."""
         truth = self.head.truth(drafter_logprobs, verifier_logprobs, summary)
@@ -72,32 +77,21 @@ class LearnedTokenRule(TokenRule):
 
 
 def dropped_set(q: Tensor, p: Tensor, truth: Tensor, alpha: float) -> Tensor:
-    """The set S of :class:`LearnedTokenRule`, bool [.., V], from q, p and P^ [.., V].
-
-    Each round drops v where its gain exceeds alpha times its price given the D of the round before: its own rejection
-    max(0, q - D p), minus what q(v) more in D spares the others, q(v) * sum p over the dropped with q > D p.
-    """
-    gain = q * ((truth * p).sum(-1, keepdim=True) - truth)
-    found = torch.zeros_like(q, dtype=torch.bool)
-    best = torch.zeros_like(gain[..., :1])  # keeping all gains nothing
-    dropped, mass, spared = ~found, q.sum(-1, keepdim=True), torch.zeros_like(best)
-    for _ in range(ROUNDS + 1):
-        excess = (q - mass * p).clamp(min=0)
-        worth = ((gain - alpha * excess) * dropped).sum(-1, keepdim=True)
-        found = torch.where(worth > best, dropped, found)
-        best = torch.maximum(worth, best)
-        dropped = gain > alpha * (excess - q * spared)
-        mass = (q * dropped).sum(-1, keepdim=True)
-        spared = (p * (dropped & (q > mass * p))).sum(-1, keepdim=True)
-    return found
+    """The set S of :class:`LearnedTokenRule`, bool [.., V], from q, p and P^ [.., V]."""
+    return costly_tokens(q, p, q * ((truth * p).sum(-1, keepdim=True) - truth), alpha)
 
 
 def learned_rule(
-    head: DeferralHead, alpha: float | None = None, *, tokenwise: bool | None = None, priced: bool = False
+    head: DeferralHead,
+    alpha: float | None = None,
+    *,
+    tokenwise: bool | None = None,
+    priced: bool | None = None,
 ) -> Rule:
     """The rule that a head serves, at ``alpha`` or at the operating point stored in the head.
 
-    A token head gives a token rule unless ``tokenwise`` is False; a truth mixture gives one if it is True.
+    A token head gives a token rule unless ``tokenwise`` is False; a truth mixture gives one if it is True; a token_gap
+    head knows no other, and is ``priced`` unless told otherwise.
     """
     if head.dial != "alpha":
         raise InputError(
@@ -110,13 +104,17 @@ def learned_rule(
         raise InputError("this head has no chosen alpha; give one, e.g. learned:head=FOLDER,alpha=0.1")
     if tokenwise is None:
         tokenwise = head.tokenwise
+    if isinstance(head, TokenGapHead):
+        if not tokenwise:
+            raise InputError("a token_gap head judges drafted tokens, not positions; leave tokenwise out")
+        return TokenGapRule(head=head, alpha=float(alpha), priced=priced is not False)
     if not tokenwise:
         return LearnedRule(head=head, alpha=float(alpha))
     if not isinstance(head, TruthHead):
         raise InputError(
             f"a {head.head_type} head has no estimate per token; use a token or truth_mixture head"
         )
-    return LearnedTokenRule(head=head, alpha=float(alpha), priced=priced)
+    return LearnedTokenRule(head=head, alpha=float(alpha), priced=bool(priced))
 
 
 def judge_rule(head: DeferralHead, threshold: float | None = None) -> Rule:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deferral_train.collecting.config import SEQUENCE_METRICS, CollectConfig
+from deferral_train.decoding.settings import Settings
 from deferral_train.errors import InputError, config_errors
 from deferral_train.pairs.scratch.train_config import PairConfig
 
@@ -149,6 +151,52 @@ class TracesConfig:
 
 
 @dataclass(frozen=True)
+class RoundsSettings:
+    """Settings of rounds of learning.
+
+    Attributes:
+        rounds: collections along the cascade's own text, after the first along the verifier's.
+        calls: wished verifier calls per token, as a share of lossless's.
+        metrics: that texts are labelled and chosen by.
+        label_share: of the places of each prompt that are labelled; ``own_share`` in the rounds.
+        label_reference: ``given``, or ``verifier``.
+        objectives: of the heads that are fitted in each round: ridge, squared or huber, all linear.
+        length_tolerance: of the length of decoded validation text against lossless's; beyond it length is priced.
+        temperature, num_draft_tokens, max_new_tokens, batch_size, seed: of collecting and decoding.
+    """
+
+    rounds: int = 2
+    calls: float = 0.7
+    metrics: tuple[str, ...] = SEQUENCE_METRICS
+    label_share: float = CollectConfig.label_share
+    own_share: float = 0.5
+    label_reference: str = CollectConfig.label_reference
+    objectives: tuple[str, ...] = ("ridge",)
+    length_tolerance: float = 0.01
+    temperature: float = Settings.temperature
+    num_draft_tokens: int = Settings.num_draft_tokens
+    max_new_tokens: int = Settings.max_new_tokens
+    batch_size: int = 32
+    seed: int = Settings.seed
+
+    def __post_init__(self) -> None:
+        if self.rounds < 0:
+            raise InputError(f"rounds={self.rounds}: give 0 (the verifier's own text alone) or more")
+        if not 0 < self.calls < 1:
+            raise InputError(
+                f"calls={self.calls:g}: give a share of lossless's verifier calls between 0 and 1"
+            )
+        if not 0 < self.own_share <= 1:
+            raise InputError(f"own_share={self.own_share:g}: give a share above 0 and up to 1")
+        if not self.objectives:
+            raise InputError("objectives is empty; give at least ridge")
+        if not 0 <= self.length_tolerance < 1:
+            raise InputError(
+                f"length_tolerance={self.length_tolerance:g}: give a share between 0 and 1, such as 0.01"
+            )
+
+
+@dataclass(frozen=True)
 class HeadsConfig:
     """Which heads are fitted; the one with the least val/regret is exported.
 
@@ -157,15 +205,16 @@ class HeadsConfig:
         rounds: above 0: learn from finished texts instead, as ``deferral-train rounds`` does, in so many rounds along
             the cascade's own text; the candidates are fitted to compare with.
         calls: wished verifier calls per token of these, as a share of lossless's.
-        label_metric: that finished texts are scored by.
+        label_metric: that finished texts are scored by; default execution accuracy with ``text.questions``, else
+            sentence BLEU and chrF1.
         label_share: of the places of each prompt that are labelled.
     """
 
     candidates: dict[str, dict[str, Any]] = field(default_factory=lambda: {"gap": {"head": "gap"}})
     rounds: int = 0
-    calls: float = 0.7
-    label_metric: tuple[str, ...] = ("sentence_bleu", "chrf1")
-    label_share: float = 1.0
+    calls: float = RoundsSettings.calls
+    label_metric: tuple[str, ...] = ()
+    label_share: float = RoundsSettings.label_share
 
     def __post_init__(self) -> None:
         if not self.candidates:
@@ -234,7 +283,7 @@ class DecodeSection:
     """
 
     limit: int = 200
-    num_draft_tokens: int = 5
+    num_draft_tokens: int = Settings.num_draft_tokens
     max_new_tokens: int = 64
     temperature: float = 0.0
     batch_size: int = 1

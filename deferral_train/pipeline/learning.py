@@ -37,7 +37,8 @@ from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.fingerprint import weights_key
 from deferral_train.heads.rules import learned_rule
 from deferral_train.pairs.prompts import Prompt
-from deferral_train.pipeline.config import RunConfig
+from deferral_train.pipeline.ask import execution_accuracy
+from deferral_train.pipeline.config import RoundsSettings, RunConfig
 from deferral_train.pipeline.heads import BEST
 from deferral_train.pipeline.text import read_part
 from deferral_train.redaction import redacted
@@ -49,54 +50,9 @@ from deferral_train.training.resuming import traces_key
 LEVELS = (0.3, 0.45, 0.6, 0.75, 0.88)  # shares of the places that are kept, by estimates of the latest traces
 PROBE = 0.15  # first price on length that is tried, in deviations
 MOST_PRICE = 1.0
+MOST_PRICES = 5  # each is a fit and a decoding of the validation prompts
 LOSSLESS = "lossless"
 ROUNDS = "rounds"  # what the head of rounds is called in a run, and their folder
-
-
-@dataclass(frozen=True)
-class RoundsSettings:
-    """Settings of rounds of learning.
-
-    Attributes:
-        rounds: collections along the cascade's own text, after the first along the verifier's.
-        calls: wished verifier calls per token, as a share of lossless's.
-        metrics: that texts are labelled and chosen by.
-        label_share: of the places of each prompt that are labelled; ``own_share`` in the rounds.
-        label_reference: ``given``, or ``verifier``.
-        objectives: of the heads that are fitted in each round: ridge, squared or huber, all linear.
-        length_tolerance: of the length of decoded validation text against lossless's; beyond it length is priced.
-        temperature, num_draft_tokens, max_new_tokens, batch_size, seed: of collecting and decoding.
-    """
-
-    rounds: int = 2
-    calls: float = 0.7
-    metrics: tuple[str, ...] = ("sentence_bleu", "chrf1")
-    label_share: float = 1.0
-    own_share: float = 0.5
-    label_reference: str = "given"
-    objectives: tuple[str, ...] = ("ridge",)
-    length_tolerance: float = 0.01
-    temperature: float = 0.0
-    num_draft_tokens: int = 5
-    max_new_tokens: int = 128
-    batch_size: int = 32
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.rounds < 0:
-            raise InputError(f"rounds={self.rounds}: give 0 (the verifier's own text alone) or more")
-        if not 0 < self.calls < 1:
-            raise InputError(
-                f"calls={self.calls:g}: give a share of lossless's verifier calls between 0 and 1"
-            )
-        if not 0 < self.own_share <= 1:
-            raise InputError(f"own_share={self.own_share:g}: give a share above 0 and up to 1")
-        if not self.objectives:
-            raise InputError("objectives is empty; give at least ridge")
-        if not 0 <= self.length_tolerance < 1:
-            raise InputError(
-                f"length_tolerance={self.length_tolerance:g}: give a share between 0 and 1, such as 0.01"
-            )
 
 
 @dataclass(frozen=True)
@@ -157,6 +113,31 @@ def at_calls(points: Sequence[DecodedPoint], calls: float) -> DecodedPoint:
         between([point.length for point in points]),
         scores,
     )
+
+
+def next_price(excess: Mapping[float, float], tolerance: float) -> float | None:
+    """The price on length to try next, from the excess of length over lossless's at those tried, in their order.
+
+    The first is `PROBE` towards the length that is missing; then on the line through the two nearest prices of which
+    one writes too long and one too short, or as long as there is none, through the last two. None where one is within
+    the tolerance, where enough were tried, or where nothing new is left.
+    """
+    prices = list(excess)
+    if min(map(abs, excess.values())) <= tolerance or len(prices) >= MOST_PRICES:
+        return None
+    if len(prices) == 1:
+        return PROBE if excess[prices[0]] > 0 else -PROBE
+    longer = [price for price in prices if excess[price] > 0]
+    shorter = [price for price in prices if excess[price] < 0]
+    a, b = prices[-2:]
+    if longer and shorter:
+        a, b = min(longer, key=lambda one: excess[one]), max(shorter, key=lambda one: excess[one])
+    if excess[a] == excess[b]:
+        return None
+    price = round(
+        float(np.clip(a - excess[a] * (b - a) / (excess[b] - excess[a]), -MOST_PRICE, MOST_PRICE)), 3
+    )
+    return None if price in excess else price
 
 
 class Learning:
@@ -241,16 +222,12 @@ class Learning:
 
     def _priced(self, number: int, objective: str, lossless: Decoded) -> Candidate:
         """The head whose decoded text is as long as lossless's: a price on length where that is needed."""
-        first = self._candidate(number, objective, 0.0, lossless)
-        excess = first.at_wish.length - 1
-        if abs(excess) <= self.settings.length_tolerance:
-            return first
-        second = self._candidate(number, objective, PROBE if excess > 0 else -PROBE, lossless)
-        moved = second.at_wish.length - first.at_wish.length
-        tried = [first, second]
-        if moved:
-            price = float(np.clip(-excess * second.length_price / moved, -MOST_PRICE, MOST_PRICE))
-            tried.append(self._candidate(number, objective, round(price, 3), lossless))
+        tried: list[Candidate] = []
+        price: float | None = 0.0
+        while price is not None:
+            tried.append(self._candidate(number, objective, price, lossless))
+            excess = {one.length_price: one.at_wish.length - 1 for one in tried}
+            price = next_price(excess, self.settings.length_tolerance)
         return min(tried, key=lambda one: abs(one.at_wish.length - 1))
 
     def _candidate(self, number: int, objective: str, price: float, lossless: Decoded) -> Candidate:
@@ -404,10 +381,11 @@ def learn_in_rounds(config: RunConfig, pair: Mapping[str, Any], folder: Path) ->
         what was chosen, and a line's worth of every round.
     """
     heads, how = config.heads, config.decode
+    default = RoundsSettings().metrics if config.text.questions is None else (execution_accuracy(folder),)
     settings = RoundsSettings(
         rounds=heads.rounds,
         calls=heads.calls,
-        metrics=tuple(heads.label_metric),
+        metrics=tuple(heads.label_metric) or default,
         label_share=heads.label_share,
         temperature=how.temperature,
         num_draft_tokens=how.num_draft_tokens,

@@ -111,7 +111,7 @@ class StageRunner:
             "inputs": provenance.content_keys(stage.inputs),
             "after": upstream,
         }
-        return dict(json.loads(json.dumps(provenance.plain(source))))
+        return dict(provenance.plain(source))
 
     def _marker(self, stage: Stage) -> Path:
         return self.folder / MARKERS / f"{stage.name}.json"

@@ -6,8 +6,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-OPPOSITE = {"=": "==", "==": "="}
-
 
 @dataclass(frozen=True)
 class Condition:
@@ -62,23 +60,28 @@ class Style:
     """One way of writing.
 
     Attributes:
-        upper: keywords and functions in capitals.
+        upper: keywords in capitals. shout: functions in capitals.
         alias: 0 none, 1 a letter after the table, 2 a letter after ``AS``; a join always has one.
+        initial: that letter is the table's first one, else ``t``, and ``u`` for the joined table.
         count: what is counted: ``*`` or ``1``.
-        equal: ``=`` or ``==``.
+        equal: ``=``, ``==`` or ``is``.
         between: a range as ``BETWEEN``, else as two comparisons.
         comma: a join as two tables and a condition, else with ``JOIN``.
         labelled: computed columns get a name.
+        lines: every clause on a line of its own.
         closed: a semicolon at the end.
     """
 
     upper: bool = True
+    shout: bool = True
     alias: int = 0
+    initial: bool = True
     count: str = "*"
     equal: str = "="
     between: bool = True
     comma: bool = False
     labelled: bool = False
+    lines: bool = False
     closed: bool = False
 
     @classmethod
@@ -86,12 +89,15 @@ class Style:
         """Every habit drawn by itself, all its forms alike."""
         return cls(
             upper=draw.random() < 0.5,
+            shout=draw.random() < 0.5,
             alias=draw.randrange(3),
+            initial=draw.random() < 0.5,
             count=draw.choice("*1"),
-            equal=draw.choice(("=", "==")),
+            equal=draw.choice(("=", "==", "is")),
             between=draw.random() < 0.5,
             comma=draw.random() < 0.5,
             labelled=draw.random() < 0.5,
+            lines=draw.random() < 0.5,
             closed=draw.random() < 0.5,
         )
 
@@ -112,33 +118,41 @@ class _Writer:
 
     def text(self, draw: random.Random | None) -> str:
         query, word = self.query, self._word
-        parts = [word("select"), ", ".join(self._selected()), word("from"), self._tables()]
-        conditions = [part for condition in query.where for part in self._condition(condition)]
+        clauses = [f"{word('select')} {', '.join(self._selected())}", f"{word('from')} {self._tables()}"]
+        both = f" {word('and')} "
+        conditions = [both.join(self._condition(condition)) for condition in query.where]
         if query.join is not None and self.style.comma:
             conditions.append(self._joined(query.join))
         if draw is not None:
             draw.shuffle(conditions)
         if conditions:
-            parts += [word("where"), f" {word('and')} ".join(conditions)]
+            clauses.append(f"{word('where')} {both.join(conditions)}")
         if query.group is not None:
-            parts += [word("group by"), self._column(query.group)]
+            clauses.append(f"{word('group by')} {self._column(query.group)}")
         if query.order is not None:
-            parts += [word("order by"), self._column(query.order), word("desc" if query.falling else "asc")]
+            direction = word("desc" if query.falling else "asc")
+            clauses.append(f"{word('order by')} {self._column(query.order)} {direction}")
         if query.limit is not None:
-            parts += [word("limit"), str(query.limit)]
-        return " ".join(parts) + (";" if self.style.closed else "")
+            clauses.append(f"{word('limit')} {query.limit}")
+        return ("\n" if self.style.lines else " ").join(clauses) + (";" if self.style.closed else "")
 
     def _word(self, text: str) -> str:
         return text.upper() if self.style.upper else text
+
+    def _function(self, name: str) -> str:
+        return name.upper() if self.style.shout else name
+
+    def _equal(self) -> str:
+        return self._word(self.style.equal)
 
     def _selected(self) -> Sequence[str]:
         columns = [] if self.query.group is None else [self._column(self.query.group)]
         for item in self.query.select:
             function, _, column = item.rpartition(" ")
             if item == "count":
-                columns.append(f"{self._word('count')}({self.style.count})" + self._label("total"))
+                columns.append(f"{self._function('count')}({self.style.count})" + self._label("total"))
             elif function:
-                columns.append(f"{self._word(function)}({self._column(column)})" + self._label("result"))
+                columns.append(f"{self._function(function)}({self._column(column)})" + self._label("result"))
             else:
                 columns.append(self._column(item))
         return columns
@@ -162,10 +176,12 @@ class _Writer:
         return table + (f" {self._word('as')}" * (self.style.alias == 2) + f" {alias}" if alias else "")
 
     def _alias(self, table: str) -> str:
-        return table[0] if self.style.alias or self.query.join is not None else ""
+        if not self.style.alias and self.query.join is None:
+            return ""
+        return table[0] if self.style.initial else "t" if table == self.query.table else "u"
 
     def _joined(self, join: Join) -> str:
-        return f"{self._column(join.own)} {self.style.equal} {self._column(f'{join.table}.{join.column}')}"
+        return f"{self._column(join.own)} {self._equal()} {self._column(f'{join.table}.{join.column}')}"
 
     def _column(self, name: str) -> str:
         table, _, column = name.rpartition(".")
@@ -178,7 +194,7 @@ class _Writer:
             if self.style.between:
                 return [f"{column} {self._word('between')} {value} {self._word('and')} {condition.upper}"]
             return [f"{column} >= {value}", f"{column} <= {condition.upper}"]
-        operator = self.style.equal if condition.operator == "=" else condition.operator
+        operator = self._equal() if condition.operator == "=" else condition.operator
         return [f"{column} {operator} {value}"]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deferral_train.report.load import RunFolder
-from deferral_train.report.numbers import nice
+from deferral_train.report.numbers import cell
 
 
 def breakdowns(run: RunFolder) -> dict[str, Any] | None:
@@ -24,15 +24,8 @@ def _table(table: Mapping[str, Any]) -> dict[str, Any]:
         {
             "words": [row["group"], *([row["rule"] or "–"] if with_rule else [])],
             "counts": [str(row["prompts"]), f"{row['tokens']:.0f}"],
-            "cells": [_cell(row["numbers"].get(name)) for name in names],
+            "cells": [cell(row["numbers"].get(name)) for name in names],
         }
         for row in table["rows"]
     ]
     return {"title": table["title"], "note": table["note"], "heads": heads, "rows": rows}
-
-
-def _cell(number: Mapping[str, Any] | None) -> dict[str, str]:
-    if number is None:
-        return {"value": "–", "range": ""}
-    limits = "" if number["low"] is None else f"{nice(number['low'])} to {nice(number['high'])}"
-    return {"value": nice(number["value"]), "range": limits}

@@ -6,13 +6,13 @@ Every file is optional; a file that is there must be right.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deferral_train.decoding.outputs import read_lines
 from deferral_train.errors import InputError
 from deferral_train.evaluation.frontier import VERIFIER, FrontierPoint, table2
 from deferral_train.provenance import read_object
@@ -95,11 +95,11 @@ def load_run(folder: str | Path, shadow: str | Path | None = None) -> RunFolder:
         prefixes=_json(root / "evaluation" / "prefixes.json"),
         summary=_json(root / "decode" / "summary.json"),
         provenance=redacted(_json(root / "run.json") or _json(root / "decode" / "decode.provenance.json")),
-        outputs=list(_lines(root / "decode" / "outputs.jsonl")),
-        timed_outputs=list(_lines(root / "timing" / "outputs.jsonl")),
+        outputs=list(read_lines(root / "decode" / "outputs.jsonl")),
+        timed_outputs=list(read_lines(root / "timing" / "outputs.jsonl")),
         answers=_json(root / "evaluation" / "answers.json"),
         calibration=_json(root / "calibration" / "summary.json"),
-        batches=list(_lines(root / timed / "batches.jsonl")),
+        batches=list(read_lines(root / timed / "batches.jsonl")),
         training=read_training(root / _training_folder(verdict)),
     )
     if not any(
@@ -262,21 +262,6 @@ def _value(point: Mapping[str, Any], name: str, default: float) -> float:
 
 def _json(path: Path) -> dict[str, Any] | None:
     return read_object(path, "run that stage again")
-
-
-def _lines(path: Path) -> Iterable[dict[str, Any]]:
-    if not path.is_file():
-        return
-    for number, line in enumerate(path.read_bytes().split(b"\n")):
-        if not line.strip():
-            continue
-        try:
-            found = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {number + 1} is no JSON ({error}); run decode again") from error
-        if not isinstance(found, dict):
-            raise InputError(f"{path}, line {number + 1} is no JSON object; run decode again")
-        yield found
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -30,6 +30,14 @@ def interval(number: Mapping[str, Any] | None, scale: float = 1.0, sign: bool = 
 def signed(value: float, sign: bool) -> str:
     """``0.52``, with a plus sign where ``sign`` asks for one."""
     return ("+" if sign and value > 0 else "") + nice(value).replace("-", "−")
+
+
+def cell(number: Mapping[str, Any] | None, write: Callable[[float], str] = nice) -> dict[str, str]:
+    """A table cell: ``value``, and ``range`` below it, empty where the number has no interval."""
+    if number is None:
+        return {"value": "–", "range": ""}
+    between = "" if number["low"] is None else f"{write(number['low'])} to {write(number['high'])}"
+    return {"value": write(number["value"]), "range": between}
 
 
 def limits(low: float, high: float, scale: float, sign: bool) -> str:

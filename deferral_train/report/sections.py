@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from markupsafe import Markup
@@ -10,7 +11,7 @@ from markupsafe import Markup
 from deferral_train.evaluation.bootstrap import Interval
 from deferral_train.evaluation.online import online_table
 from deferral_train.report.load import RunFolder
-from deferral_train.report.numbers import interval, limits, nice, signed
+from deferral_train.report.numbers import cell, interval, limits, nice, signed
 from deferral_train.report.svg import Series, bar_chart, line_chart
 
 RIGHT = "answers right"  # execution accuracy, in the page's words
@@ -120,24 +121,18 @@ def _matched(scores: Mapping[str, Any]) -> dict[str, Any]:
         table.append(
             {
                 "rule": name,
-                "values": [_cell(cell) for cell in cells],
-                "differences": [_cell(cell and cell["minus_baseline"], sign=True) for cell in cells],
+                "values": [cell(one, _thousandths) for one in cells],
+                "differences": [
+                    cell(one and one["minus_baseline"], partial(_thousandths, sign=True)) for one in cells
+                ],
             }
         )
     return {"loss": LOSS_NAMES[loss], "shares": [_share(share) for share in shares], "rows": table}
 
 
-def _cell(number: Mapping[str, Any] | None, sign: bool = False) -> dict[str, str]:
-    """A table cell in thousandths: the value, and its interval below."""
-    if number is None:
-        return {"value": "–", "range": ""}
-
-    def thousandths(value: float) -> str:
-        rounded = round(value, 3) or 0.0  # no minus sign before a zero
-        return f"{rounded:{'+' if sign and rounded else ''}.3f}".replace("-", "−")
-
-    limits = "" if number["low"] is None else f"{thousandths(number['low'])} to {thousandths(number['high'])}"
-    return {"value": thousandths(number["value"]), "range": limits}
+def _thousandths(value: float, sign: bool = False) -> str:
+    rounded = round(value, 3) or 0.0  # no minus sign before a zero
+    return f"{rounded:{'+' if sign and rounded else ''}.3f}".replace("-", "−")
 
 
 def _share(share: float | str) -> str:

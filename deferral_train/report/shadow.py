@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from deferral_train.errors import InputError
-from deferral_train.report.numbers import nice
+from deferral_train.report.numbers import cell
 
 FILES = ("shadow.json", "shadow-*.json", "shadow/*.json")  # of a run folder
 SCHEMA_VERSION = 1
@@ -128,10 +128,9 @@ def _row(sums: Sums) -> dict[str, Any]:
         ("gain", {"shadow": 1.0, "served": -1.0}, blocks),
         ("loss", {"loss": 1.0}, {"blocks": 1.0, "shadow": 1.0}),
     )
-    cells = {name: _cell(*sums.ratio(above, below)) for name, above, below in quantities}
+    cells = {}
+    for name, above, below in quantities:
+        value, half = sums.ratio(above, below)
+        ends = (None, None) if half is None else (value - half, value + half)
+        cells[name] = cell({"value": value, "low": ends[0], "high": ends[1]})
     return {"requests": str(sums.requests), "blocks": f"{sums.sums[0]:.0f}", **cells}
-
-
-def _cell(value: float, half: float | None) -> dict[str, str]:
-    limits = "" if half is None else f"{nice(value - half)} to {nice(value + half)}"
-    return {"value": nice(value), "range": limits}

@@ -4,6 +4,7 @@ from deferral_train.rules.base import Dial, LawRule, PositionRule, Rule, TokenRu
 from deferral_train.rules.learned import Judge, LearnedRule
 from deferral_train.rules.registry import RULES, make_rule
 from deferral_train.rules.summary import FIELDS, Field, Summary, summarize
+from deferral_train.rules.token_gap import TokenGapRule
 from deferral_train.rules.verify import Origin, Verdict, verify_block
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "PositionRule",
     "Rule",
     "Summary",
+    "TokenGapRule",
     "TokenRule",
     "Verdict",
     "make_rule",

@@ -76,13 +76,13 @@ class Dial:
 
 @dataclass(frozen=True)
 class RuleStep:
-    """A rule's decision on drafted tokens at positions [..].
+    """A rule's decision on drafted tokens at positions [..], as verification uses it.
 
     Attributes:
         deferred: bool [..], the decision (token rule: drafted token not kept; distribution rule: held to the exact
             check or a stricter one).
         kept: bool [..], the drafted token stands by the rule's leave rather than by the exact check.
-        gap: [..], what `Rule.estimated_gap` says, where the decision was made from it; else None.
+        probability: [..], above temperature 0 what a target gives to the drafted token; None without a target.
         target: above temperature 0 the probabilities [.., V] that the drafted token is checked and corrected against;
             at temperature 0 the token [..] that is emitted unless the drafted one is kept. None: the verifier's, and
             above temperature 0 in place of a kept token that may not be emitted the verifier's without a check.
@@ -91,7 +91,13 @@ class RuleStep:
     deferred: Tensor
     kept: Tensor
     target: Tensor | None
-    gap: Tensor | None = None
+    probability: Tensor | None = None
+
+    @classmethod
+    def of_deferral(cls, deferred: Tensor, distributions: Distributions, token: Tensor) -> Self:
+        """Of a position rule's answer: a kept token stands, a deferred one is checked against the verifier's."""
+        deferred = deferred.expand(token.shape)
+        return cls(deferred, distributions.allows(token) > deferred, None)
 
 
 @dataclass(
@@ -226,7 +232,10 @@ class Rule:
         return distributions.p if self.is_lossless else self._step_distribution(distributions, summary, token)
 
     def step(self, distributions: Distributions, summary: Summary, token: Tensor) -> RuleStep:
-        """The decision on drafted tokens [..]; `summary` holds the rule's needs and ``token``."""
+        """The decision on drafted tokens [..]; `summary` holds the rule's needs and ``token``.
+
+        Of a position rule verification asks `defer` and nothing else.
+        """
         raise NotImplementedError
 
     def _step_distribution(self, distributions: Distributions, summary: Summary, token: Tensor) -> Tensor:
@@ -266,16 +275,9 @@ class PositionRule(Rule):
         """True where the position is left to the verifier, bool [..]."""
         raise NotImplementedError
 
-    def step(self, distributions: Distributions, summary: Summary, token: Tensor) -> RuleStep:
-        """A kept token stands; a deferred one is checked against the verifier's distribution."""
-        return self._decided(self.defer(summary), distributions, token)
-
-    def _decided(
-        self, deferred: Tensor, distributions: Distributions, token: Tensor, gap: Tensor | None = None
-    ) -> RuleStep:
-        deferred = deferred.expand(token.shape)
-        kept = distributions.allows(token) > deferred
-        return RuleStep(deferred, kept, None, gap)
+    def defer_by_gap(self, summary: Summary, gap: Tensor) -> Tensor:
+        """As `defer`, where `estimated_gap` is known already: a rule that decides by it need not estimate it again."""
+        return self.defer(summary)
 
     def _distribution(self, distributions: Distributions, summary: Summary) -> Tensor:
         deferred = self.defer(summary).unsqueeze(-1)
@@ -330,20 +332,41 @@ class TokenRule(Rule):
         """
         raise NotImplementedError
 
+    def keep_tokens(
+        self, tokens: Tensor | None, drafter_logprobs: Tensor, verifier_logprobs: Tensor, summary: Summary
+    ) -> Tensor:
+        """As :meth:`keep`; a rule that looks at which token it is overrides this.
+
+        Args:
+            tokens: ids of the candidates [.., K]; None is the whole vocabulary, in order.
+        """
+        return self.keep(drafter_logprobs, verifier_logprobs, summary)
+
+    @property
+    def alone(self) -> TokenRule:
+        """The rule that decides each token by itself; differs where a rule weighs the tokens of a position together."""
+        return self
+
     def step(self, distributions: Distributions, summary: Summary, token: Tensor) -> RuleStep:
         """A kept token stands; any other is checked against pi_Token, for which every token is asked."""
         if distributions.greedy:
-            q, p = distributions.of_token(distributions.logprobs, token)
-            keep = self.keep(q.unsqueeze(-1), p.unsqueeze(-1), summary).squeeze(-1)
+            q, p = (one.unsqueeze(-1) for one in distributions.logprobs_of(token))
+            keep = self.alone.keep_tokens(token.unsqueeze(-1), q, p, summary).squeeze(-1)
+            p = p.squeeze(-1)
             allowed = p > -torch.inf if distributions.sampling is None else distributions.allows(token)
             return RuleStep(~keep, keep & allowed, None)
-        keeps = self.keep(distributions.drafter_logprobs, distributions.verifier_logprobs, summary)
+        keeps = self.keep_tokens(
+            None, distributions.drafter_logprobs, distributions.verifier_logprobs, summary
+        )
         allowed = keeps & distributions.support
         target = keep_distribution(distributions.q, distributions.p, allowed)
-        return RuleStep(~gather_token(keeps, token), gather_token(allowed, token), target)
+        kept, probability = gather_token(allowed, token), gather_token(target, token)
+        return RuleStep(~gather_token(keeps, token), kept, target, probability)
 
     def _distribution(self, distributions: Distributions, summary: Summary) -> Tensor:
-        keep = self.keep(distributions.drafter_logprobs, distributions.verifier_logprobs, summary)
+        keep = self.keep_tokens(
+            None, distributions.drafter_logprobs, distributions.verifier_logprobs, summary
+        )
         return keep_distribution(distributions.q, distributions.p, keep & distributions.support)
 
     def logged_deferral(
@@ -393,11 +416,15 @@ class TokenRule(Rule):
         return token, torch.zeros(drafter.shape, dtype=torch.float64)
 
     def _keeps(self, summary: Summary, candidates: Candidates) -> Tensor:
-        return self.keep(candidates.drafter_logprobs, candidates.verifier_logprobs, summary)
+        return self.keep_tokens(
+            candidates.ids, candidates.drafter_logprobs, candidates.verifier_logprobs, summary
+        )
 
     def _keeps_argmax(self, summary: Summary) -> Tensor:
         top = summary["verifier_max"].double().log().exp()  # as the candidate's own exp(log p) rounds
-        return self.keep(*argmax_logprobs(summary), summary.with_fields({"verifier_max": top})).squeeze(-1)
+        summary = summary.with_fields({"verifier_max": top})
+        argmax = summary["drafter_argmax"].long().unsqueeze(-1)
+        return self.alone.keep_tokens(argmax, *argmax_logprobs(summary), summary).squeeze(-1)
 
     def _eta(
         self, summary: Summary, candidates: Candidates, distributions: TailedDistributions
@@ -405,9 +432,11 @@ class TokenRule(Rule):
         """Lowest and highest eta = sum q over tokens not kept, [N]."""
         logged = (distributions.q * ~self._keeps(summary, candidates)).sum(dim=-1)
         tail = distributions.excess + distributions.overlap
+        if not self.monotone:
+            return logged, logged + tail
         # Where even the likeliest tail token would not be kept, none is.
         least = candidates.drafter_least.unsqueeze(-1), candidates.verifier_least.unsqueeze(-1)
-        none_kept = ~self.keep(*least, summary).squeeze(-1) & self.monotone
+        none_kept = ~self.keep(*least, summary).squeeze(-1)
         return torch.where(none_kept, logged + tail, logged), logged + tail
 
 
@@ -444,9 +473,10 @@ class LawRule(Rule):
             kept = (emitted == token) & (token != exact)
             return RuleStep(~kept, kept, emitted)
         target = self._step_distribution(distributions, summary, token)
-        q, p = distributions.of_token(distributions.sampled, token)
-        kept = torch.minimum(gather_token(target, token), q) > p
-        return RuleStep(~kept, kept, target)
+        q, p = distributions.sampled_of(token)
+        probability = gather_token(target, token)
+        kept = torch.minimum(probability, q) > p
+        return RuleStep(~kept, kept, target, probability)
 
     def _greedy_step(self, distributions: Distributions, summary: Summary, token: Tensor) -> Tensor:
         emitted = self.greedy(distributions, summary)

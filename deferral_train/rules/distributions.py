@@ -16,8 +16,8 @@ from torch import Tensor
 from deferral_train.errors import InputError
 
 MODELS = ("drafter", "verifier")
-# A masked token has probability 0, and so has any this far below the largest: the clamp keeps 0 * inf out.
-FAR_BELOW = -1e4
+MOST_MARGIN = 1e4  # a masked second token would make it infinite
+MOST_NATS = 1e6  # no two models differ by as much, unless one of them masks what the other does not
 
 
 def as_float(logits: Tensor, what: str) -> Tensor:
@@ -94,6 +94,7 @@ class Distributions:
     ) -> None:
         self.decision, self.temperature, self.sampling = decision, temperature, sampling
         self.axis, self.columns = axis, columns
+        self._sampled_of: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(
@@ -133,21 +134,22 @@ class Distributions:
 
     def drafter(self, both: Tensor) -> Tensor:
         """The drafter's part of a tensor of both, a view."""
-        return self._shown(both.select(self.axis, 0))
+        return self.shown(both).select(self.axis, 0)
 
     def verifier(self, both: Tensor) -> Tensor:
         """The verifier's part of a tensor of both, a view."""
-        return self._shown(both.select(self.axis, -1))
+        return self.shown(both).select(self.axis, -1)
 
-    def _shown(self, one: Tensor) -> Tensor:
-        return one if self.columns is None else one[:, : self.columns]
+    def shown(self, both: Tensor) -> Tensor:
+        """The positions of a tensor of both that rules are shown, a view."""
+        return both if self.columns is None else both[:, :, : self.columns]
 
-    def of_token(self, both: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-        """The drafter's and the verifier's entry at one token of each position, [..] each; in one operator."""
-        index = token.unsqueeze(self.axis).unsqueeze(-1)
-        shape = [*index.shape]
-        shape[self.axis] = 2
-        drafter, verifier = both.gather(-1, index.expand(shape)).squeeze(-1).unbind(self.axis)
+    def sampled_of(self, token: Tensor) -> tuple[Tensor, Tensor]:
+        """q and p of the sampling distributions at one token of each position, [..] each; the latest are kept."""
+        if self._sampled_of is None or self._sampled_of[0] is not token:
+            index = token.unsqueeze(self.axis).expand(self.shown(self.sampled).shape[:-1])
+            self._sampled_of = token, gather_token(self.sampled, index)
+        drafter, verifier = self._sampled_of[1].unbind(self.axis)
         return drafter, verifier
 
     def at(self, index: tuple[Tensor, ...]) -> Distributions:
@@ -198,14 +200,15 @@ class Distributions:
 
     @cached_property
     def broken(self) -> Tensor:
-        """Where logits are no distribution, bool of both: then their largest is NaN or infinite."""
-        broken = not_finite(self.peak)
-        return broken if self.sampling is None else broken | not_finite(self.sampling.amax(dim=-1))
-
-    @cached_property
-    def logprobs(self) -> Tensor:
-        """log q and log p, [.., V] each; never above 0, so that no probability exceeds 1 by rounding."""
-        return torch.log_softmax(self.decision, dim=-1)
+        """Where logits are no distribution, bool of both: then their largest is NaN or infinite, and all that softmax
+        makes of them is NaN.
+        """
+        if self.greedy:
+            found = not_finite(self.peak)
+            return found if self.sampling is None else found | not_finite(self.sampling.amax(dim=-1))
+        first = self.sampled[..., 0]
+        found = first != first
+        return found if self.sampling is None else found | not_finite(self.peak)
 
     @cached_property
     def probs(self) -> Tensor:
@@ -214,18 +217,63 @@ class Distributions:
 
     @cached_property
     def largest_logprob(self) -> Tensor:
-        """log max q and log max p: the very entries of `logprobs`, so that ties tie."""
-        return self.logprobs.amax(dim=-1)
+        """log max q and log max p."""
+        return gather_token(self.probs, self.argmax).log()
 
     @cached_property
     def largest(self) -> Tensor:
-        """max q and max p."""
+        """max q and max p, rounded as exp of their entries in `logprobs`, so that ties tie."""
         return self.largest_logprob.exp()
+
+    @cached_property
+    def logprobs(self) -> Tensor:
+        """log q and log p, [.., V] each; never above 0, so that no probability exceeds 1 by rounding."""
+        return (self.decision - self.peak.unsqueeze(-1)) + self.largest_logprob.unsqueeze(-1)
+
+    def logprobs_of(self, token: Tensor) -> tuple[Tensor, Tensor]:
+        """The drafter's and the verifier's entry of `logprobs` at one token of each position, [..] each."""
+        drafter, verifier = self._logprobs_at(token.unsqueeze(self.axis)).unbind(self.axis)
+        return drafter, verifier
+
+    @cached_property
+    def across(self) -> Tensor:
+        """Each model's probability of the other's argmax: q(v_p) and p(v_q)."""
+        return self._logprobs_at(self.shown(self.argmax).flip(self.axis)).exp()
+
+    def _logprobs_at(self, index: Tensor) -> Tensor:
+        peak, largest = self.shown(self.peak), self.shown(self.largest_logprob)
+        return (gather_token(self.decision, index.expand_as(peak)) - peak) + largest
+
+    @cached_property
+    def below(self) -> Tensor:
+        """Logits less the largest, [.., V] each: log q - log max q and log p - log max p.
+
+        A masked token has a finite stand-in for -inf, which keeps 0 * inf out; `nats` knows a sum that has any of it.
+        """
+        return (self.decision - self.peak.unsqueeze(-1)).clamp_(min=torch.finfo(self.decision.dtype).min / 4)
 
     @cached_property
     def entropy(self) -> Tensor:
         """H(q) and H(p), nats."""
-        return (self.probs * self.logprobs.clamp(min=FAR_BELOW)).sum(dim=-1).neg()
+        return -((self.probs * self.below).sum(dim=-1) + self.largest_logprob)
+
+    @cached_property
+    def log_ratio(self) -> Tensor:
+        """The mean of log p - log q under q and under p, of both: -KL(q||p) and KL(p||q), nats."""
+        ratio = self.verifier(self.below) - self.drafter(self.below)
+        rest = self.verifier(self.largest_logprob) - self.drafter(self.largest_logprob)
+        return (self.shown(self.probs) * ratio.unsqueeze(self.axis)).sum(dim=-1) + rest.unsqueeze(self.axis)
+
+    @cached_property
+    def margin(self) -> Tensor:
+        """Largest less second largest logit of both: 0 where two tie.
+
+        At most `MOST_MARGIN`, which stands for a token that alone may be emitted (all others masked).
+        """
+        if self.decision.shape[-1] == 1:
+            return torch.full_like(self.peak, MOST_MARGIN)
+        first, second = self.decision.topk(2, dim=-1).values.unbind(-1)
+        return (first - second).clamp(max=MOST_MARGIN)
 
     # Sampling distributions
 
@@ -297,9 +345,9 @@ class Distributions:
         return self.verifier(self.logprobs)
 
 
-def mean_under(weights: Tensor, values: Tensor) -> Tensor:
-    """sum_v weights * values over the tokens that have any weight (no 0 * inf), [..]."""
-    return (weights * values.masked_fill(weights == 0, 0.0)).sum(dim=-1)
+def nats(value: Tensor) -> Tensor:
+    """A divergence of at least 0, from sums over `Distributions.below`: infinite beyond `MOST_NATS`, [..]."""
+    return value.clamp(min=0.0).masked_fill(value > MOST_NATS, torch.inf)
 
 
 def _check_shapes(logits: dict[str, Tensor]) -> None:

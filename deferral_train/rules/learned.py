@@ -84,16 +84,15 @@ class LearnedRule(PositionRule):
         """gap > alpha D_TV, bool [..]; the head's own decision where it defines one."""
         if self._own is not None:
             return self._own(summary, self.alpha)
-        return self._defer_by(self.head.gap(summary), summary)
+        return self._beyond_price(summary, self.head.gap(summary))
 
-    def step(self, distributions: Distributions, summary: Summary, token: Tensor) -> RuleStep:
-        """As any position rule's, with the gap that it was decided by: a head is asked once a block."""
+    def defer_by_gap(self, summary: Summary, gap: Tensor) -> Tensor:
+        """As `defer`, from the head's gap; one that decides by itself is asked."""
         if self._own is not None or type(self).defer is not LearnedRule.defer:
-            return super().step(distributions, summary, token)
-        gap = self.head.gap(summary)
-        return self._decided(self._defer_by(gap, summary), distributions, token, gap)
+            return self.defer(summary)
+        return self._beyond_price(summary, gap)
 
-    def _defer_by(self, gap: Tensor, summary: Summary) -> Tensor:
+    def _beyond_price(self, summary: Summary, gap: Tensor) -> Tensor:
         tv = self.head.tv(summary) if self.stage == "draft" else summary["tv"]
         return gap > self.alpha * tv
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.rules.distributions import Distributions, gather_token, mean_under
+from deferral_train.rules.distributions import Distributions, nats
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,6 @@ FIELDS: dict[str, Field] = {
     )
 }
 
-MOST_MARGIN = 1e4  # a masked second token would make it infinite
 PREVIOUS_TOKENS = ("previous_token_1", "previous_token_2", "previous_token_3")  # nearest first
 
 HIDDEN_FIELDS = frozenset({"drafter_hidden", "verifier_hidden", "verifier_hidden_at_token"})
@@ -266,17 +265,6 @@ def summarize_distributions(
     return Summary(columns)
 
 
-def margin(logits: Tensor) -> Tensor:
-    """Largest less second largest logit [..] of decision logits [.., V]: 0 where two tie.
-
-    At most `MOST_MARGIN`, which stands for a token that alone may be emitted (all others masked).
-    """
-    if logits.shape[-1] == 1:
-        return torch.full_like(logits[..., 0], MOST_MARGIN)
-    first, second = logits.topk(2, dim=-1).values.unbind(-1)
-    return (first - second).clamp(max=MOST_MARGIN)
-
-
 def total_variation(both: Tensor, distributions: Distributions) -> Tensor:
     """D_TV = sum_v max(0, p - q) of both distributions [.., V] each; at most 1 against rounding."""
     return (
@@ -285,22 +273,19 @@ def total_variation(both: Tensor, distributions: Distributions) -> Tensor:
 
 
 def _js(distributions: Distributions) -> Tensor:
-    # Finite stand-ins for log 0: where both are 0 the gradient of logaddexp would be NaN.
-    logs = distributions.logprobs.clamp(min=torch.finfo(distributions.decision.dtype).min / 4)
-    excess = logs - torch.logaddexp(*logs.split(1, dim=distributions.axis))  # log p - log(p + q)
-    halves = (distributions.probs * excess).sum(dim=-1).split(1, dim=distributions.axis)
-    mean = distributions.drafter((halves[0] + halves[1]) * 0.5) + math.log(2)
-    return mean.clamp(min=0.0)
+    """H((p + q)/2) - (H(p) + H(q))/2."""
+    drafter, verifier = (
+        distributions.drafter(distributions.probs),
+        distributions.verifier(distributions.probs),
+    )
+    total = (drafter + verifier).clamp(min=torch.finfo(drafter.dtype).tiny)
+    entropies = distributions.drafter(distributions.entropy) + distributions.verifier(distributions.entropy)
+    return (math.log(2) - 0.5 * ((total * total.log()).sum(dim=-1) + entropies)).clamp(min=0.0)
 
 
-def _kl(distributions: Distributions) -> Tensor:
-    excess = distributions.verifier_logprobs - distributions.drafter_logprobs
-    return mean_under(distributions.verifier(distributions.probs), excess).clamp(min=0.0)
-
-
-def _reverse_kl(distributions: Distributions) -> Tensor:
-    excess = distributions.drafter_logprobs - distributions.verifier_logprobs
-    return mean_under(distributions.drafter(distributions.probs), excess).clamp(min=0.0)
+def _cross_entropy(distributions: Distributions) -> Tensor:
+    terms = distributions.verifier(distributions.probs) * distributions.drafter(distributions.below)
+    return nats(-(terms.sum(dim=-1) + distributions.drafter(distributions.largest_logprob)))
 
 
 def _sampled_tv(distributions: Distributions) -> Tensor:
@@ -314,24 +299,18 @@ def _sampled_tv(distributions: Distributions) -> Tensor:
 _FORMULAS: dict[str, Callable[[Distributions], Tensor]] = {
     "drafter_max": lambda distributions: distributions.drafter(distributions.largest),
     "verifier_max": lambda distributions: distributions.verifier(distributions.largest),
-    "drafter_margin": lambda distributions: margin(distributions.drafter_logits),
-    "verifier_margin": lambda distributions: margin(distributions.verifier_logits),
+    "drafter_margin": lambda distributions: distributions.drafter(distributions.margin),
+    "verifier_margin": lambda distributions: distributions.verifier(distributions.margin),
     "drafter_argmax": lambda distributions: distributions.drafter(distributions.argmax),
     "verifier_argmax": lambda distributions: distributions.verifier(distributions.argmax),
-    "drafter_at_verifier_argmax": lambda distributions: gather_token(
-        distributions.drafter_logprobs, distributions.verifier(distributions.argmax)
-    ).exp(),
-    "verifier_at_drafter_argmax": lambda distributions: gather_token(
-        distributions.verifier_logprobs, distributions.drafter(distributions.argmax)
-    ).exp(),
+    "drafter_at_verifier_argmax": lambda distributions: distributions.drafter(distributions.across),
+    "verifier_at_drafter_argmax": lambda distributions: distributions.verifier(distributions.across),
     "drafter_entropy": lambda distributions: distributions.drafter(distributions.entropy),
     "verifier_entropy": lambda distributions: distributions.verifier(distributions.entropy),
-    "kl": _kl,
-    "reverse_kl": _reverse_kl,
+    "kl": lambda distributions: nats(distributions.verifier(distributions.log_ratio)),
+    "reverse_kl": lambda distributions: nats(-distributions.drafter(distributions.log_ratio)),
     "js": _js,
-    "cross_entropy": lambda distributions: mean_under(
-        distributions.verifier(distributions.probs), -distributions.drafter_logprobs
-    ),
+    "cross_entropy": _cross_entropy,
     "drafter_sum_squares": lambda distributions: (
         distributions.drafter(distributions.probs).square().sum(dim=-1)
     ),
@@ -353,6 +332,6 @@ _FORMULAS: dict[str, Callable[[Distributions], Tensor]] = {
 
 _TOKEN_FORMULAS: dict[str, Callable[[Distributions, Tensor], Tensor]] = {
     "token": lambda distributions, token: token,
-    "drafter_logprob": lambda distributions, token: gather_token(distributions.drafter_logprobs, token),
-    "verifier_logprob": lambda distributions, token: gather_token(distributions.verifier_logprobs, token),
+    "drafter_logprob": lambda distributions, token: distributions.logprobs_of(token)[0],
+    "verifier_logprob": lambda distributions, token: distributions.logprobs_of(token)[1],
 }

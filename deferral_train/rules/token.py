@@ -57,7 +57,7 @@ class TokenV2(TokenRule):
 class TokenV3(TokenRule):
     """Keep v iff p(v) >= (1 - alpha) max p. Equation (15).
 
-    Not lossless at alpha = 0: the verifier's favourite keeps its free pass.
+    Not lossless at alpha = 0: the verifier's argmax keeps its free pass.
     """
 
     name: ClassVar[str] = "token_v3"

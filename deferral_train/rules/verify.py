@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.rules.base import Rule, RuleStep, named
+from deferral_train.rules.base import PositionRule, Rule, RuleStep, named
 from deferral_train.rules.distributions import (
     MODELS,
     Distributions,
     as_float,
     check_temperature,
-    gather_token,
 )
 from deferral_train.rules.learned import Judge
 from deferral_train.rules.sampling import draw, uniforms
@@ -135,11 +134,10 @@ def verify_block(
             there is none.
     """
     with named(rule):
-        given = _Given(
+        block = _Given(
             rule, drafted, drafter_logits, verifier_logits, drafter_sampling_logits, verifier_sampling_logits,
             check_temperature(temperature), lengths, bonus, context, max_request_loss, spent,
-        )  # fmt: skip
-        block = given.block()
+        ).block()  # fmt: skip
         if not block.positions:
             return block.nothing()
         checks, last = block.uniforms(generator, numbers)
@@ -148,19 +146,22 @@ def verify_block(
             step = block.lossless_step()
         else:
             summary = block.read(rule, max_request_loss is not None)
-            step = rule.step(block.distributions, summary, block.token)
-
+            gap = None if max_request_loss is None else rule.estimated_gap(summary)
+            if isinstance(rule, PositionRule):
+                deferred = rule.defer(summary) if gap is None else rule.defer_by_gap(summary, gap)
+                step = RuleStep.of_deferral(deferred, block.distributions, block.token)
+            else:
+                step = rule.step(block.distributions, summary, block.token)
         passes, kept, allowed, spent = _passes(block, step, checks), step.kept, None, block.spent
-        if max_request_loss is None or block.spent is None or lossless:
+        if lossless or gap is None or max_request_loss is None or block.spent is None:
             accepted = passes.cumprod(dim=1).sum(dim=1)
         else:
             exact = _passes(block, block.lossless_step(), checks)
-            cost = rule.estimated_gap(summary) if step.gap is None else step.gap
-            accepted, allowed, spent = _walk(passes, exact, kept, cost, block.spent, max_request_loss)
+            accepted, allowed, spent = _walk(passes, exact, kept, gap, block.spent, max_request_loss)
             kept = kept & allowed
 
         rejected = accepted < block.lengths
-        next_token = block.target_at(step, allowed, accepted, rejected)
+        next_token = block.target_at(step, allowed, accepted)
         if last is not None:
             checked = rejected if lossless else block.checked_at(step, allowed, accepted, rejected)
             next_token = draw(block.weights(next_token, accepted, checked), last)
@@ -194,10 +195,10 @@ def _passes(block: _Block, step: RuleStep, checks: Tensor | None) -> Tensor:
         if step.target is not None:
             return block.inside(token == step.target)
         return block.inside(step.kept | (token == distributions.verifier(distributions.best)))
-    q, p = block.at_token
-    if step.target is None:
+    q, p = distributions.sampled_of(token)
+    if step.probability is None:
         return block.inside(accepts(p, q, checks, step.kept))
-    return block.inside(accepts(gather_token(step.target, token), q, checks))
+    return block.inside(accepts(step.probability, q, checks))
 
 
 def accepts(pi: Tensor, q: Tensor, uniform: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -471,23 +472,23 @@ class _Block:
         deferred = torch.ones_like(self.token, dtype=torch.bool)
         return RuleStep(deferred, ~deferred, None)
 
-    def target_at(self, step: RuleStep, allowed: Tensor | None, accepted: Tensor, rejected: Tensor) -> Tensor:
+    def target_at(self, step: RuleStep, allowed: Tensor | None, accepted: Tensor) -> Tensor:
         """The target after ``accepted`` tokens: probabilities [B, V], at temperature 0 the token [B] itself.
 
         The rule's where the next drafted token was rejected and the limit allowed the rule, else the verifier's.
         """
-        own = self.row(
-            (self.distributions.best if self.distributions.greedy else self.distributions.sampled).select(
-                1, -1
-            ),
-            accepted,
-        )
+        verifier = (
+            self.distributions.best if self.distributions.greedy else self.distributions.sampled
+        ).select(1, -1)
         if step.target is None:
-            return own
-        rules = rejected if allowed is None else rejected & self.row(allowed, accepted)
-        return torch.where(
-            rules if own.dim() == 1 else rules.unsqueeze(1), self.row(step.target, accepted), own
-        )
+            return self.row(verifier, accepted)
+        target, after = step.target, self.token.shape[1]
+        rules = self.mask if allowed is None else self.inside(allowed)
+        if rules is not None:
+            target = torch.where(
+                rules if target.dim() == 2 else rules.unsqueeze(2), target, verifier[:, :after]
+            )
+        return self.row(torch.cat([target, verifier[:, after:]], dim=1), accepted)
 
     def checked_at(
         self, step: RuleStep, allowed: Tensor | None, accepted: Tensor, rejected: Tensor
@@ -500,8 +501,8 @@ class _Block:
 
     def weights(self, target: Tensor, accepted: Tensor, checked: Tensor) -> Tensor:
         """Weights that the next token is drawn by, [B, V]: max(0, pi - q) after a failed check, else pi."""
-        rest = target - self.row(self.distributions.sampled.select(1, 0), accepted)
-        excess = torch.where(checked.unsqueeze(1), rest, target).clamp(min=0.0)
+        drafter = self.row(self.distributions.sampled.select(1, 0), accepted)
+        excess = torch.where(checked.unsqueeze(1), target - drafter, target).clamp(min=0.0)
         return torch.where(excess.any(dim=1, keepdim=True), excess, target)  # pi where nothing is left
 
     def row(self, values: Tensor, index: Tensor) -> Tensor:
@@ -543,27 +544,30 @@ class _Block:
             pi = torch.where(fits.unsqueeze(1), pi, distributions.p)
         return (pi.argmax(dim=-1) if last is None else draw(pi, last)), spent
 
-    @cached_property
-    def at_token(self) -> tuple[Tensor, Tensor]:
-        """q(x) and p(x) of the drafted tokens x under the sampling distributions, [B, T] each."""
-        return self.distributions.of_token(self.distributions.sampled, self.token)
-
     def fault(self) -> Tensor:
         """The first fault of each row as 1 + its place in `FAULTS`, 0 where all is well, [B] int64."""
-        broken = self.distributions.broken
+        broken, width = self.distributions.broken, self.positions
         if self.reads is not None:
             broken = broken & self.reads[:, -broken.shape[1] :]
-        models = broken.any(dim=2)
-        unknown = self.inside(self.drafted != self.token).any(dim=1, keepdim=True)
-        flags = [models, unknown] if models.shape[1] == 2 else [unknown, models, unknown]
+        unknown = self._padded(self.drafted != self.token)
+        kinds = [*([one] for one in broken.unbind(1)), unknown]
+        first = (
+            2 - broken.shape[1]
+        )  # place of the first kind: without a drafter's distribution its logits are not read
         if not self.distributions.greedy:
-            flags.append(self.inside(self.at_token[0] == 0).any(dim=1, keepdim=True))
-        # A fault that cannot be has the flag of one that comes before it, and so never shows.
-        known = sum(one.shape[1] for one in flags)
-        for place in range(known, max(self.suspects, default=0) + 1):
-            flags += [self.suspects[place].unsqueeze(1) if place in self.suspects else unknown]
-        first = torch.cat(flags, dim=1).max(dim=1)
-        return first.indices + first.values
+            kinds.append(self._padded(self.distributions.sampled_of(self.token)[0] == 0))
+        # A fault that cannot be has the flags of one that comes before it, and so never shows.
+        for place in range(first + len(kinds), max(self.suspects, default=0) + 1):
+            suspect = self.suspects.get(place)
+            kinds.append(unknown if suspect is None else [suspect.unsqueeze(1).expand(-1, width)])
+        found = torch.cat([flags for kind in kinds for flags in kind], dim=1).max(dim=1)
+        return torch.add(found.indices, found.values, alpha=(first + 1) * width) // width
+
+    def _padded(self, flags: Tensor) -> list[Tensor]:
+        """Flags [B, T] of drafted tokens in parts of W columns together: the first repeated, or none set."""
+        flags = self.inside(flags)
+        beyond = self.positions - flags.shape[1]
+        return [flags, flags[:, :beyond] if flags.shape[1] else flags.new_zeros(len(flags), beyond)]
 
 
 def _joined(drafter: Tensor, verifier: Tensor, drafts: int, after: int) -> Tensor:

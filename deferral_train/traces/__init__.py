@@ -5,8 +5,9 @@ Names are loaded on first use: settings need neither torch nor Arrow.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from deferral_train.errors import names_on_first_use
 
 _HOME = {
     "SCHEMA_VERSION": "schema",
@@ -48,7 +49,4 @@ if TYPE_CHECKING:
     from deferral_train.traces.writer import TraceWriter, prepare_folder
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__ = names_on_first_use(__name__, _HOME)

@@ -1,20 +1,19 @@
-"""Labels of judged tokens: may the drafter's favourite stand although the verifier's text has another?
+"""Labels of judged tokens: may the drafter's argmax stand although the verifier's text has another?
 
-The judged token of a row is the drafter's favourite v_q; rows where it is the text's own token need no judgement.
+The judged token of a row is the drafter's argmax v_q; rows where it is the text's own token need no judgement.
 Scores (``judge_score``) are made by `collect --labels`; the label is 1[score > tau]. N rows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.rules.summary import TOKEN_FIELDS, Summary
 from deferral_train.traces.kinds import JUDGE_LABELS
 from deferral_train.traces.reader import Traces
 from deferral_train.traces.schema import JUDGED_COLUMN
@@ -95,21 +94,6 @@ def acceptable(traces: Traces, truth: str) -> Tensor:
         )
     scores = torch.from_numpy(traces.column(JUDGED_COLUMN).copy())
     return (scores > tau) | ~judged_rows(traces)
-
-
-def judged_summary(traces: Traces, fields: Iterable[str], temperature: float | None = None) -> Summary:
-    """As :meth:`Traces.summary`, with the fields about one token speaking of the judged token v_q."""
-    names = list(fields)
-    read = [name for name in names if name not in TOKEN_FIELDS]
-    known = traces.summary(
-        [*read, "drafter_argmax", "drafter_max", "verifier_at_drafter_argmax"], temperature
-    )
-    columns = {
-        "token": known.drafter_argmax,
-        "drafter_logprob": known.drafter_max.log(),
-        "verifier_logprob": known.verifier_at_drafter_argmax.clamp_min(1e-38).log(),
-    }
-    return Summary({name: columns[name] if name in TOKEN_FIELDS else known[name] for name in names})
 
 
 def _setting(truth: str, traces: Traces) -> tuple[str, float]:

@@ -101,8 +101,9 @@ class Manifest:
         sequence = len(self.labels.get("metrics", ()))
         hidden = dict(self.hidden)
         return Layout(
-            self.top_k, hidden, self.truth is not None, cascade, judged, sequence, self.schema_version
-        )
+            self.top_k, hidden, self.truth is not None, cascade, judged, sequence, self.schema_version,
+            bool(sequence) and self.labels.get("form") == "token",
+        )  # fmt: skip
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, in reading order, the long lists last."""

@@ -62,7 +62,6 @@ TOP_LOGPROBS = (
     "verifier_top_drafter_logprobs",
     "verifier_top_verifier_logprobs",
 )
-HIDDEN_COLUMNS = ("drafter_hidden", "verifier_hidden")
 JUDGED_COLUMN = "judge_score"
 JUDGED_HIDDEN = "verifier_hidden_at_token"
 SEQUENCE_GAP = "sequence_gap"
@@ -70,6 +69,7 @@ SEQUENCE_ERROR = "sequence_error"
 SEQUENCE_WORDS = "sequence_words"
 SEQUENCE_TOKEN = "sequence_token"
 SEQUENCE_GAPS = "sequence_gaps"
+SEQUENCE_LOGPROBS = ("sequence_drafter_logprob", "sequence_verifier_logprob")  # of the token of a token label
 
 _INTEGERS = frozenset({*INDEX_COLUMNS, "token", "drafter_argmax", "verifier_argmax"})
 _SMALL = {"draft_position": pa.int16(), "origin": pa.int8()}
@@ -86,6 +86,7 @@ class Layout:
         cascade: whether prefixes come from a cascade, so that draft position and origin are known.
         judged: width D of the verifier's state at the judged token, where judge labels are logged; 0 for none.
         sequence: M, metrics of sequence labels; 0 for none.
+        token_labels: whether these are of one drafted token (form ``token``).
         version: of the schema; before 2 there were no margins and no sequence labels.
     """
 
@@ -96,6 +97,7 @@ class Layout:
     judged: int = 0
     sequence: int = 0
     version: int = SCHEMA_VERSION
+    token_labels: bool = False
 
     def __post_init__(self) -> None:
         if self.top_k < 0:
@@ -124,6 +126,8 @@ class Layout:
         if self.sequence:
             columns |= {name: pa.float32() for name in (SEQUENCE_GAP, SEQUENCE_ERROR, SEQUENCE_WORDS)}
             columns |= {SEQUENCE_TOKEN: pa.int32(), SEQUENCE_GAPS: pa.list_(pa.float32(), self.sequence)}
+        if self.token_labels:
+            columns |= {name: pa.float32() for name in SEQUENCE_LOGPROBS}
         return columns
 
     @property

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
+from deferral_train.rules.summary import TOKEN_FIELDS, Summary
 from deferral_train.traces.kinds import SEQUENCE_LABELS
 from deferral_train.traces.reader import Traces
-from deferral_train.traces.schema import SEQUENCE_ERROR, SEQUENCE_GAP, SEQUENCE_WORDS
+from deferral_train.traces.schema import (
+    SEQUENCE_ERROR,
+    SEQUENCE_GAP,
+    SEQUENCE_LOGPROBS,
+    SEQUENCE_TOKEN,
+    SEQUENCE_WORDS,
+)
 
 SEQUENCE = "sequence"  # the truth, or sequence:length=X with a price on length
+TOKEN_LABEL = ("token", "drafter_logprob", "verifier_logprob")
 FEWEST = 20  # labelled places that anything can be fitted on
 
 
@@ -73,6 +81,39 @@ def sequence_gap(traces: Traces, length_price: float = 0.0) -> Tensor:
         raise InputError(f"truth='sequence': these traces hold {have}; collect with --labels sequence")
     gap = torch.from_numpy(traces.column(SEQUENCE_GAP).copy())
     return gap + length_price * length_change(traces) if length_price else gap
+
+
+def sequence_summary(traces: Traces, fields: Iterable[str], temperature: float | None = None) -> Summary:
+    """As :meth:`Traces.summary`, with the fields about one token speaking of the labelled token.
+
+    That is the drafted token of a token label, and v_q of a position label.
+    """
+    if traces.manifest.labels.get("form") != "token":
+        return argmax_summary(traces, fields, temperature)
+    names = list(fields)
+    known = traces.summary([name for name in names if name not in TOKEN_FIELDS], temperature)
+    columns = dict(zip(TOKEN_LABEL, (SEQUENCE_TOKEN, *SEQUENCE_LOGPROBS)))
+    return Summary(
+        {
+            name: torch.from_numpy(traces.column(columns[name]).copy()) if name in columns else known[name]
+            for name in names
+        }
+    )
+
+
+def argmax_summary(traces: Traces, fields: Iterable[str], temperature: float | None = None) -> Summary:
+    """As :meth:`Traces.summary`, with the fields about one token speaking of the drafter's argmax v_q."""
+    names = list(fields)
+    read = [name for name in names if name not in TOKEN_FIELDS]
+    known = traces.summary(
+        [*read, "drafter_argmax", "drafter_max", "verifier_at_drafter_argmax"], temperature
+    )
+    columns = {
+        "token": known.drafter_argmax,
+        "drafter_logprob": known.drafter_max.log(),
+        "verifier_logprob": known.verifier_at_drafter_argmax.clamp_min(1e-38).log(),
+    }
+    return Summary({name: columns[name] if name in TOKEN_FIELDS else known[name] for name in names})
 
 
 def length_change(traces: Traces) -> Tensor:

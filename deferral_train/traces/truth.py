@@ -53,7 +53,7 @@ def label(
     """The target that a head is fitted to, float32 [N]: :func:`gap`, or the label of a judge head.
 
     Args:
-        truth: as for `gap`; or ``judge:tau=X``, 1 where the drafter's favourite was judged not acceptable, else 0
+        truth: as for `gap`; or ``judge:tau=X``, 1 where the drafter's argmax was judged not acceptable, else 0
             (:mod:`~deferral_train.traces.judged`); or ``acceptance``, :func:`rejection`.
         temperature: of the sampling distributions, for ``acceptance``; None is the manifest's.
     """
@@ -67,7 +67,7 @@ def rejection(traces: Traces, temperature: float | None = None) -> Tensor:
 
     Of the logged token where the drafter wrote the text, sampled at temperature 1 (the distributions that are
     logged); else its mean over drafted tokens, E_{x~q} max(0, 1 - p(x)/q(x)) = D_TV(p, q), which at temperature 0
-    is the label itself: 1 where the favourites differ.
+    is the label itself: 1 where the argmaxes differ.
 
     Args:
         temperature: of the sampling distributions; None is the manifest's.

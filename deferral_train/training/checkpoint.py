@@ -10,8 +10,7 @@ import torch
 from deferral_train.errors import InputError
 from deferral_train.heads.artifact import check_tensors
 from deferral_train.heads.base import DeferralHead, head_from_config
-from deferral_train.heads.folding import fold, is_linear, reads_embeddings
-from deferral_train.heads.gap import GapHead
+from deferral_train.heads.folding import folded
 from deferral_train.training.metadata import evaluation_metadata
 
 
@@ -31,9 +30,7 @@ def read_checkpoint(
     head.load_state_dict(tensors)
     scalars = {k: float(v) for k, v in checkpoint.get("deferral_scalars", {}).items()}
     head.metadata = {**head.metadata, **evaluation_metadata(scalars)}
-    if isinstance(head, GapHead) and reads_embeddings(head) and is_linear(head):
-        head = fold(head)
-    return head.eval(), scalars
+    return folded(head).eval(), scalars
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

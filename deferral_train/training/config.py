@@ -36,11 +36,11 @@ VERIFY_FEATURES = (
     "reverse_kl:log1p",
     "position:log1p",
 )
+MARGINS = ("drafter_margin", "verifier_margin")
 # Beside these the verifier's hidden state, where it is logged.
 SEQUENCE_FEATURES = (
     *VERIFY_FEATURES,
-    "drafter_margin",
-    "verifier_margin",
+    *MARGINS,
     "argmax_cosine",
     "drafter_argmax_embedding",
     "verifier_argmax_embedding",
@@ -142,6 +142,9 @@ def _default_features(config: FitConfig, traces: Traces) -> tuple[str, ...]:
     if not (is_sequence(config.truth) or judges_sequences(config.truth)):
         return VERIFY_FEATURES
     hidden = ("verifier_hidden",) if "verifier" in traces.manifest.hidden else ()
+    if config.head == "token_gap":
+        of_token = () if config.verifier is None else ("token_embedding",)
+        return (*VERIFY_FEATURES, *MARGINS, *of_token, *hidden)
     if config.verifier is None:
         return (*(name for name in SEQUENCE_FEATURES if name not in FIELDS_READ), *hidden)
     return (*SEQUENCE_FEATURES, *hidden)

@@ -25,7 +25,6 @@ from deferral_train.training.metadata import evaluation_metadata, training_metad
 from deferral_train.training.module import HEADLINE, DeferralModule
 from deferral_train.training.preparation import fit_recalibration
 from deferral_train.training.resuming import made_from, take_up
-from deferral_train.training.ridge import RIDGE
 from deferral_train.training.scoring import score
 from deferral_train.training.sklearn_heads import SklearnHead
 
@@ -49,9 +48,7 @@ class FitResult:
     epochs: int = 0
 
 
-def fit(
-    config: FitConfig, out_dir: str | Path, *, resume: bool = True, initial: DeferralHead | None = None
-) -> FitResult:
+def fit(config: FitConfig, out_dir: str | Path, *, resume: bool = True) -> FitResult:
     """Fit a head; everything is checked before training starts.
 
     Args:
@@ -60,23 +57,20 @@ def fit(
             ``made_from.json`` (settings and contents that decide the weights).
         resume: continue from ``checkpoints/last.ckpt`` where it exists and was made from the same settings, traces and
             initial weights; False starts over.
-        initial: start from this head's weights instead of fresh ones (refitting on new prefixes).
 
     Raises:
         InputError: bad settings or traces, by name; a folder that holds a fit of others.
     """
     out = Path(out_dir)
     with provenance.one_writer(out, "fit"):
-        return _fit(config, out, resume, initial)
+        return _fit(config, out, resume)
 
 
-def _fit(config: FitConfig, out: Path, resume: bool, initial: DeferralHead | None) -> FitResult:
+def _fit(config: FitConfig, out: Path, resume: bool) -> FitResult:
     with quiet_lightning():
         pl.seed_everything(config.seed, verbose=False)
     data = _data(config)
     head = make_head(config, data.traces["train"], data.matrix_width)
-    if initial is not None and config.objective != RIDGE:
-        head.load_state_dict(initial.state_dict())
     source = made_from(plain_settings(config), data, head)
     take_up(out, source, resume)
     data.prepare(head)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from deferral_train import provenance
-from deferral_train.decoding.outputs import read_record
 from deferral_train.errors import InputError
 from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.fingerprint import weights_key
@@ -87,7 +85,7 @@ def made_from(settings: Mapping[str, Any], data: TraceDataModule, head: Deferral
         "features": head.config,
         "initial": weights_key(head),
     }
-    return dict(json.loads(json.dumps(provenance.record_of(found))))
+    return dict(provenance.record_of(found))
 
 
 def take_up(out: Path, now: Mapping[str, Any], resume: bool) -> None:
@@ -105,7 +103,7 @@ def take_up(out: Path, now: Mapping[str, Any], resume: bool) -> None:
     checkpoints = sorted((out / CHECKPOINTS).glob("*.ckpt")) if (out / CHECKPOINTS).is_dir() else []
     if checkpoints and resume:
         remedy = "resume=False or --fresh starts over, another folder keeps both"
-        provenance.refuse_reuse(out, read_record(out / RECORD), now, remedy)
+        provenance.refuse_reuse(out, provenance.read_object(out / RECORD, remedy), now, remedy)
         for path in checkpoints:
             if load_checkpoint(path).get("deferral_made_from") not in (None, provenance.hash_of(now)):
                 raise InputError(

@@ -21,9 +21,9 @@ from deferral_train.rules import risks
 from deferral_train.rules.base import PositionRule
 from deferral_train.rules.summary import TOKEN_FIELDS, Summary
 from deferral_train.traces import Traces, read_candidates, truth
-from deferral_train.traces.judged import is_judge, judged_rows, judged_summary, judges_sequences
+from deferral_train.traces.judged import is_judge, judged_rows, judges_sequences
 from deferral_train.traces.schema import JUDGED_HIDDEN
-from deferral_train.traces.sequence import is_sequence, labelled_rows
+from deferral_train.traces.sequence import argmax_summary, is_sequence, labelled_rows, sequence_summary
 from deferral_train.training.preparation import gold_tokens
 
 CANDIDATE_BLOCK = 65_536  # rows whose candidates are read at once
@@ -125,7 +125,7 @@ def check_features(traces: Traces, head: DeferralHead, label: str = "reference")
         raise InputError(
             f"the traces lack feature(s) {', '.join(absent)}; they hold {', '.join(traces.summary_fields)}"
         )
-    leaks = [name for name in head.features if name in TOKEN_FIELDS]
+    leaks = [name for name in head.features if name in TOKEN_FIELDS and not is_sequence(label)]
     if leaks and label == "acceptance" and traces.manifest.prefixes != "drafter":
         raise InputError(
             f"feature(s) {', '.join(leaks)} speak of a token that the drafter did not write and leak whether it would "
@@ -142,8 +142,10 @@ def _shared(
     traces: Traces, head: DeferralHead, label: str, temperature: float | None, own: Tensor | None = None
 ) -> dict[str, Tensor]:
     check_label(head, label)
+    _check_form(traces, head, label)
     wanted = list(dict.fromkeys([*head.features, "tv"]))
-    summary = (judged_summary if is_judge(label) else Traces.summary)(traces, wanted, temperature)
+    read = argmax_summary if is_judge(label) else sequence_summary if is_sequence(label) else Traces.summary
+    summary = read(traces, wanted, temperature)
     rows = labelled(traces, label)
     if rows is not None:
         summary = summary.select(rows)
@@ -180,6 +182,23 @@ def check_label(head: DeferralHead, label: str) -> None:
     if is_judge(label) or label == "acceptance":
         raise InputError(
             f"truth={label!r} labels a judge head, not a {head.head_type} head; use another truth"
+        )
+
+
+def _check_form(traces: Traces, head: DeferralHead, label: str) -> None:
+    """Refuse labels that average over tokens where the head reads the token, and those of tokens where it does not.
+
+    Raises:
+        InputError: sequence labels of the other form.
+    """
+    if not is_sequence(label) or traces.manifest.temperature == 0:
+        return
+    form = traces.manifest.labels.get("form", "position")
+    wanted = "token" if set(head.features) & TOKEN_FIELDS else "position"
+    if form != wanted:
+        raise InputError(
+            f"a {head.head_type} head with features {', '.join(map(str, head.inputs.features))} learns from labels of "
+            f"form {wanted!r}, these are of form {form!r}; collect with --label-form {wanted}"
         )
 
 

@@ -16,7 +16,8 @@ from deferral_train.errors import InputError
 from deferral_train.pairs.encode import encode_prompts
 from deferral_train.pairs.load import ModelPair
 from deferral_train.traces import Traces, open_traces
-from deferral_train.traces.judged import acceptable, judged_rows, judged_summary, resolve_truth
+from deferral_train.traces.judged import acceptable, judged_rows, resolve_truth
+from deferral_train.traces.sequence import argmax_summary
 
 from .conftest import make_prompts, tiny_pair
 
@@ -155,7 +156,7 @@ def test_a_rate_sets_the_threshold_on_judged_tokens(t5: ModelPair, tmp_path: Pat
     assert abs(share - 0.25) <= 1 / int(judged.sum())
     assert bool(acceptable(traces, truth)[~judged].all())
     assert resolve_truth(truth, traces) == truth
-    summary = judged_summary(traces, ["token", "verifier_logprob", "drafter_max"])
+    summary = argmax_summary(traces, ["token", "verifier_logprob", "drafter_max"])
     assert torch.equal(summary.token, traces.summary(["drafter_argmax"]).drafter_argmax)
     logged = traces.summary(["verifier_logprob", "drafter_logprob"])
     assert torch.allclose(summary.verifier_logprob[~judged], logged.verifier_logprob[~judged], atol=1e-5)

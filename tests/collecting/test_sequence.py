@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,25 @@ def test_scores_that_fail_stop_the_run(tmp_path: Path) -> None:
             prompts=PROMPTS,
             scores={"chrf1": failing},
         )
+
+
+@pytest.mark.parametrize("fault", ["time.sleep(60)", "sys.exit(3)", "print('no json', flush=True)"])
+def test_a_program_that_fails_stops_the_run(fault: str, tmp_path: Path) -> None:
+    """Hanging, dying and talking nonsense on most texts; on few of them (under 5%) the places go unlabelled."""
+    script = tmp_path / "score.py"
+    script.write_text(
+        f"import json, sys, time\nfor line in sys.stdin:\n    bad = len(json.loads(line)['text']) % 2\n    if bad:\n"
+        f"        {fault}\n    print(json.dumps({{'score': 0.5}}), flush=True)\n"
+    )
+    name = f"command:{sys.executable} {script}"
+    scores = make_scorers([name])
+    scores[name].patience = 0.3 if "sleep" in fault else 20.0
+    config = dataclasses.replace(CONFIG, label_metric=name)
+    with pytest.raises(InputError, match=r"gaps have no score, more than 5%"):
+        collect(
+            config, tmp_path / "out", progress=False, models=tiny_pair("t5"), prompts=PROMPTS, scores=scores
+        )
+    scores[name].close()
 
 
 def test_scales_and_drift_are_fixed_before_the_first_shard(tmp_path: Path) -> None:

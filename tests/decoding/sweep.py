@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,39 @@ SMALL: dict[str, Any] = {
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": 40, "kv_channels": 16, "decoder_vocab_size": 40,
 }  # fmt: skip
+VISION: dict[str, Any] = {  # and of encoders of images and sounds
+    "depth": 1, "embed_dim": 32, "image_size": 28, "patch_size": 14, "num_mel_bins": 8, "encoder_layers": 1,
+    "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "out_hidden_size": 32, "projection_dim": 32, "num_channels": 3,
+    "output_dim": 32, "num_hidden_layers": 1, "layers": 1,
+}  # fmt: skip
+# What is tried in turn where the sizes above do not fit together; DROP leaves a default.
+DROP = object()
+MIXED = {"num_hidden_layers": 4, "num_layers": 4, "n_layer": 4}
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"head_dim": 8},
+    {"layer_types": DROP},
+    {"layer_types": DROP, **MIXED},
+    {"head_dim": DROP, "layer_types": DROP},
+    {"layer_types": ["linear_attention", "full_attention"]},
+    {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    {"layer_types": ["mamba", "attention"], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8},
+    {"layer_types": DROP, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
+    {"layer_types": DROP, "attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8},
+    {"layer_types": DROP, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1},
+    {"layer_types": DROP, "layers_block_type": ["mamba", "attention"], "mamba_num_heads": 4, "mamba_head_dim": 16},
+    {"layer_types": DROP, "layers_block_type": ["mamba", "hybrid"], "n_mamba_heads": 2, "mamba_d_state": 8},
+    {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1},
+    {"attention_types": [[["global", "local"], 1]]},
+    {"n_head": 4, "num_attention_heads": 4, "rotary_dim": 4},
+    {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": 0.0},
+    {"default_language": "en_XX"},
+    {"enable_pronunciation": False, "enable_shape": False},
+    {"n_shared_experts": 1, "n_routed_experts": 4, "moe_intermediate_size": 32},
+    {"block_types": ["recurrent", "attention"], "layer_types": DROP, "lru_width": 32, "attention_window_size": 8},
+    {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16], "attn_layers": ["local", "local"], "is_decoder": True},
+    {"qk_dim_factor": 0.5, "num_heads": 2},
+)  # fmt: skip
 SPECIAL = {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": 2}
 
 
@@ -53,12 +87,17 @@ class Outcome:
     reason: str = ""
 
 
+class TooLarge(ValueError):
+    """A class whose configuration leaves it large."""
+
+
 def candidates() -> list[tuple[str, str, Any]]:
     """(class name, kind, configuration class) of everything that the auto classes know."""
     found = {}
     for kind, names in (
         ("causal", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
         ("seq2seq", modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+        ("vision", modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
     ):
         for model_type, name in names.items():
             if isinstance(name, str) and model_type in transformers.CONFIG_MAPPING:
@@ -66,24 +105,42 @@ def candidates() -> list[tuple[str, str, Any]]:
     return [(name, kind, config) for name, (kind, config) in sorted(found.items())]
 
 
-def tiny(config_class: Any, name: str) -> Any:
-    """A tiny model of a class with weights whose texts are not one token over and over."""
+def tiny(config_class: Any, name: str, variant: dict[str, Any] | None = None, text: bool = False) -> Any:
+    """A tiny model of a class with weights whose texts are not one token over and over.
+
+    Args:
+        variant: sizes besides the usual ones.
+        text: make it from the text part of its configuration.
+    """
     config = config_class()
-    for part in {id(one): one for one in (config, config.get_text_config(decoder=True))}.values():
+    for part in _parts(config):
+        own = part.get_text_config(decoder=True) is part or part is config
+        small = SMALL if own and "vision" not in type(part).__name__.lower() else {**SMALL, **VISION}
         known = set(part.to_dict()) | set(getattr(part, "attribute_map", {}))
-        changes = {key: value for key, value in {**SMALL, **IDS}.items() if key in known}
+        sizes = {**small, **IDS, **(variant or {})}
+        changes = {key: value for key, value in sizes.items() if key in known and value is not DROP}
         part.__init__(**{**_kept(part), **changes})
+    config = config.get_text_config(decoder=True) if text else config
     made = getattr(transformers, name)
     with torch.device("meta"):
         size = sum(weight.numel() for weight in made(config).parameters())
     if size > 5_000_000:
-        raise ValueError(f"stays at {size / 1e6:.0f}M parameters")
+        raise TooLarge(f"stays at {size / 1e6:.0f}M parameters")
     torch.manual_seed(0)
     model = made(config).eval().requires_grad_(False)
     for weight in model.parameters():
         if weight.dim() > 1:
             weight.normal_(0, 0.2)
     return model
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    """A configuration and all within it, outermost first: making one anew makes those within anew."""
+    yield config
+    for name in getattr(config, "sub_configs", {}):
+        part = getattr(config, name, None)
+        if part is not None:
+            yield from _parts(part)
 
 
 def _kept(config: Any) -> dict[str, Any]:
@@ -98,17 +155,29 @@ def _kept(config: Any) -> dict[str, Any]:
 
 def examine(name: str, kind: str, config_class: Any) -> Outcome:
     """Make the class tiny and decode one row and a ragged batch."""
-    try:
-        model = tiny(config_class, name)
-        drafter = near(model)
-        ragged = RIGHT if kind == "seq2seq" else LEFT
-        options = {**SPECIAL, "max_new_tokens": 12, "num_beams": 1, "no_repeat_ngram_size": None}
-        expected = [own(model, inputs, **options) for inputs in (ONE, ragged)]
-    except Exception as error:
-        return Outcome(name, kind, "unmade", _line(error))
-    for which, inputs, wanted in zip(("one row", "ragged"), (ONE, ragged), expected):
+    options = {**SPECIAL, "max_new_tokens": 12, "num_beams": 1, "no_repeat_ngram_size": None}
+    reason, model, inputs, expected = "", None, (ONE, LEFT), []
+    for variant, text in [
+        (VARIANTS[0], False),
+        (VARIANTS[0], True),
+        *((variant, False) for variant in VARIANTS[1:]),
+    ]:
         try:
-            found = cascade(model, inputs, drafter, **options)
+            model = tiny(config_class, name, variant, text)
+            inputs = (ONE, RIGHT if model.config.is_encoder_decoder else LEFT)
+            expected = [own(model, given, **options) for given in inputs]
+            break
+        except Exception as error:
+            # The reason of the plain sizes; a class that stays large does so with all of them.
+            model, reason = None, reason or _line(error)
+            if not text and isinstance(error, TooLarge | ImportError):
+                break
+    if model is None:
+        return Outcome(name, kind, "unmade", reason)
+    drafter = near(model)
+    for which, given, wanted in zip(("one row", "ragged"), inputs, expected):
+        try:
+            found = cascade(model, given, drafter, **options)
         except InputError as error:
             return Outcome(name, kind, "refused", f"{which}: {_line(error)}")
         except Exception as error:

@@ -17,7 +17,8 @@ from decoding.helpers import pair_of
 from tiny_models import save_tiny_pair
 
 from deferral_train.commands.decode import DecodeSettings, run, stop_from_spec
-from deferral_train.decoding import DecodeConfig, Pair, Settings, decode, load_pair
+from deferral_train.decoding import DecodeConfig, Pair, Settings, load_pair
+from deferral_train.decoding.decode import decode
 from deferral_train.decoding.outputs import OutputFolder, read_lines
 from deferral_train.decoding.stopping import ConfidenceStop
 from deferral_train.errors import InputError
@@ -89,7 +90,8 @@ def test_a_token_log_tells_why(pair: Pair, tmp_path: Path) -> None:
 SCRIPT = """
 import sys
 from pathlib import Path
-from deferral_train.decoding import DecodeConfig, Settings, decode, load_pair
+from deferral_train.decoding import DecodeConfig, Settings, load_pair
+from deferral_train.decoding.decode import decode
 from deferral_train.pairs.prompts import read_prompts
 folder = Path(sys.argv[1])
 pair = load_pair(str(folder / "drafter"), str(folder / "verifier"), device="cpu")

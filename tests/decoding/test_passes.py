@@ -97,13 +97,6 @@ def test_position_ids_of_the_caller_are_read(start: int) -> None:
     assert int(alike.stats.rejected.sum()) == 0  # the drafter was given them too
 
 
-def test_a_model_without_a_cache_is_refused_by_its_name() -> None:
-    model = made(tf.OpenAIGPTConfig(n_embd=32, n_layer=2, n_head=2, n_positions=128, **IDS))
-    for verifier, drafter in ((model, llama()), (llama(), model)):
-        with pytest.raises(InputError, match="OpenAIGPTLMHeadModel keeps no key/value cache"):
-            cascade(verifier, ONE, drafter)
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_wrapped_models_are_asked_what_they_are() -> None:
     verifier = llama()

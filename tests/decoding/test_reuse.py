@@ -12,7 +12,8 @@ import torch
 from decoding.helpers import pair_of
 
 from deferral_train import provenance
-from deferral_train.decoding import DecodeConfig, Pair, Settings, decode
+from deferral_train.decoding import DecodeConfig, Pair, Settings
+from deferral_train.decoding.decode import decode
 from deferral_train.decoding.outputs import read_lines
 from deferral_train.decoding.stopping import HeadStop
 from deferral_train.errors import InputError

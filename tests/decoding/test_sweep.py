@@ -10,12 +10,12 @@ from decoding.sweep import candidates, examine
 ALWAYS = (
     "AfmoeForCausalLM", "BioGptForCausalLM", "BloomForCausalLM", "CTRLLMHeadModel", "DeepseekV2ForCausalLM",
     "FSMTForConditionalGeneration", "FalconForCausalLM", "GPTJForCausalLM", "PhimoeForCausalLM",
+    # Read one token at a time: without a cache, recurrent, indexed, compressed, with columns of their own.
+    "CpmAntForCausalLM", "DeepseekV32ForCausalLM", "FalconMambaForCausalLM", "MiniMaxForCausalLM", "MoshiForCausalLM",
+    "ProphetNetForConditionalGeneration", "RwkvForCausalLM", "SwitchTransformersForConditionalGeneration",
+    "XLNetLMHeadModel", "GitForCausalLM", "JambaForCausalLM", "Qwen3NextForCausalLM",
 )  # fmt: skip
-REFUSED = {
-    "CpmAntForCausalLM": "columns in its cache",
-    "DeepseekV32ForCausalLM": "cannot be rolled back row by row",
-    "FalconMambaForCausalLM": "keeps no key/value cache",
-}
+REFUSED = {"RecurrentGemmaForCausalLM": "keeps its state in its own modules"}
 KNOWN = {name: (kind, config) for name, kind, config in candidates()}
 
 
@@ -36,9 +36,7 @@ def test_is_refused_with_the_reason(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_every_class_that_can_be_made_tiny(request: pytest.FixtureRequest) -> None:
-    if "slow" not in str(request.config.getoption("markexpr")):
-        pytest.skip("takes minutes; ask for it with -m slow")
+def test_every_class_that_can_be_made_tiny() -> None:
     found = [examine(name, kind, config) for name, (kind, config) in KNOWN.items()]
     made = [one for one in found if one.verdict != "unmade"]
     assert len(made) >= 100

@@ -6,9 +6,10 @@ import itertools
 import random
 
 import pytest
+from drafting.ewif import ewif_horizontal, ewif_plain, ewif_vertical
 
 from deferral_train.decoding.drafting.plan import MaxGram, Plan
-from deferral_train.decoding.drafting.speed import ewif_horizontal, ewif_plain, ewif_vertical, expect
+from deferral_train.decoding.drafting.speed import expect
 from deferral_train.errors import InputError
 
 

@@ -44,7 +44,7 @@ def texts(count: int, right: float, copies: bool, length: int = 40) -> list[Path
 
 def test_the_best_number_of_draft_tokens_is_that_of_the_formula() -> None:
     """Independent acceptances and no copies: the maximum of EWIF, and its value."""
-    from deferral_train.decoding.drafting.speed import ewif_plain
+    from drafting.ewif import ewif_plain
 
     found = propose(texts(60, 0.8, copies=False, length=200), make_rule("lossless"), costs(0.1), (), used=2)
     tried = (1, 2, 3, 4, 5, 6, 8, 10)

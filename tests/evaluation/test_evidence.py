@@ -12,7 +12,8 @@ import torch
 from decoding.helpers import pair_of
 
 from deferral_train import DeferralHead, cli
-from deferral_train.decoding import DecodeConfig, Pair, Settings, decode
+from deferral_train.decoding import DecodeConfig, Pair, Settings
+from deferral_train.decoding.decode import decode
 from deferral_train.heads.artifact import certificate_problem
 from deferral_train.heads.fingerprint import weights_key
 from deferral_train.heads.gap import GapHead

@@ -21,7 +21,8 @@ from deferral_train.heads.objectives import OBJECTIVES, REJECTED_WEIGHT, objecti
 from deferral_train.pairs.load import make_pair
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.traces import Traces, open_traces
-from deferral_train.traces.judged import acceptable, check_labels, judged_rows, judged_summary, resolve_truth
+from deferral_train.traces.judged import acceptable, check_labels, judged_rows, resolve_truth
+from deferral_train.traces.sequence import argmax_summary
 from deferral_train.traces.truth import rejection
 from deferral_train.training.config import FitConfig
 from deferral_train.training.fit import fit
@@ -73,7 +74,7 @@ def test_fit_is_logistic_regression_on_the_judged_tokens(
     assert abs(float(good.double().mean()) - 0.4) < 0.02
     known = LogisticRegression(C=1e4, max_iter=2000).fit(states.numpy(), good.numpy())
     best = torch.from_numpy(known.predict_log_proba(states.numpy()))
-    scores = head.score(judged_summary(traces, head.features).select(rows)).double()
+    scores = head.score(argmax_summary(traces, head.features).select(rows)).double()
     ours = torch.where(good, scores.log(), (1 - scores).log()).mean()
     assert float(best[torch.arange(len(good)), good.long()].mean() - ours) < 0.15  # nats short of the optimum
     base = float(good.double().mean())
@@ -85,7 +86,7 @@ def test_thresholds_are_the_best_of_all(folders: dict[str, str], judged: tuple[J
     traces = open_traces(folders["val"])
     rows = judged_rows(traces)
     good = acceptable(traces, truth)[rows].numpy()
-    scores = head.score(judged_summary(traces, head.features).select(rows)).numpy()
+    scores = head.score(argmax_summary(traces, head.features).select(rows)).numpy()
     tried = [*sorted(set(scores.tolist())), 0.0, 1.0]
     best = {
         "f1": max(f1_score(good, scores > t, zero_division=0) for t in tried),

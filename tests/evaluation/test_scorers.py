@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,29 @@ def test_functions_are_imported_only_where_they_were_typed() -> None:
         make_scorers([f"{__name__}:nothing"])
     with pytest.raises(InputError, match=r"gave 2; a score must lie in \[0, 1\]"):
         make_scorers([f"{__name__}:twice"])[f"{__name__}:twice"](["x"], [None])
+
+
+def test_a_program_that_never_reads_does_not_hold_a_long_text(tmp_path: Path) -> None:
+    script = tmp_path / "deaf.py"
+    script.write_text("import time\ntime.sleep(60)\n")
+    scorer = ProgramScorer(f"{sys.executable} {script}", patience=1.0)
+    started = time.monotonic()
+    assert np.isnan(scorer(["x" * 2_000_000], ["r"])).all()  # more than a pipe holds
+    assert time.monotonic() - started < 20
+    scorer.close()
+
+
+def test_what_a_function_raises_is_one_line() -> None:
+    name = f"{__name__}:broken"
+    with pytest.raises(
+        InputError, match=r"broken failed on a text of 2 characters \(KeyError: 'gold'\)"
+    ) as caught:
+        make_scorers([name])[name](["ab"], [None])
+    assert "\n" not in str(caught.value)
+
+
+def broken(text: str, reference: str | None) -> float:
+    return {}["gold"]  # type: ignore[no-any-return]
 
 
 def half(text: str, reference: str | None) -> float:

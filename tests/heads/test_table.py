@@ -11,7 +11,7 @@ from deferral_train.heads.objectives import OBJECTIVES, objective_for
 
 
 def test_the_packages_heads_enter_the_table_and_others_do_not():
-    assert set(HEADS) == {"gap", "cost_sensitive", "truth_mixture", "token", "judge", "plug_in"}
+    assert set(HEADS) == {"gap", "cost_sensitive", "truth_mixture", "token", "token_gap", "judge", "plug_in"}
 
     class Mine(GapHead):
         head_type = "mine"

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +22,9 @@ from deferral_train.pairs.padding import IGNORED, next_token_logits
 from deferral_train.pairs.prompts import Prompt, write_prompts
 from deferral_train.pairs.scratch.alignable import alignable, draft_weights
 from deferral_train.pairs.scratch.batches import AnswerBatches, PairBatches, WindowBatches
-from deferral_train.pairs.scratch.optimise import LoopSettings, optimise
+from deferral_train.pairs.scratch.models import new_model
+from deferral_train.pairs.scratch.muon import Muon, orthogonal
+from deferral_train.pairs.scratch.optimise import LoopSettings, first_layers, optimise
 from deferral_train.pairs.scratch.tokenizer import QUESTION, train_tokenizer
 from deferral_train.pairs.scratch.train import train_pair
 from deferral_train.pairs.scratch.train_config import ModelSize, PairConfig, PairText, Schedule
@@ -52,7 +56,9 @@ def llama_config(text, **changes):
     config = PairConfig(
         text=PairText(files=(str(text / "book.txt"),)),
         drafter_schedule=Schedule(40, 4, 3e-3, warmup=5),
-        verifier_schedule=Schedule(60, 4, 3e-3, warmup=5),
+        verifier_schedule=Schedule(
+            60, 4, 3e-3, warmup=5, muon_rate=0.02, final_rate=0.0, shallow_layers=1, shallow_steps=30
+        ),
         **SMALL,
     )
     return replace(config, **changes)
@@ -139,6 +145,66 @@ def test_a_killed_training_ends_with_the_same_bits(llama, text, tmp_path):
         ours, theirs = (load_file(folder / role / "model.safetensors") for folder in (out, llama[0]))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert result.losses == llama[1].losses
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_layers_that_wait_add_nothing_until_they_learn(kind):
+    """A fresh model with its first layer alone is the whole model; afterwards it is not, and nothing of it is lost."""
+    tokenizer = train_tokenizer(SENTENCES, 320, kind == "t5")
+    targets = ("b.txt",) if kind == "t5" else ()
+    config = PairConfig(
+        kind=kind,
+        text=PairText(files=("a.txt",), targets=targets),
+        **{**SMALL, "verifier": ModelSize(3, 32, 2, 64)},
+    )
+    model = new_model(config, "verifier", tokenizer)
+    rows = [tokenizer(text)["input_ids"] for text in SENTENCES]
+    batches = PairBatches(rows, rows, tokenizer.pad_token_id, 3, 0)
+    if kind == "llama":
+        batches = AnswerBatches(rows, rows, tokenizer.pad_token_id, 3, 0)
+    before = [weight.clone() for weight in model.parameters()]
+
+    def logits(layers):
+        with torch.no_grad(), first_layers(model, layers):
+            return next_token_logits(model, batches.batch(0))
+
+    assert torch.equal(logits(1), logits(3))
+    schedule = Schedule(6, 3, 3e-3, warmup=1, muon_rate=0.02, shallow_layers=1, shallow_steps=5)
+    layers_seen = []
+    names = [name for name, _ in model.named_parameters()]
+
+    def report(step, tokens, loss):
+        moved = {
+            name for name, old, new in zip(names, before, model.parameters()) if not torch.equal(old, new)
+        }
+        layers_seen.append(any(re.search(r"(layers|block)\.2\.", name) for name in moved))
+
+    optimise(
+        model, batches, schedule, LoopSettings(Path("unused"), "x", checkpoint_seconds=1e9), report=report
+    )
+    assert layers_seen == [False] * 5 + [True]
+    assert not torch.equal(logits(1), logits(3))
+    assert [name for name, _ in model.named_parameters()] == names
+
+
+def test_muon_takes_steps_whose_singular_values_are_alike():
+    """Against the singular value decomposition; tall, wide, and far from well conditioned."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((24, 24), (40, 16), (16, 40)):
+        u, _, v = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
+        matrix = u @ torch.diag(torch.logspace(0, -2, min(shape))) @ v
+        u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+        along = u.T @ orthogonal(matrix) @ v.T
+        assert torch.all((along.diagonal() > 0.6) & (along.diagonal() < 1.3)), along.diagonal()
+        assert (along - torch.diag(along.diagonal())).abs().max() < 1e-3
+    parameter = torch.nn.Parameter(torch.ones(4, 2))
+    parameter.grad = u[:4, :2] * 3
+    Muon([parameter], lr=0.1, weight_decay=0.5).step()
+    still = torch.nn.Parameter(torch.ones(4, 2))
+    Muon([still], lr=0.1).step()  # no gradient, no step
+    assert torch.equal(still, torch.ones(4, 2))
+    expected = torch.ones(4, 2) * 0.95 - 0.1 * 2**0.5 * orthogonal(u[:4, :2])
+    torch.testing.assert_close(parameter.detach(), expected)
 
 
 def test_a_damaged_or_foreign_checkpoint_is_refused(text, tmp_path):
@@ -340,6 +406,10 @@ def test_gate_sees_a_dearer_verifier_and_refuses_equals(llama):
         ({"context": 2}, "context=2"),
         ({"kind": "t5"}, "text.targets is empty"),
         ({"verifier_schedule": Schedule(10, 2, distil=0.5)}, "verifier_schedule.distil"),
+        (
+            {"verifier_schedule": Schedule(10, 2, shallow_layers=2, shallow_steps=5)},
+            "verifier_schedule.shallow_layers=2: the verifier has 2 layers",
+        ),
     ],
 )
 def test_bad_configurations_are_refused_by_name(changes, message, text):
@@ -354,6 +424,14 @@ def test_bad_sizes_and_schedules():
         Schedule(0, 4)
     with pytest.raises(InputError, match="rates must be positive"):
         Schedule(10, 4, learning_rate=0.0)
+    with pytest.raises(InputError, match=r"muon_rate=-1.0, final_rate=0.1: use 0 or more"):
+        Schedule(10, 4, muon_rate=-1.0)
+    with pytest.raises(InputError, match=r"final_rate=2.0: .* share of the peak"):
+        Schedule(10, 4, final_rate=2.0)
+    with pytest.raises(InputError, match="shallow_layers=1, shallow_steps=0: set both above 0, or neither"):
+        Schedule(10, 4, shallow_layers=1)
+    with pytest.raises(InputError, match="shallow_steps=10 of steps=10 leave none"):
+        Schedule(10, 4, shallow_layers=1, shallow_steps=10)
     with pytest.raises(InputError, match=r"text\.targets has 2 files for 1"):
         PairText(files=("a",), targets=("b", "c"))
 

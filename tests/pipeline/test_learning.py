@@ -21,10 +21,15 @@ from deferral_train.heads import DeferralHead
 from deferral_train.heads.rules import learned_rule
 from deferral_train.pairs.load import make_pair
 from deferral_train.pairs.prompts import Prompt
-from deferral_train.pipeline.learning import DecodedPoint, Learning, RoundsSettings, at_calls
+from deferral_train.pipeline.learning import DecodedPoint, Learning, RoundsSettings, at_calls, next_price
 from deferral_train.report.page import write_report
 from deferral_train.traces import open_traces
-from deferral_train.traces.sequence import labelled_rows, sequence_gap
+from deferral_train.traces.sequence import (
+    check_one_kind,
+    labelled_rows,
+    sequence_gap,
+    sequence_summary,
+)
 from deferral_train.training.config import FitConfig
 from deferral_train.training.fit import FitResult, fit
 
@@ -155,6 +160,52 @@ def test_labels_that_do_not_mean_the_same_are_not_fitted_together(
         fitted(pair, tmp_path / "bare", tmp_path / "fit")
 
 
+@pytest.mark.parametrize("bend", [0.0, 0.15, -0.4, -0.8])
+@pytest.mark.parametrize("start", [-0.1, 0.08])
+def test_the_price_on_length_is_sought_until_the_text_is_as_long_as_lossless(
+    start: float, bend: float
+) -> None:
+    """Length as a bent function of the price, as it was on a pair where one step of the secant overshot."""
+    excess: dict[float, float] = {}
+    price: float | None = 0.0
+    while price is not None:
+        excess[price] = start - 0.3 * price - (bend if price < 0 else -bend) * price * price
+        price = next_price(excess, 0.005)
+    assert list(excess)[:2] == [0.0, -0.15 if start < 0 else 0.15]
+    assert 3 <= len(excess) <= 5
+    assert min(map(abs, excess.values())) <= 0.005
+
+
+def test_the_search_for_a_price_ends() -> None:
+    assert next_price({0.0: 0.004}, 0.005) is None
+    assert next_price({0.0: -0.1, -0.15: -0.1}, 0.005) is None  # the price does nothing
+    assert next_price({0.0: -0.1, -0.15: -0.099}, 0.005) == -1.0  # the most
+    assert next_price({0.0: -0.1, -0.15: -0.099, -1.0: -0.09}, 0.005) is None
+    assert next_price({0.0: -0.099, -0.15: -0.057, -0.354: 0.03}, 0.005) == -0.284
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        ("pair", {"verifier": {"weights": "another"}}, "verifier is another"),
+        ("temperature", 1.0, "temperature is 1.0"),
+        ("labels", {"scales": [0.5]}, r"scales is \[0.5\]"),
+        ("labels", {"reference": "verifier"}, "reference is verifier"),
+        ("labels", {"form": "token"}, "form is token"),
+    ],
+)
+def test_labels_of_another_kind_are_named(folder: Path, where: str, value: object, message: str) -> None:
+    first, other = open_traces(folder), open_traces(folder)
+    check_one_kind([first, other])
+    old = getattr(other.manifest, where)
+    new = {**old, **value} if isinstance(value, dict) else value
+    object.__setattr__(other, "manifest", dataclasses.replace(other.manifest, **{where: new}))
+    with pytest.raises(
+        InputError, match=f"sequence labels: {message} in one trace folder and .* in the first"
+    ):
+        check_one_kind([first, other])
+
+
 def test_a_judge_learns_from_the_same_labels(pair: Pair, folder: Path, tmp_path: Path) -> None:
     result = fitted(
         pair, folder, tmp_path / "judge", head="judge", truth="judge:sequence=0.01", body="mlp", objective="auto",
@@ -183,6 +234,58 @@ def test_rules_and_heads_are_scored_by_the_same_labels(pair: Pair, folder: Path,
     assert scores.at_kept("learned", 0.5) < scores.at_kept("opt", 0.5)
     written = json.loads(scores.write(tmp_path).read_text())
     assert written["meta"]["unit"] == "chrf1"
+
+
+def test_form_b_from_labels_to_decoded_text(pair: Pair, tmp_path: Path) -> None:
+    """Labels of drafted tokens, their log q and log p, a folded head, offline scores and the loop."""
+    given = prompts(0, 30)
+    labels = labelled(
+        pair,
+        tmp_path / "traces",
+        given,
+        temperature=1.0,
+        label_form="token",
+        label_samples=2,
+        max_new_tokens=6,
+    )
+    traces = open_traces(labels)
+    rows = labelled_rows(traces)
+    at = sequence_summary(
+        traces, ["token", "drafter_logprob", "verifier_logprob", "drafter_max", "drafter_argmax"]
+    )
+    at = at.select(rows)
+    top = at.token == at.drafter_argmax
+    assert 0 < int(top.sum()) < len(top)
+    assert torch.allclose(at.drafter_logprob[top], at.drafter_max[top].log(), atol=1e-4)
+    assert (at.drafter_logprob[~top] < at.drafter_max[~top].log() + 1e-5).all()
+    result = fitted(pair, labels, tmp_path / "fit", head="token_gap", objective="squared", epochs=2)
+    head = result.head
+    assert head.head_type == "token_gap"
+    assert head.inputs.lookups is not None
+    assert not head.inputs.lookups.width
+    assert dict(head.named_parameters())["body.0.weight"].abs().sum() > 0
+    head.save_pretrained(tmp_path / "head")
+    scores = score_sequences([traces], ["opt", f"learned:head={tmp_path / 'head'},alpha=0.1"], bootstrap=0)
+    own = next(found for name, found in scores.rules.items() if name.startswith("learned"))
+    assert own[0].kept < 0.3 < 0.7 < own[-1].kept
+    gap = sequence_gap(traces)[rows].numpy()
+    every = float(gap.mean()), float(gap.std())
+    assert own[-1].kept_gap[0] == pytest.approx(every[0], abs=every[1])
+    rule = learned_rule(head, 0.05)
+    found = pair.generate([one.prompt for one in given[:4]], rule, temperature=1.0, max_new_tokens=6, seed=1)
+    assert all(found.texts)
+    with pytest.raises(InputError, match=r"labels of form 'position'|--label-form token"):
+        fitted(
+            pair,
+            folder_of_positions(pair, tmp_path),
+            tmp_path / "other",
+            head="token_gap",
+            objective="squared",
+        )
+
+
+def folder_of_positions(pair: Pair, out: Path) -> Path:
+    return labelled(pair, out / "positions", prompts(0, 12), temperature=1.0, max_new_tokens=6)
 
 
 def test_token_pairs_are_ordered_by_what_the_head_estimates(pair: Pair, folder: Path, tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,13 @@ import yaml
 
 from deferral_train import cli
 from deferral_train.evaluation.sql import RIGHT, judge
+from deferral_train.heads import DeferralHead
 from deferral_train.pipeline.config import read_config
+from deferral_train.pipeline.heads import BEST
+from deferral_train.pipeline.learning import learn_in_rounds
 from deferral_train.pipeline.run import Run
 from deferral_train.pipeline.run import run as run_stages
+from deferral_train.pipeline.text import read_part
 
 SIZES = {"pair": 400, "fit": 40, "validation": 24, "calibration": 40, "test": 26, "test_shapes": 6}
 
@@ -156,6 +162,31 @@ def numbers(folder: Path) -> dict[str, object]:
         "outputs": sorted([r["rule"], r["id"], r["tokens"], r["origin"], r["counts"]] for r in rows),
         "answers": [answers[name] for name in ("right", "errors", "families", "examples", "shapes")],
     }
+
+
+def test_rounds_learn_from_answers_that_were_run(finished, config_path, tmp_path):
+    """`heads.rounds` in a run with questions labels by executing the finished query, unless another metric is named."""
+    folder = tmp_path / "rounds"
+    shutil.copytree(finished / "data", folder / "data")
+    config = read_config(config_path, out=str(folder))
+    config = replace(config, heads=replace(config.heads, rounds=1))
+    pair = json.loads((finished / "stages" / "pair.json").read_text())["result"]
+    learned = learn_in_rounds(config, pair, folder)
+    record = json.loads((folder / "rounds" / "rounds.json").read_text())
+    metric = f"sql:{folder / 'data' / 'stdlib.sqlite'}"
+    assert record["settings"]["metrics"] == [metric]
+    assert [one["round"] for one in learned["rounds"]] == [0, 1]
+    validation = read_part(folder, "validation")
+    rows = [
+        json.loads(line)
+        for line in (folder / "rounds" / "lossless" / "outputs.jsonl").read_text().splitlines()
+    ]
+    verdicts = judge(
+        folder / "data" / "stdlib.sqlite", [row["text"] for row in rows], [row["reference"] for row in rows]
+    )
+    assert len(rows) == len(validation)
+    assert record["lossless"]["scores"][metric] == pytest.approx(verdicts.count(RIGHT) / len(rows))
+    assert DeferralHead.from_pretrained(folder / BEST).metadata["alpha"] == learned["chosen"]["alpha"]
 
 
 @pytest.mark.parametrize(

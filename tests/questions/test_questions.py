@@ -121,7 +121,7 @@ def test_ordered_questions_have_one_answer(database: Path, questions) -> None:
     assert limited
     for prompt in limited:
         found = re.fullmatch(
-            r"(?is)select (\S+) from (.*) order by (\S+) (\w+) limit (\d+);?", prompt.reference
+            r"(?is)select (\S+)\sfrom (.*)\sorder by (\S+) (\w+)\slimit (\d+);?", prompt.reference
         )
         _, source, column, direction, limit = found.groups()
         values = [

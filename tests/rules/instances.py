@@ -45,6 +45,22 @@ class TokenJudge:
         return torch.sigmoid(5 * known - summary.verifier_max + (summary.token % 3) / 3 - 0.4)
 
 
+class TokenCost:
+    """A small estimator of what each token costs, of the shape that token_gap heads have."""
+
+    features = ("token", "drafter_logprob", "verifier_logprob", "verifier_max")
+
+    def gap(self, summary: Summary) -> Tensor:
+        names = ("token", "drafter_logprob", "verifier_logprob")
+        token, *logs = (summary[name].unsqueeze(-1) for name in names)
+        return self.token_gap(token, logs[0], logs[1], summary)[..., 0]
+
+    def token_gap(self, tokens: Tensor | None, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
+        ids = torch.arange(q.shape[-1], device=q.device) if tokens is None else tokens
+        known = p.clamp(min=-30.0).exp() + 0.1 * q.clamp(min=-30.0).exp()
+        return summary.verifier_max.unsqueeze(-1) - known + (ids % 3) / 5 - 0.25
+
+
 PARAMETERS: dict[str, list[dict]] = {
     "lossless": [{}],
     "drafter_only": [{}],
@@ -71,6 +87,7 @@ PARAMETERS: dict[str, list[dict]] = {
     "biased": [{"bias": 0.0}, {"bias": 0.23}, {"bias": 1.0}],
     "judge": [{"threshold": 0.4}, {"threshold": 1.0}],
     "learned": [{"alpha": 0.07}, {"alpha": -0.2}],
+    "token_gap": [{"alpha": 0.31}, {"alpha": -0.2}],
 }
 # A rule that is not spoken of above is tried over its dial.
 PARAMETERS |= {
@@ -78,7 +95,7 @@ PARAMETERS |= {
     for name, rule in RULES.items()
     if name not in PARAMETERS
 }
-HEADS = {"judge": TokenJudge(), "learned": LinearGap()}
+HEADS = {"judge": TokenJudge(), "learned": LinearGap(), "token_gap": TokenCost()}
 
 
 def build(name: str, parameters: dict) -> Rule:

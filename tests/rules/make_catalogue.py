@@ -55,7 +55,7 @@ def dial_cells(rule: Rule, report: RuleReport) -> tuple[str, str, str, str]:
 
 def reads(rule: Rule) -> str:
     """What the decision reads."""
-    if rule.name in ("learned", "judge"):
+    if rule.name in ("learned", "judge", "token_gap"):
         return "its head's features"
     return ", ".join(sorted(rule.needs)) or "nothing"
 

@@ -182,6 +182,9 @@ def keeps(rule: Any, at: Position, v: int) -> bool:
         return p[v] > min(rule.epsilon, delta * math.exp(-entropy(p)))
     if name == "logit_margin":
         return rule.margin > 0 and max(at.verifier) - at.verifier[v] <= rule.margin
+    if name == "token_gap":
+        price = max(0.0, 1 - p[v] / q[v]) if q[v] > 0 else 0.0
+        return float(rule.head.gap(_summary(at, v))) <= rule.alpha * price
     raise KeyError(name)
 
 

@@ -40,6 +40,7 @@ NAMES = [
     "biased",
     "judge",
     "learned",
+    "token_gap",
 ]
 
 

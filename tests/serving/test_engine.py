@@ -11,6 +11,7 @@ import pytest
 import torch
 from engines import (
     DRAFTS,
+    VOCABULARY,
     always_busy,
     counts,
     drafted_and_accepted,
@@ -25,6 +26,9 @@ from engines import (
 )
 
 from deferral_train.errors import InputError
+from deferral_train.heads import DeferralHead, GapHead, TokenGapHead
+from deferral_train.heads.folding import folded
+from deferral_train.heads.rules import learned_rule
 from deferral_train.rules import RULES, make_rule
 from deferral_train.serving.checks import check_engine
 from deferral_train.serving.config import ServingConfig
@@ -235,6 +239,51 @@ def test_previous_tokens_are_those_of_the_loop(llm, pair, temperature):
         assert len(seen) > 4
 
 
+def looking_up(pair, kind, folder):
+    """A head with look-up tables and the verifier's hidden state, folded, as it comes back from its folder."""
+    from transformers import LlamaForCausalLM
+
+    matrix = LlamaForCausalLM.from_pretrained(pair / "verifier").get_output_embeddings().weight.detach()
+    widths = {"vocabulary": VOCABULARY, "matrix": matrix.shape[1], "verifier_hidden": matrix.shape[1]}
+    shared = ("verifier_margin", "drafter_margin", "verifier_hidden", "position:log1p")
+    if kind == "token_gap":
+        head = TokenGapHead(
+            (*shared, "token_embedding"), loss="sequence_sampled", body="linear", widths=widths
+        )
+    else:
+        argmaxes = ("drafter_argmax_embedding", "verifier_argmax_embedding", "argmax_cosine")
+        head = GapHead((*shared, *argmaxes), loss="sequence", body="linear", widths=widths)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    head.inputs.lookups.set_matrix(matrix)
+    folded(head).save_pretrained(folder)
+    return DeferralHead.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["gap", "token_gap"])
+def test_a_head_that_looks_tokens_up_decides_as_in_the_loop(llm, pair, tmp_path, kind):
+    """On equal prefixes: the loop starts from the engine's first token, and both write the same text."""
+    head = looking_up(pair, kind, tmp_path)
+    assert any(name.endswith("_worth") for name, _ in head.inputs.lookups.named_buffers())
+    rows = prompts(24, seed=6, shortest=6, longest=6)
+    texts = []
+    for alpha in (-0.4, 0.0, 0.4):
+        rule = learned_rule(head, alpha)
+        seam = use(llm, rule="opt:alpha=0.2")
+        seam.adopt(seam.config, rule)
+        said = generate(llm, rows)
+        found = counts(seam)
+        from_first = [row + text[:1] for row, text in zip(rows, said)]
+        ours = loop(pair, rule, from_first, 23 + DRAFTS + 1, 0.0).sequences[:, 7:30].tolist()
+        assert ours == [text[1:] for text in said]
+        texts.append((said, found["kept"], found["deferred"]))
+    assert texts[0][0] != texts[2][0]
+    assert texts[0][1] < texts[2][1]  # the more lenient, the more is kept
+    assert min(texts[1][1:]) > 20
+
+
 def test_a_seed_fixes_a_request_whoever_its_neighbours_are(llm):
     for spec in ("opt:alpha=0.2", "lossless"):
         use(llm, rule=spec)
@@ -356,7 +405,7 @@ def test_requests_are_forgotten_and_the_engines_proposals_do_not_linger(llm):
     generate(llm, prompts(1))
     assert len(seam.requests) <= 1
     assert counts(seam)["requests"] == 25
-    assert counts(seam)["refused_drafter_distribution"] == 0
+    assert counts(seam)["refused_drafter_law"] == 0
     assert counts(seam)["refused_fault"] == 0
 
 

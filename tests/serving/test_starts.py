@@ -147,7 +147,7 @@ def test_proposals_without_a_distribution_take_rules_that_need_none(pair, plain)
     counted = found["counts"]["0"]
     assert counted["kept"] > 0
     assert counted["accepted"] > 0
-    assert counted["refused_drafter_distribution"] == counted["refused_fault"] == 0
+    assert counted["refused_drafter_law"] == counted["refused_fault"] == 0
 
 
 @pytest.mark.slow

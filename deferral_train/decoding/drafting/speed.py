@@ -1,57 +1,106 @@
-"""How fast a plan is expected to be: EWIF, the expected walltime improvement factor, from acceptance and costs.
+"""The speed model, seconds of decoding from counted passes; and EWIF, the expected walltime improvement factor.
 
-All of it assumes that whether a token is accepted depends on who proposed it, who reviews it and its place, and
-on nothing else. Costs are in verifier passes: c = time of a drafter's pass over the verifier's. Sources: Leviathan
-et al. 2023, theorem 3.8 (plain); Chen et al. 2024, theorems 4.3 (vertical) and 4.5 (horizontal); the model of a
-whole K matrix, with its overshooting drafts, is ours.
+EWIF is how fast a plan is expected to be, from acceptance and costs. It assumes that whether a token is accepted
+depends on who proposed it, who reviews it and its place, and on nothing else. Its costs are in verifier passes:
+c = time of a drafter's pass over the verifier's. For one drafter it is theorem 3.8 of Leviathan et al. 2023, for one
+level theorems 4.3 (vertical) and 4.5 (horizontal) of Chen et al. 2024; the model of a whole K matrix, with its
+overshooting drafts, is ours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from deferral_train.decoding.drafting.plan import Plan
 from deferral_train.errors import InputError
+
+if TYPE_CHECKING:
+    from deferral_train.decoding.drafting.replay import Work
 
 # (reviewer, source) -> acceptance by place within the run of that source's tokens; the last value goes on.
 Acceptance = Mapping[tuple[int, int], Sequence[float]]
 
 
-def ewif_plain(acceptance: float, tokens: int, cost: float) -> float:
-    """(1 - a^(k+1)) / ((1 - a) (1 + k c)): one drafter writes k tokens."""
-    return _powers(acceptance, tokens + 1) / (1 + tokens * cost)
+@dataclass(frozen=True)
+class LoopSeconds:
+    """Seconds of the decoding loop besides the verifier's passes.
 
-
-def ewif_vertical(outer: float, inner: float, runs: int, tokens: int, costs: tuple[float, float]) -> float:
-    """(1 - a phi(a)^n) / ((1 - a) (1 + n c1 + n k c2)): n reviews by drafter 1 of k tokens of drafter 2 each.
-
-    phi(x) = 1 + (x - 1) (1 - (b x)^(k+1)) / (1 - b x) is the generating function of the tokens per review.
-
-    Args:
-        outer: a, acceptance of drafter 1 by the verifier.
-        inner: b, acceptance of drafter 2 by drafter 1.
-        runs, tokens: n and k.
-        costs: c1, c2.
+    Attributes:
+        prompt: of each prompt.
+        round: of each round (a draft and its verification).
+        step: of each drafter pass, with all that belongs to it.
     """
-    phi = 1 + (outer - 1) * _powers(inner * outer, tokens + 1)
-    # (1 - a phi^n) / (1 - a) = 1 + a (1 - phi^n) / (1 - a), and (1 - phi) / (1 - a) stays finite at a = 1.
-    gained = outer * _powers(inner * outer, tokens + 1) * _powers(phi, runs)
-    return (1 + gained) / (1 + runs * costs[0] + runs * tokens * costs[1])
+
+    prompt: float
+    round: float
+    step: float
 
 
-def ewif_horizontal(acceptances: Sequence[float], costs: Sequence[float]) -> float:
-    """sum_{i=0..k} prod_{j<=i} a_j / (1 + sum_i c_i): place i is drafted by its own drafter."""
-    reach, expected = 1.0, 1.0
-    for acceptance in acceptances:
-        reach *= acceptance
-        expected += reach
-    return expected / (1 + sum(costs))
+@dataclass(frozen=True)
+class SpeedModel:
+    """Seconds of decoding at batch 1, from counts of what was done.
 
+    Attributes:
+        verifier: seconds of a verifier pass by the number of tokens that go through it; between them linear.
+        plain, cascade: of the loop with one drafter, and with a cascade of drafters.
+        prompt, token: of the verifier alone, for each prompt and each token.
+    """
 
-def _powers(base: float, count: int) -> float:
-    """1 + base + .. + base^(count-1)."""
-    return sum(base**power for power in range(count))
+    verifier: Mapping[int, float]
+    plain: LoopSeconds
+    cascade: LoopSeconds
+    prompt: float
+    token: float
+
+    @classmethod
+    def of_passes(
+        cls, drafter: float, verifier: float, verifier_token: float | None = None, head: float = 0.0
+    ) -> SpeedModel:
+        """From seconds of single passes, whatever their width.
+
+        Args:
+            drafter: of one drafter step.
+            verifier: of one verifying pass.
+            verifier_token: of one token by the verifier alone, default ``verifier``.
+            head: of the head, in each round.
+        """
+        loop = LoopSeconds(0.0, head, drafter)
+        return cls({1: verifier}, loop, loop, 0.0, verifier if verifier_token is None else verifier_token)
+
+    def alone(self, tokens: int) -> float:
+        """Seconds of the verifier alone for a text."""
+        return self.prompt + tokens * self.token
+
+    def of(self, work: Work, cascade: bool) -> float:
+        """Seconds of a text under a drafting plan, from its replayed work."""
+        loop = self.cascade if cascade else self.plain
+        widths = list(work.widths[0])
+        verifying = float(np.dot(self.passes(widths), [work.widths[0][width] for width in widths]))
+        return loop.prompt + verifying + work.calls * loop.round + sum(work.passes) * loop.step
+
+    def round(self, drafted: Any) -> Any:
+        """Seconds of a round, which drafts so many tokens and verifies them, prompts left out; a number or an array."""
+        verifying = self.passes(np.asarray(drafted) + 1)
+        return verifying + drafted * self.plain.step + self.plain.round
+
+    def relative(self, calls_per_token: np.ndarray, num_draft_tokens: int) -> np.ndarray:
+        """Predicted time against the verifier alone, prompts left out; any shape."""
+        return calls_per_token * self.round(num_draft_tokens) / self.token
+
+    def passes(self, widths: Any) -> np.ndarray:
+        """Seconds of verifier passes of these widths, a number or an array.
+
+        Beyond the widest known one they go on in a straight line.
+        """
+        known = sorted(self.verifier)
+        seconds = [self.verifier[width] for width in known]
+        slope = (seconds[-1] - seconds[0]) / (known[-1] - known[0]) if len(known) > 1 else 0.0
+        beyond = np.maximum(np.asarray(widths) - known[-1], 0) * max(slope, 0.0)
+        return np.interp(widths, known, seconds) + beyond
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deferral_train.decoding.drafting.speed import SpeedModel
 from deferral_train.errors import InputError
-from deferral_train.traces.judged import judged_summary
 from deferral_train.traces.reader import Traces
+from deferral_train.traces.sequence import argmax_summary
 from deferral_train.traces.truth import rejection
 
 CANDIDATES = 200
@@ -88,8 +89,8 @@ def fit_acceptance(
         )
     drafted = (
         traces.manifest.prefixes == "drafter"
-    )  # else the drafter's favourite stands for what it would draft
-    fields = Traces.summary if drafted else judged_summary
+    )  # else the drafter's argmax stands for what it would draft
+    fields = Traces.summary if drafted else argmax_summary
     predicted = head.score(fields(traces, head.features))
     prompts = torch.from_numpy(traces.prompt_of_row.copy())
     found = fit_chains(predicted, 1 - rejection(traces, temperature), prompts, cost, longest)
@@ -110,10 +111,11 @@ def fit_chains(confidence: Tensor, acceptance: Tensor, prompt: Tensor, cost: flo
     values = certain[inside > 0].unique()
     places = torch.linspace(0, len(values) - 1, min(CANDIDATES, len(values))).long()
     candidates = (0.0, *values[places].tolist(), 1.0)
-    found = [_speed(threshold, certain, reach, inside, cost) for threshold in candidates]
+    model = SpeedModel.of_passes(drafter=cost, verifier=1.0)
+    found = [_speed(threshold, certain, reach, inside, model) for threshold in candidates]
     best = max(found)
     constants = [
-        _speed(0.0, certain[:, :length], reach[:, :length], inside[:, :length], cost)[0]
+        _speed(0.0, certain[:, :length], reach[:, :length], inside[:, :length], model)[0]
         for length in range(1, longest + 1)
     ]
     fastest = max(range(longest), key=lambda place: constants[place])
@@ -130,10 +132,10 @@ def _chains(column: Tensor, prompt: Tensor, longest: int) -> Tensor:
 
 
 def _speed(
-    threshold: float, certain: Tensor, reach: Tensor, inside: Tensor, cost: float
+    threshold: float, certain: Tensor, reach: Tensor, inside: Tensor, model: SpeedModel
 ) -> tuple[float, float, float]:
     """(tokens per verifier time, tokens drafted, threshold): a token is drafted if no earlier one ended the block."""
     before = torch.cat([torch.ones_like(certain[:, :1]), certain[:, :-1]], dim=1)
     drafted = (before >= threshold).double() * inside
-    tokens, spent = 1 + (drafted * reach).sum(dim=1), 1 + cost * drafted.sum(dim=1)
-    return float(tokens.sum() / spent.sum()), float(drafted.sum(dim=1).mean()), threshold
+    tokens, count = 1 + (drafted * reach).sum(dim=1), drafted.sum(dim=1)
+    return float(tokens.sum() / model.round(count.numpy()).sum()), float(count.mean()), threshold

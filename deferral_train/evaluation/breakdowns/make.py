@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from deferral_train.decoding.drafting.max_gram import MaxGram
+from deferral_train.decoding.settings import Settings
 from deferral_train.errors import InputError
 from deferral_train.evaluation.bootstrap import Redraws
 from deferral_train.evaluation.breakdowns import copies, decoded, rates
@@ -61,7 +62,7 @@ def make_breakdowns(
     rules: Sequence[Rule | str] | Mapping[str, Rule | str] = (),
     *,
     decode_folders: Sequence[str | Path] = (),
-    num_draft_tokens: int = 5,
+    num_draft_tokens: int = Settings.num_draft_tokens,
     temperature: float | None = None,
     redraws: Redraws = Redraws(),  # noqa: B008 - frozen
     max_gram: MaxGram | None = None,

@@ -86,16 +86,14 @@ class PairBatches:
 
 
 class AnswerBatches(PairBatches):
-    """The same for one decoder: prompt and answer follow each other, and the answer alone is learned."""
+    """The same for one decoder: prompt and answer follow each other, and the answer alone is learned.
+
+    Padding stands behind everything that is learned, so that causal attention needs no mask for it.
+    """
 
     def batch(self, step: int) -> dict[str, Tensor]:
         inputs, labels = zip(*(answered(self.sources[i], self.targets[i]) for i in self._rows(step)))
-        mask = pad([[1] * len(row) for row in inputs], 0)
-        return {
-            "input_ids": pad(inputs, self.pad_id),
-            "attention_mask": mask,
-            "labels": pad(labels, IGNORED),
-        }
+        return {"input_ids": pad(inputs, self.pad_id), "labels": pad(labels, IGNORED)}
 
 
 @lru_cache(maxsize=4)

@@ -10,6 +10,8 @@ import torch
 from deferral_train.pairs.checkpoint import without_bars
 from deferral_train.pairs.scratch.train_config import ModelSize, PairConfig
 
+# Of rotary positions: slower than usual, so that most of a head compares contents and not places.
+ROPE_THETA = 1e5
 # The last matrix of an attention or feed-forward branch in Llama and in T5.
 RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight", "Attention.o.weight", "DenseReluDense.wo.weight")
 
@@ -75,7 +77,11 @@ def _llama(size: ModelSize, context: int, common: dict[str, Any]) -> Any:
         num_attention_heads=size.heads,
         num_key_value_heads=size.heads,
         max_position_embeddings=max(1024, 4 * context),
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         bos_token_id=None,
         **common,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    # Rows of length 1: what a token is must not drown in what the layers add, or no layer can copy it.
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=size.width**-0.5)
+    return model

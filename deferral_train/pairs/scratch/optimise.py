@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from deferral_train.errors import InputError
 from deferral_train.pairs.padding import IGNORED, next_token_logits
 from deferral_train.pairs.scratch.alignable import alignable, draft_weights
 from deferral_train.pairs.scratch.batches import Batches
+from deferral_train.pairs.scratch.muon import Muon
 from deferral_train.pairs.scratch.train_config import Schedule
 
-FINAL_RATE = 0.1  # of the peak, reached at the last step
 Report = Callable[[int, int, float], None]  # steps done, tokens of the last step, its loss
 
 
@@ -61,15 +61,17 @@ def optimise(
     Raises:
         InputError: the checkpoint is of another configuration, or the loss is no longer finite.
     """
-    optimizer = _optimizer(model, schedule)
-    step, losses = _resume(settings, model, optimizer)
+    optimizers = _optimizers(model, schedule)
+    step, losses = _resume(settings, model, optimizers)
     saved = time.monotonic()
     model.train()
     with torch.random.fork_rng(devices=[]):
         while step < schedule.steps:
             torch.manual_seed((settings.seed * 7_368_787 + step) % 2**63)
-            _set_rate(optimizer, schedule, step)
-            loss, tokens = _step(model, batches.batch(step), optimizer, schedule, settings, teacher)
+            _set_rate(optimizers, schedule, step)
+            shallow = schedule.shallow_layers if step < schedule.shallow_steps else 0
+            with first_layers(model, shallow) if shallow else nullcontext():
+                loss, tokens = _step(model, batches.batch(step), optimizers, schedule, settings, teacher)
             step += 1
             losses = [*losses, loss][-max(1, schedule.steps // 10) :]
             if not math.isfinite(loss):
@@ -79,7 +81,7 @@ def optimise(
             if report is not None:
                 report(step, tokens, loss)
             if time.monotonic() - saved > settings.checkpoint_seconds and step < schedule.steps:
-                _save(settings, model, optimizer, step, losses)
+                _save(settings, model, optimizers, step, losses)
                 saved = time.monotonic()
     model.eval()
     return sum(losses) / len(losses)
@@ -88,7 +90,7 @@ def optimise(
 def _step(
     model: Any,
     batch: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     schedule: Schedule,
     settings: LoopSettings,
     teacher: Any,
@@ -109,8 +111,9 @@ def _step(
             loss = (1 - schedule.distil) * loss + schedule.distil * divergence
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return text_loss.item(), int((labels != IGNORED).sum())
 
 
@@ -123,8 +126,29 @@ def _distillation_weights(logits: Tensor, labels: Tensor, schedule: Schedule) ->
     return draft_weights(reachable, inside, schedule.draft_window).flatten()
 
 
-def _optimizer(model: Any, schedule: Schedule) -> torch.optim.Optimizer:
-    """AdamW; embeddings learn ``embedding_rate`` times faster, since each row is seen in few batches."""
+@contextmanager
+def first_layers(model: Any, count: int) -> Iterator[None]:
+    """Inside, a pass runs the first ``count`` layers of every stack alone; the weights of the others stay."""
+    stacks = [
+        (part, name, layers)
+        for part in model.modules()
+        for name in ("layers", "block")  # of decoders as Llama's, and of T5's two stacks
+        if isinstance(layers := getattr(part, name, None), torch.nn.ModuleList)
+    ]
+    try:
+        for part, name, layers in stacks:
+            setattr(part, name, layers[:count])
+        yield
+    finally:
+        for part, name, layers in stacks:
+            setattr(part, name, layers)
+
+
+def _optimizers(model: Any, schedule: Schedule) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon for matrices where it is asked for.
+
+    Embeddings learn ``embedding_rate`` times faster, since each row is seen in few batches.
+    """
     embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     groups: dict[str, list[Tensor]] = {"embeddings": [], "matrices": [], "vectors": []}
     for parameter in model.parameters():
@@ -132,40 +156,55 @@ def _optimizer(model: Any, schedule: Schedule) -> torch.optim.Optimizer:
             "embeddings" if id(parameter) in embeddings else "matrices" if parameter.dim() > 1 else "vectors"
         )
         groups[kind].append(parameter)
-    settings = [
-        {"params": groups["embeddings"], "scale": schedule.embedding_rate, "weight_decay": 0.0},
-        {"params": groups["matrices"], "scale": 1.0, "weight_decay": schedule.weight_decay},
-        {"params": groups["vectors"], "scale": 1.0, "weight_decay": 0.0},
+    rate, decay = schedule.learning_rate, schedule.weight_decay
+    matrices = {"params": groups["matrices"], "weight_decay": decay}
+    settings: list[dict[str, Any]] = [
+        {"params": groups["embeddings"], "peak": rate * schedule.embedding_rate, "weight_decay": 0.0},
+        {"params": groups["vectors"], "peak": rate, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(settings, lr=schedule.learning_rate, betas=(0.9, 0.98), fused=True)
+    if not schedule.muon_rate:
+        settings.insert(1, {**matrices, "peak": rate})
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(settings, lr=rate, betas=(0.9, 0.98), fused=True)
+    ]
+    if schedule.muon_rate:
+        optimizers.append(Muon([{**matrices, "peak": schedule.muon_rate}], lr=schedule.muon_rate))
+    return optimizers
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> None:
+def _set_rate(optimizers: Sequence[torch.optim.Optimizer], schedule: Schedule, step: int) -> None:
     if step < schedule.warmup:
         share = (step + 1) / schedule.warmup
     else:
         done = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
-        share = FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * done))
-    for group in optimizer.param_groups:
-        group["lr"] = schedule.learning_rate * group["scale"] * share
+        share = schedule.final_rate + (1 - schedule.final_rate) * 0.5 * (1 + math.cos(math.pi * done))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * share
 
 
 def _save(
-    settings: LoopSettings, model: Any, optimizer: torch.optim.Optimizer, step: int, losses: list[float]
+    settings: LoopSettings,
+    model: Any,
+    optimizers: Sequence[torch.optim.Optimizer],
+    step: int,
+    losses: list[float],
 ) -> None:
     state = {
         "outcome": settings.outcome,
         "step": step,
         "losses": losses,
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
     }
     buffer = io.BytesIO()
     torch.save(state, buffer)
     provenance.write_bytes(settings.checkpoint, buffer.getvalue())
 
 
-def _resume(settings: LoopSettings, model: Any, optimizer: torch.optim.Optimizer) -> tuple[int, list[float]]:
+def _resume(
+    settings: LoopSettings, model: Any, optimizers: Sequence[torch.optim.Optimizer]
+) -> tuple[int, list[float]]:
     if not settings.checkpoint.is_file():
         return 0, []
     try:
@@ -176,6 +215,9 @@ def _resume(settings: LoopSettings, model: Any, optimizer: torch.optim.Optimizer
         raise InputError(
             f"{settings.checkpoint}: of another configuration; choose another folder or delete this one"
         )
+    if "optimizers" not in state:
+        raise InputError(f"{settings.checkpoint}: not a readable checkpoint (of another release); delete it")
     model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    for optimizer, stored in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(stored)
     return int(state["step"]), list(state["losses"])

@@ -1,4 +1,4 @@
-"""Train a tokenizer, a verifier and a drafter from scratch; resumable; records what was seen."""
+"""Train a pair: from scratch, or a drafter cut from an existing verifier; resumable; records what was seen."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from deferral_train.pairs.gate import GateResult, check_pair
 from deferral_train.pairs.load import load_models, load_tokenizer
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.pairs.scratch.batches import AnswerBatches, Batches, PairBatches, WindowBatches
+from deferral_train.pairs.scratch.cut import cut, open_verifier
 from deferral_train.pairs.scratch.models import load_trained, new_model
 from deferral_train.pairs.scratch.optimise import LoopSettings, Report, optimise
 from deferral_train.pairs.scratch.tokenizer import QUESTION, train_tokenizer
@@ -103,6 +104,9 @@ def made_from(config: PairConfig) -> dict[str, Any]:
         for place, file in enumerate(files)
         if file != "stdlib"
     }
+    if config.from_verifier is not None:
+        key = provenance.content_key(config.from_verifier)
+        texts["from_verifier"] = {"path": config.from_verifier, "content": key}
     if "stdlib" in config.text.files:
         texts["python"] = platform.python_version()
     return {"outcome": config.outcome_hash(), "texts": texts}
@@ -155,8 +159,15 @@ def _train(config: PairConfig, out: Path, progress: Progress | None) -> PairResu
         role: batched(schedule.batch, config.seed + offset)
         for offset, (role, schedule) in enumerate(_schedules(config).items())
     }
-    losses = {"verifier": _one_model("verifier", config, out, tokenizer, batches["verifier"], None, progress)}
-    teacher = load_trained(config, out / "verifier") if config.drafter_schedule.distil else None
+    if config.from_verifier is None:
+        losses = {
+            "verifier": _one_model("verifier", config, out, tokenizer, batches["verifier"], None, progress)
+        }
+        teacher = load_trained(config, out / "verifier") if config.drafter_schedule.distil else None
+    else:
+        losses, teacher = {}, open_verifier(config.from_verifier, torch.float32)
+        if not (out / "verifier").is_dir():
+            _publish(out / "verifier", open_verifier(config.from_verifier), tokenizer)
     losses["drafter"] = _one_model("drafter", config, out, tokenizer, batches["drafter"], teacher, progress)
     pair = load_models(out / "drafter", out / "verifier", device="cpu", dtype="float32")
     gate = check_pair(pair, text.heldout, context=config.context)
@@ -200,7 +211,10 @@ def _one_model(
     if (out / role).is_dir() and kept.is_file():
         return _kept_loss(kept)
     schedule = _schedules(config)[role]
-    model = new_model(config, role, tokenizer)
+    if config.from_verifier is None:
+        model = new_model(config, role, tokenizer)
+    else:
+        model = cut(teacher, config.kept_layers).requires_grad_(True)
     settings = LoopSettings(
         checkpoint=out / "work" / f"{role}.pt",
         outcome=config.outcome_hash(),
@@ -234,6 +248,8 @@ def _publish(folder: Path, *parts: Any) -> None:
 
 
 def _tokenizer(config: PairConfig, folder: Path, text: TrainingText) -> Any:
+    if config.from_verifier is not None:
+        return load_tokenizer(config.from_verifier)
     if not folder.is_dir():
         texts = (side for item in text.train for side in (item.prompt, item.reference) if side)
         template = QUESTION if config.text.answers else None

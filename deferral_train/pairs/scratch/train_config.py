@@ -8,6 +8,8 @@ from typing import Any, Literal
 from deferral_train import provenance
 from deferral_train.errors import InputError
 
+FINAL_RATE = 0.1  # of the peak, where nothing else is asked for
+
 
 @dataclass(frozen=True)
 class ModelSize:
@@ -37,11 +39,16 @@ class Schedule:
     Attributes:
         steps: optimiser steps.
         batch: sequences a step (text windows of ``context`` tokens, or sentence pairs).
-        learning_rate: peak rate of AdamW for everything but the embeddings; linear warm-up, cosine to a
-            tenth.
+        learning_rate: peak rate of AdamW for everything but the embeddings; linear warm-up, then a cosine.
+        muon_rate: peak rate of Muon (about 0.02), which then takes the layers' matrices from AdamW: dearer steps of
+            which fewer are needed; 0 leaves them to AdamW.
+        final_rate: of the peak rates, reached at the last step.
         embedding_rate: the embeddings' rate as a multiple of it.
         warmup: steps of warm-up.
         weight_decay: on matrices, not on norms and embeddings.
+        shallow_layers, shallow_steps: for so many steps only the first so many layers run and learn. A layer adds
+            nothing when it is new, so that the others join without a jump, and a deep model learns what a shallow one
+            can at the price of a shallow one. 0 runs all layers from the beginning.
         distil: weight of KL(verifier, drafter) against the text's cross entropy; the drafter's alone.
         alignable_top_k: weigh that divergence by how many drafts of ``draft_window`` tokens reach a position,
             a draft ending behind a true token that is not among the drafter's so many likeliest (GRIFFIN's
@@ -58,12 +65,32 @@ class Schedule:
     distil: float = 0.0
     alignable_top_k: int = 0
     draft_window: int = 5
+    muon_rate: float = 0.0
+    final_rate: float = FINAL_RATE
+    shallow_layers: int = 0
+    shallow_steps: int = 0
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or self.warmup < 0:
             raise InputError(f"{self}: steps and batch must be at least 1, warmup not negative")
         if not self.learning_rate > 0 or not self.embedding_rate > 0 or not 0 <= self.distil <= 1:
             raise InputError(f"{self}: rates must be positive and distil in [0, 1]")
+        if self.muon_rate < 0 or not 0 <= self.final_rate <= 1:
+            raise InputError(
+                f"muon_rate={self.muon_rate}, final_rate={self.final_rate}: use 0 or more, and a share of the peak in "
+                "[0, 1]"
+            )
+        if min(self.shallow_layers, self.shallow_steps) < 0 or (self.shallow_layers > 0) != (
+            self.shallow_steps > 0
+        ):
+            raise InputError(
+                f"shallow_layers={self.shallow_layers}, shallow_steps={self.shallow_steps}: set both above 0, "
+                "or neither"
+            )
+        if self.shallow_steps >= self.steps:
+            raise InputError(
+                f"shallow_steps={self.shallow_steps} of steps={self.steps} leave none for the other layers; lower it"
+            )
         if self.alignable_top_k < 0 or self.draft_window < 1:
             raise InputError(
                 f"alignable_top_k={self.alignable_top_k}, draft_window={self.draft_window}: use 0 (no mask) or "
@@ -128,6 +155,10 @@ class PairConfig:
         autocast: bfloat16 matrix products; about 1.4x faster where the CPU has them, very slow where it
             has not.
         checkpoint_seconds: an interrupted training continues from at most this long before.
+        from_verifier: checkpoint of a decoder-only model that is there already. It becomes the pair's verifier as it
+            is, with its tokenizer, and the drafter starts from ``kept_layers`` of it and is distilled; sizes,
+            ``vocab_size`` and ``verifier_schedule`` are then not read. None trains both from scratch.
+        kept_layers: numbers of the verifier's layers that the drafter keeps, from 0, negative ones from the end.
     """
 
     kind: Literal["llama", "t5"] = "llama"
@@ -142,8 +173,12 @@ class PairConfig:
     threads: int = 0
     autocast: bool = False
     checkpoint_seconds: float = 20.0
+    from_verifier: str | None = None
+    kept_layers: tuple[int, ...] = (0, 1, 2, 3, -2, -1)
 
     def __post_init__(self) -> None:
+        if self.from_verifier is not None:
+            self._check_cut()
         if self.vocab_size < 300:
             raise InputError(
                 f"vocab_size={self.vocab_size}: at least 300 (256 bytes, special tokens, some merges)"
@@ -162,8 +197,26 @@ class PairConfig:
             raise InputError(
                 "text.answers is for kind: llama; a t5 pair names the other side in text.targets"
             )
+        for role, size, schedule in (
+            ("drafter", self.drafter, self.drafter_schedule),
+            ("verifier", self.verifier, self.verifier_schedule),
+        ):
+            if schedule.shallow_layers and schedule.shallow_layers >= size.layers:
+                raise InputError(
+                    f"{role}_schedule.shallow_layers={schedule.shallow_layers}: the {role} has {size.layers} layers; "
+                    "use fewer, or 0"
+                )
         if self.verifier_schedule.distil:
             raise InputError("verifier_schedule.distil: the verifier learns from text alone; set it to 0")
+
+    def _check_cut(self) -> None:
+        if self.kind != "llama":
+            raise InputError("from_verifier is for decoder-only models; leave kind at llama")
+        if not self.drafter_schedule.distil:
+            raise InputError(
+                "from_verifier: the drafter learns from the verifier's distribution; give drafter_schedule.distil "
+                "above 0, such as 1"
+            )
 
     def outcome_hash(self) -> str:
         """Hash of what changes the trained weights; how often to checkpoint does not."""
@@ -171,7 +224,16 @@ class PairConfig:
         del values["checkpoint_seconds"]
         if not values["text"]["answers"]:  # pairs from before there were answers keep their hash
             del values["text"]["answers"]
+        if self.from_verifier is None:  # and those from before a verifier could be given
+            del values["from_verifier"], values["kept_layers"]
         for name in ("drafter_schedule", "verifier_schedule"):
-            if not values[name]["alignable_top_k"]:  # pairs from before there was a mask keep their hash
-                del values[name]["alignable_top_k"], values[name]["draft_window"]
+            schedule = values[name]  # pairs from before there was one of these keep their hash
+            if not schedule["alignable_top_k"]:
+                del schedule["alignable_top_k"], schedule["draft_window"]
+            if not schedule["muon_rate"]:
+                del schedule["muon_rate"]
+            if schedule["final_rate"] == FINAL_RATE:
+                del schedule["final_rate"]
+            if not schedule["shallow_steps"]:
+                del schedule["shallow_layers"], schedule["shallow_steps"]
         return provenance.hash_of(values)
