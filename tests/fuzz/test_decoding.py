@@ -32,7 +32,7 @@ def test_a_text_that_differs_is_found_and_shortened(monkeypatch: pytest.MonkeyPa
     assert not small.settings
     assert not small.criteria
     # An exception that is no InputError is one, too.
-    monkeypatch.setattr("deferral_train.decoding.loop.verify", lambda *_: torch.zeros(1)[7])
+    monkeypatch.setattr("deferral_train.decoding.generate.verify_block", lambda *_, **__: torch.zeros(1)[7])
     assert judge(case).kind == "error"
 
 
