@@ -16,6 +16,7 @@ ONE_AT_A_TIME = {
     "prophetnet": "its decoder takes one token behind a cache",
     "cpmant": "its cache begins with a prompt of its own",
     "git": "its mask behind a cache counts the tokens of an image",
+    "paligemma": "its first pass reads in both directions, so that it must be the prompt's",
     "moshi": "its window is kept by the cache alone, not by the mask of a block",
 }
 # Model types that count positions over the tokens of a pass, without the padding id, however it came there.

@@ -136,9 +136,10 @@ def test_a_padding_id_within_a_text_moves_no_position(
     else:
         config = tf.M2M100Config(**SEQ2SEQ)
     verifier = made(config, tf.AutoModelForSeq2SeqLM)
-    options = {"eos_token_id": None, "pad_token_id": 3, "sequence_bias": {(0,): 6.0}, "num_beams": 1}
+    options = {"eos_token_id": None, "pad_token_id": 3, "sequence_bias": {(0,): 3.0}, "num_beams": 1}
+    options["no_repeat_ngram_size"] = 2
     expected = own(verifier, inputs, **options)
-    assert 2 < int((expected[0] == 0).sum()) < 14  # now and then the verifier writes the id that it pads with
+    assert 2 < int((expected[0] == 0).sum()) < 12  # now and then the verifier writes the id that it pads with
     options |= {"rule": make_rule("chow", alpha=0.0), "execution": execution}
     for drafter in (near(verifier), verifier):
         assert torch.equal(cascade(verifier, inputs, drafter, **options), expected)
