@@ -155,10 +155,12 @@ class CachedModel:
         further = self.tokens.window(columns - ahead, ahead)[:, max(first - 1, 0) :]
         if not bool((further == self.facts.uncounted).any()):
             return self._one_pass(columns, ahead, keep)
-        found, states = [], []
+        found: list[Tensor] = []
+        states: list[Tensor] = []
         for behind in range(columns - first, -1, -1):
             found.append(self._one_pass(first if behind == columns - first else 1, ahead - behind, 1))
-            states.append(None if self.tap is None else self.tap.last(1))
+            if self.tap is not None:
+                states.append(self.tap.last(1))
         if self.tap is not None:
             self.tap.states = torch.cat(states, dim=1)
         return torch.cat(found[-keep:], dim=1)
