@@ -247,25 +247,34 @@ class Distributions:
         return (self.decision.gather(-1, index) - peak) + largest
 
     @cached_property
-    def depth(self) -> Tensor:
-        """The largest logit less each, [.., V] of both: log max q - log q and log max p - log p.
+    def mean_depth(self) -> Tensor:
+        """How far below the largest logit of the drafter and of the verifier [.., 2] the tokens of both lie on average.
 
-        A masked token has a finite stand-in for infinity, which keeps 0 * inf out; `nats` knows a sum that has any of it.
+        Entry (i, j) is sum_v w_i(v) (max_u z_j(u) - z_j(v)), w the probabilities and z the logits. A masked token has a
+        finite stand-in for infinity, which keeps 0 * inf out; `nats` knows a sum that has any of it. It is one matrix
+        product a position: elementwise products would be written to memory before they are added.
         """
-        return (self.peak.unsqueeze(-1) - self.decision).clamp_(max=torch.finfo(self.decision.dtype).max / 4)
+        depth = (self.peak.unsqueeze(-1) - self.decision).clamp_(max=torch.finfo(self.decision.dtype).max / 4)
+        probs, depth = (one.movedim(self.axis, -2) for one in (self.probs, depth))
+        return (probs @ depth.mT).movedim(-2, self.axis)
 
     @cached_property
     def entropy(self) -> Tensor:
         """H(q) and H(p), nats."""
-        return (self.probs * self.depth).sum(dim=-1) - self.largest_logprob
+        own = self.mean_depth.diagonal(dim1=self.axis, dim2=-1).movedim(-1, self.axis)
+        return own - self.largest_logprob
 
     @cached_property
     def divergence(self) -> Tensor:
         """KL(q||p) and KL(p||q), nats: the means of log q - log p under q and of log p - log q under p."""
-        ratio = self.drafter(self.depth) - self.verifier(self.depth)
+        mean = self.shown(self.mean_depth[..., 0] - self.mean_depth[..., 1])
         largest = self.verifier(self.largest_logprob) - self.drafter(self.largest_logprob)
-        mean = (self.shown(self.probs) * ratio.unsqueeze(self.axis)).sum(dim=-1)
         return nats((mean + largest.unsqueeze(self.axis)).abs())
+
+    @property
+    def cross_entropy(self) -> Tensor:
+        """-sum_v p log q, nats [..]."""
+        return nats(self.verifier(self.mean_depth)[..., 0] - self.drafter(self.largest_logprob))
 
     @cached_property
     def margin(self) -> Tensor:
@@ -349,7 +358,7 @@ class Distributions:
 
 
 def nats(value: Tensor) -> Tensor:
-    """A divergence summed over `Distributions.depth`: infinite where it has a masked token's stand-in, [..]."""
+    """A divergence from `Distributions.mean_depth`: infinite where it has a masked token's stand-in, [..]."""
     return value.masked_fill(value > MOST_NATS, torch.inf)
 
 

@@ -28,7 +28,7 @@ def capped(p: Tensor, cap: Tensor | float) -> Tensor:
 
 
 def floor_for_cut(q: Tensor, p: Tensor, cut: Tensor) -> Tensor:
-    """The floor b = 1/beta in [0, 1] whose rise sum (b p - q)+ replaces a given cut R, [.., 1]; without effect for R = 0.
+    """The floor b = 1/beta in [0, 1] whose rise sum (b p - q)+ replaces a given cut R, [.., 1].
 
     As a function of b the rise is the largest of b P(A) - Q(A) over token sets A, and the best A is a prefix in the
     order of q/p; so b = min over prefixes of (R + Q(A))/P(A).

@@ -84,7 +84,7 @@ def test_logits_that_are_not_numbers_are_refused(
     drafter, verifier = (bad, good) if who == "drafter" else (good, bad)
     if who == "verifier" and execution != "speculative":
         rule = make_rule("chow", alpha=0.0)  # it is read at every token
-    with pytest.raises(InputError, match="logits (are|has) NaN") as caught:
+    with pytest.raises(InputError, match=r"logits (are|has) NaN") as caught:
         cascade(verifier, inputs, drafter, rule=rule, execution=execution, **options)
     assert "\n" not in str(caught.value)
 

@@ -30,8 +30,7 @@ from typing import Any
 
 import torch
 import transformers as tf
-from decoding.small import LLM, SEQ2SEQ, made, near
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from decoding.small import LLM, SEQ2SEQ, letters, made, near
 from transformers.generation import logits_process as hf
 from transformers.generation import stopping_criteria as hf_stop
 
@@ -131,17 +130,6 @@ def _weighted(model: Any, seed: int) -> Any:
     return model
 
 
-@lru_cache(maxsize=1)
-def letters() -> Any:
-    """A tokenizer whose ids 4 to 39 are one character each, for stop strings."""
-    characters = [chr(ord("a") + n) for n in range(26)] + [str(n) for n in range(9)] + ["\u0120"]
-    vocabulary = {token: n for n, token in enumerate(["<pad>", "</s>", "<s>", "<unk>", *characters])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
-
-
 def _stop_strings(random: Random) -> list[str]:
     return [
         "".join(chr(ord("a") + random.randrange(26)) for _ in range(random.choice((1, 1, 2))))
@@ -210,6 +198,7 @@ SETTINGS: dict[str, Callable[[Random], dict[str, Any]]] = {
     "cache": lambda r: r.choice(({"cache_implementation": r.choice(("static", "dynamic"))}, {"use_cache": False})),
     "beams": lambda r: {"num_beams": 2},
     "low_memory": lambda r: {"prefill_chunk_size": r.randint(1, 4)},
+    "stop_strings": lambda r: {"stop_strings": _stop_strings(r)},
     "token_healing": lambda r: {"token_healing": False, "use_mtp": False},
 }  # fmt: skip
 # Processors handed over as objects: made anew for every call.
@@ -423,6 +412,8 @@ def _call(case: Case, **more: Any) -> Any:
                     setattr(model.generation_config, key, copy.deepcopy(value))
             else:
                 options |= copy.deepcopy(given)
+        if "stop_strings" in case.settings:
+            options["tokenizer"] = letters()
         if case.processors:
             options["logits_processor"] = hf.LogitsProcessorList(
                 [make() for make in case.processors.values()]
