@@ -136,7 +136,7 @@ def quantiles_of_estimates(traces: Traces, head: Any, levels: Sequence[float]) -
     rows = labelled_rows(traces)
     named = TOKEN_LABEL if head.tokenwise else ("tv",)
     summary = sequence_summary(traces, [*dict.fromkeys([*head.features, *named])]).select(rows)
-    of_tokens = [summary[name].double().exp() for name in named[1:]]
+    of_tokens = [summary[name].double() for name in named[1:]]
     price = token_price(*of_tokens) if head.tokenwise else summary["tv"].double()
     ratio = head.gap(summary).double() / price.clamp_min(1e-6)
     found = torch.quantile(ratio, torch.tensor(list(levels), dtype=torch.float64))

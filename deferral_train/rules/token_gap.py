@@ -97,15 +97,18 @@ class TokenGapRule(TokenRule):
     ) -> Tensor:
         """Bool [.., K]; ``priced``, with candidates fewer than V, takes these as if they were all."""
         gap = self.head.token_gap(tokens, drafter_logprobs, verifier_logprobs, summary)
+        if not self.priced:
+            return gap <= self.alpha * price(drafter_logprobs, verifier_logprobs)
         q, p = drafter_logprobs.exp(), verifier_logprobs.exp()
-        if self.priced:
-            return ~costly_tokens(q, p, q * gap, self.alpha)
-        return gap <= self.alpha * price(q, p)
+        return ~costly_tokens(q, p, q * gap, self.alpha)
 
 
-def price(q: Tensor, p: Tensor) -> Tensor:
-    """Chance that the exact check rejects each token, max(0, 1 - p/q); 0 where it is never drafted."""
-    return ((q - p) / q.clamp_min(torch.finfo(q.dtype).tiny)).clamp(min=0.0)
+def price(drafter_logprobs: Tensor, verifier_logprobs: Tensor) -> Tensor:
+    """Chance that the exact check rejects each token, max(0, 1 - p/q), from log q and log p.
+
+    0 where a token is never drafted, not-a-number where neither model can say it.
+    """
+    return (1 - (verifier_logprobs - drafter_logprobs).exp()).clamp(min=0.0)
 
 
 def costly_tokens(q: Tensor, p: Tensor, gain: Tensor, alpha: float) -> Tensor:

@@ -38,7 +38,11 @@ def training_settings(trainer: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         trainer: attributes of a Trainer, or its flags as they were given.
     """
-    values = {"accumulate_grad_batches": 1, "limit_train_batches": 1.0, "overfit_batches": 0.0}
+    values: dict[str, Any] = {
+        "accumulate_grad_batches": 1,
+        "limit_train_batches": 1.0,
+        "overfit_batches": 0.0,
+    }
     values |= {"gradient_clip_val": None, "gradient_clip_algorithm": None, "precision": "32-true"}
     found = {
         name: trainer.get(name) if trainer.get(name) is not None else value for name, value in values.items()

@@ -169,7 +169,7 @@ def test_the_priced_rule_against_every_subset(alpha: float) -> None:
 
 def test_price_is_the_chance_of_the_exact_check() -> None:
     q, p = torch.tensor([0.5, 0.2, 0.0]), torch.tensor([0.1, 0.4, 0.5])
-    assert price(q, p).tolist() == pytest.approx([0.8, 0.0, 0.0])
+    assert price(q.log(), p.log()).tolist() == pytest.approx([0.8, 0.0, 0.0])
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,7 @@ class TokenCost:
 
     def token_gap(self, tokens: Tensor | None, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
         ids = torch.arange(q.shape[-1], device=q.device) if tokens is None else tokens
-        known = p.clamp(min=-30.0).exp() + 0.1 * q.clamp(min=-30.0).exp()
-        return summary.verifier_max.unsqueeze(-1) - known + (ids % 3) / 5 - 0.25
+        return summary.verifier_max.unsqueeze(-1) - p.exp() + (ids % 3) / 5 - 0.25
 
 
 PARAMETERS: dict[str, list[dict]] = {

@@ -245,7 +245,7 @@ def looking_up(pair, kind, folder):
 
     matrix = LlamaForCausalLM.from_pretrained(pair / "verifier").get_output_embeddings().weight.detach()
     widths = {"vocabulary": VOCABULARY, "matrix": matrix.shape[1], "verifier_hidden": matrix.shape[1]}
-    shared = ("verifier_margin", "drafter_margin", "verifier_hidden", "position:log1p")
+    shared = ("verifier_margin", "drafter_margin", "verifier_hidden", "verifier_entropy")
     if kind == "token_gap":
         head = TokenGapHead(
             (*shared, "token_embedding"), loss="sequence_sampled", body="linear", widths=widths
