@@ -60,11 +60,12 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix deferral_train tests benchmarks examples
 	$(BIN)/ruff format deferral_train tests benchmarks examples
 
-# Coverage-guided fuzzing of every loader, SECONDS each; findings and corpora land in runs/fuzz/.
+# Coverage-guided fuzzing of every loader, then random calls of decoding, SECONDS each; findings land in runs/fuzz/.
 SECONDS ?= 600
 fuzz: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
 	PYTHONPATH=tests $(TEST_ENV) $(BIN)/python -m fuzz.run --seconds $(SECONDS)
+	PYTHONPATH=.:tests $(TEST_ENV) $(BIN)/python -m fuzz.decoding --seconds $(SECONDS) --out runs/fuzz/decoding
 
 bench: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks --device cpu

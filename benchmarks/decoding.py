@@ -10,9 +10,9 @@ drafter and verifier (encoders included) over wall time; "in verification" that 
 
 ``--shape smollm2`` makes a Llama pair of SmolLM2-135M's shape (30 layers of 576, 49,152 tokens) and a drafter of its
 first 6 layers, with random weights; otherwise the pair is read from a folder, by default
-``$DEFERRAL_TRAIN_SHARED/models/multi30k-en-fr``. Goals are those of verifiers of 100M parameters and more: lossless
-decoding 0.97 of its time in the models, any rule or head 0.96, and at least 0.98 of assisted generation's rate (1.15 on
-the encoder-decoder pair, where it encodes once).
+``$DEFERRAL_TRAIN_SHARED/models/multi30k-en-fr``. The head reads what `fit` takes by default. Goals are those of
+verifiers of 100M parameters and more: lossless decoding 0.97 of its time in the models, any rule or head 0.96, and at
+least 0.98 of assisted generation's rate (1.15 on the encoder-decoder pair, where it encodes once).
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from deferral_train.pairs.encode import EncodedPrompt
 from deferral_train.pairs.load import make_pair
 from deferral_train.pairs.prompts import Prompt, read_prompts
 from deferral_train.rules import RULES, Rule, make_rule
+from deferral_train.training.config import VERIFY_FEATURES
 
 SHARED = Path(os.environ.get("DEFERRAL_TRAIN_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 CLOCK: Callable[[], float] = time.perf_counter
 ON_CUDA = torch.cuda.is_available()  # asked once: the question takes microseconds
-HEAD_FEATURES = ("drafter_max", "verifier_max", "verifier_at_drafter_argmax", "drafter_entropy", "tv")
 
 
 class Stopwatch:
@@ -176,7 +176,7 @@ def contestants(
         if name not in ("judge", "learned", "token_gap", "drafter_only", "verifier_only")
     ]
     rules = {name: make_rule(name) for name in (arguments.rules or names)}
-    rules["head"] = learned_rule(GapHead(HEAD_FEATURES).eval().requires_grad_(False), alpha=0.1)
+    rules["head"] = learned_rule(GapHead(VERIFY_FEATURES).eval().requires_grad_(False), alpha=0.1)
     return {
         "verifier alone": lambda: transformers_own(pair, prompts, settings, False),
         "assisted": lambda: transformers_own(pair, prompts, settings, True),

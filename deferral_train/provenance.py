@@ -291,8 +291,7 @@ def one_writer(folder: str | Path, doing: str = "command") -> Iterator[None]:
     """Within, this process alone writes to ``folder``; the operating system ends the claim with the process.
 
     The lock lies beside the folder, or inside where nothing can be written beside it. Addresses of remote stores
-    (``scheme://``) cannot be locked. Of the processes of one job the first holds the lock for all. Whoever holds it may
-    claim the folder again in what it calls.
+    (``scheme://``) cannot be locked. Of the processes of one job the first holds the lock for all.
 
     Args:
         folder: made where absent.
@@ -311,7 +310,7 @@ def one_writer(folder: str | Path, doing: str = "command") -> Iterator[None]:
         lock = folder / ".lock"
     try:
         with naming(lock):
-            held = FileLock(lock, timeout=0, is_singleton=True)
+            held = FileLock(lock, timeout=0)
             held.acquire()
     except Timeout:
         raise InputError(

@@ -332,10 +332,8 @@ def _check_offline(rule: Rule, case: Case, context: Summary | None) -> None:
             None, distributions.drafter_logprobs, distributions.verifier_logprobs, online
         )
         some = torch.tensor([0, 3, distributions.q.shape[-1] - 1])
-        chosen = (
-            logs[..., some] for logs in (distributions.drafter_logprobs, distributions.verifier_logprobs)
-        )
-        part = rule.keep_tokens(some.expand(*every.shape[:-1], len(some)), *chosen, offline)
+        q, p = distributions.drafter_logprobs[..., some], distributions.verifier_logprobs[..., some]
+        part = rule.keep_tokens(some.expand(*every.shape[:-1], len(some)), q, p, offline)
         assert torch.equal(every[..., some], part), f"{rule.name}: a token's decision depends on its company"
 
 

@@ -128,3 +128,56 @@ def test_provenance_and_run_record_withhold(tmp_path, monkeypatch):
     folder = open_run(tmp_path / "run", {"text": f"https://a:{SECRET}@h/p", "hub_token": SECRET}, fresh=False)
     assert SECRET not in (folder / RUN_FILE).read_text()
     assert SECRET not in json.dumps(provenance.collect())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://host/x?sig={}", "https://host/x?X-Amz-Signature={}&a=1", "https://host/x?key={}", "s3://b/x?token={}",
+        "command:./score -k {}", "command:./score --key {}", "command:./score --pass {}", "command:./score --pwd={}",
+        "command:curl -u user:{} http://x", "command:curl -H X-Api-Key:{}", "command:curl -H 'X-Api-Key: {}'",
+        'command:./s --header "Cookie: {}"', "command:env OPENAI_API_KEY={} ./score", "command:./s --auth {}",
+        "SharedAccessSignature={}", "AccountKey={};EndpointSuffix=x", "Password={};", '{{"token": "{}"}}', "token: {}",
+    ],
+)  # fmt: skip
+def test_more_secrets_within_texts(text):
+    assert "S3cretVal1" not in redacted_text(text.format("S3cretVal1"))
+
+
+@pytest.mark.parametrize(
+    "token",
+    ["npm_" + "a" * 36, "pypi-" + "A" * 30, "dckr_pat_" + "a" * 20, "ya29." + "a" * 30, "sk-ant-" + "a" * 30,
+     "-----BEGIN PRIVATE KEY-----\nMII\n-----END PRIVATE KEY-----"],
+)  # fmt: skip
+def test_tokens_of_known_forms(token):
+    assert redacted_text(f"x {token} y") == "x *** y"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"hf_tokens": ["S3"]}, {"headers": [["X-Api-Key", "S3"]]}, {"auth": ["user", "S3"]}, {"auth": "S3"},
+        {"key": "S3", "secret": "x"}, {"password": 3}, {"token": {"value": "S3"}}, {"cookies": {"session": "S3"}},
+        {"credentials": {"x": "S3"}}, {"login": {"user": "a", "pass": "S3"}}, {"connection_string": "S3"},
+    ],
+)  # fmt: skip
+def test_more_fields(value):
+    assert "3" not in str(redacted(value))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["learned_token:head=x,alpha=0.1", "token:alpha=0.2", "sk-learn-something-model", "one pass: 0.2 s", "author: me",
+     "--rules judge:head=F --stop speed:cost=0.1", "key: prompts", "bypass=1", "pad_token: 3"],
+)  # fmt: skip
+def test_more_texts_that_stay(text):
+    assert redacted_text(text) == text
+
+
+def test_more_names_of_environment_values(monkeypatch):
+    for name in ("PGPASSWORD", "MY_SERVICE_PASS", "OPENAI_KEY", "DB_PWD"):
+        monkeypatch.setenv(name, f"value of {name}")
+        assert redacted_text(f"x value of {name} y") == "x *** y"
+    monkeypatch.setenv("PWD", "/some/folder")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/etc/keys.json")
+    assert redacted_text("/some/folder /etc/keys.json") == "/some/folder /etc/keys.json"

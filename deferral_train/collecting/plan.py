@@ -257,8 +257,8 @@ def hidden_width(model: Any) -> int:
 
 def default_batch_tokens(device: str, vocab_size: int) -> int:
     """Padded tokens per batch: enough to keep the device busy, few enough that the logits fit."""
-    wished = BATCH_TOKENS["cpu" if device == "cpu" else "cuda"]
-    return max(1, min(wished, BATCH_LOGITS // vocab_size))
+    most = BATCH_TOKENS["cpu" if device == "cpu" else "cuda"]
+    return max(1, min(most, BATCH_LOGITS // vocab_size))
 
 
 def _chunk_seed(seed: int, number: int) -> int:

@@ -159,9 +159,9 @@ def run(config: DecodeSettings, *, fresh: bool = False) -> int:
         device_map=config.device_map,
     )
     asked = DecodeConfig(settings, config.repetitions, config.log_tokens)
-    with one_writer(config.out, "decode"):
-        summary = decode(pair, prompts, rules, asked, config.out, fresh)
-        if config.metrics:
+    summary = decode(pair, prompts, rules, asked, config.out, fresh)
+    if config.metrics:
+        with one_writer(config.out, "decode"):
             summary = score_outputs(config.out, config.metrics, pair.models, prompts, chat=config.chat)
     for line in table(summary, config.metrics):
         print(line)

@@ -29,7 +29,7 @@ class RoundsConfig:
         reference_field: column of the reference.
         template: text around each prompt, with {prompt} in it.
         rounds: collections along the cascade's own text, after the first along the verifier's.
-        calls: wished verifier calls per token, as a share of lossless's.
+        calls: verifier calls per token to aim for, as a share of lossless's.
         label_metric: what finished texts are scored by, as collect takes it.
         label_share: share of the places of each prompt that is labelled along the verifier's text.
         own_share: the same along the cascade's own text.
@@ -125,11 +125,11 @@ def run(config: RoundsConfig) -> int:
 
 
 def table(content: dict[str, Any]) -> list[str]:
-    """A line for each round: what it was labelled on, and its best head at the wished calls."""
+    """A line for each round: what it was labelled on, and its best head at the calls that are aimed for."""
     lines = [f"{'round':>5} {'labelled':>9} {'price':>7} {'alpha':>9} {'calls':>6} {'loss':>8} {'length':>7}"]
     for record in content["rounds"]:
         best = next(one for one in record["candidates"] if one["head"] == record["best"])
-        at = best["at_wish"]
+        at = best["at_calls"]
         mark = " <- chosen" if record["round"] == content["chosen"]["round"] else ""
         lines.append(
             f"{record['round']:>5} {record['labelled']:>9,} {best['length_price']:>7g} {at['alpha']:>9.4g} "

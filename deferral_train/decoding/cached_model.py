@@ -240,5 +240,6 @@ def rows_of(output: ModelOutput, index: Tensor) -> ModelOutput:
         whole = isinstance(value, Tensor) and value.dim() > 0 and len(value) == rows
         return value.index_select(0, index.to(value.device)) if whole else value
 
-    # Fields that are None stay attributes: ``items`` leaves them out.
-    return type(output)(**{one.name: selected(getattr(output, one.name)) for one in fields(output)})
+    # Fields that are None stay attributes: ``items`` leaves them out. Subclasses of ModelOutput are dataclasses.
+    names = [one.name for one in fields(output)]  # type: ignore[arg-type]
+    return type(output)(**{name: selected(getattr(output, name)) for name in names})

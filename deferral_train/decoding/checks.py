@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.generation.configuration_utils import GenerationMode
 
 from deferral_train.decoding.criteria import longest_row
 from deferral_train.decoding.drafting.given import GivenDraft
@@ -307,6 +308,11 @@ def _check_configuration(request: Request) -> None:
     config = request.generation_config
     if (config.num_beams or 1) > 1:
         raise InputError(f"num_beams is {config.num_beams}; speculative decoding samples or is greedy, use 1")
+    mode = config.get_generation_mode(request.model_kwargs.get("assistant_model"))
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise InputError(
+            f"generation mode is {mode.value}; cascade_generate is greedy or samples, and drafter= is what drafts"
+        )
     if config.use_cache is False:
         raise InputError("use_cache is False; speculative decoding needs the cache")
     asked = [name for name in UNSUPPORTED_OUTPUTS if getattr(config, name, None)]

@@ -123,8 +123,7 @@ class SamplingDistributions:
             return None
         source = device if generator is None else generator.device
         numbers = torch.rand(rows, draws, dtype=torch.float64, device=source, generator=generator)
-        # So far below 1 that its product with any sum is below that sum.
-        return numbers.mul_(1.0 - 2.0**-51).to(device)
+        return numbers.to(device)
 
     def draw(
         self, decision: Tensor, sampling: Tensor | None, number: Tensor | None, out: Tensor | None = None

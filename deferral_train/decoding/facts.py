@@ -6,6 +6,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from deferral_train.pairs.positions import PositionLimits, room_of
@@ -32,6 +33,7 @@ class ModelFacts:
         room: most tokens that it can place in a prompt of its encoder and in a text.
         cache_layers: the type of each layer's cache and its sliding window, None where it has none.
         takes: names of the arguments of its forward pass.
+        takes_positions: whether positions can be given per row: some classes drop them while they prepare a pass.
         relative_positions: whether attention depends on distances alone, computed from columns.
         irrevocable: whether it keeps state in its own modules, where none can be put back.
         stepwise: why it must be read one token at a time, in words; None where blocks and rollbacks work.
@@ -44,6 +46,7 @@ class ModelFacts:
     room: PositionLimits
     cache_layers: tuple[tuple[type, int | None], ...]
     takes: frozenset[str]
+    takes_positions: bool
     relative_positions: bool
     irrevocable: bool
     stepwise: str | None
@@ -53,11 +56,6 @@ class ModelFacts:
     def context(self) -> int | None:
         """Most tokens of a text, None where positions are relative only."""
         return self.room.text
-
-    @property
-    def takes_positions(self) -> bool:
-        """True where positions can be given per row."""
-        return "position_ids" in self.takes
 
     @property
     def aligns_right(self) -> bool:
@@ -86,11 +84,23 @@ def facts_of(model: Any) -> ModelFacts:
         room=room_of((core,)),
         cache_layers=kinds,
         takes=takes,
+        takes_positions="position_ids" in takes and _positions_arrive(core),
         relative_positions=hasattr(core.config, "relative_attention_num_buckets"),
         irrevocable=core.config.model_type in STATE_IN_MODULES,
         stepwise=_stepwise(core, kinds, takes),
         long_rope=_long_rope(decoder),
     )
+
+
+def _positions_arrive(core: Any) -> bool:
+    """True where positions that are given are among the arguments that the model prepares for a pass."""
+    prepare = getattr(core, "prepare_inputs_for_generation", None)
+    if prepare is None or core.config.is_encoder_decoder:
+        return True
+    ids = torch.zeros(1, 2, dtype=torch.long, device=core.device)
+    positions = torch.arange(2, device=core.device)[None]
+    given = prepare(ids, position_ids=positions, attention_mask=torch.ones_like(ids), use_cache=True)
+    return given.get("position_ids") is not None
 
 
 def _stepwise(core: Any, layers: tuple[tuple[type, int | None], ...], takes: frozenset[str]) -> str | None:

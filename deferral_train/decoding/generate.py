@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from deferral_train.decoding.distributions import SamplingDistributions
 from deferral_train.decoding.drafting.counts import ReviewCounts
 from deferral_train.decoding.executions import lazy_cascade, sequence_cascade, token_cascade
 from deferral_train.decoding.facts import core_of
+from deferral_train.decoding.handed import HandedSignature
 from deferral_train.decoding.hidden import HiddenTap, tap_hidden
 from deferral_train.decoding.inputs import decoder_inputs, encoder_inputs, prompts_of
 from deferral_train.decoding.proposing import Draft, ModelProposer, Proposer
@@ -114,8 +114,8 @@ def cascade_generate(
     Raises:
         InputError: anything that cannot work (see :mod:`deferral_train.decoding.checks`), before any work.
     """
-    if token_streamer is None:
-        token_streamer = _streamer_of_generate()
+    # The stopping criterion of its strings is made already; an assistant beside a drafter is refused.
+    model_kwargs.pop("tokenizer", None)
     request = Request(
         model=model,
         drafter=drafter,
@@ -248,20 +248,6 @@ def _output(request: Request, state: DecodingState) -> Tensor | CascadeOutput:
     return CascadeOutput(sequences, stats, proposer.counts, torch.tensor(proposer.passes))
 
 
-def _streamer_of_generate() -> Any:
-    """The ``streamer`` of the ``generate`` that called, which sends it the prompt but hands it to no callable."""
-    frame = sys._getframe(1)
-    for _ in range(8):  # decorators stand between
-        if frame.f_code.co_name == "generate" and frame.f_globals.get("__name__", "").startswith(
-            "transformers."
-        ):
-            return frame.f_locals.get("streamer")
-        if frame.f_back is None:
-            break
-        frame = frame.f_back
-    return None
-
-
 def _cached(
     request: Request, tokens: TokenRows, taps: list[HiddenTap | None], together: bool
 ) -> list[CachedModel]:
@@ -298,3 +284,6 @@ def _hidden_read(request: Request) -> list[tuple[Any, bool]]:
     asked = request.rule.needs | (stop.needs if stop is not None else frozenset())
     found = [(one, "drafter_hidden" in asked) for one in request.drafters]
     return [*found, (request.model, bool(asked & {"verifier_hidden", "verifier_hidden_at_token"}))]
+
+
+cascade_generate.__signature__ = HandedSignature.of(cascade_generate)

@@ -113,7 +113,8 @@ def encoder_ids(inputs_tensor: Tensor | None) -> Tensor:
     Raises:
         InputError: the verifier was given something else than ids.
     """
-    if inputs_tensor is None or inputs_tensor.dim() != 2:
+    # Given encoder states alone, generate makes up ids of -100.
+    if inputs_tensor is None or inputs_tensor.dim() != 2 or bool((inputs_tensor < 0).any()):
         raise InputError(
             "drafter_inputs is missing: the drafter's encoder needs input_ids; pass drafter_inputs="
         )

@@ -42,7 +42,7 @@ class TokenRows:
     ) -> None:
         count, self.prompt_length = input_ids.shape
         columns = max_length + num_draft_tokens + 1
-        self.ids = input_ids.new_full((count, columns), pad_token_id)
+        self.ids = torch.full((count, columns), pad_token_id, dtype=torch.long, device=input_ids.device)
         self.ids[:, : self.prompt_length] = input_ids
         self._sent: tuple[list[int], Tensor] | None = None
         self.pad_token_id = pad_token_id

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ def pad(rows: Sequence[list[int]], value: int) -> Tensor:
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
 
 
-def next_token_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+def next_token_logits(model: Any, batch: Mapping[str, Any]) -> Tensor:
     """Logits [B, T, V] that predict ``batch["labels"]``; an encoder-decoder is fed the shifted labels."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     if model.config.is_encoder_decoder:

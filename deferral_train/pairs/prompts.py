@@ -332,7 +332,7 @@ def _open(path: str | Path) -> io.TextIOBase:
 
 
 def _opener(path: str | Path) -> Any:
-    """The function that opens a file: by its suffix, else by its first bytes, since people rename what they download."""
+    """The function that opens a file: by its suffix, else by its first bytes, since people rename their files."""
     suffix = Path(path).suffix.lower()
     if suffix in CONTAINERS:
         return CONTAINERS[suffix]

@@ -124,15 +124,16 @@ def say(verdict: Mapping[str, Any], results: Results) -> list[str]:
     asked, saved = results["answers"]["questions"], verdict["calls_saved"]["value"]
     each = {name: f"{right[name]:.1%} right in {milliseconds[name]:.0f} ms" for name in milliseconds}
     sentences = [
-        f"Of {asked} new questions the verifier alone answers {each[VERIFIER]} each, lossless drafting "
-        f"{each[LOSSLESS]}, and the chosen cascade ({setting}) {each[label]}: {pace} the verifier alone, with "
-        f"{saved:.0%} fewer verifier passes per token."
+        f"Of {asked} new questions the large model alone (the verifier) answers {each[VERIFIER]} each; where a small "
+        f"model writes ahead and every token is checked (lossless), {each[LOSSLESS]}; where the chosen rule lets some "
+        f"of the small model's tokens stand ({setting}), {each[label]}: {pace} the large model alone, with "
+        f"{saved:.0%} fewer of its passes per token."
     ]
     certificate = chosen.get("certificate")
     if certificate:
         sentences.append(
             f"Certified before these questions were asked: at most {100 * certificate['limit']:.1f} answers in a "
-            f"hundred are lost to lossless, with {certificate['confidence']:.0%} confidence, on "
+            f"hundred are lost by it against checking every token, with {certificate['confidence']:.0%} confidence, on "
             f"{certificate['prompts']} other questions."
         )
     else:

@@ -156,7 +156,7 @@ class RoundsSettings:
 
     Attributes:
         rounds: collections along the cascade's own text, after the first along the verifier's.
-        calls: wished verifier calls per token, as a share of lossless's.
+        calls: verifier calls per token to aim for, as a share of lossless's.
         metrics: that texts are labelled and chosen by.
         label_share: of the places of each prompt that are labelled; ``own_share`` in the rounds.
         label_reference: ``given``, or ``verifier``.
@@ -214,7 +214,7 @@ class HeadsConfig:
         candidates: name to settings; the settings are those of ``training.FitConfig`` besides its traces.
         rounds: above 0: learn from finished texts instead, as ``deferral-train rounds`` does, in so many rounds along
             the cascade's own text; the candidates are fitted to compare with.
-        calls: wished verifier calls per token of these, as a share of lossless's.
+        calls: verifier calls per token that these aim for, as a share of lossless's.
         label_metric: that finished texts are scored by; default execution accuracy with ``text.questions``, else
             sentence BLEU and chrF1.
         label_share: of the places of each prompt that are labelled.

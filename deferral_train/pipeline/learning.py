@@ -1,6 +1,6 @@
 """Rounds of learning from finished texts: label along a path, fit, decode, label along the new cascade's own text.
 
-The first path is the verifier's own text. Every further round follows the cascade of the current head at the wished
+The first path is the verifier's own text. Every further round follows the cascade of the current head at the asked-for
 price, and refits on everything labelled so far: a head's own prefixes are not the verifier's. Round, head and price are
 chosen by decoding validation prompts, not by the error of a regression. Everything that is finished is taken as it is.
 """
@@ -83,14 +83,14 @@ class Candidate:
         objective: that it was fitted by.
         length_price: in deviations of the change in words.
         points: ascending in calls.
-        at_wish: all of a point's numbers at the wished calls, linear between neighbours.
+        at_calls: all of a point's numbers at the calls that are aimed for, linear between neighbours.
     """
 
     head: str
     objective: str
     length_price: float
     points: tuple[DecodedPoint, ...]
-    at_wish: DecodedPoint
+    at_calls: DecodedPoint
 
 
 def at_calls(points: Sequence[DecodedPoint], calls: float) -> DecodedPoint:
@@ -185,8 +185,8 @@ class Learning:
         for number in range(self.settings.rounds + 1):
             self._collect(number, spec)
             found = [self._priced(number, name, lossless) for name in self.settings.objectives]
-            best = min(found, key=lambda one: one.at_wish.loss)
-            spec = f"learned:head={best.head},alpha={best.at_wish.alpha:.6g}"
+            best = min(found, key=lambda one: one.at_calls.loss)
+            spec = f"learned:head={best.head},alpha={best.at_calls.alpha:.6g}"
             self.records.append(self._record(number, found, best))
             self._write(lossless)
         return self._choose(lossless)
@@ -228,9 +228,9 @@ class Learning:
         price: float | None = 0.0
         while price is not None:
             tried.append(self._candidate(number, objective, price, lossless))
-            excess = {one.length_price: one.at_wish.length - 1 for one in tried}
+            excess = {one.length_price: one.at_calls.length - 1 for one in tried}
             price = next_price(excess, self.settings.length_tolerance)
-        return min(tried, key=lambda one: abs(one.at_wish.length - 1))
+        return min(tried, key=lambda one: abs(one.at_calls.length - 1))
 
     def _candidate(self, number: int, objective: str, price: float, lossless: Decoded) -> Candidate:
         folder = self.out / f"round-{number}" / f"{objective}-length{price:+g}"
@@ -356,11 +356,11 @@ class Learning:
         return content
 
     def _choose(self, lossless: Decoded) -> dict[str, Any]:
-        """The head of least decoded loss at the wished calls, exported with its alpha."""
-        best = min(self.records, key=lambda record: _best_of(record)["at_wish"]["loss"])
+        """The head of least decoded loss at the calls that are aimed for, exported with its alpha."""
+        best = min(self.records, key=lambda record: _best_of(record)["at_calls"]["loss"])
         found = _best_of(best)
         head = DeferralHead.from_pretrained(found["head"])
-        alpha = float(f"{found['at_wish']['alpha']:.6g}")
+        alpha = float(f"{found['at_calls']['alpha']:.6g}")
         head.metadata = {**head.metadata, "alpha": alpha}
         head.save_pretrained(self.out / "head")
         chosen = {
@@ -368,7 +368,7 @@ class Learning:
             "objective": found["objective"],
             "length_price": found["length_price"],
             "alpha": alpha,
-            "at_wish": found["at_wish"],
+            "at_calls": found["at_calls"],
             "head": "head",
         }
         return self._write(lossless, chosen)
@@ -404,7 +404,7 @@ def learn_in_rounds(config: RunConfig, pair: Mapping[str, Any], folder: Path) ->
     content = Learning(models, fit_prompts, validation, scorers, settings, folder / ROUNDS).run()
     DeferralHead.from_pretrained(folder / ROUNDS / "head").save_pretrained(folder / BEST)
     rounds = [
-        {"round": one["round"], "labelled": one["labelled"]} | _best_of(one)["at_wish"]
+        {"round": one["round"], "labelled": one["labelled"]} | _best_of(one)["at_calls"]
         for one in content[ROUNDS]
     ]
     return {"chosen": content["chosen"], "rounds": rounds}

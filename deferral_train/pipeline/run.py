@@ -155,7 +155,7 @@ class Run:
         """From a pair to a head with its operating point."""
         c = self.config
         constraint = () if c.point.max_loss is None else (FOLDER,)
-        wished = c.decode if constraint else c.decode.num_draft_tokens
+        asked = c.decode if constraint else c.decode.num_draft_tokens
         return [
             Stage(
                 name="pair",
@@ -190,7 +190,7 @@ class Run:
             Stage(
                 name="point",
                 title="dials set on calibration",
-                settings={"point": c.point, "rules": c.rules, "decode": wished, "seed": c.seed},
+                settings={"point": c.point, "rules": c.rules, "decode": asked, "seed": c.seed},
                 after=("fit",),
                 outputs=("point.json", "head", *constraint),
                 work=self.point,
@@ -523,7 +523,7 @@ class Run:
         }
 
     def dial(self, results: Results, name: str) -> tuple[str | None, float | None]:
-        """A rule's dial and value: the certified one where it was wished for, else that of the common price."""
+        """A rule's dial and value: the certified one where it was asked for, else that of the common price."""
         point = results["point"]
         constraint = point.get("constraint")
         found = constraint if constraint is not None and constraint["name"] == name else point["points"][name]

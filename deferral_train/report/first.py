@@ -13,7 +13,7 @@ from deferral_train.report.numbers import limits
 from deferral_train.report.svg import Series, line_chart, nice
 from deferral_train.report.tokens import Texts
 
-NAMES = {"verifier_only": "verifier alone", "lossless": "lossless drafting", "drafter_only": "drafter alone"}
+NAMES = {"verifier_only": "verifier alone", "lossless": "lossless drafting"}
 CHOSEN = "chosen"  # the style sheet marks a series whose name begins so
 PERCENT = 100
 
@@ -52,9 +52,12 @@ def _chart(run: RunFolder) -> Markup:
     rules = (run.summary or {}).get("rules", {})
     for label, right in run.answers["right"].items():
         calls = rules.get(label, {}).get("verifier_calls_per_token")
-        if calls is None and label == "drafter_only":
-            calls = 0.0
-        if calls is None or (label not in NAMES and label != run.answers["chosen"]):
+        # The drafter alone, far below, would press everything else together; its accuracy stands in the text.
+        if (
+            calls is None
+            or label == "drafter_only"
+            or (label not in NAMES and label != run.answers["chosen"])
+        ):
             continue
         name = NAMES.get(label, f"{CHOSEN}: {label}")
         series.append(
@@ -97,7 +100,7 @@ def _right(rule: Mapping[str, Any]) -> float | None:
 def _question(run: RunFolder, example: Mapping[str, Any], texts: Texts) -> dict[str, Any]:
     rows = {(row["rule"], row["id"]): row for row in run.outputs if row["repetition"] == 0}
     written = [rows.get((answer["rule"], example["id"])) for answer in example["answers"]]
-    pieces = [[] if row is None else texts.pieces(row["tokens"]) for row in written]
+    pieces = [[] if row is None else texts.pieces(texts.without_end(row["tokens"])) for row in written]
     differing = _differing(*pieces)
     return {
         "question": example["question"],
@@ -108,7 +111,7 @@ def _question(run: RunFolder, example: Mapping[str, Any], texts: Texts) -> dict[
                 "right": answer["verdict"] == "right",
                 "pieces": [{"text": text, "differs": differs} for text, differs in zip(own, marks)],
                 "calls": None if row is None else row["counts"]["verifier_calls"],
-                "tokens": len(own),
+                "tokens": 0 if row is None else len(row["tokens"]),
                 "rows": [[_cell(value) for value in line] for line in answer["rows"] or []],
                 "more": answer["more"],
                 "reason": answer["reason"],

@@ -48,7 +48,7 @@ def _best(record: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _row(record: Mapping[str, Any], chosen: Mapping[str, Any] | None) -> dict[str, Any]:
     best = _best(record)
-    at = best["at_wish"]
+    at = best["at_calls"]
     return {
         "round": record["round"],
         "chosen": chosen is not None and chosen["round"] == record["round"],

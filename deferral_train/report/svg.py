@@ -17,6 +17,10 @@ from deferral_train.report.numbers import nice
 
 WIDTH, HEIGHT = 640, 400
 LEFT, RIGHT, TOP, BOTTOM = 104, 16, 14, 62
+LETTER, ROW = (
+    8,
+    23,
+)  # about the width of one in a name; what keeps rows of names apart, also in a narrow window
 
 
 @dataclass(frozen=True)
@@ -181,14 +185,25 @@ def _series(line: Series, x_axis: Axis, y_axis: Axis) -> str:
 
 
 def _labels(series: Sequence[Series], x_axis: Axis, y_axis: Axis) -> str:
-    """Names beside first points, towards the middle of the chart, pushed apart where they would overlap."""
-    places = sorted((_y(y_axis, line.y[0]), _x(x_axis, line.x[0]), line.name) for line in series)
-    parts, last = [], {"start": -math.inf, "end": -math.inf}
-    for y, x, name in places:
+    """Names beside first points, towards the middle of the chart; moved up or down off points and other names."""
+    dots = [(_x(x_axis, x), _y(y_axis, y)) for line in series for x, y in zip(line.x, line.y)]
+    parts: list[str] = []
+    names: list[tuple[float, float, float]] = []  # left and right end, row
+
+    def free(left: float, right: float, row: float) -> bool:
+        clear = all(not (left < x < right and row - 16 < y < row + 6) for x, y in dots)
+        return clear and all(right < start or end < left or abs(row - at) >= ROW for start, end, at in names)
+
+    for y, x, name in sorted((_y(y_axis, line.y[0]), _x(x_axis, line.x[0]), line.name) for line in series):
         side = "end" if x > (LEFT + WIDTH) / 2 else "start"
-        last[side] = max(y + 5, last[side] + 19)
         at = x + (-9 if side == "end" else 9)
-        parts.append(f'<text x="{at:.1f}" y="{last[side]:.1f}" text-anchor="{side}">{escape(name)}</text>')
+        left = at - LETTER * len(name) if side == "end" else at
+        right = left + LETTER * len(name)
+        rows = [y + 5 + ROW * step for step in sorted(range(-9, 10), key=abs)]
+        inside = [row for row in rows if TOP + 12 <= row <= HEIGHT - BOTTOM - 3]
+        row = next((row for row in inside if free(left, right, row)), y + 5)
+        names.append((left, right, row))
+        parts.append(f'<text x="{at:.1f}" y="{row:.1f}" text-anchor="{side}">{escape(name)}</text>')
     return "".join(parts)
 
 

@@ -49,6 +49,11 @@ class Texts:
             before = grown
         return pieces
 
+    def without_end(self, ids: Sequence[int]) -> Sequence[int]:
+        """The tokens before the one that ends a text."""
+        end = getattr(self.tokenizer, "eos_token_id", None)
+        return ids[:-1] if ids and end is not None and ids[-1] == end else ids
+
     def one(self, token: int) -> str:
         """A candidate's text."""
         if self.tokenizer is None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from deferral_train.rules.base import Dial, LawRule, RuleStep, register
 from deferral_train.rules.distributions import Distributions
 from deferral_train.rules.emission import residual
-from deferral_train.rules.floors import capped, clip_between, floor_for_cut, mentored_cap, normalising_floor
+from deferral_train.rules.floors import capped, clip_between, floor_for_cut, mentored_clip
 from deferral_train.rules.summary import Summary
 from deferral_train.rules.tails import Candidates, Estimate, TailedDistributions, needs_candidates
 
@@ -119,8 +119,8 @@ class Mentored(LawRule):
 
     def law(self, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
         """pi [.., V]."""
-        cap = mentored_cap(q, p, self.divergence)
-        return clip_between(q, p, normalising_floor(q, p, cap), cap)
+        cap, floor = mentored_clip(q, p, self.divergence)
+        return clip_between(q, p, floor, cap)
 
     def rejection_range(self, summary: Summary, distributions: TailedDistributions) -> tuple[Tensor, Tensor]:
         """An optimum: a coarser pair never rejects more."""

@@ -232,37 +232,49 @@ class Distributions:
 
     def logprobs_of(self, token: Tensor) -> tuple[Tensor, Tensor]:
         """The drafter's and the verifier's entry of `logprobs` at one token of each position, [..] each."""
-        drafter, verifier = self._logprobs_at(token.unsqueeze(self.axis)).unbind(self.axis)
+        at = self._logprobs_at(token.unsqueeze(self.axis).unsqueeze(-1)).squeeze(-1)
+        drafter, verifier = at.unbind(self.axis)
         return drafter, verifier
 
     @cached_property
-    def across(self) -> Tensor:
-        """Each model's probability of the other's argmax: q(v_p) and p(v_q)."""
-        return self._logprobs_at(self.shown(self.argmax).flip(self.axis)).exp()
+    def at_argmaxes(self) -> Tensor:
+        """Each model's probability of the drafter's and of the verifier's argmax, [.., 2] of both."""
+        return self._logprobs_at(self.shown(self.argmax).movedim(self.axis, -1).unsqueeze(self.axis)).exp()
 
     def _logprobs_at(self, index: Tensor) -> Tensor:
-        peak, largest = self.shown(self.peak), self.shown(self.largest_logprob)
-        return (gather_token(self.decision, index.expand_as(peak)) - peak) + largest
+        peak, largest = (self.shown(one).unsqueeze(-1) for one in (self.peak, self.largest_logprob))
+        index = index.expand(*peak.shape[:-1], index.shape[-1])
+        return (self.decision.gather(-1, index) - peak) + largest
 
     @cached_property
-    def below(self) -> Tensor:
-        """Logits less the largest, [.., V] each: log q - log max q and log p - log max p.
+    def mean_depth(self) -> Tensor:
+        """How far below the largest logit of the drafter and of the verifier [.., 2] the tokens of both lie on average.
 
-        A masked token has a finite stand-in for -inf, which keeps 0 * inf out; `nats` knows a sum that has any of it.
+        Entry (i, j) is sum_v w_i(v) (max_u z_j(u) - z_j(v)), w the probabilities and z the logits. A masked token has a
+        finite stand-in for infinity, which keeps 0 * inf out; `nats` knows a sum that has any of it. It is one matrix
+        product a position: elementwise products would be written to memory before they are added.
         """
-        return (self.decision - self.peak.unsqueeze(-1)).clamp_(min=torch.finfo(self.decision.dtype).min / 4)
+        depth = (self.peak.unsqueeze(-1) - self.decision).clamp_(max=torch.finfo(self.decision.dtype).max / 4)
+        probs, depth = (one.movedim(self.axis, -2) for one in (self.probs, depth))
+        return (probs @ depth.mT).movedim(-2, self.axis)
 
     @cached_property
     def entropy(self) -> Tensor:
         """H(q) and H(p), nats."""
-        return -((self.probs * self.below).sum(dim=-1) + self.largest_logprob)
+        own = self.mean_depth.diagonal(dim1=self.axis, dim2=-1).movedim(-1, self.axis)
+        return own - self.largest_logprob
 
     @cached_property
-    def log_ratio(self) -> Tensor:
-        """The mean of log p - log q under q and under p, of both: -KL(q||p) and KL(p||q), nats."""
-        ratio = self.verifier(self.below) - self.drafter(self.below)
-        rest = self.verifier(self.largest_logprob) - self.drafter(self.largest_logprob)
-        return (self.shown(self.probs) * ratio.unsqueeze(self.axis)).sum(dim=-1) + rest.unsqueeze(self.axis)
+    def divergence(self) -> Tensor:
+        """KL(q||p) and KL(p||q), nats: the means of log q - log p under q and of log p - log q under p."""
+        mean = self.shown(self.mean_depth[..., 0] - self.mean_depth[..., 1])
+        largest = self.verifier(self.largest_logprob) - self.drafter(self.largest_logprob)
+        return nats((mean + largest.unsqueeze(self.axis)).abs())
+
+    @property
+    def cross_entropy(self) -> Tensor:
+        """-sum_v p log q, nats [..]."""
+        return nats(self.verifier(self.mean_depth)[..., 0] - self.drafter(self.largest_logprob))
 
     @cached_property
     def margin(self) -> Tensor:
@@ -346,8 +358,8 @@ class Distributions:
 
 
 def nats(value: Tensor) -> Tensor:
-    """A divergence of at least 0, from sums over `Distributions.below`: infinite beyond `MOST_NATS`, [..]."""
-    return value.clamp(min=0.0).masked_fill(value > MOST_NATS, torch.inf)
+    """A divergence from `Distributions.mean_depth`: infinite where it has a masked token's stand-in, [..]."""
+    return value.masked_fill(value > MOST_NATS, torch.inf)
 
 
 def _check_shapes(logits: dict[str, Tensor]) -> None:

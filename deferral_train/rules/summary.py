@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.rules.distributions import Distributions, nats
+from deferral_train.rules.distributions import Distributions
 
 
 @dataclass(frozen=True)
@@ -278,14 +278,10 @@ def _js(distributions: Distributions) -> Tensor:
         distributions.drafter(distributions.probs),
         distributions.verifier(distributions.probs),
     )
-    total = (drafter + verifier).clamp(min=torch.finfo(drafter.dtype).tiny)
+    total = (drafter + verifier).clamp_(min=torch.finfo(drafter.dtype).tiny)
     entropies = distributions.drafter(distributions.entropy) + distributions.verifier(distributions.entropy)
-    return (math.log(2) - 0.5 * ((total * total.log()).sum(dim=-1) + entropies)).clamp(min=0.0)
-
-
-def _cross_entropy(distributions: Distributions) -> Tensor:
-    terms = distributions.verifier(distributions.probs) * distributions.drafter(distributions.below)
-    return nats(-(terms.sum(dim=-1) + distributions.drafter(distributions.largest_logprob)))
+    both = torch.xlogy(total, total).sum(dim=-1) + entropies
+    return torch.rsub(both, math.log(2), alpha=0.5).clamp(min=0.0)
 
 
 def _sampled_tv(distributions: Distributions) -> Tensor:
@@ -303,14 +299,18 @@ _FORMULAS: dict[str, Callable[[Distributions], Tensor]] = {
     "verifier_margin": lambda distributions: distributions.verifier(distributions.margin),
     "drafter_argmax": lambda distributions: distributions.drafter(distributions.argmax),
     "verifier_argmax": lambda distributions: distributions.verifier(distributions.argmax),
-    "drafter_at_verifier_argmax": lambda distributions: distributions.drafter(distributions.across),
-    "verifier_at_drafter_argmax": lambda distributions: distributions.verifier(distributions.across),
+    "drafter_at_verifier_argmax": lambda distributions: distributions.drafter(distributions.at_argmaxes)[
+        ..., 1
+    ],
+    "verifier_at_drafter_argmax": lambda distributions: distributions.verifier(distributions.at_argmaxes)[
+        ..., 0
+    ],
     "drafter_entropy": lambda distributions: distributions.drafter(distributions.entropy),
     "verifier_entropy": lambda distributions: distributions.verifier(distributions.entropy),
-    "kl": lambda distributions: nats(distributions.verifier(distributions.log_ratio)),
-    "reverse_kl": lambda distributions: nats(-distributions.drafter(distributions.log_ratio)),
+    "kl": lambda distributions: distributions.verifier(distributions.divergence),
+    "reverse_kl": lambda distributions: distributions.drafter(distributions.divergence),
     "js": _js,
-    "cross_entropy": _cross_entropy,
+    "cross_entropy": lambda distributions: distributions.cross_entropy,
     "drafter_sum_squares": lambda distributions: (
         distributions.drafter(distributions.probs).square().sum(dim=-1)
     ),

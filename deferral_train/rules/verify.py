@@ -39,6 +39,9 @@ FAULTS = (
 )
 
 
+LEFT = 1e-30  # part of pi in the weights of a correction: felt only where rounding leaves nothing of max(0, pi - q)
+
+
 class Origin(IntEnum):
     """Where an emitted token came from."""
 
@@ -503,7 +506,7 @@ class _Block:
         """Weights that the next token is drawn by, [B, V]: max(0, pi - q) after a failed check, else pi."""
         drafter = self.row(self.distributions.sampled.select(1, 0), accepted)
         excess = torch.where(checked.unsqueeze(1), target - drafter, target).clamp(min=0.0)
-        return torch.where(excess.any(dim=1, keepdim=True), excess, target)  # pi where nothing is left
+        return torch.add(excess, target, alpha=LEFT)
 
     def row(self, values: Tensor, index: Tensor) -> Tensor:
         """One position of each row, [B, ..] of [B, W or T, ..], at ``index`` [B] or the last."""

@@ -144,7 +144,12 @@ class TraceDataModule(pl.LightningDataModule):
         """The default grid of alphas is for losses of a token; sequence gaps are as small as one token in a text."""
         if self.alphas == list(ALPHAS):
             gaps = torch.cat([sequence_gap(part)[labelled_rows(part)] for part in fitted])
-            unit = float(gaps.std())
+            unit = float(gaps.std()) if len(gaps) > 1 else 0.0
+            if not unit:
+                raise InputError(
+                    f"labels: all {len(gaps)} sequence gaps are {float(gaps[0]):g}, so that no place teaches anything; "
+                    "label more prompts, by a metric that tells the finished texts apart, or train the pair longer"
+                )
             self.alphas = check_alphas([float(f"{alpha * unit:.4g}") for alpha in self.alphas])
 
     @property

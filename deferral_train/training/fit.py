@@ -123,12 +123,11 @@ def _train(
             config, logger, [best, stop, KeepLast(last), OneCurve(out, start is not None), LogOften()]
         )
         trainer.fit(module, data, ckpt_path=start, weights_only=True)
-    if not Path(best.best_model_path).is_file():
-        raise InputError(
-            f"{out}: the best checkpoint, {best.best_model_path}, is gone; resume=False or --fresh starts over"
-        )
-    head, scalars = read_checkpoint(best.best_model_path)
-    return FitResult(head, Path(best.best_model_path), scalars, Path(logger.log_dir), trainer.current_epoch)
+    kept = last.with_name("best.ckpt")  # whatever place a checkpoint of a folder that was moved remembers
+    if not kept.is_file():
+        raise InputError(f"{out}: the best checkpoint, {kept}, is gone; resume=False or --fresh starts over")
+    head, scalars = read_checkpoint(kept)
+    return FitResult(head, kept, scalars, Path(logger.log_dir), trainer.current_epoch)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from deferral_train.training.figures import draw
 from deferral_train.training.loader import step_seed
 from deferral_train.training.metadata import training_metadata
 from deferral_train.training.preparation import prepare_head
-from deferral_train.training.resuming import traces_keys, training_settings
+from deferral_train.training.resuming import found_here, traces_keys, training_settings
 from deferral_train.training.ridge import RIDGE, fit_ridge
 from deferral_train.training.scoring import label_range
 from deferral_train.training.tracking import Tracker, predict
@@ -207,6 +208,11 @@ class DeferralModule(pl.LightningModule):
         left = max(0.0, 1 - (step - self.warmup_steps) / max(1, total - self.warmup_steps))
         cosine = 0.5 - 0.5 * math.cos(math.pi * left)
         return {"constant": 1.0, "linear": left, "cosine": cosine}[self.schedule]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own = [each for each in self.trainer.callbacks if isinstance(each, ModelCheckpoint)]  # type: ignore[attr-defined]
+        for callback in own:
+            found_here(checkpoint.get("callbacks", {}).get(callback.state_key), callback.dirpath)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         refuse_weights(self.trainer, self.head.state_dict(), self.lr)

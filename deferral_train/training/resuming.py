@@ -38,7 +38,11 @@ def training_settings(trainer: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         trainer: attributes of a Trainer, or its flags as they were given.
     """
-    values = {"accumulate_grad_batches": 1, "limit_train_batches": 1.0, "overfit_batches": 0.0}
+    values: dict[str, Any] = {
+        "accumulate_grad_batches": 1,
+        "limit_train_batches": 1.0,
+        "overfit_batches": 0.0,
+    }
     values |= {"gradient_clip_val": None, "gradient_clip_algorithm": None, "precision": "32-true"}
     found = {
         name: trainer.get(name) if trainer.get(name) is not None else value for name, value in values.items()
@@ -53,6 +57,23 @@ def training_settings(trainer: Mapping[str, Any]) -> dict[str, Any]:
         precision, precision
     )
     return found
+
+
+def found_here(state: dict[str, Any] | None, folder: str | Path | None) -> None:
+    """Let a ModelCheckpoint's state name the files of ``folder``, where its best one lies: a folder that was moved or
+    copied goes on with its own best score, and reads nothing of the place that it came from.
+    """
+    best = "" if state is None else str(state.get("best_model_path") or "")
+    if state is None or folder is None or not best or not (Path(folder) / Path(best).name).is_file():
+        return
+
+    def here(path: Any) -> str:
+        return str(Path(folder) / Path(str(path)).name) if path else ""
+
+    state["dirpath"] = str(folder)
+    for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+        state[name] = here(state.get(name))
+    state["best_k_models"] = {here(path): score for path, score in (state.get("best_k_models") or {}).items()}
 
 
 def made_from(settings: Mapping[str, Any], data: TraceDataModule, head: DeferralHead) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from deferral_train import cli, provenance
 from deferral_train.collecting import CollectConfig, collect
 from deferral_train.errors import InputError
+from deferral_train.evaluation.scorers import make_scorers
 from deferral_train.heads import GapHead
 from deferral_train.pairs.prompts import write_prompts
 from deferral_train.traces import open_traces
@@ -119,3 +122,44 @@ def test_traces_of_an_earlier_release_are_not_gone_on_with(tmp_path):
     with pytest.raises(InputError, match=r"settings\.contents: None ->"):
         run(tmp_path / "out", tmp_path / "head", pair)
     assert len(open_traces(tmp_path / "out")) > 0
+
+
+LABELS = {
+    "prefixes": "verifier",
+    "labels": "sequence",
+    "max_new_tokens": 4,
+    "temperature": 0.0,
+    "log_top_k": 0,
+}
+
+
+def labelled(folder: Path, pair, prompts, metric: str) -> None:
+    config = CollectConfig(**LABELS, label_metric=metric)
+    collect(config, folder, progress=False, models=pair, prompts=prompts, scores=make_scorers([metric]))
+
+
+def program(path: Path, score: float) -> str:
+    path.write_text(
+        "import json, sys\nfor line in sys.stdin:\n"
+        f"    print(json.dumps({{'score': {score} if 'w1' in json.loads(line)['text'] else 0.25}}), flush=True)\n"
+    )
+    return f"command:{sys.executable} {path} --api-key s3cretive-1"
+
+
+def test_labels_of_another_program_do_not_mix_and_its_key_is_not_kept(tmp_path):
+    pair = tiny_pair("llama")
+    metric = program(tmp_path / "score.py", 0.5)
+    labelled(tmp_path / "out", pair, PROMPTS, metric)
+    labelled(tmp_path / "out", pair, PROMPTS, metric)
+    assert "s3cretive" not in (tmp_path / "out" / "manifest.json").read_text()
+    program(tmp_path / "score.py", 0.75)
+    with pytest.raises(InputError, match=r"settings\.contents\.metrics"):
+        labelled(tmp_path / "out", pair, PROMPTS, metric)
+
+
+def test_labels_against_other_references_do_not_mix(tmp_path):
+    pair = tiny_pair("llama")
+    labelled(tmp_path / "out", pair, PROMPTS, "chrf")
+    spaced = [replace(prompt, reference=f" {prompt.reference}") for prompt in PROMPTS]  # the same tokens
+    with pytest.raises(InputError, match=r"settings\.contents\.references"):
+        labelled(tmp_path / "out", pair, spaced, "chrf")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from functools import lru_cache
 from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from deferral_train import cascade_generate
 
@@ -80,3 +82,16 @@ def own(model: Any, inputs: dict[str, torch.Tensor], **options: Any) -> Any:
 
 def cascade(model: Any, inputs: dict[str, torch.Tensor], drafter: Any, **options: Any) -> Any:
     return own(model, inputs, custom_generate=cascade_generate, drafter=drafter, **options)
+
+
+@lru_cache(maxsize=1)
+def letters() -> Any:
+    """A tokenizer whose ids 4 to 39 are one character each, for stop strings."""
+    characters = [chr(ord("a") + n) for n in range(26)] + [str(n) for n in range(9)] + ["\u0120"]
+    vocabulary = {token: n for n, token in enumerate(["<pad>", "</s>", "<s>", "<unk>", *characters])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>"
+    )

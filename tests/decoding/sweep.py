@@ -60,18 +60,18 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"layer_types": ["mamba", "attention"], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8},
     {"layer_types": DROP, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
     {"layer_types": DROP, "attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8},
-    {"layer_types": DROP, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1},
+    {"layer_types": DROP, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1},
     {"layer_types": DROP, "layers_block_type": ["mamba", "attention"], "mamba_num_heads": 4, "mamba_head_dim": 16},
     {"layer_types": DROP, "layers_block_type": ["mamba", "hybrid"], "n_mamba_heads": 2, "mamba_d_state": 8},
     {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1},
     {"attention_types": [[["global", "local"], 1]]},
     {"n_head": 4, "num_attention_heads": 4, "rotary_dim": 4},
-    {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": 0.0},
+    {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]},
     {"default_language": "en_XX"},
     {"enable_pronunciation": False, "enable_shape": False},
     {"n_shared_experts": 1, "n_routed_experts": 4, "moe_intermediate_size": 32},
     {"block_types": ["recurrent", "attention"], "layer_types": DROP, "lru_width": 32, "attention_window_size": 8},
-    {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16], "attn_layers": ["local", "local"], "is_decoder": True},
+    {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16], "attn_layers": ["local", "local"]},
     {"qk_dim_factor": 0.5, "num_heads": 2},
 )  # fmt: skip
 SPECIAL = {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": 2}
@@ -87,7 +87,7 @@ class Outcome:
     reason: str = ""
 
 
-class TooLarge(ValueError):
+class TooLargeError(ValueError):
     """A class whose configuration leaves it large."""
 
 
@@ -125,7 +125,7 @@ def tiny(config_class: Any, name: str, variant: dict[str, Any] | None = None, te
     with torch.device("meta"):
         size = sum(weight.numel() for weight in made(config).parameters())
     if size > 5_000_000:
-        raise TooLarge(f"stays at {size / 1e6:.0f}M parameters")
+        raise TooLargeError(f"stays at {size / 1e6:.0f}M parameters")
     torch.manual_seed(0)
     model = made(config).eval().requires_grad_(False)
     for weight in model.parameters():
@@ -170,7 +170,7 @@ def examine(name: str, kind: str, config_class: Any) -> Outcome:
         except Exception as error:
             # The reason of the plain sizes; a class that stays large does so with all of them.
             model, reason = None, reason or _line(error)
-            if not text and isinstance(error, TooLarge | ImportError):
+            if not text and isinstance(error, TooLargeError | ImportError):
                 break
     if model is None:
         return Outcome(name, kind, "unmade", reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import transformers
 from decoding.helpers import emitted, generate, pair_of, prompts_for
-from decoding.small import LEFT, LLM, ONE, cascade, made, near, own
+from decoding.small import LEFT, LLM, ONE, RIGHT, SEQ2SEQ, cascade, letters, made, near, own
 from transformers import DynamicCache, LlamaConfig, StaticCache, StoppingCriteria, StoppingCriteriaList
 
 from deferral_train.decoding import cascade_generate, load_pair
@@ -235,6 +236,62 @@ def test_a_streamer_of_generate_gets_the_text_and_its_end(way: str) -> None:
     assert (found.tokens, found.ended) == (wanted.tokens, wanted.ended) == (expected[0].tolist(), 1)
     with pytest.raises(InputError, match="streamer: streams a single row, not 4"):
         generate(drafter, verifier, prompts_for("llama"), "lossless", streamer=Streamer())
+
+
+@pytest.mark.parametrize("way", ["call", "configuration", "folder", "partial"])
+def test_stop_strings_end_a_text_where_generate_ends_it(way: str) -> None:
+    verifier = made(LlamaConfig(**LLM))
+    plain = own(verifier, ONE)[0, 7:].tolist()
+    word = letters().decode(plain[3:5])
+    options: dict[str, Any] = {"tokenizer": letters(), "stop_strings": [word, "zzzz"]}
+    expected = own(verifier, ONE, **options)
+    assert expected[0, 7:].tolist() == plain[:5]
+    drafter = near(verifier)
+    if way == "configuration":
+        verifier.generation_config.stop_strings = options.pop("stop_strings")
+    if way == "folder":
+        more = {"custom_generate": str(EXAMPLE), "trust_remote_code": True, "assistant_model": drafter}
+        assert torch.equal(own(verifier, ONE, **options, **more), expected)
+    elif way == "partial":
+        streamer = Streamer()
+        call = functools.partial(cascade_generate, drafter=drafter)
+        assert torch.equal(own(verifier, ONE, **options, custom_generate=call, streamer=streamer), expected)
+        assert streamer.tokens == expected[0].tolist()
+    else:
+        assert torch.equal(cascade(verifier, ONE, drafter, **options), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    [
+        ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive_search"),
+        ({"dola_layers": "low"}, "dola_generation"),
+        ({"prompt_lookup_num_tokens": 3}, "assisted_generation"),
+    ],
+)
+def test_another_mode_of_generation_is_refused_and_not_dropped(options: dict[str, Any], mode: str) -> None:
+    with pytest.raises(InputError, match=f"generation mode is {mode}"):
+        cascade(made(LlamaConfig(**LLM)), ONE, made(LlamaConfig(**LLM)), **options)
+
+
+def test_an_assistant_beside_a_drafter_is_refused() -> None:
+    verifier = made(LlamaConfig(**LLM))
+    with pytest.raises(InputError, match="generation mode is assisted_generation"):
+        cascade(verifier, ONE, near(verifier), assistant_model=near(verifier))
+
+
+def test_ids_of_another_integer_type_are_read() -> None:
+    verifier, inputs = made(LlamaConfig(**LLM)), {"input_ids": ONE["input_ids"].int()}
+    assert torch.equal(cascade(verifier, inputs, near(verifier)), own(verifier, inputs).long())
+
+
+def test_encoder_states_alone_need_the_drafter_s_ids() -> None:
+    verifier = made(transformers.BartConfig(**SEQ2SEQ), transformers.AutoModelForSeq2SeqLM)
+    expected = own(verifier, RIGHT)
+    states = {"encoder_outputs": verifier.get_encoder()(**RIGHT), "attention_mask": RIGHT["attention_mask"]}
+    with pytest.raises(InputError, match="drafter_inputs is missing"):
+        cascade(verifier, states, near(verifier))
+    assert torch.equal(cascade(verifier, states, near(verifier), drafter_inputs=RIGHT), expected)
 
 
 def test_what_the_verifier_s_own_configuration_asks_for(t5_pair: Path) -> None:

@@ -16,15 +16,22 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from deferral_train import cascade_generate
 from deferral_train.decoding import generate
+from deferral_train.heads.gap import GapHead
 from deferral_train.rules import RULES
+from deferral_train.rules.learned import LearnedRule
+from deferral_train.training.config import VERIFY_FEATURES
 
 BUDGET = {"greedy": (45, 2), "sampled": (90, 2)}
-OUTSIDE = {"greedy": (12, 1), "sampled": (36, 1)}  # of these, beside verification
-SAMPLING: dict[str, dict[str, Any]] = {"greedy": {}, "sampled": {"do_sample": True, "top_k": 0}}
-# drafter_only verifies nothing; mentored finds its weight by halving, 200 operators of a block when sampling.
-RULES_HERE = [
-    name for name in RULES if name not in ("judge", "learned", "token_gap", "drafter_only", "mentored")
-]
+HEAD = 35  # operators that a head of the default features may take beyond these
+OUTSIDE = {"greedy": (12, 1), "sampled": (41, 1)}  # of these, beside verification
+# A temperature other than 1 divides all logits, and so costs the most.
+SAMPLING: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "top_k": 0, "temperature": 0.9},
+}
+# drafter_only verifies nothing, and the others are nothing without a head.
+RULES_HERE = [name for name in RULES if name not in ("judge", "learned", "token_gap", "drafter_only")]
+SEARCHES = "mentored searches for a multiplier that has no closed form: some 170 operators"
 
 
 @contextlib.contextmanager
@@ -46,7 +53,7 @@ def _without_modes(function: Any) -> Any:
 
 
 def per_block(
-    monkeypatch: pytest.MonkeyPatch, rule: str, how: str, also: tuple[tuple[Any, str], ...] = ()
+    monkeypatch: pytest.MonkeyPatch, rule: Any, how: str, also: tuple[tuple[Any, str], ...] = ()
 ) -> tuple[float, float, Counter[str]]:
     """Operators and host copies of a block: a longer text less a shorter one, per block between them."""
     verifier = llama()
@@ -89,9 +96,23 @@ def per_block(
 
 @pytest.mark.parametrize("how", list(BUDGET))
 @pytest.mark.parametrize("rule", RULES_HERE)
-def test_a_block_stays_within_the_budget(rule: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_stays_within_the_budget(
+    rule: str, how: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    if (rule, how) == ("mentored", "sampled"):
+        request.applymarker(pytest.mark.xfail(reason=SEARCHES, strict=True))
     operators, copies, which = per_block(monkeypatch, rule, how)
     assert operators <= BUDGET[how][0], which
+    assert copies <= BUDGET[how][1]
+
+
+@pytest.mark.parametrize("how", list(BUDGET))
+def test_a_head_of_the_default_features_stays_within_its_own(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = LearnedRule(head=GapHead(VERIFY_FEATURES).eval().requires_grad_(False), alpha=0.1)
+    operators, copies, which = per_block(monkeypatch, head, how)
+    assert operators <= BUDGET[how][0] + HEAD, which
     assert copies <= BUDGET[how][1]
 
 

@@ -151,3 +151,13 @@ def test_a_second_decode_in_the_folder_is_told_at_once(models, done):
         decode(paired(models), PROMPTS, ["lossless"], CONFIG, done)
     assert untouched(done) == before
     assert len(list(read_lines(done / "outputs.jsonl"))) == len(PROMPTS)
+
+
+def test_rows_that_were_altered_are_decoded_again(models, done):
+    path = done / "outputs.jsonl"
+    before = path.read_bytes()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0]["text"] = rows[0]["reference"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    decode(paired(models), PROMPTS, ["lossless"], CONFIG, done)
+    assert sorted(path.read_bytes().splitlines()) == sorted(before.splitlines())

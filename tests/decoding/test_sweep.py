@@ -14,6 +14,7 @@ ALWAYS = (
     "CpmAntForCausalLM", "DeepseekV32ForCausalLM", "FalconMambaForCausalLM", "MiniMaxForCausalLM", "MoshiForCausalLM",
     "ProphetNetForConditionalGeneration", "RwkvForCausalLM", "SwitchTransformersForConditionalGeneration",
     "XLNetLMHeadModel", "GitForCausalLM", "JambaForCausalLM", "Qwen3NextForCausalLM",
+    "Exaone4_5_ForConditionalGeneration",  # drops the positions that it is given
 )  # fmt: skip
 REFUSED = {"RecurrentGemmaForCausalLM": "keeps its state in its own modules"}
 KNOWN = {name: (kind, config) for name, kind, config in candidates()}

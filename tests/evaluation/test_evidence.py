@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from decoding.helpers import pair_of
 from deferral_train import DeferralHead, cli
 from deferral_train.decoding import DecodeConfig, Pair, Settings
 from deferral_train.decoding.decode import decode
+from deferral_train.heads.artifact import certificate_problem
 from deferral_train.heads.fingerprint import weights_key
 from deferral_train.heads.gap import GapHead
 from deferral_train.heads.rules import rule_from_spec
@@ -89,8 +92,6 @@ def test_another_heads_weights_get_no_certificate(whole, tmp_path, capsys):
 
 
 def test_lines_that_are_gone_are_missed(whole, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(whole / "decode", tmp_path / "cut")
     path = tmp_path / "cut" / "outputs.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-3]))
@@ -99,13 +100,14 @@ def test_lines_that_are_gone_are_missed(whole, tmp_path, capsys):
 
 
 def test_outputs_of_an_earlier_release_certify_no_head(whole, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(whole / "decode", tmp_path / "old")
     path = tmp_path / "old" / "run.json"
     record = json.loads(path.read_text())
     record["rules"] = dict.fromkeys(record["rules"], "learned:0.5:abc")
     path.write_text(json.dumps(record))
+    summary = json.loads((tmp_path / "old" / "summary.json").read_text())
+    del summary["run"]
+    (tmp_path / "old" / "summary.json").write_text(json.dumps(summary))
     words = ["choose", "--outputs", str(tmp_path / "old"), *WISH]
     assert cli.main([*words, "--head", str(whole / "head")]) == 2
     assert "do not say which head's weights" in capsys.readouterr().err
@@ -131,3 +133,79 @@ def test_from_traces_the_rule_and_the_head_must_be_one(whole, tmp_path, capsys):
     ]
     assert cli.main([*words, "--head", str(other)]) == 2
     assert "has another head than" in capsys.readouterr().err
+
+
+def altered(folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "outputs.jsonl").read_text().splitlines()]
+    rows[-1]["text"] = rows[-1]["reference"]
+    (folder / "outputs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def doubled(folder: Path) -> None:
+    path = folder / "outputs.jsonl"
+    path.write_text(2 * path.read_text())
+
+
+def merged(folder: Path) -> None:
+    """A second run of the same rules, put behind the first."""
+    for name in ("outputs.jsonl", "batches.jsonl"):
+        path = folder / name
+        path.write_text(path.read_text() + path.read_text().replace('"id": "p', '"id": "q'))
+
+
+def other_summary(folder: Path) -> None:
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"run": "0" * 16}))
+
+
+def altered_record(folder: Path) -> None:
+    record = json.loads((folder / "run.json").read_text())
+    record["conditions"]["temperature"] = 1.0
+    (folder / "run.json").write_text(json.dumps(record))
+
+
+def altered_counts(folder: Path) -> None:
+    path = folder / "batches.jsonl"
+    path.write_text(path.read_text().replace('"seconds": 0.', '"seconds": 9.', 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (altered, "altered, missing or double"),
+        (doubled, "altered, missing or double"),
+        (merged, "are not whole|more than one run"),
+        (other_summary, "summary.json is of another run than run.json"),
+        (altered_record, "summary.json is of another run than run.json"),
+        (altered_counts, "altered, missing or double"),
+        (lambda folder: (folder / "run.json").unlink(), "summary.json is of another run than run.json"),
+    ],
+)
+def test_what_was_changed_after_decoding_certifies_nothing(change, said, whole, tmp_path, capsys):
+    shutil.copytree(whole / "decode", tmp_path / "changed")
+    change(tmp_path / "changed")
+    own = head(tmp_path / "head", 0)
+    words = ["choose", "--outputs", str(tmp_path / "changed"), *WISH, "--head", str(own)]
+    assert cli.main(words) == 2
+    assert re.search(said, capsys.readouterr().err)
+    assert "certificate" not in DeferralHead.from_pretrained(own).metadata
+
+
+def test_rows_without_a_run_certify_no_head(whole, tmp_path, capsys):
+    (tmp_path / "outputs.jsonl").write_bytes((whole / "decode" / "outputs.jsonl").read_bytes())
+    own = head(tmp_path / "head", 0)
+    assert cli.main(["choose", "--outputs", str(tmp_path), *WISH, "--head", str(own)]) == 2
+    assert "hold no run.json" in capsys.readouterr().err
+
+
+def test_a_dial_moved_by_hand_loses_its_certificate(whole, tmp_path):
+    own = head(tmp_path / "head", 0)
+    assert cli.main(["choose", "--outputs", str(whole / "decode"), *WISH, "--head", str(own)]) == 0
+    config = json.loads((own / "config.json").read_text())
+    assert certificate_problem(DeferralHead.from_pretrained(own)) is None
+    (own / "config.json").write_text(json.dumps(config | {"alpha": config["alpha"] + 1}))
+    moved = DeferralHead.from_pretrained(own)
+    assert "the certified one" in str(certificate_problem(moved))
+    with pytest.warns(UserWarning, match="its certificate is dropped"):
+        moved.save_pretrained(tmp_path / "again")
+    assert "certificate" not in DeferralHead.from_pretrained(tmp_path / "again").metadata

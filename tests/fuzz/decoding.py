@@ -30,8 +30,7 @@ from typing import Any
 
 import torch
 import transformers as tf
-from decoding.small import LLM, SEQ2SEQ, made, near
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from decoding.small import LLM, SEQ2SEQ, letters, made, near
 from transformers.generation import logits_process as hf
 from transformers.generation import stopping_criteria as hf_stop
 
@@ -49,7 +48,16 @@ _LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, 
 _HEADS = {"num_hidden_layers": 2, "num_attention_heads": 2}
 _SLIDING = {**LLM, "sliding_window": 6, "head_dim": 16}
 _ALTERNATING = {**_SLIDING, "layer_types": ["sliding_attention", "full_attention"]}
-_EXPERTS = {**LLM, "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
+
+_IDS = {"vocab_size": VOCAB, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+_T5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
+_T5 |= {
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 16,
+    "decoder_start_token_id": 0,
+}
+_PHI3 = {**_LONG, "long_factor": [4.0 + n for n in range(8)], "original_max_position_embeddings": 14}
+_ROUTED = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "llama": lambda: tf.LlamaConfig(**LLM),
@@ -60,7 +68,7 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "llama_yarn": lambda: tf.LlamaConfig(
         **LLM,
         rope_parameters={
-            "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16,
+            **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
         },
     ),
     "qwen3": lambda: tf.Qwen3Config(**LLM),
@@ -68,31 +76,35 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "gemma2": lambda: tf.Gemma2Config(query_pre_attn_scalar=16, **_ALTERNATING),
     "gemma3": lambda: tf.Gemma3TextConfig(query_pre_attn_scalar=16, **_ALTERNATING),
     "gpt_oss": lambda: tf.GptOssConfig(
-        **_ALTERNATING, num_local_experts=4, num_experts_per_tok=2, rope_parameters={"rope_type": "default", "rope_theta": 1e4}
+        **_ALTERNATING, **_ROUTED, rope_parameters={"rope_type": "default", "rope_theta": 1e4}
     ),
-    "mixtral": lambda: tf.MixtralConfig(**_EXPERTS),
-    "phi3_longrope": lambda: tf.Phi3Config(
-        **{**LLM, "original_max_position_embeddings": 14},
-        rope_parameters={
-            **_LONG, "long_factor": [4.0 + n for n in range(8)], "original_max_position_embeddings": 14
-        },
-    ),
-    "gpt2": lambda: tf.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=128, vocab_size=VOCAB, pad_token_id=0, eos_token_id=1, bos_token_id=2),
-    "opt": lambda: tf.OPTConfig(**LLM | {"ffn_dim": 64, "word_embed_proj_dim": 32}),
+    "mixtral": lambda: tf.MixtralConfig(**LLM, **_ROUTED),
+    "phi3_longrope": lambda: tf.Phi3Config(**LLM, original_max_position_embeddings=14, rope_parameters=_PHI3),
+    "gpt2": lambda: tf.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=128, **_IDS),
+    "opt": lambda: tf.OPTConfig(**LLM, ffn_dim=64, word_embed_proj_dim=32),
     "gpt_neox": lambda: tf.GPTNeoXConfig(**LLM),
     "falcon": lambda: tf.FalconConfig(**LLM),
-    "bloom": lambda: tf.BloomConfig(hidden_size=32, n_layer=2, n_head=2, vocab_size=VOCAB, pad_token_id=0, eos_token_id=1, bos_token_id=2),
-    "mpt": lambda: tf.MptConfig(d_model=32, n_layers=2, n_heads=2, max_seq_len=128, expansion_ratio=2, vocab_size=VOCAB, pad_token_id=0, eos_token_id=1, bos_token_id=2),
-    "roberta": lambda: tf.RobertaConfig(is_decoder=True, hidden_size=32, intermediate_size=64, max_position_embeddings=128, vocab_size=VOCAB, pad_token_id=0, eos_token_id=1, bos_token_id=2, **_HEADS),
+    "bloom": lambda: tf.BloomConfig(hidden_size=32, n_layer=2, n_head=2, **_IDS),
+    "mpt": lambda: tf.MptConfig(
+        d_model=32, n_layers=2, n_heads=2, max_seq_len=128, expansion_ratio=2, **_IDS
+    ),
+    "roberta": lambda: tf.RobertaConfig(
+        is_decoder=True, hidden_size=32, intermediate_size=64, max_position_embeddings=128, **_HEADS, **_IDS
+    ),
+    # Read one token at a time: recurrent, hybrid, without a cache.
+    "mamba": lambda: tf.MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4, **_IDS),
+    "minimax": lambda: tf.MiniMaxConfig(
+        **LLM, layer_types=["linear_attention", "full_attention"], head_dim=16, **_ROUTED
+    ),
+    "openai_gpt": lambda: tf.OpenAIGPTConfig(n_embd=32, n_layer=2, n_head=2, n_positions=128, **_IDS),
     "t5": lambda: tf.T5Config(
-        d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, relative_attention_num_buckets=8, relative_attention_max_distance=16,
-        dropout_rate=0.0, decoder_start_token_id=0, vocab_size=VOCAB, pad_token_id=0, eos_token_id=1, tie_word_embeddings=False,
+        **_T5, vocab_size=VOCAB, pad_token_id=0, eos_token_id=1, tie_word_embeddings=False
     ),
     "bart": lambda: tf.BartConfig(**SEQ2SEQ),
     "marian": lambda: tf.MarianConfig(**SEQ2SEQ),
     "m2m100": lambda: tf.M2M100Config(**SEQ2SEQ),
     "pegasus": lambda: tf.PegasusConfig(**SEQ2SEQ),
-}  # fmt: skip
+}
 ENCODERS = ("t5", "bart", "marian", "m2m100", "pegasus")
 
 
@@ -116,17 +128,6 @@ def _weighted(model: Any, seed: int) -> Any:
         if weight.dim() > 1:
             weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
     return model
-
-
-@lru_cache(maxsize=1)
-def letters() -> Any:
-    """A tokenizer whose ids 4 to 39 are one character each, for stop strings."""
-    characters = [chr(ord("a") + n) for n in range(26)] + [str(n) for n in range(9)] + ["\u0120"]
-    vocabulary = {token: n for n, token in enumerate(["<pad>", "</s>", "<s>", "<unk>", *characters])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
 
 
 def _stop_strings(random: Random) -> list[str]:
@@ -173,7 +174,7 @@ SETTINGS: dict[str, Callable[[Random], dict[str, Any]]] = {
     "encoder_no_repeat_ngram_size": lambda r: {"encoder_no_repeat_ngram_size": r.randint(1, 3)},
     "bad_words_ids": lambda r: {"bad_words_ids": _words(r)},
     "sequence_bias": lambda r: {
-        "sequence_bias": [[word, r.choice((-20.0, -2.0, 3.0, 15.0))] for word in {tuple(w): w for w in _words(r)}.values()]
+        "sequence_bias": [[list(word), r.choice((-20.0, -2.0, 3.0, 15.0))] for word in {tuple(w) for w in _words(r)}]
     },
     "min_length": lambda r: {"min_length": r.randint(1, 20)},
     "min_new_tokens": lambda r: {"min_new_tokens": r.randint(1, 12)},
@@ -193,10 +194,11 @@ SETTINGS: dict[str, Callable[[Random], dict[str, Any]]] = {
     "guidance_scale": lambda r: {"guidance_scale": 1.5},
     "allowed_tokens": lambda r: {"prefix_allowed_tokens_fn": allowed_tokens},
     "warpers_unread": lambda r: {"temperature": 0.3, "top_k": 2, "top_p": 0.5},
-    "outputs": lambda r: {r.choice(("output_scores", "output_logits", "output_attentions", "output_hidden_states")): True},
-    "cache": lambda r: r.choice(({"cache_implementation": "static"}, {"cache_implementation": "dynamic"}, {"use_cache": False})),
+    "outputs": lambda r: {r.choice(("output_scores", "output_logits", "output_hidden_states")): True},
+    "cache": lambda r: r.choice(({"cache_implementation": r.choice(("static", "dynamic"))}, {"use_cache": False})),
     "beams": lambda r: {"num_beams": 2},
     "low_memory": lambda r: {"prefill_chunk_size": r.randint(1, 4)},
+    "stop_strings": lambda r: {"stop_strings": _stop_strings(r)},
     "token_healing": lambda r: {"token_healing": False, "use_mtp": False},
 }  # fmt: skip
 # Processors handed over as objects: made anew for every call.
@@ -211,7 +213,7 @@ PROCESSORS: dict[str, Callable[[Random], Callable[[], Any]]] = {
     "Epsilon": lambda r: _made(hf.EpsilonLogitsWarper, r.choice((0.01, 0.2))),
     "Eta": lambda r: _made(hf.EtaLogitsWarper, r.choice((0.01, 0.2))),
     "Temperature": lambda r: _made(hf.TemperatureLogitsWarper, r.choice((0.2, 3.0))),
-    "SequenceBias": lambda r: _made(hf.SequenceBiasLogitsProcessor, {tuple(_tokens(r, 1)): 6.0, tuple(_tokens(r, 1)): 9.0}),
+    "SequenceBias": lambda r: _made(hf.SequenceBiasLogitsProcessor, {(r.randrange(VOCAB),): 6.0}),
     "Normalization": lambda r: hf.LogitNormalization,
     "Repetition": lambda r: _made(hf.RepetitionPenaltyLogitsProcessor, r.choice((0.6, 1.6))),
     "Synthid": lambda r: _made(hf.SynthIDTextWatermarkLogitsProcessor, 3, [1, 2], 1000, 5, "cpu"),
@@ -410,6 +412,8 @@ def _call(case: Case, **more: Any) -> Any:
                     setattr(model.generation_config, key, copy.deepcopy(value))
             else:
                 options |= copy.deepcopy(given)
+        if "stop_strings" in case.settings:
+            options["tokenizer"] = letters()
         if case.processors:
             options["logits_processor"] = hf.LogitsProcessorList(
                 [make() for make in case.processors.values()]
@@ -425,7 +429,13 @@ def _call(case: Case, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a case came out: ``equal``, ``refused``, ``tie``, ``void`` (its own generate refuses), ``different`` or ``error``."""
+    """How a case came out.
+
+    ``equal``, ``refused``, ``tie``, ``void`` (the verifier's own generate refuses), ``different`` or ``error``.
+
+    Attributes:
+        text: why, in a line.
+    """
 
     kind: str
     text: str = ""

@@ -4,8 +4,10 @@ import bz2
 import gzip
 import json
 import lzma
+from decimal import Decimal
 
 import pandas
+import pyarrow.parquet
 import pytest
 
 from deferral_train.errors import InputError
@@ -177,3 +179,50 @@ def test_other_encodings_and_headers_are_one_line(tmp_path):
         read_prompts(tmp_path / "c.csv")
     (tmp_path / "d.txt").write_text("a\x00b\n")
     assert read_prompts(tmp_path / "d.txt")[0].prompt == "a\x00b"
+
+
+@pytest.mark.parametrize("container", PACK)
+def test_a_list_in_a_json_file_is_rows(container, tmp_path):
+    rows = [{"prompt": "one", "reference": 1}, {"prompt": "two"}]
+    for name, text in (("a.json", json.dumps(rows)), ("b.jsonl", json.dumps(rows, indent=2))):
+        path = tmp_path / f"{name}{container}"
+        path.write_bytes(PACK[container](text.encode("utf-8-sig")))
+        assert [(p.prompt, p.reference) for p in read_prompts(path)] == [("one", "1"), ("two", None)]
+    lines = tmp_path / f"c.json{container}"
+    lines.write_bytes(PACK[container](b'{"prompt": "one"}\n{"prompt": "two"}\n'))
+    assert [p.prompt for p in read_prompts(lines)] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.json", b"[1]", "entry 1: a int, needs an object"),
+        ("a.jsonl", b'{"prompt": "x", "prompt": "y"}\n', "'prompt' appears twice"),
+        ("a.zip", b"PK\x03\x04" + bytes(30), "is a zip archive"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd123", "is zstd-compressed"),
+        ("a.jsonl.gz", gzip.compress(gzip.compress(b'{"prompt": "x"}\n')), "is compressed twice"),
+        ("a.txt", b"PAR1" + bytes(9), "is a Parquet file"),
+        ("a.txt", b"one\rtwo\r", "carriage return alone"),
+        ("a.jsonl", b'{"prompt": "x"}\r{"prompt": "y"}\r', "carriage return alone"),
+        ("a.tsv", b'prompt\tid\n"x\t1\ny\t2\n', "check quotes"),  # a quote would swallow the second row
+        ("a.tsv", b'prompt\tid\n"x" he said\t1\n', "check quotes"),  # and here be dropped
+        ("a.csv", b'prompt,id\n"x,1\ny,2\n', "check quotes"),
+    ],
+)
+def test_what_would_be_read_wrongly_is_one_line(name, content, said, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=said) as caught:
+        read_prompts(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_people_rename_or_write_with_other_programs(tmp_path):
+    (tmp_path / "packed.jsonl").write_bytes(gzip.compress(b'{"prompt": "x"}\n'))
+    assert read_prompts(tmp_path / "packed.jsonl")[0].prompt == "x"
+    (tmp_path / "wide.jsonl").write_bytes('{"prompt": "ä"}\n'.encode("utf-32"))
+    assert read_prompts(tmp_path / "wide.jsonl")[0].prompt == "ä"
+    (tmp_path / "spaced.csv").write_text("id, prompt, reference\na,x,z\n")
+    assert read_prompts(tmp_path / "spaced.csv") == [Prompt("a", "x", "z")]
+    table = pyarrow.table({"\ufeffprompt": ["x"], "reference": [Decimal("1.50")]})
+    pyarrow.parquet.write_table(table, tmp_path / "marked.parquet")
+    assert read_prompts(tmp_path / "marked.parquet") == [Prompt("marked:1", "x", "1.50")]

@@ -482,6 +482,13 @@ def test_the_gate_scores_a_pair_of_questions_through_its_template(tmp_path):
 def test_answers_are_learned_and_questions_are_not(tmp_path):
     batch = AnswerBatches([[5, 6, 7]], [[8, 9]], 0, 1, 0).batch(0)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8]]
-    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 8, 9]]
+    assert batch["labels"].tolist() == [[8, 9]]
+    batch = AnswerBatches([[5, 6, 7], [4, 5]], [[8], [6, 7, 9]], 0, 2, 0).batch(0)
+    rows = dict(zip(map(tuple, batch["input_ids"].tolist()), batch["labels"].tolist()))
+    assert rows == {(5, 6, 7, 0): [IGNORED, 8, IGNORED], (4, 5, 6, 7): [6, 7, 9]}
+    model = tiny_model("llama")
+    whole = model(batch["input_ids"], attention_mask=(batch["input_ids"] != 0).long()).logits[:, -3:]
+    learned = batch["labels"] != IGNORED
+    torch.testing.assert_close(next_token_logits(model, batch)[learned], whole[learned])
     with pytest.raises(InputError, match=r"text\.answers is for kind: llama"):
         PairConfig(kind="t5", text=PairText(files=("a",), targets=("b",), answers=True))

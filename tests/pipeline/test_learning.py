@@ -314,12 +314,12 @@ def test_rounds_choose_by_decoding_and_resume(pair: Pair, tmp_path: Path) -> Non
     assert first.manifest.labels["scales"] == second.manifest.labels["scales"]
     assert second.manifest.labels["share"] == 0.6
     best = min(
-        one["at_wish"]["loss"]
+        one["at_calls"]["loss"]
         for record in content["rounds"]
         for one in record["candidates"]
         if one["head"] == record["best"]
     )
-    assert content["chosen"]["at_wish"]["loss"] == best
+    assert content["chosen"]["at_calls"]["loss"] == best
     for found in content["rounds"][1]["predicted"].values():
         assert (
             found["difference"]["low"] <= found["predicted"] - found["counted"] <= found["difference"]["high"]
@@ -368,7 +368,7 @@ def test_a_prompt_that_repeats_is_labelled_once(pair: Pair, tmp_path: Path) -> N
         Learning(pair, prompts(0, 5), twice[5:], scorers, SETTINGS, tmp_path)
 
 
-def test_numbers_at_wished_calls_are_linear_between_points() -> None:
+def test_numbers_at_callsed_calls_are_linear_between_points() -> None:
     points = [DecodedPoint(0.3, 0.5, 2.0, 0.9, {"m": 0.4}), DecodedPoint(0.1, 0.7, 1.0, 1.0, {"m": 0.6})]
     at = at_calls(points, 0.6)
     assert (at.alpha, at.calls, at.loss, at.length) == pytest.approx((0.2, 0.6, 1.5, 0.95))

@@ -12,6 +12,7 @@ from report.conftest import HOSTILE, VERDICT
 
 from deferral_train.report import write_report
 from deferral_train.report.first import _differing
+from deferral_train.report.tokens import Texts
 
 CHOSEN = "opt:alpha=0.2"
 ROWS = [[f"{HOSTILE.format(f'cell{line}')}", line, None, 0.1 + 0.2] for line in range(6)]
@@ -100,8 +101,20 @@ def test_the_picture_has_a_curve_per_rule_through_lossless_and_marks_the_chosen_
     curve = figure.partition('data-series="opt"')[2].partition("</g>")[0]
     assert curve.count("<circle") == 3
     assert "dial 0.40: 90.0% right, 0.30 calls" in curve.replace("0.400", "0.40").replace("0.300", "0.30")
-    for name in ("verifier alone", "lossless drafting", "drafter alone", f"chosen: {CHOSEN}"):
+    for name in ("verifier alone", "lossless drafting", f"chosen: {CHOSEN}"):
         assert f'data-series="{name}"' in figure
+    assert "drafter" not in figure  # it would press the rest together
+    assert "The drafter alone gets 40.0% right" in page.read_text()
+
+
+def test_the_token_that_ends_a_text_is_not_shown() -> None:
+    class Ends:
+        eos_token_id = 1
+
+    assert list(Texts(Ends()).without_end([5, 6, 1])) == [5, 6]
+    assert list(Texts(Ends()).without_end([5, 6])) == [5, 6]
+    assert list(Texts(Ends()).without_end([])) == []
+    assert list(Texts(None).without_end([5, 1])) == [5, 1]
 
 
 def test_only_tokens_without_a_counterpart_differ() -> None:

@@ -9,25 +9,26 @@ import pytest
 import torch
 from instances import instances, label
 
-from deferral_train.rules import verify_block
+from deferral_train.heads.gap import GapHead
+from deferral_train.rules import Summary, make_rule, verify_block
+from deferral_train.rules.learned import LearnedRule
+from deferral_train.training.config import VERIFY_FEATURES
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from launches import LaunchCounter
 
 B, T, V = 1, 5, 64
 # Operators of one block where every row drafted T: greedy, and sampled. A ragged batch adds those of its masks.
-LOSSLESS, PLAIN, RAGGED = (18, 36), (32, 56), 12
+LOSSLESS, PLAIN, RAGGED = (18, 33), (34, 52), 12
 DEARER = {
-    "fuzzy": (34, 56),  # a Jensen-Shannon divergence of both models
-    "ensemble": (36, 56),  # greedy: the mixture's own argmax
-    "biased": (37, 56),
-    "cactus": (32, 60),
-    "lossy": (32, 62),  # a sort and prefix sums
-    "mentored": (32, 260),  # its cap is searched for in four grids
-    "judge": (44, 62),  # two thirds of it the head of the tests
-    "learned": (44, 66),
+    "fuzzy": (38, 55),  # a Jensen-Shannon divergence of both models
+    "typical": (34, 54),  # an entropy
+    "mentored": (19, 133),  # its cap is searched for in three grids
+    "judge": (44, 58),  # two thirds of it the head of the tests
+    "learned": (48, 67),
     "token_gap": (38, 64),  # its estimate and its price of every token
 }
+HEAD = 35  # operators of a head of the default features beyond those of `opt`, its summary fields included
 
 
 def counted(rule, temperature, **options):
@@ -49,6 +50,17 @@ def test_a_block_costs_few_operators_and_no_copy_to_the_host(rule, temperature):
         count = counted(rule, temperature, **options)
         assert count.host_copies == 0, count.copies
         assert count.launches <= budget + more, (options, count.launches, count.operators)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_a_default_head_costs_few_operators_more_than_opt(temperature):
+    head = GapHead(VERIFY_FEATURES).eval().requires_grad_(False)
+    context = Summary({"position": torch.arange(T).expand(B, T)})
+    costs = [
+        counted(rule, temperature, context=context).launches
+        for rule in (LearnedRule(head=head, alpha=0.1), make_rule("opt"))
+    ]
+    assert costs[0] - costs[1] <= HEAD, costs
 
 
 def test_a_limit_adds_no_copy():

@@ -12,8 +12,9 @@ from training.trace_maker import small_language, write_traces
 from deferral_train import cli, provenance
 from deferral_train.errors import InputError
 from deferral_train.heads.fingerprint import weights_key
+from deferral_train.training.checkpoint import load_checkpoint
 from deferral_train.training.fit import fit
-from deferral_train.training.resuming import RECORD
+from deferral_train.training.resuming import RECORD, found_here
 
 
 @pytest.fixture
@@ -99,11 +100,53 @@ def test_the_command_resumes_under_the_checkpoints_settings_and_traces_alone(fol
     for more, said in (
         (["--model.lr", "1e-5"], "model.lr was 0.003 there and is 1e-05 here"),
         (["--data.train", str(folders["test"])], "contents of data.train was"),
+        (
+            ["--trainer.accumulate_grad_batches", "2"],
+            "trainer.accumulate_grad_batches was 1 there and is 2 here",
+        ),
+        (["--trainer.gradient_clip_val", "0.1"], "trainer.gradient_clip_val was null there and is 0.1 here"),
+        (["--trainer.precision", "bf16-mixed"], "trainer.precision was"),
+        (["--trainer.limit_train_batches", "1"], "trainer.limit_train_batches was 1.0 there and is 1 here"),
     ):
         capsys.readouterr()
         assert cli.main(words(folders, tmp_path / "b", *again, *more)) == 2
         assert said in capsys.readouterr().err
     assert cli.main(words(folders, tmp_path / "b", *again)) == 0
+    capsys.readouterr()
+    at_its_end = [
+        "--ckpt_path",
+        str(tmp_path / "b" / "checkpoints" / "last.ckpt"),
+        "--trainer.max_epochs",
+        "2",
+    ]
+    assert cli.main(words(folders, tmp_path / "b", *at_its_end)) == 0
+    assert "nothing was left to train" in capsys.readouterr().out
     with provenance.one_writer(tmp_path / "c", "fit"):
         assert cli.main(words(folders, tmp_path / "c")) == 2
     assert "another fit is working" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_fit_is_not_taken_for_this_ones(config, folder, tmp_path):
+    other = fit(replace(config, seed=5), tmp_path / "other")
+    for name in ("best.ckpt", "last.ckpt"):
+        shutil.rmtree(folder)
+        fit(config, folder)
+        shutil.copy(other.checkpoint.with_name(name), folder / "checkpoints" / name)
+        with pytest.raises(InputError, match=f"{name} was written by another fit"):
+            fit(config, folder)
+
+
+def test_a_best_checkpoint_that_is_gone_is_missed(config, folder):
+    (folder / "checkpoints" / "best.ckpt").unlink()
+    with pytest.raises(InputError, match="is gone; resume=False or --fresh starts over"):
+        fit(config, folder)
+
+
+def test_a_folder_that_was_copied_reads_nothing_of_the_place_it_came_from(config, folder, tmp_path):
+    shutil.move(folder, tmp_path / "there")
+    moved = fit(config, tmp_path / "there")
+    assert moved.checkpoint == tmp_path / "there" / "checkpoints" / "best.ckpt"
+    callbacks = load_checkpoint(moved.checkpoint.with_name("last.ckpt"))["callbacks"]
+    state = next(value for key, value in callbacks.items() if key.startswith("ModelCheckpoint"))
+    found_here(state, moved.checkpoint.parent)
+    assert {Path(path).parent for path in state["best_k_models"]} == {moved.checkpoint.parent}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from deferral_train.pairs.padding import IGNORED, answered, pad
 class Batches(Protocol):
     """``batch(step)`` is keyword arguments of a model's forward (``input_ids``, ``labels``, ...)."""
 
-    def batch(self, step: int) -> dict[str, Tensor]: ...
+    def batch(self, step: int) -> dict[str, Any]: ...
 
 
 class WindowBatches:
@@ -88,12 +88,20 @@ class PairBatches:
 class AnswerBatches(PairBatches):
     """The same for one decoder: prompt and answer follow each other, and the answer alone is learned.
 
-    Padding stands behind everything that is learned, so that causal attention needs no mask for it.
+    Padding stands behind everything that is learned, so that causal attention needs no mask for it. ``labels``
+    [B, K] are those of the last K places, the only ones that the model computes logits for.
     """
 
-    def batch(self, step: int) -> dict[str, Tensor]:
-        inputs, labels = zip(*(answered(self.sources[i], self.targets[i]) for i in self._rows(step)))
-        return {"input_ids": pad(inputs, self.pad_id), "labels": pad(labels, IGNORED)}
+    def batch(self, step: int) -> dict[str, Any]:
+        rows = self._rows(step)
+        inputs, labels = zip(*(answered(self.sources[i], self.targets[i]) for i in rows))
+        asked = min(len(self.sources[i]) for i in rows) - 1  # so many places have no label in any row
+        wanted = pad(labels, IGNORED)[:, asked:].contiguous()
+        return {
+            "input_ids": pad(inputs, self.pad_id),
+            "labels": wanted,
+            "logits_to_keep": wanted.shape[1],
+        }
 
 
 @lru_cache(maxsize=4)

@@ -83,5 +83,5 @@ def _llama(size: ModelSize, context: int, common: dict[str, Any]) -> Any:
     )
     model = LlamaForCausalLM(config)
     # Rows of length 1: what a token is must not drown in what the layers add, or no layer can copy it.
-    torch.nn.init.normal_(model.get_input_embeddings().weight, std=size.width**-0.5)
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=size.width**-0.5)
     return model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +89,7 @@ def optimise(
 
 def _step(
     model: Any,
-    batch: dict[str, Tensor],
+    batch: Mapping[str, Any],
     optimizers: Sequence[torch.optim.Optimizer],
     schedule: Schedule,
     settings: LoopSettings,

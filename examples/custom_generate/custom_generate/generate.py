@@ -19,7 +19,6 @@ def generate(model: Any, **arguments: Any) -> Any:
             ``num_draft_tokens``, ``bonus``, ``execution``, ``max_request_loss`` as in ``cascade_generate``.
     """
     from transformers import GenerationMixin
-    from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
     from deferral_train.decoding import cascade_generate
     from deferral_train.rules import make_rule
@@ -30,12 +29,6 @@ def generate(model: Any, **arguments: Any) -> Any:
     rule = arguments.pop("rule", None) or "lossless"
     parameters = arguments.pop("rule_parameters", None) or {}
     arguments["rule"] = make_rule(rule, **parameters) if isinstance(rule, str) else rule
-    stop_strings, tokenizer = arguments.pop("stop_strings", None), arguments.pop("tokenizer", None)
-    if stop_strings:
-        # A callable never sees the tokenizer, so that the criterion is made here.
-        criteria = StoppingCriteriaList(arguments.get("stopping_criteria") or [])
-        criteria.append(StopStringCriteria(tokenizer, stop_strings))
-        arguments["stopping_criteria"] = criteria
     for name in ("custom_generate", "trust_remote_code"):
         arguments.pop(name, None)
     return GenerationMixin.generate(model, custom_generate=cascade_generate, **arguments)
