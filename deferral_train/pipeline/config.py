@@ -197,8 +197,8 @@ class RoundsSettings:
         if self.label_form == "token" and (not self.temperature or "ridge" in self.objectives):
             raise InputError(
                 f"label_form='token', temperature={self.temperature:g}, objectives={list(self.objectives)}: labels of "
-                "drafted tokens need a temperature above 0, and heads of objective squared or huber (ridge solves those "
-                "of positions)"
+                "drafted tokens need a temperature above 0 and heads of objective squared or huber; ridge solves those "
+                "of positions"
             )
         if not 0 <= self.length_tolerance < 1:
             raise InputError(
