@@ -149,6 +149,24 @@ class CachedModel:
 
     def _pass(self, columns: int, ahead: int, keep: int) -> Tensor:
         """Feed the newest ``columns`` of the rows, ``ahead`` of them drafted."""
+        if self.facts.uncounted is None or columns == 1:
+            return self._one_pass(columns, ahead, keep)
+        first = self.tokens.prompt_length if self.cache.width == 0 else 1
+        further = self.tokens.window(columns - ahead, ahead)[:, max(first - 1, 0) :]
+        if not bool((further == self.facts.uncounted).any()):
+            return self._one_pass(columns, ahead, keep)
+        found: list[Tensor] = []
+        states: list[Tensor] = []
+        for behind in range(columns - first, -1, -1):
+            found.append(self._one_pass(first if behind == columns - first else 1, ahead - behind, 1))
+            if self.tap is not None:
+                states.append(self.tap.last(1))
+        if self.tap is not None:
+            self.tap.states = torch.cat(states, dim=1)
+        return torch.cat(found[-keep:], dim=1)
+
+    def _one_pass(self, columns: int, ahead: int, keep: int) -> Tensor:
+        """Feed the newest ``columns`` of the rows, ``ahead`` of them drafted."""
         total = self.cache.width + columns
         given = self._prepared(columns, total, ahead, keep)
         if self.cache.width and given.get("past_key_values") is None:

@@ -33,6 +33,8 @@ WARPERS = (
 UNSUPPORTED = (
     hf.UnbatchedClassifierFreeGuidanceLogitsProcessor,
     hf.SynthIDTextWatermarkLogitsProcessor,
+    hf.DiaEOSDelayPatternLogitsProcessor,
+    hf.WhisperNoSpeechDetection,
 )
 
 
@@ -72,6 +74,7 @@ class SamplingDistributions:
         # Greedy, generate makes no warpers: those of the caller are processors like others, in their order.
         self.processors = [one for one in processors if not (do_sample and isinstance(one, WARPERS))]
         self.strict = any(needs_real_rows(one) for one in self.processors)
+        self._asked_before: set[int] = set()
         warpers = [one for one in processors if isinstance(one, WARPERS)] if do_sample else []
         temperatures = [one.temperature for one in warpers if isinstance(one, hf.TemperatureLogitsWarper)]
         self.temperature = (float(temperatures[-1]) if temperatures else 1.0) if do_sample else 0.0
@@ -199,11 +202,28 @@ class SamplingDistributions:
             scores[tokens.index] = logits[:, step]
             shown = tokens.shown(offset + step, None if drafted is None else drafted.ended)
             for processor in processors:
-                scores = processor(shown, scores)
+                scores = self._asked(processor, shown, scores)
             result[:, step] = scores[tokens.index]
             if step + 1 < reach and self._stops_here(result[:, step], tokens, offset + step, drafted):
                 break
         return result
+
+    def _asked(self, processor: Any, shown: Tensor, scores: Tensor) -> Tensor:
+        """What a processor makes of the scores; one that counts its calls would count drafts that are dropped, too.
+
+        Raises:
+            InputError: numbers that it keeps have changed, and not in its first call, which may set up what it needs.
+        """
+        before = _numbers_kept(processor)
+        scores = processor(shown, scores)
+        changed = [name for name, value in _numbers_kept(processor).items() if before.get(name) != value]
+        if changed and id(processor) in self._asked_before:
+            raise InputError(
+                f"logits processor {type(processor).__name__}: its {changed[0]} changes from call to call, and it is "
+                "asked about drafts that are dropped; let it read the text that it is given instead"
+            )
+        self._asked_before.add(id(processor))
+        return scores
 
     def _stops_here(self, scores: Tensor, tokens: TokenRows, place: int, drafted: Drafted | None) -> bool:
         """True where a row that goes on has drafted a token at ``place`` that its scores [B, V] forbid."""
@@ -211,6 +231,15 @@ class SamplingDistributions:
         forbidden = scores.gather(1, token)[:, 0] == -torch.inf
         ended = [None] * len(scores) if drafted is None else drafted.ended
         return any(flag for flag, end in zip(forbidden.tolist(), ended) if end is None or end > place)
+
+
+def _numbers_kept(processor: Any) -> dict[str, float]:
+    """Numbers among the attributes of a processor of the caller's own."""
+    if not needs_real_rows(processor):
+        return {}
+    return {
+        name: one for name, one in getattr(processor, "__dict__", {}).items() if isinstance(one, int | float)
+    }
 
 
 class Drafted:

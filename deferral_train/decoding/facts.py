@@ -16,8 +16,23 @@ ONE_AT_A_TIME = {
     "prophetnet": "its decoder takes one token behind a cache",
     "cpmant": "its cache begins with a prompt of its own",
     "git": "its mask behind a cache counts the tokens of an image",
+    "paligemma": "its first pass reads in both directions, so that it must be the prompt's",
     "moshi": "its window is kept by the cache alone, not by the mask of a block",
 }
+# Model types that count positions over the tokens of a pass, without the padding id, however it came there.
+COUNTS_TOKENS = frozenset(
+    {
+        "fsmt",
+        "kosmos-2",
+        "kosmos-2.5",
+        "m2m_100",
+        "nllb-moe",
+        "seamless_m4t",
+        "seamless_m4t_v2",
+        "speech_to_text",
+    }
+    | {"trocr"}
+)
 # Model types whose passes cannot be taken back at all.
 STATE_IN_MODULES = frozenset({"recurrent_gemma"})
 
@@ -35,6 +50,7 @@ class ModelFacts:
         takes: names of the arguments of its forward pass.
         takes_positions: whether positions can be given per row: some classes drop them while they prepare a pass.
         relative_positions: whether attention depends on distances alone, computed from columns.
+        uncounted: an id behind which a pass of several tokens has other positions than passes of one; None for none.
         irrevocable: whether it keeps state in its own modules, where none can be put back.
         stepwise: why it must be read one token at a time, in words; None where blocks and rollbacks work.
         long_rope: tokens from which it rotates with its long factors (rope type longrope); None where it has none.
@@ -48,6 +64,7 @@ class ModelFacts:
     takes: frozenset[str]
     takes_positions: bool
     relative_positions: bool
+    uncounted: int | None
     irrevocable: bool
     stepwise: str | None
     long_rope: int | None
@@ -86,6 +103,7 @@ def facts_of(model: Any) -> ModelFacts:
         takes=takes,
         takes_positions="position_ids" in takes and _positions_arrive(core),
         relative_positions=hasattr(core.config, "relative_attention_num_buckets"),
+        uncounted=decoder.pad_token_id if core.config.model_type in COUNTS_TOKENS else None,
         irrevocable=core.config.model_type in STATE_IN_MODULES,
         stepwise=_stepwise(core, kinds, takes),
         long_rope=_long_rope(decoder),

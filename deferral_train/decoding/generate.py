@@ -286,4 +286,4 @@ def _hidden_read(request: Request) -> list[tuple[Any, bool]]:
     return [*found, (request.model, bool(asked & {"verifier_hidden", "verifier_hidden_at_token"}))]
 
 
-cascade_generate.__signature__ = HandedSignature.of(cascade_generate)
+cascade_generate.__signature__ = HandedSignature.of(cascade_generate)  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 
 from deferral_train.decoding.compatibility import check_consulted, check_head, heads_of, with_counting
 from deferral_train.decoding.drafting.plan import DraftCascade
-from deferral_train.decoding.facts import facts_of
+from deferral_train.decoding.facts import core_of
 from deferral_train.decoding.generate import cascade_generate
 from deferral_train.decoding.settings import Settings
 from deferral_train.decoding.stats import GenerationStats
@@ -22,6 +22,7 @@ from deferral_train.decoding.stopping import StopDrafting
 from deferral_train.errors import InputError
 from deferral_train.pairs.encode import EncodedPrompt, encode_prompts
 from deferral_train.pairs.load import ModelPair, load_models, load_smaller
+from deferral_train.pairs.positions import room_of
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.rules.base import Rule
 from deferral_train.rules.registry import make_rule
@@ -142,7 +143,7 @@ class Pair:
     def _check_context(self, prompt: EncodedPrompt, new: int) -> None:
         length, separate = len(prompt.input_ids), self.models.is_encoder_decoder
         for role in ("drafter", "verifier"):
-            room = facts_of(getattr(self.models, role)).room
+            room = room_of((core_of(getattr(self.models, role)),))
             if separate and room.prompt is not None and length > room.prompt:
                 raise InputError(
                     f"prompt {prompt.id}: {length} tokens exceed the {room.prompt} positions of the {role}'s encoder; "

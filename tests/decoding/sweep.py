@@ -160,6 +160,7 @@ def examine(name: str, kind: str, config_class: Any) -> Outcome:
     for variant, text in [
         (VARIANTS[0], False),
         (VARIANTS[0], True),
+        (VARIANTS[3], True),
         *((variant, False) for variant in VARIANTS[1:]),
     ]:
         try:

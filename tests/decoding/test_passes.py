@@ -122,3 +122,24 @@ def test_an_embedding_that_was_resized_is_noticed() -> None:
     drafter.resize_token_embeddings(40)
     with pytest.raises(InputError, match="vocabularies differ: drafter 40, verifier 48"):
         cascade(verifier, ONE, drafter)
+
+
+@pytest.mark.parametrize("kind", ["m2m100", "fsmt"])
+@pytest.mark.parametrize("inputs", [ONE, RIGHT], ids=["one", "ragged"])
+@pytest.mark.parametrize("execution", ["speculative", "lazy"])
+def test_a_padding_id_within_a_text_moves_no_position(
+    kind: str, inputs: dict[str, torch.Tensor], execution: str
+) -> None:
+    if kind == "fsmt":
+        sizes = {"src_vocab_size": 40, "tgt_vocab_size": 40, "langs": ["en", "de"]}
+        config: Any = tf.FSMTConfig(**{**SEQ2SEQ, "max_position_embeddings": 128}, **sizes)
+    else:
+        config = tf.M2M100Config(**SEQ2SEQ)
+    verifier = made(config, tf.AutoModelForSeq2SeqLM)
+    options = {"eos_token_id": None, "pad_token_id": 3, "sequence_bias": {(0,): 3.0}, "num_beams": 1}
+    options["no_repeat_ngram_size"] = 2
+    expected = own(verifier, inputs, **options)
+    assert 2 < int((expected[0] == 0).sum()) < 12  # now and then the verifier writes the id that it pads with
+    options |= {"rule": make_rule("chow", alpha=0.0), "execution": execution}
+    for drafter in (near(verifier), verifier):
+        assert torch.equal(cascade(verifier, inputs, drafter, **options), expected)

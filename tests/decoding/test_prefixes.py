@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoding.small import ONE, TWO, cascade, llama, near, own
+from decoding.small import LEFT, ONE, TWO, cascade, llama, near, own
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from deferral_train.decoding.drafting import DraftCascade, GivenDraft, MaxGram, Plan
@@ -163,3 +163,30 @@ def test_criteria_see_rows_as_generate_shows_them() -> None:
             expected = texts[row][:5] if stops else texts[row]
             assert text[: len(expected)] == expected
             assert set(text[len(expected) :]) <= {0}
+
+
+class Counts(LogitsProcessor):
+    """Bans a token by how often it was asked, or by the length of the text: the same where nothing is drafted."""
+
+    def __init__(self, counts: bool) -> None:
+        self.counts, self.calls, self.start = counts, 0, None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.start is None:
+            self.start = input_ids.shape[1]
+        place = self.calls if self.counts else input_ids.shape[1] - self.start
+        self.calls += self.counts
+        return scores.index_fill(1, torch.tensor([4 + (7 * place) % 36, 4 + (11 * place) % 36]), -torch.inf)
+
+
+@pytest.mark.parametrize("inputs", [ONE, LEFT], ids=["one", "ragged"])
+def test_a_processor_that_counts_its_calls_is_refused_and_one_that_reads_the_text_is_not(
+    inputs: dict[str, torch.Tensor],
+) -> None:
+    verifier = llama()
+    expected = own(verifier, inputs, logits_processor=LogitsProcessorList([Counts(True)]))
+    assert torch.equal(own(verifier, inputs, logits_processor=LogitsProcessorList([Counts(False)])), expected)
+    found = cascade(verifier, inputs, near(verifier), logits_processor=LogitsProcessorList([Counts(False)]))
+    assert torch.equal(found, expected)
+    with pytest.raises(InputError, match="logits processor Counts: its calls changes from call to call"):
+        cascade(verifier, inputs, near(verifier), logits_processor=LogitsProcessorList([Counts(True)]))
