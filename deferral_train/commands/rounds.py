@@ -34,6 +34,8 @@ class RoundsConfig:
         label_share: share of the places of each prompt that is labelled along the verifier's text.
         own_share: the same along the cascade's own text.
         label_reference: what texts are scored against: given, or verifier (its own text).
+        label_form: above temperature 0: position, or token (a head that reads the drafted token).
+        label_samples: above temperature 0: continuations of each side of a place.
         objectives: ridge, squared or huber: how heads are fitted; the best by decoding is kept.
         length_tolerance: of the length of decoded text against lossless's; beyond it length gets a price.
         temperature: 0 is greedy.
@@ -66,6 +68,8 @@ class RoundsConfig:
     label_share: float = RoundsSettings.label_share
     own_share: float = RoundsSettings.own_share
     label_reference: str = RoundsSettings.label_reference
+    label_form: str = RoundsSettings.label_form
+    label_samples: int = RoundsSettings.label_samples
     objectives: list[str] = field(default_factory=lambda: list(RoundsSettings.objectives))
     length_tolerance: float = RoundsSettings.length_tolerance
     temperature: float = RoundsSettings.temperature

@@ -1,4 +1,4 @@
-"""What ``generate`` is given and hands to no callable: the streamer, the tokenizer of stop strings, an assistant.
+"""Arguments that ``generate`` is given and hands to no callable: streamer, tokenizer of stop strings, an assistant.
 
 transformers sets these aside for its own modes and then asks a callable's signature for what else belongs to it. This
 signature answers with their names too, and puts them back among the arguments that are looked through for them.

@@ -160,6 +160,8 @@ class RoundsSettings:
         metrics: that texts are labelled and chosen by.
         label_share: of the places of each prompt that are labelled; ``own_share`` in the rounds.
         label_reference: ``given``, or ``verifier``.
+        label_form, label_samples: above temperature 0: ``position`` or ``token`` (a head that reads the drafted token),
+            and continuations of each side of a place.
         objectives: of the heads that are fitted in each round: ridge, squared or huber, all linear.
         length_tolerance: of the length of decoded validation text against lossless's; beyond it length is priced.
         temperature, num_draft_tokens, max_new_tokens, batch_size, seed: of collecting and decoding.
@@ -171,6 +173,8 @@ class RoundsSettings:
     label_share: float = CollectConfig.label_share
     own_share: float = 0.5
     label_reference: str = CollectConfig.label_reference
+    label_form: str = CollectConfig.label_form
+    label_samples: int = CollectConfig.label_samples
     objectives: tuple[str, ...] = ("ridge",)
     length_tolerance: float = 0.01
     temperature: float = Settings.temperature
@@ -190,6 +194,12 @@ class RoundsSettings:
             raise InputError(f"own_share={self.own_share:g}: give a share above 0 and up to 1")
         if not self.objectives:
             raise InputError("objectives is empty; give at least ridge")
+        if self.label_form == "token" and (not self.temperature or "ridge" in self.objectives):
+            raise InputError(
+                f"label_form='token', temperature={self.temperature:g}, objectives={list(self.objectives)}: labels of "
+                "drafted tokens need a temperature above 0 and heads of objective squared or huber; ridge solves those "
+                "of positions"
+            )
         if not 0 <= self.length_tolerance < 1:
             raise InputError(
                 f"length_tolerance={self.length_tolerance:g}: give a share between 0 and 1, such as 0.01"

@@ -206,6 +206,8 @@ class Learning:
             label_metric=settings.metrics,
             label_share=settings.label_share if spec is None else settings.own_share,
             label_reference=settings.label_reference,
+            label_form=settings.label_form,
+            label_samples=settings.label_samples,
             label_scales=self.scales if spec is not None else (),
             max_new_tokens=settings.max_new_tokens,
             num_draft_tokens=settings.num_draft_tokens,
@@ -241,6 +243,7 @@ class Learning:
     def _fitted(self, folder: Path, objective: str, price: float) -> DeferralHead:
         config = FitConfig(
             train=list(self.traces),
+            head="token_gap" if self.settings.label_form == "token" else "gap",
             truth=f"sequence:length={price:g}" if price else "sequence",
             body="linear",
             objective=objective,
@@ -315,7 +318,9 @@ class Learning:
             "candidates": [asdict(one) for one in found],
             "best": best.head,
         }
-        if number:
+        if (
+            number and self.settings.label_form == "position"
+        ):  # else labels are of other tokens than the kept ones
             # On the fit prompts, along the text of the head before: what its kept places cost by their labels.
             record["predicted"] = self._prediction(traces)
         return record

@@ -95,6 +95,7 @@ class Distributions:
         self.decision, self.temperature, self.sampling = decision, temperature, sampling
         self.axis, self.columns = axis, columns
         self._sampled_of: tuple[Tensor, Tensor] | None = None
+        self._logprobs_of: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(
@@ -231,9 +232,11 @@ class Distributions:
         return (self.decision - self.peak.unsqueeze(-1)) + self.largest_logprob.unsqueeze(-1)
 
     def logprobs_of(self, token: Tensor) -> tuple[Tensor, Tensor]:
-        """The drafter's and the verifier's entry of `logprobs` at one token of each position, [..] each."""
-        at = self._logprobs_at(token.unsqueeze(self.axis).unsqueeze(-1)).squeeze(-1)
-        drafter, verifier = at.unbind(self.axis)
+        """log q and log p of one token of each position, as in `logprobs`, [..] each; the latest are kept."""
+        if self._logprobs_of is None or self._logprobs_of[0] is not token:
+            index = token.unsqueeze(self.axis).unsqueeze(-1)
+            self._logprobs_of = token, self._logprobs_at(index).squeeze(-1)
+        drafter, verifier = self._logprobs_of[1].unbind(self.axis)
         return drafter, verifier
 
     @cached_property

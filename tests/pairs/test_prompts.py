@@ -104,7 +104,7 @@ def test_written_prompts_read_back(tmp_path):
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"prompt": "x"}\n{broken\n', "line 2: not JSON"),
-        ("a.jsonl", b"[1]\n", "line 1: a list, needs an object"),
+        ("a.jsonl", b"[1]\n", "entry 1: a int, needs an object"),
         ("a.jsonl", b'{"prompt": 3}\n', "field 'prompt' is int, needs text"),
         ("a.jsonl", b'{"said": "x"}\n', "row 1: no prompt, question.*in {said}"),
         ("a.jsonl", b"", "no rows"),

@@ -335,6 +335,24 @@ def test_rounds_choose_by_decoding_and_resume(pair: Pair, tmp_path: Path) -> Non
     assert again == content
 
 
+def test_rounds_of_form_b(pair: Pair, tmp_path: Path) -> None:
+    settings = dataclasses.replace(
+        SETTINGS, temperature=1.0, label_form="token", label_samples=2, objectives=("squared",), max_new_tokens=6,
+        length_tolerance=0.9,
+    )  # fmt: skip
+    scorers = make_scorers(settings.metrics)
+    content = Learning(pair, prompts(0, 30), prompts(100, 8), scorers, settings, tmp_path).run()
+    assert [record["prefixes"].partition(":")[0] for record in content["rounds"]] == ["verifier", "cascade"]
+    assert all("predicted" not in record for record in content["rounds"])
+    labels = open_traces(tmp_path / "traces" / "round-1").manifest.labels
+    assert (labels["form"], labels["samples"]) == ("token", 2)
+    head = DeferralHead.from_pretrained(tmp_path / "head")
+    assert head.head_type == "token_gap"
+    assert learned_rule(head).priced  # type: ignore[attr-defined]
+    calls = [point["calls"] for point in content["rounds"][0]["candidates"][0]["points"]]
+    assert min(calls) < 0.95 * max(calls)
+
+
 def test_validation_prompts_are_not_fitted_on(pair: Pair, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="10 validation prompts are fitted on"):
         Learning(pair, prompts(0, 20), prompts(10, 20), make_scorers(["chrf1"]), SETTINGS, tmp_path)
@@ -360,7 +378,14 @@ def test_numbers_at_callsed_calls_are_linear_between_points() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"rounds": -1}, {"calls": 1.0}, {"own_share": 0.0}, {"objectives": ()}, {"length_tolerance": 1.0}],
+    [
+        {"rounds": -1},
+        {"calls": 1.0},
+        {"own_share": 0.0},
+        {"objectives": ()},
+        {"length_tolerance": 1.0},
+        {"label_form": "token"},
+    ],
 )
 def test_settings_that_cannot_be_meant(changes: dict[str, object]) -> None:
     with pytest.raises(InputError, match=next(iter(changes))):

@@ -335,6 +335,19 @@ def test_a_fault_travels_in_the_verdict_and_is_raised_on_the_host():
         raise_fault(rule, [0, 1, 0])
 
 
+def test_greedy_and_lossless_names_the_fault_though_the_drafter_is_not_read():
+    drafted, drafter, verifier = block()
+    rule = make_rule("lossless")
+    outside = drafted.clone()
+    outside[1, 0] = drafter.shape[-1]
+    with pytest.raises(InputError, match="row 1: drafted holds ids outside the vocabulary"):
+        verify_block(rule, outside, drafter, verifier, temperature=0.0)
+    broken = verifier.clone()
+    broken[2, 1, 0] = torch.nan
+    with pytest.raises(InputError, match="row 2: verifier_logits has NaN"):
+        verify_block(rule, drafted, drafter, broken, temperature=0.0)
+
+
 def _forbid(drafter, drafted):
     drafter = drafter.clone()
     drafter[0, 0, drafted[0, 0]] = -torch.inf
