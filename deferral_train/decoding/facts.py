@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,6 @@ ONE_AT_A_TIME = {
     "cpmant": "its cache begins with a prompt of its own",
     "git": "its mask behind a cache counts the tokens of an image",
     "paligemma": "its first pass reads in both directions, so that it must be the prompt's",
-    "moshi": "its window is kept by the cache alone, not by the mask of a block",
 }
 # Model types that count positions over the tokens of a pass, without the padding id, however it came there.
 COUNTS_TOKENS = frozenset(
@@ -128,7 +128,17 @@ def _stepwise(core: Any, layers: tuple[tuple[type, int | None], ...], takes: fro
     if "past_key_values" not in takes:
         return "keeps no key/value cache"
     other = next((kind for kind, _ in layers if kind not in (DynamicLayer, DynamicSlidingWindowLayer)), None)
-    return None if other is None else f"its {other.__name__} cannot be rolled back row by row"
+    if other is not None:
+        return f"its {other.__name__} cannot be rolled back row by row"
+    slides = any(kind is DynamicSlidingWindowLayer for kind, _ in layers)
+    if slides and not any(_masks_windows(name) for name in {type(one).__module__ for one in core.modules()}):
+        return "its window is kept by the cache alone, not by the mask of a block"
+    return None
+
+
+def _masks_windows(module: str) -> bool:
+    """True for a module of models that makes masks of sliding windows."""
+    return hasattr(sys.modules.get(module), "create_sliding_window_causal_mask")
 
 
 def _columns(core: Any, decoder: Any) -> int:
