@@ -209,7 +209,7 @@ class SamplingDistributions:
         return result
 
     def _asked(self, processor: Any, shown: Tensor, scores: Tensor) -> Tensor:
-        """The scores as a processor leaves them; one that counts its calls would count drafts that are dropped, too.
+        """Scores as a processor changes them; one that counts its calls would count dropped drafts, too.
 
         Raises:
             InputError: numbers that it keeps have changed, and not in its first call, which may set up what it needs.

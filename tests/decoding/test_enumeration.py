@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from rules.instances import TokenCost
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig
 
@@ -166,6 +167,8 @@ def rule_named(name: str) -> Rule:
         return make_rule(name, head=Head("verifier_max", "verifier_at_drafter_argmax"), alpha=0.1)
     if name == "judge":
         return make_rule(name, head=Head("verifier_logprob"), threshold=0.4)
+    if name == "token_gap":
+        return make_rule(name, head=TokenCost(), alpha=0.1)
     if name == "early":
         return make_rule("learned", head=EarlyHead(), alpha=0.1)
     return make_rule(name)

@@ -200,7 +200,11 @@ def test_a_list_in_a_json_file_is_rows(container, tmp_path):
         ("a.jsonl", b'{"prompt": "x", "prompt": "y"}\n', "'prompt' appears twice"),
         ("a.zip", b"PK\x03\x04" + bytes(30), "is a zip archive"),
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfd123", "is zstd-compressed"),
-        ("a.jsonl.gz", gzip.compress(gzip.compress(b'{"prompt": "x"}\n')), "is compressed twice"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(gzip.compress(b'{"prompt": "x"}\n', mtime=0), mtime=0),
+            "is compressed twice",
+        ),
         ("a.txt", b"PAR1" + bytes(9), "is a Parquet file"),
         ("a.txt", b"one\rtwo\r", "carriage return alone"),
         ("a.jsonl", b'{"prompt": "x"}\r{"prompt": "y"}\r', "carriage return alone"),
