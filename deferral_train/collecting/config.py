@@ -163,7 +163,7 @@ class CollectConfig:
             )
         if self.temperature == 0 and (self.label_samples > 1 or self.label_form == "token"):
             raise InputError(
-                f"label_samples={self.label_samples}, label_form={self.label_form!r}: at temperature 0 there is one "
+                f"label_samples={self.label_samples} and label_form={self.label_form!r} at temperature 0: there is one "
                 "continuation and one token; use 1 and position, or a temperature above 0"
             )
         if len(set(self.metrics)) < len(self.metrics):

@@ -214,7 +214,7 @@ def test_both_sides_use_the_same_uniform_numbers(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"label_share": 0.0}, "label_share=0.0"),
-        ({"label_samples": 2}, "at temperature 0 there is one continuation"),
+        ({"label_samples": 2}, "at temperature 0: there is one continuation"),
         ({"label_form": "token"}, "at temperature 0"),
         ({"label_reference": "gold"}, "label_reference='gold'"),
         ({"label_metric": ["chrf", "chrf"]}, "name each metric once"),

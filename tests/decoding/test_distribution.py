@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from decoding.helpers import generate
+from rules.instances import TokenCost
 from scipy import stats
 from tiny_models import tiny_model
 
@@ -44,6 +45,8 @@ def rule_named(name: str) -> Rule:
         return make_rule(name, head=ToyHead(("verifier_max", "verifier_at_drafter_argmax")), alpha=0.1)
     if name == "judge":
         return make_rule(name, head=ToyHead(("verifier_logprob",)), threshold=0.3)
+    if name == "token_gap":
+        return make_rule(name, head=TokenCost(), alpha=0.1)
     return make_rule(name)
 
 

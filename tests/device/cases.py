@@ -33,7 +33,10 @@ def head_of(kind: str, stage: str, recalibration: str = "none", memory: bool = F
     if kind == "plug_in":
         return HEADS[kind](recalibration=recalibration).eval()  # type: ignore[call-arg]
     features = VERIFY_FEATURES if stage == "verify" else DRAFT_FEATURES
-    head = HEADS[kind]([*features, *([MEMORY] if memory else [])], stage=stage, recalibration=recalibration)
+    loss = {"loss": "sequence_sampled"} if kind == "token_gap" else {}
+    head = HEADS[kind](
+        [*features, *([MEMORY] if memory else [])], stage=stage, recalibration=recalibration, **loss
+    )
     if memory:
         here = summary_on("cpu")
         head.inputs.memory.fit(here, here["token"], head.inputs.orders)
@@ -61,6 +64,9 @@ def answers(head: Any, summary: Summary) -> dict[str, torch.Tensor]:
         found |= {"tv": head.tv(summary), "reject": head.reject(summary)}
     if head.head_type == "judge":
         found["score"] = head.score(summary)
+    if head.head_type == "token_gap":
+        logs = [torch.log_softmax(torch.linspace(0, 3, VOCABULARY), -1).expand(ROWS, -1) for _ in range(2)]
+        found["costs"] = head.token_gap(None, *(one.to(summary["tv"].device) for one in logs), summary)
     if head.head_type in ("token", "truth_mixture"):
         logs = [torch.log_softmax(torch.linspace(0, 3, VOCABULARY), -1).expand(ROWS, -1) for _ in range(2)]
         found["truth"] = head.truth(*(one.to(summary["tv"].device) for one in logs), summary)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from device import pretend_device
-from device.cases import CASES, VOCABULARY, answers, head_of, summary_on
+from device.cases import CASES, ROWS, VOCABULARY, answers, head_of, summary_on
 
 from deferral_train.decoding.stopping import AcceptanceStop, DraftStep, ExpectedSpeedStop, HeadStop
 from deferral_train.heads.rules import judge_rule, learned_rule
@@ -30,11 +30,22 @@ def test_a_head_answers_on_the_device_as_on_the_cpu(kind: str, stage: str, recal
     assert all(torch.equal(again[name], expected) for name, expected in here.items())
 
 
-@pytest.mark.parametrize(("kind", "stage"), [case for case in CASES if case[0] != "judge"])
+@pytest.mark.parametrize(("kind", "stage"), [case for case in CASES if case[0] not in ("judge", "token_gap")])
 def test_its_rule_decides_alike(kind: str, stage: str) -> None:
     rule = learned_rule(head_of(kind, stage), 0.05, tokenwise=False)
     expected = rule.defer(summary_on("cpu"))
     assert torch.equal(rule.defer(summary_on("sim")).cpu(), expected)
+
+
+def test_a_token_rule_drops_alike() -> None:
+    rule = learned_rule(head_of("token_gap", "verify"), 0.05)
+    generator = torch.Generator().manual_seed(1)
+    q, p = torch.randn(2, ROWS, VOCABULARY, generator=generator).log_softmax(-1)
+    here = rule.keep(q, p, summary_on("cpu"))
+    there = rule.keep(q.to("sim"), p.to("sim"), summary_on("sim"))
+    assert there.device == torch.device("sim:0")
+    assert torch.equal(there.cpu(), here)
+    assert 0 < int(here.sum()) < here.numel()
 
 
 def test_a_judge_approves_alike() -> None:

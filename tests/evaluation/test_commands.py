@@ -74,18 +74,18 @@ def test_a_head_of_another_vocabulary_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_choose_stores_alpha_and_certificate_in_the_head(
+def test_choose_finds_the_setting_of_rows_and_certifies_no_head_by_them(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_text(folder / "decode" / "outputs.jsonl", rows())
     command = ["choose", f"--outputs={folder / 'decode'}", "--metric=exact_match", "--max_loss=0.05"]
-    assert cli.main([*command, f"--head={folder / 'head'}", f"--out={folder / 'choice'}"]) == 0
+    assert cli.main([*command, f"--head={folder / 'head'}", f"--out={folder / 'choice'}"]) == 2
+    assert "hold no run.json" in capsys.readouterr().err
+    assert "certificate" not in DeferralHead.from_pretrained(folder / "head").metadata
+    assert cli.main([*command, f"--out={folder / 'choice'}"]) == 0
     said = capsys.readouterr().out
     assert "learned:alpha=0.1" in said
     assert "they can certify no less than" in said
-    head = DeferralHead.from_pretrained(folder / "head")
-    assert head.metadata["alpha"] == 0.1
-    assert head.metadata["certificate"]["metric"] == "exact_match"
     assert json.loads((folder / "choice" / "choice.json").read_text())["kind"] == "certificate"
 
 

@@ -202,7 +202,11 @@ def test_a_dial_moved_by_hand_loses_its_certificate(whole, tmp_path):
     own = head(tmp_path / "head", 0)
     assert cli.main(["choose", "--outputs", str(whole / "decode"), *WISH, "--head", str(own)]) == 0
     config = json.loads((own / "config.json").read_text())
-    assert certificate_problem(DeferralHead.from_pretrained(own)) is None
+    chosen = DeferralHead.from_pretrained(own)
+    assert certificate_problem(chosen) is None
+    assert chosen.metadata["alpha"] == chosen.metadata["certificate"]["value"]
+    assert chosen.metadata["alpha"] in (0.0, 0.5)
+    assert chosen.metadata["certificate"]["metric"] == "exact_match"
     (own / "config.json").write_text(json.dumps(config | {"alpha": config["alpha"] + 1}))
     moved = DeferralHead.from_pretrained(own)
     assert "the certified one" in str(certificate_problem(moved))

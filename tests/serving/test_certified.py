@@ -49,7 +49,7 @@ def served(tmp_path, monkeypatch):
         head.metadata = {"pair": {**PAIR, **pair}}
         head.save_pretrained(tmp_path / "head")
         if certificate is not None:
-            set_operating_point(tmp_path / "head", 0.2, certificate)
+            set_operating_point(tmp_path / "head", certificate["value"], certificate)
         return ServingConfig(head=str(tmp_path / "head"), alpha=0.2), tmp_path / "head"
 
     return make
