@@ -38,9 +38,11 @@ def test_its_rule_decides_alike(kind: str, stage: str) -> None:
 
 
 def test_a_token_rule_drops_alike() -> None:
-    rule = learned_rule(head_of("token_gap", "verify"), 0.05)
+    head = head_of("token_gap", "verify")
     generator = torch.Generator().manual_seed(1)
     q, p = torch.randn(2, ROWS, VOCABULARY, generator=generator).log_softmax(-1)
+    costs = head.token_gap(None, q, p, summary_on("cpu"))
+    rule = learned_rule(head, 3 * float(costs.median()))  # a price at which some tokens stay and some do not
     here = rule.keep(q, p, summary_on("cpu"))
     there = rule.keep(q.to("sim"), p.to("sim"), summary_on("sim"))
     assert there.device == torch.device("sim:0")
