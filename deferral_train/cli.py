@@ -12,8 +12,10 @@ import importlib
 import json
 import os
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType, UnionType
@@ -53,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         return _fail(PROGRAM, f"unknown command '{name}'; the commands are: {', '.join(COMMANDS)}")
     try:
-        return _dispatch(name, words[1:])
+        with _quiet_log_writers():
+            return _dispatch(name, words[1:])
     except InputError as error:
         return _fail(f"{PROGRAM} {name}", str(error))
     except ModuleNotFoundError as error:
@@ -233,8 +236,24 @@ def _os_error(name: str, error: OSError) -> int:
     }
     if error.errno not in remedies:
         raise error
-    where = f" {error.filename!r}" if error.filename else ""
-    return _fail(f"{PROGRAM} {name}", f"{error.strerror}:{where}; {remedies[error.errno]}")
+    where = f": {error.filename!r}" if error.filename else ""
+    return _fail(f"{PROGRAM} {name}", f"{error.strerror}{where}; {remedies[error.errno]}")
+
+
+@contextmanager
+def _quiet_log_writers() -> Iterator[None]:
+    """Keep TensorBoard's writing thread from printing a traceback: it hands its error to the next call of its log."""
+    before = threading.excepthook
+
+    def hook(raised: threading.ExceptHookArgs) -> None:
+        if not type(raised.thread).__module__.startswith("tensorboard."):
+            before(raised)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _one_line(text: str) -> str:

@@ -20,7 +20,7 @@ from deferral_train.heads.own import check_own_class, class_name, find_modules_h
 from deferral_train.training.datamodule import TraceDataModule
 from deferral_train.training.fit import best_checkpoint, early_stopping
 from deferral_train.training.flags import check_trainer_flags, lightning_errors
-from deferral_train.training.log import LogOften, OneCurve, curve_logger, silence_advertisements
+from deferral_train.training.log import LogOften, OneCurve, curve_logger, log_named, silence_advertisements
 from deferral_train.training.module import DeferralModule
 from deferral_train.training.resume import check_resumable
 
@@ -81,7 +81,7 @@ def main(words: Sequence[str]) -> int:
     cli = _parsed(words)
     out, trainer = Path(cli.config["out"]), cli.trainer
     try:
-        with provenance.one_writer(out, "fit"), lightning_errors():
+        with provenance.one_writer(out, "fit"), log_named(out), lightning_errors():
             seeds = {"seed": cli.config["data"]["seed"]}
             provenance.write_json(out / "fit.provenance.json", provenance.collect(seeds))
             trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config["ckpt_path"], weights_only=True)

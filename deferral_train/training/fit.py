@@ -20,7 +20,7 @@ from deferral_train.training.config import FitConfig, make_head, plain_settings
 from deferral_train.training.datamodule import TraceDataModule
 from deferral_train.training.divergence import DivergedError
 from deferral_train.training.flags import check_trainer_flags, lightning_errors
-from deferral_train.training.log import LogOften, OneCurve, curve_logger
+from deferral_train.training.log import LogOften, OneCurve, curve_logger, log_named
 from deferral_train.training.metadata import evaluation_metadata, training_metadata
 from deferral_train.training.module import HEADLINE, DeferralModule
 from deferral_train.training.preparation import fit_recalibration
@@ -118,7 +118,7 @@ def _train(
     logger = curve_logger(out, None if start is None else int(load_checkpoint(last)["global_step"]))
     check_trainer_flags({"precision": config.precision, "strategy": config.strategy})
     stop = early_stopping(config.patience)
-    with quiet_lightning(), lightning_errors():
+    with quiet_lightning(), log_named(out), lightning_errors():
         trainer = make_trainer(
             config, logger, [best, stop, KeepLast(last), OneCurve(out, start is not None), LogOften()]
         )

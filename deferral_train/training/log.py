@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,17 @@ def curve_logger(out: Path, resumed_at: int | None = None) -> TensorBoardLogger:
     """
     more: dict[str, Any] = {} if resumed_at is None else {"purge_step": resumed_at}
     return TensorBoardLogger(str(out), name=NAME, version="", default_hp_metric=False, **more)
+
+
+@contextmanager
+def log_named(out: Path) -> Iterator[None]:
+    """Context in which an error of the disk bare of a file names ``out/log``: TensorBoard passes on no name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(out / NAME)) from error
 
 
 class OneCurve(Callback):
