@@ -74,7 +74,7 @@ class EndOfRow:
         Args:
             tokens: the rows; ``block`` [B][n] is already written behind their ends.
             counts: tokens on offer per row; no row gets more, nor a token beyond its end.
-            together: rows that go on all get the same number of tokens.
+            together: all rows get the same number of tokens.
         """
         counts = [min(count, room) for count, room in zip(counts, tokens.room)]
         done = [count == room for count, room in zip(counts, tokens.room)]
@@ -83,9 +83,8 @@ class EndOfRow:
             if True in flags:
                 counts[row], done[row] = flags.index(True) + 1, True
         if together:
-            least = min(
-                (count for count, over in zip(counts, done) if not over), default=max(counts, default=0)
-            )
+            # A row that ends counts, too: where its draft fell the places behind were shown to no processor.
+            least = min(counts, default=0)
             done = [over and count <= least for count, over in zip(counts, done)]
             counts = [min(count, least) for count in counts]
         if self.others:
