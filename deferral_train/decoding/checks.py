@@ -315,6 +315,11 @@ def _check_configuration(request: Request) -> None:
         )
     if config.use_cache is False:
         raise InputError("use_cache is False; speculative decoding needs the cache")
+    if config.prefill_chunk_size is not None and request.facts.is_encoder_decoder:
+        raise InputError(
+            f"prefill_chunk_size is {config.prefill_chunk_size}: in chunks generate itself drops the mask of the "
+            "encoder's padding; leave it out"
+        )
     asked = [name for name in UNSUPPORTED_OUTPUTS if getattr(config, name, None)]
     if asked:
         raise InputError(f"{asked[0]} is not offered by cascade_generate; leave it out")
