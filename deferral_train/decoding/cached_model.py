@@ -192,22 +192,11 @@ class CachedModel:
 
     def _prepared(self, columns: int, total: int, ahead: int, keep: int) -> dict[str, Any]:
         """Arguments of a pass over the newest ``columns`` of ``total``."""
-        tokens, takes = self.tokens, self.facts.takes
-        mask = self._mask(total)
+        tokens, mask = self.tokens, self._mask(total)
         given: dict[str, Any] = {
             name: tokens.window(columns - ahead, ahead, table) for name, table in self.inputs.columns.items()
         }
-        given |= {"past_key_values": self.past, "use_cache": True, **self.inputs.constant}
-        if "logits_to_keep" in takes:
-            given["logits_to_keep"] = keep
-        if self.encoder is None:
-            given["attention_mask"] = mask
-        else:
-            given |= {
-                "encoder_outputs": self.encoder[0],
-                "attention_mask": self.encoder[1],
-                "decoder_attention_mask": mask,
-            }
+        given |= {"past_key_values": self.past, **self._given(mask, keep)}
         prepare = getattr(self.core, "prepare_inputs_for_generation", None)
         if prepare is None:  # a plain module that is called like a model
             name = "input_ids" if self.encoder is None else "decoder_input_ids"
@@ -219,6 +208,21 @@ class CachedModel:
             is_first_iteration=first,
             **given,
         )
+
+    def _given(self, mask: Tensor | None, keep: int) -> dict[str, Any]:
+        """Arguments of a pass beside tokens, their columns and what the model remembers."""
+        given: dict[str, Any] = {"use_cache": True, **self.inputs.constant}
+        if "logits_to_keep" in self.facts.takes:
+            given["logits_to_keep"] = keep
+        if self.encoder is None:
+            return {**given, "attention_mask": mask}
+        states, padding = self.encoder
+        return {
+            **given,
+            "encoder_outputs": states,
+            "attention_mask": padding,
+            "decoder_attention_mask": mask,
+        }
 
     def _mask(self, total: int) -> Tensor | None:
         """Which of ``total`` columns are tokens of each row, [B, total]; None where all are."""

@@ -13,8 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from deferral_train.errors import InputError
-from deferral_train.provenance import append_text, hash_of, read_object, refuse_reuse, write_json, write_text
-from deferral_train.redaction import redacted
+from deferral_train.provenance import (
+    append_text,
+    hash_of,
+    read_object,
+    record_of,
+    refuse_reuse,
+    write_json,
+    write_text,
+)
 
 OUTPUTS, BATCHES, RUN = "outputs.jsonl", "batches.jsonl", "run.json"
 SUMMARY, METRICS = "summary.json", "metrics.jsonl"
@@ -57,7 +64,7 @@ class OutputFolder:
             )
             return
         (self.folder / SUMMARY).unlink(missing_ok=True)
-        write_json(path, redacted(identity))
+        write_json(path, record_of(identity))
 
     def _recover(self) -> None:
         """Keep what is whole: rows of finished batches, as they were written."""
@@ -84,7 +91,7 @@ class OutputFolder:
 
 def identity_of(record: Mapping[str, Any]) -> str:
     """Hash of what decided a run's outputs, as ``run.json`` holds it: a summary names the run that it is of."""
-    return hash_of(json.loads(json.dumps(redacted(dict(record)))))
+    return hash_of(record_of(record))
 
 
 def rows_by_batch(rows: Iterable[dict[str, Any]]) -> dict[Key, list[dict[str, Any]]]:

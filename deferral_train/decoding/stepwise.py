@@ -81,18 +81,7 @@ class StepwiseModel(CachedModel):
         """One pass as ``generate`` makes it, up to column ``end``; logits [B, 1, V] of the newest."""
         tokens, first = self.tokens, self.seen == 0
         given: dict[str, Any] = {name: table[..., :end] for name, table in self.inputs.columns.items()}
-        given |= {"use_cache": True, **self.inputs.constant, **self.state}
-        if "logits_to_keep" in self.facts.takes:
-            given["logits_to_keep"] = 1
-        mask = self._mask_up_to(end)
-        if self.encoder is None:
-            given["attention_mask"] = mask
-        else:
-            given |= {
-                "encoder_outputs": self.encoder[0],
-                "attention_mask": self.encoder[1],
-                "decoder_attention_mask": mask,
-            }
+        given |= {**self._given(self._mask_up_to(end), keep=1), **self.state}
         prepared = self.core.prepare_inputs_for_generation(
             tokens.shown(end - tokens.lengths[0]),
             next_sequence_length=end - self.seen,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +12,7 @@ from deferral_train.errors import InputError
 from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.gap import GapHead
 from deferral_train.heads.lookups import COSINE, EMBEDDINGS, MATRIX
-from deferral_train.heads.token_gap import TokenGapHead, fold_token
+from deferral_train.heads.token_gap import TokenGapHead
 
 
 def folded(head: DeferralHead) -> DeferralHead:
@@ -53,8 +56,7 @@ def fold(head: GapHead) -> GapHead:
     widths = dict(head.inputs.widths)
     if not any(feature.name == COSINE for feature in head.inputs.features):
         widths.pop(MATRIX, None)
-    arguments = {key: head.config[key] for key in ("stage", "loss", "body", "hidden", "recalibration")}
-    folded = GapHead(names, widths=widths, **arguments)
+    folded = _made_like(head, names, widths)
     old, new = head.inputs.spans, folded.inputs.spans
     layer, target = linear_layer(head), linear_layer(folded)
     assert head.inputs.lookups is not None
@@ -71,9 +73,36 @@ def fold(head: GapHead) -> GapHead:
         target.weight[:, there] = 1.0
     if folded.inputs.lookups is not None and folded.inputs.lookups.width:
         folded.inputs.lookups.set_matrix(head.inputs.lookups.matrix)
-    folded.recalibration.load_state_dict(head.recalibration.state_dict())
-    folded.metadata = dict(head.metadata)
-    return folded.eval()
+    return folded
+
+
+@torch.no_grad()
+def fold_token(head: TokenGapHead) -> TokenGapHead:
+    """The same estimates from a table of one number per token in place of the verifier's matrix."""
+    names = [_folded_name(str(feature)) for feature in head.inputs.features]
+    folded = _made_like(
+        head, names, {name: width for name, width in head.inputs.widths.items() if name != MATRIX}
+    )
+    old, new = head.inputs.spans, folded.inputs.spans
+    for feature, name in zip(head.inputs.features, names):
+        if feature.name not in EMBEDDINGS:
+            here, there = old[str(feature)], new[name]
+            folded.mean[there], folded.scale[there] = head.mean[here], head.scale[here]
+    folded.body.load_state_dict(head.body.state_dict())
+    assert folded.worth is not None
+    assert folded.inputs.lookups is not None
+    folded.worth.weight.fill_(1.0)
+    folded.inputs.lookups.get_buffer("token_worth").copy_(head.worths())
+    return folded
+
+
+def _made_like(head: Any, names: Sequence[str], widths: Mapping[str, int]) -> Any:
+    """A head of the same type and settings that reads ``names``; its body is fresh."""
+    arguments = {key: head.config[key] for key in ("stage", "loss", "body", "hidden", "recalibration")}
+    made = type(head)(names, widths=widths, **arguments)
+    made.recalibration.load_state_dict(head.recalibration.state_dict())
+    made.metadata = dict(head.metadata)
+    return made.eval()
 
 
 def _worth(head: GapHead, weight: Tensor, columns: slice) -> Tensor:

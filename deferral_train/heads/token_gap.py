@@ -123,27 +123,3 @@ class TokenGapHead(DeferralHead):
         c, a, b, d = self.body(z.index_select(-1, self.get_buffer("of_position"))).split(1, dim=-1)
         log_q, log_p = drafter.clamp_min(LOG_FLOOR), verifier.clamp_min(LOG_FLOOR)
         return c + a * log_p.exp() + (b * log_p + d * log_q) / LOG_FLOOR
-
-
-@torch.no_grad()
-def fold_token(head: TokenGapHead) -> TokenGapHead:
-    """The same estimates from a table of one number per token in place of the verifier's matrix."""
-    names = ["token_worth" if str(one) == "token_embedding" else str(one) for one in head.inputs.features]
-    widths = {name: width for name, width in head.inputs.widths.items() if name != "matrix"}
-    arguments = {key: head.config[key] for key in ("stage", "loss", "body", "hidden", "recalibration")}
-    folded = TokenGapHead(names, widths=widths, **arguments)
-    old, new = head.inputs.spans, folded.inputs.spans
-    for one, name in zip(head.inputs.features, names):
-        if name != "token_worth":
-            folded.mean[new[name]], folded.scale[new[name]] = (
-                head.mean[old[str(one)]],
-                head.scale[old[str(one)]],
-            )
-    folded.body.load_state_dict(head.body.state_dict())
-    folded.recalibration.load_state_dict(head.recalibration.state_dict())
-    assert folded.worth is not None
-    assert folded.inputs.lookups is not None
-    folded.worth.weight.fill_(1.0)
-    folded.inputs.lookups.get_buffer("token_worth").copy_(head.worths())
-    folded.metadata = dict(head.metadata)
-    return folded.eval()

@@ -446,7 +446,7 @@ class LawRule(Rule):
 
     Attributes:
         lossless_when_greedy: at temperature 0 it emits the verifier's token.
-        within_support: `distribution` gives nothing to a token to which p gives nothing.
+        within_support: `law` gives nothing to a token to which p gives nothing.
     """
 
     lossless_when_greedy: ClassVar[bool] = False
@@ -457,7 +457,7 @@ class LawRule(Rule):
         raise NotImplementedError
 
     def greedy(self, distributions: Distributions, summary: Summary) -> Tensor | None:
-        """The token [..] emitted at temperature 0; None where `distribution` of the one-hots is right as it is."""
+        """The token [..] emitted at temperature 0; None where `law` of the one-hots is right as it is."""
         return distributions.verifier(distributions.best) if self.lossless_when_greedy else None
 
     def step(self, distributions: Distributions, summary: Summary, token: Tensor) -> RuleStep:
@@ -537,7 +537,7 @@ class LawRule(Rule):
         return between(*found, distributions.slack.unsqueeze(-1))
 
     def greedy_token(self, summary: Summary, candidates: Candidates | None) -> Estimate:
-        """The token that `distribution` gives of both models' one-hots.
+        """The token that `law` gives of both models' one-hots.
 
         Raises:
             InputError: the rule has a greedy token of its own, which may read more than is logged.

@@ -21,11 +21,26 @@ from deferral_train.rules.summary import Summary
 from deferral_train.rules.tails import Candidates, Estimate, TailedDistributions, needs_candidates
 
 
+class _RejectsLessMerged(LawRule):
+    """Bounds from logged candidates of rules that reject no more where tokens are merged into one."""
+
+    def rejection_range(self, summary: Summary, distributions: TailedDistributions) -> tuple[Tensor, Tensor]:
+        """D_TV(q, pi) [N] with a merged and a dispersed tail."""
+        most = self.rejection(summary, *distributions.with_tail(dispersed=True))
+        return torch.minimum(self.rejection(summary, *distributions.with_tail(dispersed=False)), most), most
+
+    def distribution_range(
+        self, summary: Summary, distributions: TailedDistributions
+    ) -> tuple[Tensor, Tensor]:
+        """Between a merged and a dispersed tail."""
+        first, second = self._stand_ins(summary, distributions)
+        return torch.minimum(first, second), torch.maximum(first, second)
+
+
 @register
 @dataclass(frozen=True)
-class Lossy(LawRule):
-    """Lossy speculative decoding: pi = max(min(q, p/(1-alpha)), p/beta), beta the one that normalises. Lemma
-    2.
+class Lossy(_RejectsLessMerged):
+    """Lossy speculative decoding: pi = max(min(q, p/(1-alpha)), p/beta), beta normalises (Lemma 2).
 
     beta is infinite where min(q, p/(1-alpha)) leaves no rejection mass. At temperature 0 it is lossless at
     every alpha. At alpha = 1 it keeps every token that the verifier gives any probability.
@@ -49,16 +64,12 @@ class Lossy(LawRule):
         """1/(1 - alpha), infinite at alpha = 1."""
         return _inverse(1 - self.alpha)
 
-    def rejection_range(self, summary: Summary, distributions: TailedDistributions) -> tuple[Tensor, Tensor]:
-        """Rejection can only fall where tokens are merged."""
-        return merged_range(self, summary, distributions)
-
     def distribution_range(
         self, summary: Summary, distributions: TailedDistributions
     ) -> tuple[Tensor, Tensor]:
         """More is cut and less is raised in a merged tail: the floor lies between these two."""
         cap = self.cap
-        low_cut, high_cut = (cut.unsqueeze(-1) for cut in merged_range(self, summary, distributions))
+        low_cut, high_cut = (cut.unsqueeze(-1) for cut in self.rejection_range(summary, distributions))
         low = floor_for_cut(*distributions.with_tail(dispersed=True), low_cut)
         high = floor_for_cut(*distributions.with_single_tail(), high_cut)
         return (
@@ -69,7 +80,7 @@ class Lossy(LawRule):
 
 @register
 @dataclass(frozen=True)
-class Lenient(LawRule):
+class Lenient(_RejectsLessMerged):
     """Lenient speculative decoding (Leviathan et al. 2023, A.5): accept min(1, p/((1-alpha) q)), beta = 1.
 
     The residual is max(0, p - q) as in lossless decoding, so that its distribution is
@@ -88,17 +99,6 @@ class Lenient(LawRule):
         accepted = torch.minimum(q, capped(p, _inverse(1 - self.alpha)))
         rejected = (q - accepted).sum(dim=-1, keepdim=True)
         return accepted + rejected * residual(p, q)
-
-    def rejection_range(self, summary: Summary, distributions: TailedDistributions) -> tuple[Tensor, Tensor]:
-        """Rejection can only fall where tokens are merged."""
-        return merged_range(self, summary, distributions)
-
-    def distribution_range(
-        self, summary: Summary, distributions: TailedDistributions
-    ) -> tuple[Tensor, Tensor]:
-        """Between a merged and a dispersed tail."""
-        first, second = self._stand_ins(summary, distributions)
-        return torch.minimum(first, second), torch.maximum(first, second)
 
 
 @register
@@ -142,7 +142,7 @@ class Cactus(LawRule):
     """Cactus (arXiv 2604.04987): a drafted token x is checked against h_x.
 
     h_x(x) = min(1, p(x) + sqrt(2 delta p(x) (1 - p(x)))), the rest of p scaled to sum to one. The distribution checked
-    depends on the drafted token; `distribution` is the distribution that all of it together emits.
+    depends on the drafted token; `law` is the distribution that all of it together emits.
     """
 
     name: ClassVar[str] = "cactus"
@@ -160,8 +160,7 @@ class Cactus(LawRule):
         """pi(v) = min(q, h_v(v)) + sum_x (q(x) - h_x(x))+ norm(max(0, h_x - q))(v), [.., V].
 
         The residual of x is max(0, c_x p - q) with c_x = (1 - h_x(x))/(1 - p(x)), so that one sort by q/p
-        serves
-        every x: sum_x is p A - q B with suffix sums A, B over the x whose c_x exceeds q(v)/p(v).
+        serves every x: sum_x is p A - q B with suffix sums A, B over the x whose c_x exceeds q(v)/p(v).
         """
         raised = self.raised(p)
         rejected = (q - raised).clamp(min=0.0)
@@ -203,7 +202,7 @@ class Cactus(LawRule):
 
 @register
 @dataclass(frozen=True)
-class Ensemble(LawRule):
+class Ensemble(_RejectsLessMerged):
     """The fixed ensemble that transformers ships (`assistant_ensemble_weight`): pi = w p + (1 - w) q.
 
     At temperature 0 it emits the argmax of the mixture of the processed distributions.
@@ -231,17 +230,6 @@ class Ensemble(LawRule):
         mixture = self.law(distributions.drafter(both), distributions.verifier(both), summary)
         return torch.where(distributions.support, mixture, -1.0).argmax(dim=-1)
 
-    def rejection_range(self, summary: Summary, distributions: TailedDistributions) -> tuple[Tensor, Tensor]:
-        """Rejection can only fall where tokens are merged."""
-        return merged_range(self, summary, distributions)
-
-    def distribution_range(
-        self, summary: Summary, distributions: TailedDistributions
-    ) -> tuple[Tensor, Tensor]:
-        """Between a merged and a dispersed tail."""
-        first, second = self._stand_ins(summary, distributions)
-        return torch.minimum(first, second), torch.maximum(first, second)
-
     def _greedy_step(self, distributions: Distributions, summary: Summary, token: Tensor) -> Tensor:
         return (
             super()._greedy_step(distributions, summary, token)
@@ -265,9 +253,8 @@ class Ensemble(LawRule):
 
 @register
 @dataclass(frozen=True)
-class Biased(LawRule):
-    """Self-Speculative Biased Decoding (arXiv 2509.21740): P' = (1 - bias) p + bias * point mass at the
-    draft.
+class Biased(_RejectsLessMerged):
+    """Self-Speculative Biased Decoding (arXiv 2509.21740): P' = (1 - bias) p + bias * (mass at the draft).
 
     Over drafts from q its distribution is (1 - bias) p + bias q. At temperature 0 the draft stands iff
     p(v_q) >= max p - bias/(1 - bias), and always where it is the argmax.
@@ -308,30 +295,11 @@ class Biased(LawRule):
         gap = summary["verifier_max"] - summary["verifier_at_drafter_argmax"]
         return (gap <= margin) & (self.bias > 0)
 
-    def rejection_range(self, summary: Summary, distributions: TailedDistributions) -> tuple[Tensor, Tensor]:
-        """Rejection can only fall where tokens are merged."""
-        return merged_range(self, summary, distributions)
-
-    def distribution_range(
-        self, summary: Summary, distributions: TailedDistributions
-    ) -> tuple[Tensor, Tensor]:
-        """Between a merged and a dispersed tail."""
-        first, second = self._stand_ins(summary, distributions)
-        return torch.minimum(first, second), torch.maximum(first, second)
-
     def greedy_token(self, summary: Summary, candidates: Candidates | None) -> Estimate:
         """v_q where the margin allows it, else v_p."""
         drafter, verifier = summary["drafter_argmax"].long(), summary["verifier_argmax"].long()
         token = torch.where(self.stands(summary), drafter, verifier)
         return token, torch.zeros(drafter.shape, dtype=torch.float64)
-
-
-def merged_range(
-    rule: LawRule, summary: Summary, distributions: TailedDistributions
-) -> tuple[Tensor, Tensor]:
-    """D_TV(q, pi) [N] with a merged and a dispersed tail, for rules that reject no more where tokens are merged."""
-    most = rule.rejection(summary, *distributions.with_tail(dispersed=True))
-    return torch.minimum(rule.rejection(summary, *distributions.with_tail(dispersed=False)), most), most
 
 
 def _inverse(value: float) -> float:
