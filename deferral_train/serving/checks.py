@@ -64,16 +64,14 @@ def check_engine(vllm_config: Any, config: ServingConfig) -> Rule:
             '{"model": DRAFTER, "method": "draft_model", "num_speculative_tokens": 5}'
         )
     if vllm_config.use_v2_model_runner:
-        raise InputError(
-            "deferral: the V2 model runner has a sampler of its own, which this release does not replace; "
-            "start with VLLM_USE_V2_MODEL_RUNNER=0"
-        )
+        _check_v2(vllm_config)
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise InputError("deferral: pipeline parallelism is not supported; use tensor parallelism")
     _check_method(speculative)
     rule = config.make_rule()
     check_served(rule, speculative)
-    check_scheduling(rule, vllm_config)
+    if not vllm_config.use_v2_model_runner:
+        check_scheduling(rule, vllm_config)
     if config.max_request_loss is not None and rule.is_lossless:
         raise InputError("deferral.max_request_loss: the rule is lossless; leave it out")
     if config.log is not None:
@@ -97,6 +95,22 @@ def _check_method(speculative: Any) -> None:
             raise InputError(
                 f"deferral: speculative_config.{name} gives no drafter distribution; leave it off"
             )
+
+
+def _check_v2(vllm_config: Any) -> None:
+    """Refuse what the V2 runner alone can do and no rule can be executed with, each by its own name."""
+    off = {
+        "parallel_config.enable_batch_sharded_sampling": "a rank would see only its own requests",
+        "speculative_config.enable_adaptive_verification": "drafts are dropped before they are verified",
+        "watermark_config": "the watermark decides tokens",
+        "model_config.enable_trace_replay": "a recorded trace decides tokens",
+    }
+    for path, reason in off.items():
+        value: Any = vllm_config
+        for name in path.split("."):
+            value = getattr(value, name, None)
+        if value:
+            raise InputError(f"deferral: {path} cannot be used with a rule: {reason}; leave it off")
 
 
 def check_served(rule: Rule, speculative: Any) -> None:

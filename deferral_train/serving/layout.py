@@ -60,16 +60,21 @@ def places_of(counts: list[int]) -> np.ndarray:
     return (sizes.cumsum() - sizes)[:, None] + steps
 
 
-def previous_tokens(said: Sequence[Sequence[int]], drafted: np.ndarray, back: int) -> np.ndarray:
-    """The tokens generated 1 .. ``back`` places before each drafted one, [back, R, T]; -1 where there is none.
-
-    Args:
-        said: what each request has generated so far. drafted: [R, T].
-    """
-    before = np.full((len(said), back), -1, dtype=np.int64)
+def last_tokens(said: Sequence[Sequence[int]], back: int) -> Tensor:
+    """The last ``back`` tokens that each request has generated, [R, back], -1 where there are fewer."""
+    before = torch.full((len(said), back), -1)
     for row, tokens in enumerate(said):
         last = list(tokens[-back:])
-        before[row, back - len(last) :] = last
-    whole = np.concatenate([before, drafted], axis=1)
-    width = drafted.shape[1]
-    return np.stack([whole[:, back - places : back - places + width] for places in range(1, back + 1)])
+        before[row, back - len(last) :] = torch.tensor(last, dtype=torch.int64)
+    return before
+
+
+def previous_tokens(before: Tensor, drafted: Tensor) -> Tensor:
+    """The tokens generated 1 .. back places before each drafted one, [back, R, T]; -1 where there is none.
+
+    Args:
+        before: the last tokens that each request has generated, [R, back]. drafted: [R, T].
+    """
+    back, width = before.shape[1], drafted.shape[1]
+    whole = torch.cat([before, drafted], dim=1)
+    return torch.stack([whole[:, back - places : back - places + width] for places in range(1, back + 1)])

@@ -12,23 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deferral_train.rules import Origin
 from deferral_train.serving.blocks import DraftedRows, Outcome
 from deferral_train.serving.layout import Step, places_of
 from deferral_train.serving.proposals import Proposals
-from deferral_train.serving.requests import ServedRequest
+from deferral_train.serving.requests import Requests
 
 
 class StepReader(Protocol):
-    """Reads a step of the engine: the half of :class:`~deferral_train.serving.seam.Seam` that decides nothing."""
+    """Reads a step of the V1 runner: the half of its seam that decides nothing."""
 
     runner: Any
     logger: Any | None
     proposals: Proposals
     sample_hidden: Tensor | None
-
-    def request(self, name: str) -> ServedRequest:
-        """A request of the batch."""
+    requests: Requests
 
     def positions_of(self, at: Tensor, names: Sequence[str]) -> Tensor:
         """Tokens generated before each drafted one, [R, T]."""
@@ -47,7 +44,7 @@ def log_step(seam: StepReader, metadata: Any, logits: Tensor, tokens: Tensor) ->
     members = [
         row
         for row, count in enumerate(metadata.num_draft_tokens)
-        if count > 0 and seam.request(names[row]).logged
+        if count > 0 and seam.requests[names[row]].logged
     ]
     if not members:
         return
@@ -75,22 +72,6 @@ def log_step(seam: StepReader, metadata: Any, logits: Tensor, tokens: Tensor) ->
         context=context,
     )
     assert seam.logger is not None
-    seam.logger.take(step, rows, _outcome(step, tokens[members].cpu().numpy()), raw, range(len(members)))
-
-
-def _outcome(step: Step, said: np.ndarray) -> Outcome:
-    """Verdicts read off the engine's tokens ``said`` [R, max T + 1]."""
-    accepted = (said >= 0).sum(axis=1) - 1
-    rejected = accepted < step.lengths
-    place = np.arange(step.drafted.shape[1])
-    origin = np.zeros((len(said), len(place) + 1), dtype=np.int8)
-    origin[:, :-1][place < accepted[:, None]] = int(Origin.ACCEPTED)
-    origin[np.flatnonzero(rejected), accepted[rejected]] = int(Origin.RESAMPLED)
-    correction = np.where(rejected, said[np.arange(len(said)), accepted], -1)
-    return Outcome(
-        torch.from_numpy(accepted.astype(np.int64)),
-        torch.from_numpy(correction.astype(np.int64)),
-        torch.from_numpy(origin),
-        torch.from_numpy(place < step.lengths[:, None]),
-        torch.zeros(len(said), dtype=torch.float64),
-    )
+    said = tokens[members].cpu()
+    outcome = Outcome.of_tokens(rows.lengths, drafted.shape[1], said, (said >= 0).sum(dim=1))
+    seam.logger.take(step, rows, outcome, raw, range(len(members)))

@@ -1,12 +1,13 @@
 """State of each request in the engine: its rule, its loss limit and the loss spent, and if it is logged.
 
-Kept by request id beside the engine's own state, so that it survives preemption; forgotten when the engine does.
+Kept by request id beside the engine's own state, from what its scheduler says, so that it survives preemption;
+forgotten when the scheduler reports a request as finished.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +30,15 @@ class ServedRequest:
         refused: why the configured rule is not in force: "asked", "temperature", "pair" or "options"; None where it is.
         logged: True where its blocks go to the traces.
         name: its name in the traces; None for the engine's id.
+        temperature: its sampling temperature. prompt_length: tokens of its prompt.
     """
 
     settings: RowSettings
     refused: str | None
     logged: bool
     name: str | None = None
+    temperature: float = 0.0
+    prompt_length: int = 0
 
     @property
     def idle(self) -> bool:
@@ -44,6 +48,9 @@ class ServedRequest:
     def spend(self, loss: float) -> None:
         """Add the estimated loss of a block to what the request has spent."""
         self.settings = RowSettings(self.settings.rule, self.settings.limit, self.settings.spent + loss)
+
+
+STRANGER = ServedRequest(RowSettings(), None, False)
 
 
 class Requests:
@@ -65,6 +72,13 @@ class Requests:
     def __len__(self) -> int:
         return len(self._known)
 
+    def __getitem__(self, name: str) -> ServedRequest:
+        """The state of a request; one without any rule where nobody told of it (the engine's warm-up)."""
+        return self._known.get(name, STRANGER)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._known
+
     def of(self, name: str, temperature: float, extra_args: Mapping[str, Any] | None) -> ServedRequest:
         """The state of a request, made when it is first seen."""
         known = self._known.get(name)
@@ -76,22 +90,19 @@ class Requests:
         """Drop finished requests; returns those that were known."""
         return [name for name in names if self._known.pop(name, None) is not None]
 
-    def keep_only(self, alive: Callable[[str], bool]) -> list[str]:
-        """Drop requests that the engine no longer holds (aborted before they were reported finished)."""
-        return self.forget([name for name in self._known if not alive(name)])
-
     def _admit(self, name: str, temperature: float, extra_args: Mapping[str, Any] | None) -> ServedRequest:
         logged = self.config.log is not None and chosen(name, self.config.log.fraction)
         try:
             options = RequestOptions.parse(extra_args)
             options.admit(self.config, self.rule)
         except InputError:  # refused at the front door; a request that came round it is served lossless
-            return ServedRequest(RowSettings(), "options", logged)
+            return ServedRequest(RowSettings(), "options", logged, temperature=temperature)
         refused = self._refused(options, temperature)
         if refused is not None:
-            return ServedRequest(RowSettings(), refused, logged, options.name)
+            return ServedRequest(RowSettings(), refused, logged, options.name, temperature)
         limit = self.config.max_request_loss if options.max_request_loss is None else options.max_request_loss
-        return ServedRequest(RowSettings(self._at(options.dial), limit), None, logged, options.name)
+        settings = RowSettings(self._at(options.dial), limit)
+        return ServedRequest(settings, None, logged, options.name, temperature)
 
     def _refused(self, options: RequestOptions, temperature: float) -> str | None:
         if options.lossless:

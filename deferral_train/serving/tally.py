@@ -12,7 +12,8 @@ from deferral_train.serving.counters import BLOCK_COUNTERS, Counters
 def tally(counters: Counters, lengths: np.ndarray, outcome: Outcome, prefix: str) -> None:
     """Add a step's blocks of ``lengths`` [R] drafted tokens to the counters named ``prefix + name``.
 
-    drafted = kept + accepted + rejected + discarded holds on every row.
+    drafted = kept + accepted + rejected + discarded holds on every row. A block whose every draft was withdrawn before
+    it was verified is none.
     """
     accepted, origin = outcome.accepted.numpy(), outcome.origin.numpy()
     place = np.arange(outcome.deferred.shape[1])
@@ -21,7 +22,7 @@ def tally(counters: Counters, lengths: np.ndarray, outcome: Outcome, prefix: str
     drafted, stands = int(lengths.sum()), int(accepted.sum())
     kept, rejected = np.count_nonzero(origin == int(Origin.KEPT)), np.count_nonzero(accepted < lengths)
     amounts = {
-        "blocks": len(accepted),
+        "blocks": np.count_nonzero(lengths),
         "drafted": drafted,
         "deferred": np.count_nonzero(outcome.deferred.numpy() & reached),
         "kept": kept,

@@ -33,7 +33,7 @@ from deferral_train.traces.manifest import write_header
 
 if TYPE_CHECKING:
     from deferral_train.serving.blocks import DraftedRows, Outcome
-    from deferral_train.serving.layout import Step
+    from deferral_train.serving.seam import DecidedStep
 log = logging.getLogger("vllm.deferral_train")
 TOGETHER = 16  # blocks turned into columns at a time: one by one it costs several times as much
 TOGETHER_ELEMENTS = 2**21  # of their logits
@@ -119,7 +119,7 @@ class TraceLog:
             self.folder.append_line(PROMPTS, json.dumps({"id": name, "prompt_token_ids": ids}))
 
     def take(
-        self, step: Step, rows: DraftedRows, outcome: Outcome, raw: Tensor, places: Sequence[int]
+        self, step: DecidedStep, rows: DraftedRows, outcome: Outcome, raw: Tensor, places: Sequence[int]
     ) -> None:
         """Hand over the blocks of logged requests; raw [R, T, V] are the verifier's logits as the model gave them."""
         for place in places:
@@ -167,7 +167,7 @@ class TraceLog:
         self.counters.add("log_dropped")
 
     @staticmethod
-    def _block(step: Step, rows: DraftedRows, outcome: Outcome, raw: Tensor, place: int) -> BlockRows:
+    def _block(step: DecidedStep, rows: DraftedRows, outcome: Outcome, raw: Tensor, place: int) -> BlockRows:
         accepted, length = int(outcome.accepted[place]), int(rows.lengths[place])
         count = min(accepted + 1, length)
         assert rows.drafter is not None

@@ -244,7 +244,7 @@ def test_the_verdict_of_a_serving_step(name: str, limit: float | None) -> None:
             [True] * rows, context={"position": place.to(device)},
         )  # fmt: skip
         plans = [RowSettings(STEP_RULES[name](), limit, 0.02 * row) for row in range(rows)]
-        outcomes.append(verify(step, plans, numbers.to(device)))
+        outcomes.append(verify(step, plans, numbers.to(device)).host())
     for field in ("accepted", "correction", "origin", "deferred"):
         ours, theirs = (torch.as_tensor(getattr(one, field)) for one in outcomes)
         assert torch.equal(theirs.cpu(), ours), field

@@ -1,4 +1,9 @@
-"""The plug-in's tests. Those marked `engine` start vLLM itself and run where it is installed: make test-vllm."""
+"""The plug-in's tests. Those marked `engine` start vLLM itself and run where it is installed: make test-vllm.
+
+An engine has its V1 or its V2 runner for the life of a process. Tests marked `v2` run in one of their own, whose
+environment makes vLLM see Triton's interpreter (triton_interpreter/); where it is not seen they are skipped, and where
+it is seen all other tests of an engine are.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +28,18 @@ if importlib.util.find_spec("vllm") is not None:  # elsewhere other tests share 
     os.environ.update({name: os.environ.get(name, value) for name, value in ENGINE_ENVIRONMENT.items()})
 
 
+V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if importlib.util.find_spec("vllm") is not None:
-        return
-    reason = "THE ENGINE WAS NOT TESTED HERE: vLLM is not installed; run make test-vllm"
+    absent = importlib.util.find_spec("vllm") is None
     for item in items:
-        if HERE in Path(item.path).parents and item.get_closest_marker("engine"):
-            item.add_marker(pytest.mark.skip(reason=reason))
+        if HERE not in Path(item.path).parents or not item.get_closest_marker("engine"):
+            continue
+        if absent:
+            reason = "THE ENGINE WAS NOT TESTED HERE: vLLM is not installed; run make test-vllm"
+        elif bool(item.get_closest_marker("v2")) != V2:
+            reason = "this process has vLLM's other model runner; make test-vllm runs both"
+        else:
+            continue
+        item.add_marker(pytest.mark.skip(reason=reason))

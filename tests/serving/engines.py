@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from deferral_train.rules import RULES
 from deferral_train.serving.config import ServingConfig
 from deferral_train.serving.counters import SCALARS
 
@@ -99,6 +100,7 @@ def seam_of(llm: Any) -> Any:
 def use(llm: Any, **settings: Any) -> Any:
     """Put other settings into a running engine (a start costs seconds) and set its counters to zero."""
     seam = seam_of(llm)
+    seam.drain()
     config = ServingConfig.parse(settings)
     seam.adopt(config, config.make_rule())
     seam.counters.values[:] = 0
@@ -106,6 +108,7 @@ def use(llm: Any, **settings: Any) -> Any:
 
 
 def counts(seam: Any) -> dict[str, float]:
+    seam.drain()
     return {name: seam.counters.get(name) for name in SCALARS}
 
 
@@ -199,3 +202,101 @@ def always_busy(original):
         return request
 
     return of
+
+
+def lossless_ends() -> dict[str, str]:
+    """Every rule with a lossless end, at it."""
+    return {
+        name: f"{name}:{rule.dial.parameter}={rule.dial.lossless:g}"
+        for name, rule in RULES.items()
+        if rule.dial is not None and rule.dial.lossless is not None and name != "judge"
+    }
+
+
+def greedy_text(folder: Path, rows: list[list[int]], tokens: int) -> list[list[int]]:
+    """What the verifier alone says, greedily, by transformers and one prompt at a time."""
+    from transformers import LlamaForCausalLM
+
+    verifier = LlamaForCausalLM.from_pretrained(folder / "verifier").eval()
+    settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "eos_token_id": None}
+    return [verifier.generate(torch.tensor([row]), **settings)[0, len(row) :].tolist() for row in rows]
+
+
+class Remembering:
+    """A head that decides by the tokens before a position, and always leaves the first to the verifier."""
+
+    features = ("previous_token_1", "previous_token_2", "previous_token_3", "position", "draft_position")
+    stage, metadata = "verify", {}
+
+    def gap(self, summary):
+        code = 5 * summary.previous_token_1 + 3 * summary.previous_token_2 + summary.previous_token_3
+        return torch.where(summary.position == 0, 1.0, (code % 3 == 0).float()) - 0.5
+
+
+def looking_up(pair, kind, folder):
+    """A head with look-up tables and the verifier's hidden state, folded, as it comes back from its folder."""
+    from transformers import LlamaForCausalLM
+
+    from deferral_train.heads import DeferralHead, GapHead, TokenGapHead
+    from deferral_train.heads.folding import folded
+
+    matrix = LlamaForCausalLM.from_pretrained(pair / "verifier").get_output_embeddings().weight.detach()
+    widths = {"vocabulary": VOCABULARY, "matrix": matrix.shape[1], "verifier_hidden": matrix.shape[1]}
+    shared = ("verifier_margin", "drafter_margin", "verifier_hidden", "verifier_entropy")
+    if kind == "token_gap":
+        head = TokenGapHead(
+            (*shared, "token_embedding"), loss="sequence_sampled", body="linear", widths=widths
+        )
+    else:
+        argmaxes = ("drafter_argmax_embedding", "verifier_argmax_embedding", "argmax_cosine")
+        head = GapHead((*shared, *argmaxes), loss="sequence", body="linear", widths=widths)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    head.inputs.lookups.set_matrix(matrix)
+    folded(head).save_pretrained(folder)
+    return DeferralHead.from_pretrained(folder)
+
+
+def p_value(distributions, tokens, drafter, verifier, at):
+    """p-value that the tokens at some places were drawn from these distributions [N, L, V]."""
+    order = (verifier - drafter)[:, at].argsort(-1)  # what a wrong mixture of the two would shift
+    size = distributions.shape[-1]
+    return uniformity(
+        distributions[:, at].reshape(-1, size), tokens[:, at].reshape(-1), order.reshape(-1, size)
+    )
+
+
+def check_rows(traces, pair, asked, said, numbers, first=0):
+    """Every logged row against both models run over the very text that the engine gave; ``first``: its first id."""
+    import numpy as np
+
+    from deferral_train.rules import summarize
+
+    column = {
+        name: traces.column(name) for name in ("position", "token", "kl", "drafter_max", "verifier_logprob")
+    }
+    rows_of = traces.prompt_of_row
+    checked = 0
+    for number in numbers:
+        name = traces.manifest.prompt_ids[number]
+        place = int(name.split("-")[0]) - first
+        prompt, text = asked[place], said[place]
+        rows = np.flatnonzero(rows_of == number)
+        positions = column["position"][rows]
+        inside = positions < len(text)  # a block may run over the request's last token
+        rows, positions = rows[inside], torch.from_numpy(positions[inside].astype(np.int64))
+        assert (np.array(text)[positions] == column["token"][rows]).all()
+        drafter, verifier = exact_logits(pair, [prompt + text])
+        at = len(prompt) - 1 + positions
+        expected = summarize(drafter[0, at], verifier[0, at], token=torch.tensor(text)[positions])
+        for field in ("kl", "drafter_max", "verifier_logprob"):
+            np.testing.assert_allclose(column[field][rows], expected[field], atol=2e-4)
+        checked += len(rows)
+    assert checked > 50
+
+
+def preemptions(engine):
+    """Requests that the engine has put aside so far, by its own counter."""
+    return next(metric.value for metric in engine.get_metrics() if metric.name == "vllm:num_preemptions")

@@ -100,11 +100,10 @@ def counted(config, rule, mismatch, conditions) -> Counters:
     """One greedy request through the seam's own way of meeting requests."""
     params = SimpleNamespace(temperature=0.0, extra_args=None)
     seam = Seam.__new__(Seam)
-    seam.runner = SimpleNamespace(requests={"a": SimpleNamespace(sampling_params=params)})
     seam.counters, seam.logger = Counters(), None
     seam.requests = Requests(config, rule, mismatch)
     seam.requests.conditions = list(conditions)
-    seam.request("a")
+    seam.admit(SimpleNamespace(req_id="a", sampling_params=params, prompt_len=2))
     return seam.counters
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
+import torch
 
 from deferral_train.errors import InputError
 from deferral_train.rules import make_rule
 from deferral_train.serving.checks import check_scheduling, check_served, check_version
 from deferral_train.serving.config import LogConfig, RequestOptions, ServingConfig
-from deferral_train.serving.layout import previous_tokens
+from deferral_train.serving.layout import last_tokens, previous_tokens
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,8 @@ def test_previous_tokens_are_refused_where_the_worker_learns_them_late():
 
 
 def test_previous_tokens_of_a_block():
-    found = previous_tokens([[], [7], [5, 6, 7, 8]], np.array([[1, 2, 3], [4, 5, 6], [9, 9, 9]]), 3)
+    before = last_tokens([[], [7], [5, 6, 7, 8]], 3)
+    found = previous_tokens(before, torch.tensor([[1, 2, 3], [4, 5, 6], [9, 9, 9]]))
     assert found[0].tolist() == [[-1, 1, 2], [7, 4, 5], [8, 9, 9]]
     assert found[1].tolist() == [[-1, -1, 1], [-1, 7, 4], [7, 8, 9]]
     assert found[2].tolist() == [[-1, -1, -1], [-1, -1, 7], [6, 7, 8]]

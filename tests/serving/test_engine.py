@@ -5,19 +5,20 @@ A chi-square test fails by chance with probability at most FAILURE; there are fe
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from engines import (
     DRAFTS,
-    VOCABULARY,
+    Remembering,
     always_busy,
     counts,
     drafted_and_accepted,
     exact_logits,
     generate,
+    looking_up,
     loop,
+    lossless_ends,
+    p_value,
     prompts,
     save_pair,
     start,
@@ -25,21 +26,12 @@ from engines import (
     use,
 )
 
-from deferral_train.errors import InputError
-from deferral_train.heads import DeferralHead, GapHead, TokenGapHead
-from deferral_train.heads.folding import folded
 from deferral_train.heads.rules import learned_rule
-from deferral_train.rules import RULES, make_rule
-from deferral_train.serving.checks import check_engine
-from deferral_train.serving.config import ServingConfig
+from deferral_train.rules import make_rule
 
 pytestmark = pytest.mark.engine
 FAILURE = 1e-7
-LOSSLESS_ENDS = {
-    name: f"{name}:{rule.dial.parameter}={rule.dial.lossless:g}"
-    for name, rule in RULES.items()
-    if rule.dial is not None and rule.dial.lossless is not None and name != "judge"
-}
+LOSSLESS_ENDS = lossless_ends()
 
 
 @pytest.fixture(scope="module")
@@ -109,16 +101,6 @@ def sampled_distributions(llm, pair, count=160, tokens=21, temperature=1.0, **sa
     drafter, verifier = exact_logits(pair, [prompt + row for row in found])
     at = slice(len(prompt) - 1, len(prompt) - 1 + tokens)
     return torch.tensor(found), drafter[:, at], verifier[:, at]
-
-
-def p_value(distributions, tokens, drafter, verifier, at):
-    from engines import uniformity
-
-    order = (verifier - drafter)[:, at].argsort(-1)  # what a wrong mixture of the two would shift
-    size = distributions.shape[-1]
-    return uniformity(
-        distributions[:, at].reshape(-1, size), tokens[:, at].reshape(-1), order.reshape(-1, size)
-    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -198,17 +180,6 @@ def test_loop_and_engine_say_the_same_greedily_and_accept_alike_when_sampling(ll
         assert min(reached[place], decided[place]) > 300
 
 
-class Remembering:
-    """A head that decides by the tokens before a position, and always leaves the first to the verifier."""
-
-    features = ("previous_token_1", "previous_token_2", "previous_token_3", "position", "draft_position")
-    stage, metadata = "verify", {}
-
-    def gap(self, summary):
-        code = 5 * summary.previous_token_1 + 3 * summary.previous_token_2 + summary.previous_token_3
-        return torch.where(summary.position == 0, 1.0, (code % 3 == 0).float()) - 0.5
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_previous_tokens_are_those_of_the_loop(llm, pair, temperature):
     rule = make_rule("learned", head=Remembering(), alpha=0.0)
@@ -237,29 +208,6 @@ def test_previous_tokens_are_those_of_the_loop(llm, pair, temperature):
             said = [int(summary[f"previous_token_{back}"].reshape(-1)[0]) for back in (1, 2, 3)]
             assert said == text[at : at + 3][::-1]  # before the block's first position: what was emitted
         assert len(seen) > 4
-
-
-def looking_up(pair, kind, folder):
-    """A head with look-up tables and the verifier's hidden state, folded, as it comes back from its folder."""
-    from transformers import LlamaForCausalLM
-
-    matrix = LlamaForCausalLM.from_pretrained(pair / "verifier").get_output_embeddings().weight.detach()
-    widths = {"vocabulary": VOCABULARY, "matrix": matrix.shape[1], "verifier_hidden": matrix.shape[1]}
-    shared = ("verifier_margin", "drafter_margin", "verifier_hidden", "verifier_entropy")
-    if kind == "token_gap":
-        head = TokenGapHead(
-            (*shared, "token_embedding"), loss="sequence_sampled", body="linear", widths=widths
-        )
-    else:
-        argmaxes = ("drafter_argmax_embedding", "verifier_argmax_embedding", "argmax_cosine")
-        head = GapHead((*shared, *argmaxes), loss="sequence", body="linear", widths=widths)
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    head.inputs.lookups.set_matrix(matrix)
-    folded(head).save_pretrained(folder)
-    return DeferralHead.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("kind", ["gap", "token_gap"])
@@ -407,12 +355,3 @@ def test_requests_are_forgotten_and_the_engines_proposals_do_not_linger(llm):
     assert counts(seam)["requests"] == 25
     assert counts(seam)["refused_drafter_law"] == 0
     assert counts(seam)["refused_fault"] == 0
-
-
-def test_the_other_runner_is_refused_by_the_name_of_its_switch(llm):
-    config = copy.copy(llm.llm_engine.vllm_config)
-    assert not config.use_v2_model_runner
-    other = type("V2", (type(config),), {"use_v2_model_runner": True})
-    config.__class__ = other
-    with pytest.raises(InputError, match="start with VLLM_USE_V2_MODEL_RUNNER=0"):
-        check_engine(config, ServingConfig(rule="opt:alpha=0.2"))

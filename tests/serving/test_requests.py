@@ -43,7 +43,8 @@ def test_a_request_keeps_its_own_dial_limit_and_account():
     assert known.of("a", 1.0, None).settings.spent == 0.75
     assert known.of("b", 1.0, None).settings.spent == 0.0
     assert known.of("c", 1.0, {"deferral_dial": 0.4}).settings.rule is first.settings.rule
-    assert known.keep_only({"b"}.__contains__) == ["a", "c"]
+    assert known.forget(["a", "never seen", "c"]) == ["a", "c"]
+    assert known["a"].idle
     assert known.of("a", 1.0, None).settings.spent == 0.0
 
 

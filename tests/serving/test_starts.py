@@ -15,6 +15,7 @@ from engines import (
     counts,
     drafted_and_accepted,
     generate,
+    preemptions,
     prompts,
     runner_of,
     save_pair,
@@ -109,10 +110,6 @@ def test_prefix_caching_chunked_prefill_and_preemption_change_no_greedy_token(pa
     assert len(spent) == 12
     assert all(0 < amount <= 0.5 for amount in spent.values())
     assert sum(spent.values()) == pytest.approx(counts(seam)["estimated_loss"])
-
-
-def preemptions(engine):
-    return next(metric.value for metric in engine.get_metrics() if metric.name == "vllm:num_preemptions")
 
 
 def remembering(requests, spent):
@@ -244,7 +241,7 @@ def test_a_sampler_that_was_replaced_and_a_rule_that_was_never_asked_are_errors(
     runner, seam = runner_of(engine), seam_of(engine)
     runner.rejection_sampler = object()
     with pytest.raises(RuntimeError, match="rejection sampler was replaced"):
-        seam.note(None)
+        seam.schedule(None)
     runner.rejection_sampler = seam.sampler
     seam.sampler.forward = super(type(seam.sampler), seam.sampler).forward
     generate(engine, prompts(2), {"deferral_lossless": True})

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from engines import counts, exact_logits, generate, prompts, save_pair, seam_of, start, stop, use
+from engines import check_rows, counts, generate, prompts, save_pair, seam_of, start, stop, use
 
 from deferral_train.errors import InputError
 from deferral_train.rules import make_rule, summarize
@@ -249,17 +249,12 @@ def test_a_fault_of_the_writer_is_counted_and_touches_nobody(tmp_path):
 def test_a_prompt_that_cannot_be_written_touches_no_request(tmp_path):
     log, counters = logged(tmp_path / "t", text=True)
     (tmp_path / "t" / "prompts.jsonl").mkdir()
-    runner = SimpleNamespace(
-        device=torch.device("cpu"),
-        requests={
-            "a": SimpleNamespace(
-                sampling_params=SimpleNamespace(temperature=0.0, extra_args=None), prompt_token_ids=[1, 2]
-            )
-        },
-    )
+    params = SimpleNamespace(temperature=0.0, extra_args=None)
+    new = SimpleNamespace(req_id="a", sampling_params=params, prompt_token_ids=[1, 2], prompt_len=2)
     config = ServingConfig(rule="opt:alpha=0.2", log=log.settings)
-    seam = Seam(runner, config, config.make_rule(), [], counters, log, 0)
-    assert seam.request("a").logged
+    seam = Seam(None, config, config.make_rule(), [], counters, log, 0)
+    seam.admit(new)
+    assert seam.requests["a"].logged
     assert counters.get("log_faults") == 1
     seam.close()
 
@@ -350,28 +345,3 @@ def per_block(found, prefix):
     blocks = found[prefix + "blocks"]
     mean = (found[prefix + "kept"] + found[prefix + "accepted"]) / blocks
     return mean, ((found[prefix + "squares"] / blocks - mean**2) / blocks) ** 0.5
-
-
-def check_rows(traces, pair, asked, said, numbers):
-    """Every logged row against both models run over the very text that the engine gave."""
-    column = {
-        name: traces.column(name) for name in ("position", "token", "kl", "drafter_max", "verifier_logprob")
-    }
-    rows_of = traces.prompt_of_row
-    checked = 0
-    for number in numbers:
-        name = traces.manifest.prompt_ids[number]
-        place = int(name.split("-")[0])
-        prompt, text = asked[place], said[place]
-        rows = np.flatnonzero(rows_of == number)
-        positions = column["position"][rows]
-        inside = positions < len(text)  # a block may run over the request's last token
-        rows, positions = rows[inside], torch.from_numpy(positions[inside].astype(np.int64))
-        assert (np.array(text)[positions] == column["token"][rows]).all()
-        drafter, verifier = exact_logits(pair, [prompt + text])
-        at = len(prompt) - 1 + positions
-        expected = summarize(drafter[0, at], verifier[0, at], token=torch.tensor(text)[positions])
-        for field in ("kl", "drafter_max", "verifier_logprob"):
-            np.testing.assert_allclose(column[field][rows], expected[field], atol=2e-4)
-        checked += len(rows)
-    assert checked > 50

@@ -19,7 +19,7 @@ from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID, RejectionSamp
 from deferral_train.serving.blocks import GREEDY_BELOW
 
 if TYPE_CHECKING:
-    from deferral_train.serving.seam import Seam
+    from deferral_train.serving.runner_v1 import SeamV1
 
 
 class DeferralSampler(RejectionSampler):
@@ -29,7 +29,7 @@ class DeferralSampler(RejectionSampler):
     where that code is broken (docs/upstream.md).
     """
 
-    def __init__(self, sampler: Any, spec_config: Any, device: torch.device, seam: Seam) -> None:
+    def __init__(self, sampler: Any, spec_config: Any, device: torch.device, seam: SeamV1) -> None:
         super().__init__(sampler, spec_config, device)
         self.seam = seam
 
