@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Apart from each other and from the engine's own numbers, which are other functions of the same seed and place.
-CHECKS, NEXT_TOKEN = 0x2545F4914F6CDD1D, 0x6A09E667F3BCC909
+# Apart from the engine's own numbers, which are another function of the same seed and place.
+SALT = 0x2545F4914F6CDD1D
+NEXT_TOKEN = 1 << 40  # added to the place of a block: no text is that long
 GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -21,9 +22,10 @@ def block_numbers(seeds: Tensor, places: Tensor) -> Tensor:
         seeds: [M] int64. places: [M, T+1] int64, where each row of logits stands in its text; blocks of one text begin
             at different places.
     """
-    checks = _mixed(_mixed(seeds.unsqueeze(1), CHECKS) + places[:, :-1] * _signed(GOLDEN))
-    last = _mixed(_mixed(seeds, NEXT_TOKEN) + places[:, 0] * _signed(GOLDEN))
-    return _unit(torch.cat([checks, last.unsqueeze(1)], dim=1))
+    last = places[:, :1] + NEXT_TOKEN
+    counters = torch.cat([places[:, :-1], last], dim=1) * _signed(GOLDEN)
+    bits = _mixed(_mixed(seeds, SALT).unsqueeze(1) + counters)
+    return _shifted(bits, 11).double() * 2.0**-53
 
 
 def _mixed(value: Tensor, salt: int = GOLDEN) -> Tensor:
@@ -40,7 +42,3 @@ def _shifted(value: Tensor, bits: int) -> Tensor:
 
 def _signed(number: int) -> int:
     return number - (1 << 64) if number >= 1 << 63 else number
-
-
-def _unit(bits: Tensor) -> Tensor:
-    return _shifted(bits, 11).double() * 2.0**-53

@@ -22,7 +22,7 @@ from launches import LaunchCounter
 
 V, T, SLOTS = 9, 3, 8
 SPEC = "opt:alpha=0.2"
-LAUNCHES = (0, 0)  # of a step's verdicts, greedy and sampled
+LAUNCHES = (150, 206)  # of a step's verdicts, greedy and sampled
 
 
 @pytest.fixture
@@ -220,12 +220,12 @@ def test_verdicts_are_settled_a_step_later_in_their_order_and_nothing_is_waited_
         def synchronize(self):
             self.waited = True
 
-    scheduled(seam, [("a", 1.0, None)], drafted=["a"])
+    scheduled(seam, [("a", 1.0, None), ("b", 1.0, None)])
     closed = []
     seam.shadow_sums.finished = closed.append
     events = []
     for seed in range(3):
-        step(seam, ["a"], [3], seed=seed)
+        step(seam, ["a" if seed < 2 else "b"], [3], seed=seed)
         events.append(Event())
         seam._pending[-1].event = events[-1]
         if seed == 0:
