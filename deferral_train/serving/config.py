@@ -83,6 +83,9 @@ class ServingConfig:
         max_request_loss: limit on each request's estimated loss, in units of the rule's estimate; requests may ask
             for less, not for more.
         dial_range: [lowest, highest] value of the rule's dial that a request may ask for; default the rule's range.
+        guard: [lowest, highest] estimated loss per token of a request; one that leaves the band is served lossless from
+            there on. A head knows the traffic that it was fitted on; other traffic shows in this number first.
+        guard_after: tokens that a request has been given before its loss per token is judged.
         log: trace logging.
         shadow_file: JSON file that shadow mode keeps up to date with what switching on would bring; `report` shows it.
     """
@@ -93,6 +96,8 @@ class ServingConfig:
     mode: str = "serve"
     max_request_loss: float | None = None
     dial_range: tuple[float, float] | None = None
+    guard: tuple[float, float] | None = None
+    guard_after: int = 32
     log: LogConfig | None = None
     shadow_file: str | None = None
 
@@ -108,8 +113,16 @@ class ServingConfig:
         if self.shadow_file is not None and self.mode != "shadow":
             raise InputError(f'deferral.shadow_file belongs to "mode": "shadow"; mode is {self.mode!r}')
         _check_limit("deferral.max_request_loss", self.max_request_loss)
-        if self.dial_range is not None and not self.dial_range[0] <= self.dial_range[1]:
-            raise InputError(f"deferral.dial_range is {list(self.dial_range)}; write [lowest, highest]")
+        for name in ("dial_range", "guard"):
+            ends = getattr(self, name)
+            if ends is not None and not ends[0] <= ends[1]:
+                raise InputError(f"deferral.{name} is {list(ends)}; write [lowest, highest]")
+        if (
+            isinstance(self.guard_after, bool)
+            or not isinstance(self.guard_after, int)
+            or self.guard_after < 1
+        ):
+            raise InputError(f"deferral.guard_after is {self.guard_after!r}; use a whole number above 0")
 
     @classmethod
     def parse(cls, value: Any) -> ServingConfig:
@@ -126,11 +139,13 @@ class ServingConfig:
             if "folder" not in log:
                 raise InputError("deferral.log.folder is not given; name a folder for the traces")
             given["log"] = LogConfig(**{key: _number("deferral.log." + key, log[key]) for key in log})
-        if given.get("dial_range") is not None:
-            ends = given["dial_range"]
+        for key in ("dial_range", "guard"):
+            ends = given.get(key)
+            if ends is None:
+                continue
             if not isinstance(ends, list | tuple) or len(ends) != 2:
-                raise InputError(f"deferral.dial_range is {ends!r}; write [lowest, highest]")
-            given["dial_range"] = tuple(_real("deferral.dial_range", end) for end in ends)
+                raise InputError(f"deferral.{key} is {ends!r}; write [lowest, highest]")
+            given[key] = tuple(_real(f"deferral.{key}", end) for end in ends)
         for key in ("alpha", "max_request_loss"):
             if given.get(key) is not None:
                 given[key] = _real(f"deferral.{key}", given[key])

@@ -21,7 +21,7 @@ from deferral_train.rules import Rule
 
 VARIABLE = "DEFERRAL_TRAIN_COUNTERS"
 PLACES = 32  # drafted positions that are told apart; the last takes all beyond
-REFUSALS = ("asked", "temperature", "pair", "options", "drafter_law", "fault")
+REFUSALS = ("asked", "temperature", "pair", "options", "guard", "drafter_law", "fault")
 
 # name -> what it counts. Served and shadow blocks have the same names.
 BLOCK_COUNTERS = {

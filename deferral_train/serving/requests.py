@@ -27,10 +27,12 @@ class ServedRequest:
 
     Attributes:
         settings: rule, limit on the estimated loss, and the loss spent so far.
-        refused: why the configured rule is not in force: "asked", "temperature", "pair" or "options"; None where it is.
+        refused: why the configured rule is not in force: "asked", "temperature", "pair", "options", or, from some token
+            on, "guard"; None where it is.
         logged: True where its blocks go to the traces.
         name: its name in the traces; None for the engine's id.
         temperature: its sampling temperature. prompt_length: tokens of its prompt.
+        judged: tokens that it was given in blocks that the rule decided.
     """
 
     settings: RowSettings
@@ -39,6 +41,7 @@ class ServedRequest:
     name: str | None = None
     temperature: float = 0.0
     prompt_length: int = 0
+    judged: int = 0
 
     @property
     def idle(self) -> bool:
@@ -48,6 +51,14 @@ class ServedRequest:
     def spend(self, loss: float) -> None:
         """Add the estimated loss of a block to what the request has spent."""
         self.settings = RowSettings(self.settings.rule, self.settings.limit, self.settings.spent + loss)
+
+    def leaves(self, band: tuple[float, float], after: int) -> bool:
+        """True once the estimated loss per token is outside of ``band``, from ``after`` tokens on."""
+        return self.judged >= after and not band[0] <= self.settings.spent / self.judged <= band[1]
+
+    def refuse(self, reason: str) -> None:
+        """Serve the request lossless from here on."""
+        self.settings, self.refused = RowSettings(spent=self.settings.spent), reason
 
 
 STRANGER = ServedRequest(RowSettings(), None, False)

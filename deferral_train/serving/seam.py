@@ -164,12 +164,18 @@ class Seam:
         for name, rows in (("drafter_law", outcome.unlawful), ("fault", outcome.faults)):
             if rows:
                 self.counters.add(f"refused_{name}", len(rows))
-        for request, loss, spent in zip(requests, outcome.loss.tolist(), outcome.spent.tolist()):
+        guard, after = self.config.guard, self.config.guard_after
+        columns = (outcome.loss.tolist(), outcome.spent.tolist(), outcome.accepted.tolist())
+        for request, loss, spent, accepted in zip(requests, *columns):
             limit = request.settings.limit
             if limit is not None and spent >= limit:
                 self.counters.add("limited")
             if loss:
                 request.spend(loss)
+            request.judged += accepted + 1
+            if guard is not None and request.refused is None and request.leaves(guard, after):
+                request.refuse("guard")
+                self.counters.add("refused_guard")
 
     def log_blocks(
         self, step: DecidedStep, outcome: Outcome, rows: DraftedRows | None, raw: Tensor | None

@@ -265,6 +265,28 @@ def test_shadow_writes_nothing_and_counts_both():
     assert found["shadow_kept"] == 3
 
 
+@pytest.mark.parametrize("shadow", [False, True])
+def test_a_request_whose_loss_per_token_leaves_the_band_is_lossless_from_there_on(shadow):
+    mode = {"mode": "shadow"} if shadow else {}
+    seam = made(guard=[0.0, 0.1], guard_after=6, **mode)
+    scheduled(seam, [("bold", 1.0, {"deferral_dial": 50.0}), ("shy", 1.0, {"deferral_dial": -50.0})])
+    for seed in range(4):
+        scheduled(seam)
+        before = seam.requests["bold"]
+        if before.refused is None:
+            judged, spent = before.judged, before.settings.spent
+            assert judged < 6 or spent / judged <= 0.1
+        engine, _ = step(seam, ["bold", "shy"], [3, 3], seed=seed)
+        if before.refused is not None:
+            assert engine.tokens[0].tolist() == [8] * (T + 1)
+    found = counted(seam)
+    assert found["refused_guard"] == 1
+    assert (seam.requests["bold"].refused, seam.requests["shy"].refused) == ("guard", None)
+    bold = seam.requests["bold"]
+    assert bold.settings.spent / bold.judged > 0.1
+    assert 6 <= bold.judged < 4 * 4
+
+
 def test_random_numbers_are_those_of_the_published_mixer_and_fill_the_interval_evenly():
     from scipy.stats import chisquare
 
