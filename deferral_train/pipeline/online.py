@@ -15,6 +15,7 @@ from deferral_train.decoding.outputs import OUTPUTS, read_lines
 from deferral_train.decoding.pair import Settings
 from deferral_train.evaluation import skew
 from deferral_train.evaluation.outputs import check_metrics, score_outputs
+from deferral_train.evaluation.specdec_bench import write_specdec_bench
 from deferral_train.heads import DeferralHead
 from deferral_train.heads.export import set_operating_point
 from deferral_train.heads.rules import learned_rule, rule_from_spec
@@ -62,6 +63,9 @@ def decode_rules(run: RunContext, results: Results) -> Any:
         provenance.write_json(run.folder / "decode" / "summary.json", summary)
     if metrics:
         summary = score_outputs(run.folder / "decode", metrics, pair.models, prompts)
+    write_specdec_bench(
+        run.folder / "decode", summary, *(results["pair"][role] for role in ("drafter", "verifier"))
+    )
     return {name: short(scores, run.metric) for name, scores in summary["rules"].items()}
 
 
