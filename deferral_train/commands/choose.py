@@ -101,7 +101,7 @@ def _choose(config: ChooseConfig) -> int:
     }
     if config.head is not None:
         with provenance.one_writer(config.head, "choose or export"):
-            _store(config.head, choice, certificate, evidence)
+            _store(config.head, choice, certificate, evidence, config.metric)
     if config.out is not None:
         content = certificate | {"label": choice.setting.label}
         with provenance.one_writer(config.out, "choose"):
@@ -244,7 +244,14 @@ def _check_same_head(spec: str, head: str) -> None:
         )
 
 
-def _store(head: str, choice: Choice, certificate: Mapping[str, Any], evidence: Evidence | None) -> None:
+def _store(
+    head: str,
+    choice: Choice,
+    certificate: Mapping[str, Any],
+    evidence: Evidence | None,
+    metric: str | None,
+) -> None:
+    from deferral_train.evaluation.expectation import expectation
     from deferral_train.heads import DeferralHead, set_operating_point
 
     if choice.setting.rule not in ("learned", "learned_token", "judge"):
@@ -254,7 +261,8 @@ def _store(head: str, choice: Choice, certificate: Mapping[str, Any], evidence: 
         )
     if evidence is not None:
         evidence.check_head(DeferralHead.from_pretrained(head), choice.setting.label, head)
-    set_operating_point(head, choice.setting.value, certificate)
+    expected = None if evidence is None else expectation(evidence, choice.setting.label, metric)
+    set_operating_point(head, choice.setting.value, certificate, expected)
 
 
 def describe(choice: Choice) -> str:
