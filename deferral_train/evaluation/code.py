@@ -54,7 +54,7 @@ class CodeLimits:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ProgramOutcome:
     """The end of one program.
 
     Attributes:
@@ -99,7 +99,7 @@ def check_allowed() -> None:
 
 
 def judge_code(texts: Sequence[str], tests: Sequence[str], limits: CodeLimits | None = None) -> list[str]:
-    """The verdict on each text's program (:class:`Outcome`); equal programs run once.
+    """The verdict on each text's program (:class:`ProgramOutcome`); equal programs run once.
 
     Raises:
         InputError: as :func:`check_allowed`.
@@ -129,7 +129,7 @@ def _verdict(code: str, tests: str, limits: CodeLimits) -> str:
     return verdict
 
 
-def run_program(code: str, tests: str, limits: CodeLimits) -> Outcome:
+def run_program(code: str, tests: str, limits: CodeLimits) -> ProgramOutcome:
     """Run one program and its tests in a process of its own.
 
     Raises:
@@ -139,13 +139,13 @@ def run_program(code: str, tests: str, limits: CodeLimits) -> Outcome:
     return _run(code, tests, limits)
 
 
-def _run(code: str, tests: str, limits: CodeLimits) -> Outcome:
+def _run(code: str, tests: str, limits: CodeLimits) -> ProgramOutcome:
     key = secrets.token_hex(16)
     try:
         job = json.dumps({"code": code, "tests": tests, "key": key}).encode() + b"\n"
         code.encode()
     except UnicodeError:
-        return Outcome("syntax", "half a character")
+        return ProgramOutcome("syntax", "half a character")
     with isolation.own_folder() as folder:
         process = isolation.start(WORKER, (), limits.process, folder=folder)
         try:
@@ -153,12 +153,12 @@ def _run(code: str, tests: str, limits: CodeLimits) -> Outcome:
         finally:
             isolation.end(process)
     if answer is None:
-        return Outcome("time", f"killed after {limits.seconds:g} s")
+        return ProgramOutcome("time", f"killed after {limits.seconds:g} s")
     return _outcome(answer, key, process.returncode)
 
 
 def _exchange(process: subprocess.Popen[bytes], job: bytes, until: float) -> bytes | None:
-    """What the process answers to a job, at most :data:`MOST_ANSWER` bytes; None where it takes too long."""
+    """The answer of the process to a job, at most :data:`MOST_ANSWER` bytes; None where it takes too long."""
     assert process.stdin is not None
     assert process.stdout is not None
     try:
@@ -182,16 +182,18 @@ def _exchange(process: subprocess.Popen[bytes], job: bytes, until: float) -> byt
     return answer
 
 
-def _outcome(answer: bytes, key: str, status: int | None) -> Outcome:
+def _outcome(answer: bytes, key: str, status: int | None) -> ProgramOutcome:
     try:
         found = json.loads(answer)
         if found["key"] == key:
-            return Outcome(str(found["verdict"]), str(found["detail"]), tuple(map(str, found["isolated"])))
+            return ProgramOutcome(
+                str(found["verdict"]), str(found["detail"]), tuple(map(str, found["isolated"]))
+            )
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     if status == 128 + getattr(isolation.signal, "SIGXCPU", 24):
-        return Outcome("time", "out of computing time")
-    return Outcome("left early", f"its process ended with {status}")
+        return ProgramOutcome("time", "out of computing time")
+    return ProgramOutcome("left early", f"its process ended with {status}")
 
 
 def _probe() -> str:

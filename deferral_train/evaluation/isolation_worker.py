@@ -193,10 +193,12 @@ def _go_on_in_a_child(library: Any, cpu_seconds: int | None) -> None:
     for descriptor in (0, 1):
         os.close(descriptor)
     _, status, used = os.wait4(child, 0)
-    killed = os.WIFSIGNALED(status) and cpu_seconds is not None
+    # Its own count is coarser than the limit's.
     if (
-        killed and used.ru_utime + used.ru_stime > 0.9 * cpu_seconds
-    ):  # its own count is coarser than the limit's
+        cpu_seconds is not None
+        and used.ru_utime + used.ru_stime > 0.9 * cpu_seconds
+        and os.WIFSIGNALED(status)
+    ):
         os._exit(128 + signal.SIGXCPU)
     os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
 

@@ -105,7 +105,7 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _expectation(expected: Mapping[str, Any]) -> str:
-    """What to expect, at the stored setting and over the dial."""
+    """Expected numbers, at the stored setting and over the dial."""
     facts = {name: value for name, value in expected.items() if name not in ("curve", "weights")}
     columns = list(dict.fromkeys(name for point in expected.get("curve", ()) for name in point))
     head = [f"| {' | '.join(map(escape, columns))} |", "|" + "---|" * len(columns)]

@@ -100,7 +100,7 @@ def _text(row: Row, field: str, where: str, format: str) -> str:
 
 
 def _texts(row: Row, field: str, where: str, format: str) -> list[str]:
-    value = row.get(field)
+    value: Any = row.get(field)
     if hasattr(value, "tolist"):
         value = value.tolist()
     if (
