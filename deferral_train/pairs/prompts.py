@@ -192,9 +192,10 @@ class _RowReader:
         reference = self._value(row, self.source.reference_field, REFERENCE_FIELDS, where, "reference_field")
         text = self.source.template.replace("{prompt}", prompt)
         tests = row.get("tests")
-        return Prompt(
-            self._identifier(row, number, where), text, reference, tests if isinstance(tests, str) else None
-        )
+        tests = tests if isinstance(tests, str) else None
+        if tests is not None:
+            _refuse_surrogates(tests, where, "tests")
+        return Prompt(self._identifier(row, number, where), text, reference, tests)
 
     def _identifier(self, row: Mapping[str, Any], number: int, where: str) -> str:
         field = self.source.id_field
