@@ -52,21 +52,9 @@ from deferral_train.rules.rejected_pairs import CSD, RejectedPairs
 from deferral_train.traces import Traces, open_traces
 
 METHODS = (
-    *(
-        "chow",
-        "chow_log",
-        "diff",
-        "diff_log",
-        "opt",
-        "opt_log",
-        "token_v1",
-        "token_v2",
-        "token_v3",
-        "lossy",
-        "bild",
-    ),
-    *("judi", "csd", "ears", "fly", "opt_verifier", "fuzzy", "typical"),
-)
+    "chow", "chow_log", "diff", "diff_log", "opt", "opt_log", "token_v1", "token_v2", "token_v3", "lossy", "bild",
+    "judi", "csd", "ears", "fly", "opt_verifier", "fuzzy", "typical",
+)  # fmt: skip
 HEAD = "sequence head"
 TOGETHER = {"lossless": {}, "opt": {"alpha": 0.2}, "token_v3": {"alpha": 0.5}, "lossy": {"alpha": 0.5}}
 PILOT = 40  # lines on which dials are looked for
