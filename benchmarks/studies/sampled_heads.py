@@ -20,7 +20,16 @@ import numpy as np
 import torch
 
 from benchmarks.common import keep, study_flags
-from benchmarks.sequence_labels import LOSSLESS, SCORES, at_calls, counts_of, finite, prompts_of, redrawn
+from benchmarks.sequence_labels import (
+    LOSSLESS,
+    SCORES,
+    against,
+    at_calls,
+    counts_of,
+    finite,
+    prompts_of,
+    redrawn,
+)
 from deferral_train import provenance
 from deferral_train.decoding.decode import decode
 from deferral_train.decoding.outputs import OUTPUTS, read_lines
@@ -51,12 +60,6 @@ def head_rules(name: str, folder: Path) -> dict[str, Rule]:
     traces = open_traces(folder / "traces" / "round-0")
     alphas = dict.fromkeys(quantiles_of_estimates(traces, head, KEPT))
     return {f"{name}:{alpha:g}": learned_rule(head, alpha) for alpha in alphas}
-
-
-def against(own: np.ndarray, other: np.ndarray) -> dict[str, float]:
-    """Difference of two scores [B], the first as they are, with its interval over the redraws."""
-    low, high = np.nanquantile((own - other)[1:], [0.025, 0.975])
-    return {"difference": float(own[0] - other[0]), "low": float(low), "high": float(high)}
 
 
 def compared(
