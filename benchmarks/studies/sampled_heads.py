@@ -3,7 +3,7 @@
     python -m benchmarks.studies.sampled_heads --pair en-fr --position runs/rounds-position --token runs/rounds-token \
         --prompts test --limit 400 [--out FILE]
 
-Needs two folders of ``deferral-train rounds --temperature 1``, one with ``--label_form position``, one with
+Needs folders of ``deferral-train rounds --temperature 1``, one or both: one with ``--label_form position``, one with
 ``--label_form token --objectives "[squared]"``. Every setting decodes the same prompts as ``decode`` does.
 BLEU, chrF and TER at equal verifier calls per emitted token are linear between neighbouring settings; head minus each
 rule with 95% paired intervals over redraws of prompts, in which settings are interpolated anew. Kept shares of the
@@ -85,8 +85,8 @@ def compared(
 def main() -> int:
     parser = study_flags(__doc__, "runs/sampled-heads")
     parser.add_argument("--pair", default="en-fr", choices=("en-fr", "en-de"))
-    parser.add_argument("--position", type=Path, required=True, help="folder of rounds with position labels")
-    parser.add_argument("--token", type=Path, required=True, help="folder of rounds with token labels")
+    parser.add_argument("--position", type=Path, help="folder of rounds with position labels")
+    parser.add_argument("--token", type=Path, help="folder of rounds with token labels")
     parser.add_argument("--prompts", default="val", choices=("val", "test"))
     parser.add_argument("--start", type=int, default=0)
     parser.add_argument("--limit", type=int, default=400)
@@ -99,7 +99,7 @@ def main() -> int:
         name: {f"{name}:{dial:g}": make_rule(name).with_dial(dial) for dial in dials}
         for name, dials in DIALS.items()
     }
-    heads = ["position", "token"]
+    heads = [name for name in ("position", "token") if getattr(options, name)]
     groups |= {name: head_rules(name, getattr(options, name)) for name in heads}
     every = {LOSSLESS: make_rule(LOSSLESS)} | {
         k: rule for rules in groups.values() for k, rule in rules.items()
