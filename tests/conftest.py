@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from warm import Warm
 
 torch.set_num_threads(1)
 
@@ -21,6 +23,16 @@ def _present(folder: Path) -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data not present: {folder} (set DEFERRAL_TRAIN_SHARED to its folder)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    """Starts Python processes that have imported torch, transformers and Lightning already."""
+    if not hasattr(os, "pidfd_open"):
+        pytest.skip("needs fork and pidfd_open")
+    started = Warm()
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="session")

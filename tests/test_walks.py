@@ -29,9 +29,9 @@ def walks() -> dict[str, str]:
     return {title: text for title, _, text in parts if title.startswith("A walk")}
 
 
-def follow(text: str, clone: Path) -> None:
+def follow(text: str, clone: Path, programs_first: Path) -> None:
     """Do what a section says."""
-    path = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+    path = [str(programs_first), str(Path(sys.executable).parent), os.environ.get("PATH", "")]
     environment = {**os.environ, "PYTHONPATH": str(clone), "PATH": os.pathsep.join(path)}
     for block in BLOCK.finditer(text):
         if block["file"]:
@@ -54,7 +54,7 @@ def follow(text: str, clone: Path) -> None:
 
 
 @pytest.mark.timeout(1800)
-def test_each_walk_leads_where_it_says(tmp_path):
+def test_each_walk_leads_where_it_says(tmp_path, warm):
     if not (shutil.which("git") and shutil.which("bash")):
         pytest.skip("the page's commands need git and bash")
     clone = tmp_path / "clone"
@@ -62,6 +62,6 @@ def test_each_walk_leads_where_it_says(tmp_path):
         shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
     assert len(walks()) == 2
     for text in walks().values():
-        follow(text, clone)
+        follow(text, clone, warm.folder)
     assert "| `unlikely` | position |" in (clone / "docs" / "catalogue.md").read_text(encoding="utf-8")
     assert (clone / "checkpoints" / "two-sided" / "model.safetensors").is_file()

@@ -7,13 +7,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from warm import Warm
 
 from deferral_train.traces import open_traces
 
@@ -26,11 +26,11 @@ PROMPTS = [dataclasses.astuple(prompt) for prompt in make_prompts(40, seed=3)]
 class Nursery:
     """Talks to the process of nursery.py."""
 
-    def __init__(self) -> None:
+    def __init__(self, warm: Warm) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         script = Path(__file__).with_name("nursery.py")
         self.process = subprocess.Popen(
-            [sys.executable, str(script)],
+            [warm.python, str(script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -59,10 +59,10 @@ class Nursery:
 
 
 @pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
+def nursery(warm: Warm) -> Iterator[Nursery]:
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
-    started = Nursery()
+    started = Nursery(warm)
     yield started
     started.process.kill()
     started.process.wait()

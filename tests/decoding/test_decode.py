@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 import torch
 from decoding.helpers import pair_of
 from tiny_models import save_tiny_pair
+from warm import Warm
 
 from deferral_train.commands.decode import DecodeSettings, run, stop_from_spec
 from deferral_train.decoding import DecodeConfig, Pair, Settings, load_pair
@@ -100,10 +100,10 @@ decode(pair, read_prompts(folder / "prompts.jsonl"), ["lossless", "opt"], config
 """
 
 
-def test_a_killed_run_resumes_to_the_same_outputs(tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_outputs(tmp_path: Path, warm: Warm) -> None:
     save_tiny_pair("llama", tmp_path)
     write_prompts(tmp_path / "prompts.jsonl", PROMPTS[:4])
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
+    command = [warm.python, "-c", SCRIPT, str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     batches = tmp_path / "killed" / "batches.jsonl"
     process = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment)
@@ -112,8 +112,7 @@ def test_a_killed_run_resumes_to_the_same_outputs(tmp_path: Path) -> None:
         not batches.exists() or len(batches.read_bytes().splitlines()) < 3
     ):
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    assert warm.kill(process) == -signal.SIGKILL
     before = len(batches.read_bytes().splitlines())
     assert 3 <= before < 24
     with open(tmp_path / "killed" / "outputs.jsonl", "a", encoding="utf-8") as file:

@@ -6,11 +6,11 @@ Run one alone, as any test file: ``pytest tests/device/suite_refusals.py``.
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from device import pretend_device
+from warm import Warm
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -31,10 +31,10 @@ def built() -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("suite", SUITES)
 @pytest.mark.usefixtures("built")
-def test_suite_passes_on_a_second_device(suite: str) -> None:
+def test_suite_passes_on_a_second_device(suite: str, warm: Warm) -> None:
     """``-p no:xdist`` and one process: the device is registered before the first backward pass of that process."""
     command = [
-        sys.executable,
+        warm.python,
         "-m",
         "pytest",
         "-q",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from heads.distributions import every_head
 from tiny_models import save_tiny_pair
+from warm import Warm
 
 from deferral_train import load_pair
 from deferral_train.heads import DeferralHead
@@ -29,10 +29,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def start(folder: Path, *flags: object) -> subprocess.Popen[str]:
+def start(warm: Warm, folder: Path, *flags: object) -> subprocess.Popen[str]:
     words = ["--drafter", folder / "drafter", "--verifier", folder / "verifier", *flags]
     return subprocess.Popen(
-        [sys.executable, str(SERVE), *map(str, words)],
+        [warm.python, str(SERVE), *map(str, words)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -41,12 +41,12 @@ def start(folder: Path, *flags: object) -> subprocess.Popen[str]:
     )
 
 
-def test_answers_line_by_line_what_the_pair_generates(folder):
+def test_answers_line_by_line_what_the_pair_generates(folder, warm):
     pair = load_pair(str(folder / "drafter"), str(folder / "verifier"), device="cpu")
     rule = learned_rule(DeferralHead.from_pretrained(folder / "head"))
     wanted = [pair.generate(prompt, rule=rule, max_new_tokens=12).texts[0] for prompt in PROMPTS]
     assert len(set(wanted)) > 1
-    with start(folder, "--head", folder / "head", "--max-new-tokens", 12, "--device", "cpu") as process:
+    with start(warm, folder, "--head", folder / "head", "--max-new-tokens", 12, "--device", "cpu") as process:
         found = []
         for prompt in PROMPTS:  # an answer is there before the next question is asked
             process.stdin.write(f"\n{prompt}\n")
@@ -60,8 +60,8 @@ def test_answers_line_by_line_what_the_pair_generates(folder):
     assert "Traceback" not in notes
 
 
-def test_one_clear_line_for_a_bad_head(folder):
-    with start(folder, "--head", folder / "nothing") as process:
+def test_one_clear_line_for_a_bad_head(folder, warm):
+    with start(warm, folder, "--head", folder / "nothing") as process:
         _, notes = process.communicate("w1\n", timeout=120)
     assert process.returncode == 2
     assert notes.startswith("error: ")

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,17 +120,16 @@ train_pair(llama_config(Path({text!r}), checkpoint_seconds=0.0), {out!r}, bars)
 """
 
 
-def test_a_killed_training_ends_with_the_same_bits(llama, text, tmp_path):
+def test_a_killed_training_ends_with_the_same_bits(llama, text, tmp_path, warm):
     """SIGKILL amid the verifier, then amid the drafter, then run on; every step writes a checkpoint."""
     out = tmp_path / "killed"
     script = SCRIPT.format(tests=[HERE, os.path.dirname(HERE)], text=str(text), out=str(out))
     for role, step in (("verifier", 23), ("drafter", 17)):
-        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen([warm.python, "-c", script], stdout=subprocess.PIPE, text=True)
         for line in process.stdout:
             if line.split() == [role, str(step)]:
-                process.send_signal(signal.SIGKILL)
                 break
-        assert process.wait() == -signal.SIGKILL
+        assert warm.kill(process) == -signal.SIGKILL
         assert not (out / role).exists()
     resumed_at = []
     result = train_pair(

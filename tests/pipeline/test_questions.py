@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from deferral_train import cli
+from deferral_train import cli, provenance
 from deferral_train.errors import InputError
 from deferral_train.evaluation.sql import RIGHT, judge
-from deferral_train.pipeline.config import read_config
+from deferral_train.pipeline.config import PARTS, read_config
 from deferral_train.pipeline.learning import learn_in_rounds
 from deferral_train.pipeline.run import Run
 from deferral_train.pipeline.run import run as run_stages
@@ -122,11 +121,13 @@ def test_dials_come_from_validation_and_the_certificate_from_calibration(finishe
     assert tried["lossless"]["prompts"] == SIZES["calibration"]
 
 
-def test_killed_in_every_stage_gives_the_numbers_of_an_uninterrupted_run(finished, config_path, tmp_path):
+def test_killed_in_every_stage_gives_the_numbers_of_an_uninterrupted_run(
+    finished, config_path, tmp_path, warm
+):
     out = tmp_path / "killed"
     script = Path(__file__).with_name("killed_run.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(config_path), str(out), "0"],
+        [warm.python, str(script), str(config_path), str(out), "0"],
         capture_output=True,
         text=True,
         timeout=280,
@@ -139,25 +140,24 @@ def test_killed_in_every_stage_gives_the_numbers_of_an_uninterrupted_run(finishe
 
 
 def numbers(folder: Path) -> dict[str, object]:
-    """What a run found out, timings and folder names aside."""
-    from deferral_train import provenance
-
+    """Everything a run found out, timings and folder names aside."""
     rows = [json.loads(line) for line in (folder / "decode" / "outputs.jsonl").read_text().splitlines()]
     answers = json.loads((folder / "evaluation" / "answers.json").read_text())
+    scores = json.loads((folder / "evaluation" / "scores.json").read_text())
     point = json.loads((folder / "point.json").read_text())
+    traces = {part: open_traces(folder / "traces" / part) for part in PARTS}
+    weights = [f"{name}/model.safetensors" for name in ("pair/drafter", "pair/verifier", "head")]
     return {
         "files": [
-            provenance.sha256(folder / name)
-            for name in (
-                "data/stdlib.sqlite",
-                "data/test.jsonl",
-                "pair/drafter/model.safetensors",
-                "pair/verifier/model.safetensors",
-                "head/model.safetensors",
-            )
+            provenance.sha256(folder / name) for name in ("data/stdlib.sqlite", "data/test.jsonl", *weights)
         ],
+        "traces": {
+            part: [provenance.hash_of(opened.column(name).tolist()) for name in sorted(opened.columns)]
+            for part, opened in traces.items()
+        },
         "points": point["points"],
         "constraint": point["constraint"]["name"],
+        "risks": [[p["rule"], p["value"], p.get("risk"), p["rejection_rate"]] for p in scores["points"]],
         "outputs": sorted([r["rule"], r["id"], r["tokens"], r["origin"], r["counts"]] for r in rows),
         "answers": [answers[name] for name in ("right", "errors", "families", "examples", "shapes")],
     }

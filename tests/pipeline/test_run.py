@@ -1,4 +1,4 @@
-"""The whole path on real text at a size for tests: outputs, reuse, and the same numbers after kills in every stage."""
+"""The whole path on real text at a size for tests: its outputs and their reuse (kills: test_questions.py)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import html
 import json
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,6 @@ from deferral_train.pairs.corpora import code_prompts, stdlib_sources
 from deferral_train.pairs.prompts import write_prompts
 from deferral_train.pipeline.config import PARTS, read_config
 from deferral_train.pipeline.run import Run
-from deferral_train.pipeline.run import run as run_stages
 
 LIMITS = {"fit": 48, "validation": 16, "calibration": 16, "test": 12}
 
@@ -271,48 +268,6 @@ def test_another_limit_decodes_anew_in_the_same_folder(finished, config_path, tm
     assert cli.main(["run", "--config", str(path), "--out", str(out)]) == 0
     rows = [json.loads(line) for line in (out / "decode" / "outputs.jsonl").read_text().splitlines()]
     assert len({row["id"] for row in rows}) == 5
-
-
-def test_killed_in_every_stage_gives_the_numbers_of_an_uninterrupted_run(finished, config_path, tmp_path):
-    out = tmp_path / "killed"
-    script = Path(__file__).with_name("killed_run.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(config_path), str(out), "0"],
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    unfinished = [line.split()[2] == "True" for line in done.stdout.splitlines() if line.startswith("killed")]
-    stages = Run(read_config(config_path, out=str(out)), out).stages()
-    assert len(unfinished) == len(stages)
-    # Stages of a few milliseconds may be over before the signal arrives.
-    assert sum(unfinished) >= 5
-    run_stages(read_config(config_path, out=str(out)))
-    assert numbers(out) == numbers(finished)
-
-
-def numbers(folder: Path) -> dict[str, object]:
-    """Everything a run found out, timings aside."""
-    from deferral_train import provenance
-    from deferral_train.traces import open_traces
-
-    rows = [json.loads(line) for line in (folder / "decode" / "outputs.jsonl").read_text().splitlines()]
-    scores = json.loads((folder / "evaluation" / "scores.json").read_text())
-    traces = {part: open_traces(folder / "traces" / part) for part in PARTS}
-    return {
-        "weights": [
-            provenance.sha256(folder / name / "model.safetensors")
-            for name in ("pair/drafter", "pair/verifier", "head")
-        ],
-        "traces": {
-            part: [provenance.hash_of(opened.column(name).tolist()) for name in sorted(opened.columns)]
-            for part, opened in traces.items()
-        },
-        "point": json.loads((folder / "point.json").read_text()),
-        "risks": [[p["rule"], p["value"], p.get("risk"), p["rejection_rate"]] for p in scores["points"]],
-        "outputs": sorted([r["rule"], r["id"], r["tokens"], r["origin"], r["counts"]] for r in rows),
-    }
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 import json
 import signal
 import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -73,7 +72,7 @@ def test_same_seed_same_weights_other_seed_others(config, fitted, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{}, {"head": "cost_sensitive"}], ids=["gap", "cost_sensitive"])
-def test_resuming_in_the_middle_of_an_epoch_gives_the_same_weights(config, tmp_path, settings):
+def test_resuming_in_the_middle_of_an_epoch_gives_the_same_weights(config, tmp_path, settings, warm):
     """A process killed in epoch 1 (of 3) goes on from its last checkpoint, taken between two steps of that
     epoch.
     """
@@ -95,7 +94,7 @@ def test_resuming_in_the_middle_of_an_epoch_gives_the_same_weights(config, tmp_p
     )
     changed = replace(config, **settings)
     out = tmp_path / "killed"
-    done = subprocess.run([sys.executable, "-c", script, repr(vars(changed)), str(out)], timeout=240)
+    done = subprocess.run([warm.python, "-c", script, repr(vars(changed)), str(out)], timeout=240)
     assert done.returncode == -signal.SIGKILL
     last = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
     assert (last["epoch"], last["global_step"]) == (1, 17)

@@ -3,10 +3,10 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from warm import Warm
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = """
@@ -55,7 +55,7 @@ print("##" + json.dumps(codes))
 """
 
 
-def run(folder: Path, *commands: list[str]) -> tuple[list[int], list[str]]:
+def run(warm: Warm, folder: Path, *commands: list[str]) -> tuple[list[int], list[str]]:
     """Exit codes of the commands and what each wrote to stderr; the folder is known to nobody but by being current."""
     (folder / "my_heads.py").write_text(MODULE)
     program = folder / "elsewhere" / "program.py"
@@ -63,7 +63,7 @@ def run(folder: Path, *commands: list[str]) -> tuple[list[int], list[str]]:
     program.write_text(PROGRAM)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(program), json.dumps(commands)],
+        [warm.python, str(program), json.dumps(commands)],
         cwd=folder, env=env, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -82,11 +82,12 @@ def fit(folders, kind: str, *more: str) -> list[str]:
 
 
 @pytest.mark.timeout(290)
-def test_fit_export_and_evaluate_by_the_same_name(folders, tmp_path):
+def test_fit_export_and_evaluate_by_the_same_name(folders, tmp_path, warm):
     best, own = "runs/TwoSidedHead/checkpoints/best.ckpt", "my_heads.TwoSidedHead"
     rule = "learned:head=head"
     evaluate = ["evaluate", "--traces", str(folders["val"]), "--bootstrap", "0", "--figures", "false"]
     codes, said = run(
+        warm,
         tmp_path,
         fit(folders, "TwoSidedHead"),
         ["export", "--checkpoint", best, "--out", "head", "--alpha", "0.1", "--head-class", own],
@@ -112,8 +113,9 @@ def test_fit_export_and_evaluate_by_the_same_name(folders, tmp_path):
 
 
 @pytest.mark.timeout(290)
-def test_a_class_that_could_not_be_loaded_again_is_refused_before_training(folders, tmp_path):
+def test_a_class_that_could_not_be_loaded_again_is_refused_before_training(folders, tmp_path, warm):
     codes, said = run(
+        warm,
         tmp_path,
         fit(folders, "Nameless"),
         fit(folders, "Wider", "--model.head.init_args.extra", "3"),

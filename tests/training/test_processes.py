@@ -4,7 +4,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ if int(os.environ.get("LOCAL_RANK", "0")) == 0:
 """
 
 
-def run(settings, out, processes):
+def run(warm, settings, out, processes):
     out.mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -43,17 +42,17 @@ def run(settings, out, processes):
             "LOCAL_RANK": str(rank),
             "RANK": str(rank),
         }
-        command = [sys.executable, "-W", "ignore", "-c", SCRIPT, json.dumps(settings), str(out)]
+        command = [warm.python, "-W", "ignore", "-c", SCRIPT, json.dumps(settings), str(out)]
         children.append(subprocess.Popen(command, env=env, cwd=TESTS.parent))
     assert [child.wait(timeout=240) for child in children] == [0] * processes
     return json.loads((out / "result.json").read_text())
 
 
 @pytest.mark.timeout(280)
-def test_two_processes_give_the_metrics_of_one(config, tmp_path):
+def test_two_processes_give_the_metrics_of_one(config, tmp_path, warm):
     shared = {**vars(config), "epochs": 2, "lr": 1e-3, "figure_every": 0, "optimizer": "sgd"}
-    one = run({**shared, "batch_size": 200}, tmp_path / "one", 1)
-    two = run({**shared, "batch_size": 100, "devices": 2, "strategy": "ddp"}, tmp_path / "two", 2)
+    one = run(warm, {**shared, "batch_size": 200}, tmp_path / "one", 1)
+    two = run(warm, {**shared, "batch_size": 100, "devices": 2, "strategy": "ddp"}, tmp_path / "two", 2)
     assert set(one["metrics"]) == set(two["metrics"])
     for name, value in one["metrics"].items():
         np.testing.assert_allclose(
