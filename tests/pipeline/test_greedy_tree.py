@@ -7,7 +7,7 @@ import pytest
 from decoding.helpers import pair_of
 
 from benchmarks.greedy_tree import decode_tree
-from benchmarks.sequence_labels import SCORES, counts_of
+from benchmarks.sequence_labels import SCORES, against, counts_of, fewest_calls
 from deferral_train.decoding import Pair
 from deferral_train.pairs.load import make_pair
 from deferral_train.pairs.prompts import Prompt
@@ -58,3 +58,14 @@ def test_scores_of_summed_counts_are_sacrebleus() -> None:
     for name, metric in (("bleu", BLEU()), ("chrf", CHRF()), ("ter", TER())):
         value = SCORES[name](getattr(found, name).sum(0, keepdims=True))[0]
         assert value == pytest.approx(metric.corpus_score(texts, [references]).score, rel=1e-9)
+
+
+def test_fewest_calls_and_differences_by_hand() -> None:
+    """Two settings and lossless; in the second redraw the cheaper setting is within 0.2 already."""
+    lossless = {"calls": np.array([0.5, 0.5]), "bleu": np.array([40.0, 40.0])}
+    cheap = {"calls": np.array([0.25, 0.25]), "bleu": np.array([39.0, 39.9])}
+    dear = {"calls": np.array([0.4, 0.4]), "bleu": np.array([39.8, 39.9])}
+    found = fewest_calls([dear, cheap], lossless)
+    assert found == pytest.approx({"calls": 0.8, "low": 0.5, "high": 0.5}, abs=2e-3)
+    found = against(np.array([3.0, 1.0, 2.0]), np.array([1.0, 1.0, 1.0]))
+    assert found == pytest.approx({"difference": 2.0, "low": 0.025, "high": 0.975})
