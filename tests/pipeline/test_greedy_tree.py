@@ -22,9 +22,9 @@ RULES = {
 }
 
 
-@pytest.fixture(scope="module")
-def pair() -> Pair:
-    return Pair(make_pair(*pair_of("t5")))
+@pytest.fixture(scope="module", params=["t5", "llama"])
+def pair(request: pytest.FixtureRequest) -> Pair:
+    return Pair(make_pair(*pair_of(request.param)))
 
 
 @pytest.mark.parametrize("most", [6, 15])
