@@ -35,6 +35,7 @@ class Walk:
     Attributes:
         node: the prefix that it stands at. place: drafted tokens of the block. block: most of them: near the limit of
         the text fewer are drafted, so that the verifier's own token fits. calls: verifier passes. tokens: emitted.
+        log_likelihood: of the tokens under the verifier, nats.
     """
 
     node: int
@@ -42,12 +43,13 @@ class Walk:
     block: int = 0
     calls: int = 0
     tokens: list[int] = field(default_factory=list)
+    log_likelihood: float = 0.0
     done: bool = False
 
 
 @dataclass(frozen=True)
 class Row:
-    """A finished text as the lines of ``outputs.jsonl`` have it."""
+    """A finished text as the lines of ``outputs.jsonl`` have it, and what the verifier makes of it, nats."""
 
     id: str
     rule: str
@@ -55,6 +57,7 @@ class Row:
     reference: str | None
     tokens: list[int]
     calls: int
+    log_likelihood: float
 
     def as_line(self) -> dict[str, Any]:
         counts = {"verifier_calls": self.calls, "emitted": len(self.tokens)}
@@ -171,7 +174,11 @@ def decode_tree(
             for label in rules:
                 walk, prompt = walks[label][place], prompts[number]
                 text = pair.text(walk.tokens)
-                rows.append(Row(prompt.id, label, text, prompt.reference, walk.tokens, walk.calls))
+                rows.append(
+                    Row(
+                        prompt.id, label, text, prompt.reference, walk.tokens, walk.calls, walk.log_likelihood
+                    )
+                )
     return rows
 
 
@@ -192,6 +199,7 @@ def _walk(
         p, states = verifier.step(prompts, parents, tokens, True, depth)
         best_q, best_p = q.argmax(-1).tolist(), p.argmax(-1).tolist()
         summary = _summary(rules, q, p, states, depth)
+        likely = [p[n, [best_q[n], best_p[n]]].double() - p[n].double().logsumexp(-1) for n in range(len(p))]
         decisions = {label: _defer(rule, q, p, summary).tolist() for label, rule in rules.items()}
         children: dict[tuple[int, int], list[Walk]] = {}
         for label, own in walks.items():
@@ -200,6 +208,7 @@ def _walk(
                     if walk.place == 0:
                         walk.block = min(block, most - depth - 1)
                     token = _advance(walk, best_q[walk.node], best_p[walk.node], decisions[label][walk.node])
+                    walk.log_likelihood += float(likely[walk.node][int(token == best_p[walk.node])])
                     _end(walk, token in models.eos_ids, depth + 1 == most)
                     if not walk.done:
                         children.setdefault((walk.node, token), []).append(walk)
