@@ -44,7 +44,7 @@ from deferral_train.training.config import SEQUENCE_FEATURES, FitConfig
 from deferral_train.training.fit import fit
 
 RULES = ("opt", "opt_verifier", "token_v3", "typical", "fuzzy")
-KEPT = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
+KEPT = (0.2, 0.4, 0.6, 0.8)
 CALLS = (0.85, 0.70, 0.60)
 LOSSLESS = "lossless"
 METRICS = ("sentence_bleu", "chrf1")
@@ -155,10 +155,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def main() -> int:
     parser = study_flags(__doc__, "runs/smollm2-study")
     parser.add_argument("--pair", type=Path, required=True, help="folder with drafter/ and verifier/")
-    parser.add_argument("--fit", type=int, default=60, help="questions that are labelled")
-    parser.add_argument("--share", type=float, default=0.3, help="of the places of each that are labelled")
-    parser.add_argument("--limit", type=int, default=30, help="test questions that are decoded")
-    parser.add_argument("--tokens", type=int, default=64, help="most tokens of a text")
+    parser.add_argument("--fit", type=int, default=36, help="questions that are labelled")
+    parser.add_argument("--share", type=float, default=0.35, help="of the places of each that are labelled")
+    parser.add_argument("--limit", type=int, default=20, help="test questions that are decoded")
+    parser.add_argument("--tokens", type=int, default=48, help="most tokens of a text")
     options = parser.parse_args()
     pair = load_pair(str(options.pair / "drafter"), str(options.pair / "verifier"), "cpu", "float32")
     texts = options.shared / "data" / "gsm8k"
