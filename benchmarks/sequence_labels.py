@@ -69,19 +69,19 @@ def prompts_of(shared: Path, pair: str, part: str, limit: int | None) -> list[Pr
     )
 
 
-def settings_of(given: str | Rule, traces: Traces) -> dict[str, Rule]:
-    """A rule at the dial values where it keeps about the shares `KEPT` of the labelled places."""
+def settings_of(given: str | Rule, traces: Traces, shares: Sequence[float] = KEPT) -> dict[str, Rule]:
+    """A rule at the dial values where it keeps about these shares of the labelled places."""
     family = make_families([given], GRID)[0]
     name = family.rule.name
     rules = family.settings
     if not isinstance(family.rule, PositionRule | TokenRule):
         # Their decision is a distribution: spread over the dial.
-        picked = rules[:: max(1, len(rules) // (len(KEPT) + 1))][1 : len(KEPT) + 1]
+        picked = rules[:: max(1, len(rules) // (len(shares) + 1))][1 : len(shares) + 1]
         return {f"{name}:{rule.dial_value:g}": rule for rule in picked}
     needs = sorted({*family.rule.needs, *TOKEN_NEEDS, "tv"})
     summary = sequence_summary(traces, needs).select(labelled_rows(traces))
     kept = np.array([1 - float(defers(rule, summary).double().mean()) for rule in rules])
-    picked = [rules[int(np.abs(kept - share).argmin())] for share in KEPT]
+    picked = [rules[int(np.abs(kept - share).argmin())] for share in shares]
     return {f"{name}:{rule.dial_value:g}": rule for rule in picked}
 
 

@@ -143,6 +143,7 @@ class TracesConfig:
         log_top_k: logged candidates of each model.
         chunk_prompts: prompts a shard.
         batch_tokens: most tokens of a padded batch.
+        max_new_tokens: most tokens per prefix; default 128 on-policy, unlimited on references.
     """
 
     prefixes: str = "reference"
@@ -150,6 +151,7 @@ class TracesConfig:
     log_top_k: int = 16
     chunk_prompts: int = 64
     batch_tokens: int = 4096
+    max_new_tokens: int | None = None
 
 
 @dataclass(frozen=True)

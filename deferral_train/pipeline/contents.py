@@ -60,6 +60,8 @@ def pair_inputs(config: PairSection) -> dict[str, str | None]:
         for name, files in named.items()
         for place, file in enumerate(files)
     }
+    if config.train.from_verifier is not None:
+        found["pair.train.from_verifier"] = config.train.from_verifier
     return found | {f"python {platform.python_version()}": platform.python_version()}
 
 

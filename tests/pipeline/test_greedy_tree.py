@@ -9,6 +9,8 @@ from decoding.helpers import pair_of
 from benchmarks.greedy_tree import decode_tree
 from benchmarks.sequence_labels import SCORES, against, counts_of, fewest_calls
 from deferral_train.decoding import Pair
+from deferral_train.decoding.pair import Settings
+from deferral_train.evaluation.outputs import log_likelihoods
 from deferral_train.pairs.load import make_pair
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.rules import make_rule
@@ -22,9 +24,15 @@ RULES = {
 }
 
 
-@pytest.fixture(scope="module")
-def pair() -> Pair:
-    return Pair(make_pair(*pair_of("t5")))
+@pytest.fixture(scope="module", params=["t5", "llama"])
+def pair(request: pytest.FixtureRequest) -> Pair:
+    return Pair(make_pair(*pair_of(request.param)))
+
+
+def nats(pair: Pair, prompt: Prompt, tokens: list[int]) -> float:
+    """Log-likelihood of a text under the verifier, by the code that scores decoded outputs."""
+    ids = pair.encode([prompt], Settings(max_new_tokens=len(tokens)))[0].input_ids
+    return log_likelihoods(pair.models.verifier, [ids], [tokens], pair.models.vocab_size)[0]
 
 
 @pytest.mark.parametrize("most", [6, 15])
@@ -38,6 +46,7 @@ def test_texts_and_calls_are_those_of_decoding(pair: Pair, most: int) -> None:
             row = found[label, prompt.id]
             assert row.tokens == own.sequences[n], label
             assert row.calls == int(own.stats.verifier_calls[n]), label
+            assert row.log_likelihood == pytest.approx(nats(pair, prompt, row.tokens), rel=1e-4), label
 
 
 def test_scores_of_summed_counts_are_sacrebleus() -> None:
