@@ -29,7 +29,7 @@ MOST_ROWS = 60  # longer answers are no answer to a question
 TRAINED = "pair"  # the part that a pair learns from
 # Share of its questions whose names and numbers are invented: a few hundred names a small model knows by heart,
 # and does not learn to take them from the question.
-INVENTED = 0.95
+INVENTED = 0.8
 # Questions with several conditions, or two names, are the hardest to answer: it learns from so many times more of them.
 OFTENER = {"count_things": 2, "list_things": 3, "modules_of_package": 3, "joined": 3, "thing_fact": 2}
 MISSES = 40  # drawn questions of a family in a row that cannot be kept
@@ -80,17 +80,19 @@ def _invented(question: str, text: str, parts: Sequence[str], draw: random.Rando
     question, text = (
         _NUMBER.sub(lambda found: new.get(found[0], found[0]), side) for side in (question, text)
     )
+    # Few parts for all names of a question: one that comes again is not copied by what stood before it alone.
+    few = [draw.choice(parts) for _ in range(draw.choice((2, 4, 8, 16)))]
     for old in dict.fromkeys(_QUOTED.findall(text)):
-        name = ".".join(_word(parts, draw) for _ in range(draw.choice((1, 1, 2, 3))))
+        name = ".".join(_word(few, draw) for _ in range(draw.choice((1, 1, 2, 3))))
         question, text = (side.replace(f"'{old}'", f"'{name}'") for side in (question, text))
     return question, text
 
 
 def _word(parts: Sequence[str], draw: random.Random) -> str:
-    """One to three parts, now and then with a digit or a part that comes twice: what real names have, too."""
+    """One to three parts, now and then with a number, as real names have one."""
     chosen = [draw.choice(parts) for _ in range(draw.choice((1, 1, 2, 2, 3)))]
-    if draw.random() < 0.2:
-        chosen.append(draw.choice((*chosen, str(draw.randrange(1, 65)))))
+    if draw.random() < 0.1:
+        chosen.append(str(draw.randrange(1, 65)))
     return draw.choice(("", "", "", "", "_", "__")) + draw.choice(("", "_")).join(chosen)
 
 

@@ -127,7 +127,7 @@ def test_invented_names_and_numbers_are_the_same_in_question_and_query(database,
         )
         assert written == spoken, prompt
         invented.append(not known.issuperset(names))
-    assert 0.85 < sum(invented) / len(invented) <= 1.0
+    assert 0.7 < sum(invented) / len(invented) <= 1.0
 
 
 def test_conditions_stand_mostly_as_asked_and_else_in_a_drawn_order() -> None:
