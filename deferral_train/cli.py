@@ -37,6 +37,7 @@ COMMANDS: dict[str, str] = {
     "choose": "pick the operating point that meets a constraint, with a certificate",
     "export": "turn a training checkpoint into a head folder (safetensors, JSON, card; --onnx)",
     "report": "write one self-contained HTML page about a run folder",
+    "count-rejections": "count which drafted tokens were rejected for which, from traces: the table of rule csd",
     "rules": "print every rule with its dial: parameter, range, lossless end, drafter end",
     "doctor": "say what this machine, pair, trace folder or head can and cannot do",
 }

@@ -27,7 +27,7 @@ from deferral_train.heads import GapHead
 from deferral_train.training.config import VERIFY_FEATURES
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^((?:<!--.*?-->\n)*)```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RUN = ("python", "sh")
 

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -100,6 +101,16 @@ def test_wheel_and_sdist_hold_the_package_and_no_more(packages):
     assert (
         "deferral-train = deferral_train.cli:main" in zipfile.ZipFile(packages["wheel"]).read(entry).decode()
     )
+
+
+def test_the_sdist_installs_in_an_empty_environment(packages, tmp_path):
+    """Built there from its own files; what it needs besides is the same as the wheel's."""
+    python = environment(tmp_path / "env", ("--no-deps", packages["sdist"]))
+    assert installed(python) <= {"pip", "setuptools", "deferral-train"}
+    command = tmp_path / "env" / "bin" / "deferral-train"
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert run(command, "--version", cwd=tmp_path).stdout.split()[-1] == version
+    assert "usage: deferral-train" in run(command, "--help", cwd=tmp_path).stdout
 
 
 TORCH_ALONE = """

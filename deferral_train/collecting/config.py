@@ -64,7 +64,8 @@ class CollectConfig:
             balanced_low_0, sequential.
         chat: auto (the tokenizer's chat template where it has one), on or off.
         template: text around each prompt, with {prompt} in it.
-        prompt_format: jsonl, csv, tsv, parquet, text, mmlu or dataset; default by suffix.
+        prompt_format: jsonl, csv, tsv, parquet, text, mmlu, mbpp, spec_bench, speed_bench or dataset; default by
+            suffix.
         reference_path: second file of parallel text.
         prompt_field: column of the prompt.
         reference_field: column of the reference.

@@ -26,7 +26,7 @@ class ChooseConfig:
         outputs: folder of a `decode` run on calibration prompts: lossless, and a rule at several settings.
         traces: trace folders of calibration prompts, for max_token_risk.
         metric: exact_match, chrf, squad_f1, gsm8k, rouge1, rouge2, rougeL, "sql:DATABASE" (execution
-            accuracy), or "command:PROGRAM" (pass@1).
+            accuracy), python_tests (pass@1 of programs), or "command:PROGRAM" (pass@1).
         max_loss: most mean loss per prompt, absolute, against lossless; 0.01 is one point in a hundred.
         max_verifier_calls: most verifier calls per token as a share of lossless's; 0.8 is a fifth fewer.
         max_token_risk: most rise of the local token risk over lossless; from traces.
@@ -67,8 +67,20 @@ class ChooseConfig:
 SETTINGS = ChooseConfig
 
 
-def run(config: ChooseConfig) -> int:
-    """Choose from the evidence, store the choice in the head, and print it; or fit where drafting stops."""
+def run(config: ChooseConfig, *, allow_code_execution: bool = False) -> int:
+    """Choose from the evidence, store the choice in the head, and print it; or fit where drafting stops.
+
+    Args:
+        config: see the fields above.
+        allow_code_execution: let the metric python_tests run programs that the models wrote, in isolated processes.
+    """
+    from deferral_train.evaluation.code import code_execution
+
+    with code_execution(allow_code_execution):
+        return _choose(config)
+
+
+def _choose(config: ChooseConfig) -> int:
     from deferral_train import provenance
     from deferral_train.evaluation.quality import check_metric
 
@@ -89,7 +101,7 @@ def run(config: ChooseConfig) -> int:
     }
     if config.head is not None:
         with provenance.one_writer(config.head, "choose or export"):
-            _store(config.head, choice, certificate, evidence)
+            _store(config.head, choice, certificate, evidence, config.metric)
     if config.out is not None:
         content = certificate | {"label": choice.setting.label}
         with provenance.one_writer(config.out, "choose"):
@@ -232,7 +244,14 @@ def _check_same_head(spec: str, head: str) -> None:
         )
 
 
-def _store(head: str, choice: Choice, certificate: Mapping[str, Any], evidence: Evidence | None) -> None:
+def _store(
+    head: str,
+    choice: Choice,
+    certificate: Mapping[str, Any],
+    evidence: Evidence | None,
+    metric: str | None,
+) -> None:
+    from deferral_train.evaluation.expectation import expectation
     from deferral_train.heads import DeferralHead, set_operating_point
 
     if choice.setting.rule not in ("learned", "learned_token", "judge"):
@@ -242,7 +261,8 @@ def _store(head: str, choice: Choice, certificate: Mapping[str, Any], evidence: 
         )
     if evidence is not None:
         evidence.check_head(DeferralHead.from_pretrained(head), choice.setting.label, head)
-    set_operating_point(head, choice.setting.value, certificate)
+    expected = None if evidence is None else expectation(evidence, choice.setting.label, metric)
+    set_operating_point(head, choice.setting.value, certificate, expected)
 
 
 def describe(choice: Choice) -> str:

@@ -29,11 +29,13 @@ class DecodeSettings:
         prompts: jsonl, csv, parquet or text file, or the name of a data set.
         out: folder for the outputs.
         rules: rules to compare, such as opt:alpha=0.2 or learned:head=FOLDER,alpha=0.1.
-        prompt_format: jsonl, csv, tsv, parquet, text, mmlu or dataset; default by suffix.
+        prompt_format: jsonl, csv, tsv, parquet, text, mmlu, mbpp, spec_bench, speed_bench or dataset; default by
+            suffix.
         reference_path: second file of parallel text: line by line the reference of each prompt.
         prompt_field: field or column of the prompt.
         reference_field: field or column of the reference.
         template: text around every prompt.
+        subset: configuration of a named data set.
         split: split of a data set.
         start: rows to pass over first.
         limit: most prompts to read.
@@ -47,6 +49,7 @@ class DecodeSettings:
         repetitions: times that everything is decoded; rules take turns batch by batch.
         execution: speculative, token, lazy or sequence.
         bonus: distribution of the token after a whole block: verifier or exact.
+        verification: token checks drafted tokens one by one, block together: longer drafts stand.
         max_request_loss: bound on the summed estimated loss of kept tokens per prompt; then lossless.
         stop: adaptive draft length: confidence:threshold=0.4, cumulative:threshold=0.2,
             entropy:threshold=0.4,weight=0.2, head:head=FOLDER,alpha=0.1,threshold=0.5,
@@ -58,7 +61,8 @@ class DecodeSettings:
         log_tokens: candidates of both models to record per token, 0 for none.
         metrics: besides BLEU, chrF and exact match: rouge1, rouge2, rougeL, squad_f1, gsm8k, log_likelihood (of the
             text under the verifier), "sql:DATABASE" (execution accuracy: the text is a query, a SQLite file answers
-            it as it answers the reference), or "command:PROGRAM" (pass@1: the program reads the text and exits with
+            it as it answers the reference), python_tests (pass@1: the text is a Python program, run with the prompt's
+            tests, see allow_code_execution), or "command:PROGRAM" (pass@1: the program reads the text and exits with
             0).
         accept_mismatch: serve a head made for other weights, dtype or temperature; recorded in the summary.
         device: auto, cpu, cuda, cuda:N or mps.
@@ -78,6 +82,7 @@ class DecodeSettings:
     prompt_field: str | None = None
     reference_field: str | None = None
     template: str = "{prompt}"
+    subset: str | None = None
     split: str = "train"
     start: int = 0
     limit: int | None = None
@@ -91,6 +96,7 @@ class DecodeSettings:
     repetitions: int = DecodeConfig.repetitions
     execution: str = Settings.execution
     bonus: str = Settings.bonus
+    verification: str = Settings.verification
     max_request_loss: float | None = Settings.max_request_loss
     stop: str | None = None
     drafting: str | None = None
@@ -109,17 +115,26 @@ class DecodeSettings:
 SETTINGS = DecodeSettings
 
 
-def run(config: DecodeSettings, *, fresh: bool = False) -> int:
+def run(config: DecodeSettings, *, fresh: bool = False, allow_code_execution: bool = False) -> int:
     """Decode under every rule, score the outputs and print the summary.
 
     Args:
         config: see the fields above.
         fresh: remove the outputs of another run from ``out`` and start over.
+        allow_code_execution: let the metric python_tests run programs that the models wrote, in isolated processes.
     """
+    from deferral_train.evaluation.code import code_execution
+
+    with code_execution(allow_code_execution):
+        return _decode(config, fresh)
+
+
+def _decode(config: DecodeSettings, fresh: bool) -> int:
     from deferral_train.decoding.decode import decode
     from deferral_train.decoding.drafting.spec import drafting_from_spec
     from deferral_train.decoding.pair import load_pair
     from deferral_train.evaluation.outputs import check_metrics, score_outputs
+    from deferral_train.evaluation.specdec_bench import write_specdec_bench
     from deferral_train.heads.rules import rule_from_spec
     from deferral_train.pairs.prompts import read_prompts
     from deferral_train.provenance import one_writer
@@ -144,6 +159,7 @@ def run(config: DecodeSettings, *, fresh: bool = False) -> int:
         prompt_field=config.prompt_field,
         reference_field=config.reference_field,
         template=config.template,
+        subset=config.subset,
         split=config.split,
         start=config.start,
         limit=config.limit,
@@ -160,9 +176,10 @@ def run(config: DecodeSettings, *, fresh: bool = False) -> int:
     )
     asked = DecodeConfig(settings, config.repetitions, config.log_tokens)
     summary = decode(pair, prompts, rules, asked, config.out, fresh)
-    if config.metrics:
-        with one_writer(config.out, "decode"):
+    with one_writer(config.out, "decode"):
+        if config.metrics:
             summary = score_outputs(config.out, config.metrics, pair.models, prompts, chat=config.chat)
+        write_specdec_bench(config.out, summary, config.drafter, config.verifier)
     for line in table(summary, config.metrics):
         print(line)
     print(f"outputs and summary in {config.out}")

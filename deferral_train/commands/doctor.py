@@ -180,6 +180,16 @@ def head_folder(folder: str) -> Iterator[Finding]:
     yield Finding(
         "ok", "head", f"{type(loaded).__name__}, {loaded.stage} stage, reads {', '.join(loaded.features)}"
     )
+    expected = loaded.metadata.get("evaluation", {}).get("expected")
+    if expected is not None:
+        places = expected.get("acceptance_by_place", {}).get("conditional", [])
+        yield Finding(
+            "note",
+            "head",
+            f"expect {expected.get('mean_acceptance_length') or 0:.3g} tokens a verifier call at "
+            f"{loaded.dial}={loaded.metadata.get(loaded.dial, 0):g}, measured on {expected.get('prompts')} prompts; "
+            f"accepted by place {', '.join(f'{share:.2f}' for share in places[:8])}",
+        )
 
 
 def _guard(subject: str, examine: Callable[[], Iterator[Finding]]) -> list[Finding]:

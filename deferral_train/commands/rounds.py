@@ -24,7 +24,7 @@ class RoundsConfig:
         limit: use so many prompts.
         validation_start: validation prompts to pass over first.
         validation_limit: use so many validation prompts.
-        prompt_format: jsonl, csv, tsv, parquet or text; default by suffix.
+        prompt_format: jsonl, csv, tsv, parquet, text, mmlu, mbpp, spec_bench or speed_bench; default by suffix.
         prompt_field: column of the prompt.
         reference_field: column of the reference.
         template: text around each prompt, with {prompt} in it.

@@ -66,14 +66,14 @@ def decode(
     named = labelled(rules)
     mismatches = {label: pair.check(rule, config.settings) for label, rule in named.items()}
     encoded = pair.encode(prompts, config.settings)
-    references = {prompt.id: prompt.reference for prompt in prompts}
+    given = {prompt.id: prompt for prompt in prompts}
     more = {name: getattr(config, name) for name in ("repetitions", "log_tokens", "sort_by_length")}
     record = identity(pair, prompts, named, config.settings, more)
     with provenance.one_writer(out, "decode"):
         folder = OutputFolder(out, record, fresh)
         contestants = [_Contestant(label, *_counted(rule, config)) for label, rule in named.items()]
         try:
-            _run(pair, encoded, references, contestants, config, folder)
+            _run(pair, encoded, given, contestants, config, folder)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise InputError(
                 f"out of memory at batch_size={config.settings.batch_size}; {len(folder.finished)} finished "
@@ -123,7 +123,7 @@ def _dial(rule: Rule) -> dict[str, Any] | None:
 def _run(
     pair: Pair,
     encoded: Sequence[EncodedPrompt],
-    references: Mapping[str, str | None],
+    given: Mapping[str, Prompt],
     contestants: Sequence[_Contestant],
     config: DecodeConfig,
     folder: OutputFolder,
@@ -148,7 +148,7 @@ def _run(
         contestant.drafted += int(result.stats.drafted.sum())
         where = {"rule": contestant.label, "repetition": repetition, "batch": number}
         rows = [
-            where | _row(pair, prompt, references[prompt.id], result, index, log)
+            where | _row(pair, prompt, given[prompt.id], result, index, log)
             for index, prompt in enumerate(batch)
         ]
         folder.append(rows, where | _batch(result))
@@ -164,19 +164,21 @@ def _warm_up(
 
 
 def _row(
-    pair: Pair, prompt: EncodedPrompt, reference: str | None, result: BatchResult, index: int, log: Any
+    pair: Pair, prompt: EncodedPrompt, given: Prompt, result: BatchResult, index: int, log: Any
 ) -> dict[str, Any]:
     tokens, stats = result.tokens[index], result.stats
     row: dict[str, Any] = {
         "id": prompt.id,
         "text": pair.text(tokens),
-        "reference": reference,
+        "reference": given.reference,
         "tokens": tokens,
         "origin": stats.origin[index, : len(tokens)].tolist(),
         "counts": stats.row(index),
         "prompt_tokens": len(prompt.input_ids),
         "spent": None if stats.spent is None else float(stats.spent[index]),
     }
+    if given.tests is not None:
+        row["tests"] = given.tests
     if log is not None:
         row["token_log"] = log.of(index, len(tokens))
     return row

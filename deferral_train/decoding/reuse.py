@@ -13,7 +13,7 @@ from deferral_train import provenance
 from deferral_train.decoding.pair import Pair, Settings
 from deferral_train.heads.fingerprint import rule_key, weights_key
 from deferral_train.pairs.fingerprint import tokenizer_fingerprint
-from deferral_train.pairs.prompts import Prompt
+from deferral_train.pairs.prompts import Prompt, filled
 from deferral_train.rules.base import Rule
 
 
@@ -37,7 +37,7 @@ def identity(
     models = {"drafter": pair.models.drafter, "verifier": pair.models.verifier}
     models |= {f"smaller.{place}": model for place, model in enumerate(pair.smaller)}
     record = {
-        "prompts": provenance.hash_of([[p.id, p.prompt, p.reference] for p in prompts]),
+        "prompts": provenance.hash_of([list(filled(p)) for p in prompts]),
         "prompts_planned": len(prompts),
         "rules": {label: rule_key(rule) for label, rule in named.items()},
         "settings": described,

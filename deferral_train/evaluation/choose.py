@@ -26,7 +26,7 @@ from deferral_train.evaluation.certificate import (
 )
 from deferral_train.evaluation.families import make_families
 from deferral_train.evaluation.offline import score_rules
-from deferral_train.evaluation.quality import check_metric, per_prompt
+from deferral_train.evaluation.quality import check_metric, gold, per_prompt
 from deferral_train.evaluation.settings import Dials, Setting, in_order, setting_of
 from deferral_train.redaction import redacted_text
 from deferral_train.rules.base import Rule
@@ -153,7 +153,7 @@ class _Outputs:
     def scores(self, label: str, metric: str) -> np.ndarray:
         """Metric of one setting on every prompt, [n]."""
         rows = [self.rows[label][name] for name in self.ids]
-        return per_prompt(metric, [row["text"] for row in rows], [row.get("reference") for row in rows])
+        return per_prompt(metric, [row["text"] for row in rows], [gold(metric, row) for row in rows])
 
     def calls(self, label: str) -> tuple[np.ndarray, np.ndarray]:
         """Verifier calls and emitted tokens of one setting on every prompt, [n] each."""

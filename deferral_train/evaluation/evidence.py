@@ -112,6 +112,7 @@ def _checked(row: dict[str, Any], root: Path) -> dict[str, Any]:
         and isinstance(row.get("id"), str | int)
         and isinstance(row.get("text"), str)
         and isinstance(row.get("reference"), str | None)
+        and isinstance(row.get("tests"), str | None)
         and isinstance(counts, dict)
         and all(_is_count(counts.get(name)) for name in ("verifier_calls", "emitted"))
     ):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from deferral_train.evaluation.bootstrap import Interval, Redraws
-from deferral_train.evaluation.quality import per_prompt
+from deferral_train.evaluation.quality import gold, per_prompt
 
 
 def online_table(
@@ -66,9 +66,9 @@ def _against_base(
     redraws = Redraws(seed=seed).over(len(ids))
     lengths = [_column(part[name]["counts"]["emitted"] for name in ids) for part in (own, base)]
     found = {"length_ratio": redraws.ratio(*lengths)}
-    if all(own[name].get("reference") is not None for name in ids):
+    if all(gold(metric, own[name]) is not None for name in ids):
         scores = [
-            per_prompt(metric, [part[i]["text"] for i in ids], [part[i]["reference"] for i in ids])
+            per_prompt(metric, [part[i]["text"] for i in ids], [gold(metric, part[i]) for i in ids])
             for part in (own, base)
         ]
         found["quality"] = redraws.mean(scores[0])

@@ -20,8 +20,16 @@ from deferral_train import provenance
 from deferral_train.collecting.scoring import make_inputs, score
 from deferral_train.decoding.outputs import METRICS, OUTPUTS, SUMMARY, read_lines
 from deferral_train.errors import InputError
-from deferral_train.evaluation import sql
-from deferral_train.evaluation.quality import check_metric, per_prompt
+from deferral_train.evaluation.quality import (
+    RIGHT,
+    check_metric,
+    gold,
+    judged,
+    per_prompt,
+    refuse_without,
+    verdicts,
+)
+from deferral_train.evaluation.sql import reasons
 from deferral_train.pairs.encode import encode_prompts
 from deferral_train.pairs.load import ModelPair
 from deferral_train.pairs.prompts import Prompt
@@ -42,11 +50,7 @@ def check_metrics(metrics: Sequence[str], prompts: Sequence[Prompt]) -> None:
         if metric == LIKELIHOOD:
             continue
         check_metric(metric)
-        absent = sum(prompt.reference is None for prompt in prompts)
-        if absent and not metric.startswith("command:"):
-            raise InputError(
-                f"metric {metric} needs references, and {absent} of {len(prompts)} prompts have none"
-            )
+        refuse_without(metric, [gold(metric, vars(prompt)) for prompt in prompts])
 
 
 def score_outputs(
@@ -61,14 +65,13 @@ def score_outputs(
 
     Args:
         folder: of a finished ``decode``.
-        metrics: names of :data:`deferral_train.evaluation.quality.METRICS`, ``sql:DATABASE``, ``command:PROGRAM``,
-            or ``log_likelihood``.
+        metrics: as :func:`deferral_train.evaluation.quality.per_prompt` takes them, or ``log_likelihood``.
         pair, prompts: what was decoded with, and from; only read for the likelihood.
         chat: as it was decoded.
 
     Returns:
         the summary; ``quality`` of each rule has a mean per prompt of every metric in [0, 1], and for
-        ``log_likelihood`` nats a token over all tokens; ``wrong`` has the reasons of ``sql:DATABASE``, counted.
+        ``log_likelihood`` nats a token over all tokens; ``wrong`` has the reasons of metrics that run a text, counted.
 
     Raises:
         InputError: as :func:`check_metrics`.
@@ -82,12 +85,12 @@ def score_outputs(
     scored = [{"rule": row["rule"], "id": row["id"], "tokens": len(row["tokens"])} for row in rows]
     wrong: dict[str, dict[str, dict[str, int]]] = {}
     for metric in metrics:
-        if (database := sql.database_of(metric)) is not None:
-            verdicts = sql.judge(database, [row["text"] for row in rows], [row["reference"] for row in rows])
-            values: Any = [float(verdict == sql.RIGHT) for verdict in verdicts]
+        if judged(metric):
+            found = verdicts(metric, [row["text"] for row in rows], [gold(metric, row) for row in rows])
+            values: Any = [float(verdict == RIGHT) for verdict in found]
             for label in summary["rules"]:
-                own_verdicts = (verdict for row, verdict in zip(rows, verdicts) if row["rule"] == label)
-                wrong.setdefault(label, {})[redacted_text(metric)] = sql.reasons(own_verdicts)
+                own_verdicts = (verdict for row, verdict in zip(rows, found) if row["rule"] == label)
+                wrong.setdefault(label, {})[redacted_text(metric)] = reasons(own_verdicts)
         else:
             values = _values(metric, rows, pair, prompts, chat)
         for line, value in zip(scored, values):
@@ -106,7 +109,7 @@ def _values(
     metric: str, rows: Sequence[Mapping[str, Any]], pair: ModelPair, prompts: Sequence[Prompt], chat: str
 ) -> Sequence[float] | np.ndarray:
     if metric != LIKELIHOOD:
-        return per_prompt(metric, [row["text"] for row in rows], [row["reference"] for row in rows])
+        return per_prompt(metric, [row["text"] for row in rows], [gold(metric, row) for row in rows])
     encoded = encode_prompts(pair.tokenizer, prompts, is_encoder_decoder=pair.is_encoder_decoder, chat=chat)
     ids = {prompt.id: prompt.input_ids for prompt in encoded.kept}
     # Many rules write the same text; each is scored once.

@@ -13,14 +13,16 @@ import shutil
 import string
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from deferral_train.errors import InputError
-from deferral_train.evaluation import sql
+from deferral_train.evaluation import code, sql
 
 REFERENCE = "REFERENCE"  # environment variable of a user's program
+RIGHT = sql.RIGHT
 _ANSWER = re.compile(r"####\s*(-?[\d,]*\.?\d+)")
 _NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -89,9 +91,11 @@ def per_prompt(metric: str, texts: Sequence[str], references: Sequence[str | Non
     """Score of each text [n] in [0, 1].
 
     Args:
-        metric: a name in :data:`METRICS`; ``sql:DATABASE``, execution accuracy on a SQLite file (:mod:`sql`); or
-            ``command:PROGRAM ARGUMENTS``: the program gets the text on standard input and the reference, where there
-            is one, in the environment variable ``REFERENCE``; it passes the text by exiting with 0 (pass@1).
+        metric: a name in :data:`METRICS`; ``sql:DATABASE``, execution accuracy on a SQLite file (:mod:`sql`);
+            ``python_tests``, pass@1 of Python programs (:mod:`code`); or ``command:PROGRAM ARGUMENTS``: the program
+            gets the text on standard input and the reference, where there is one, in the environment variable
+            ``REFERENCE``; it passes the text by exiting with 0 (pass@1).
+        references: what the metric compares with, see :func:`gold`.
 
     Raises:
         InputError: an unknown metric, or texts without references.
@@ -100,25 +104,53 @@ def per_prompt(metric: str, texts: Sequence[str], references: Sequence[str | Non
     if metric.startswith("command:"):
         program = metric.removeprefix("command:")
         return np.array([passes(program, text, reference) for text, reference in zip(texts, references)])
-    absent = sum(reference is None for reference in references)
-    if absent:
-        raise InputError(
-            f"metric {metric} needs references, and {absent} of {len(references)} prompts have none"
-        )
-    if (database := sql.database_of(metric)) is not None:
-        verdicts = sql.judge(database, texts, [str(reference) for reference in references])
-        return np.array([float(verdict == sql.RIGHT) for verdict in verdicts])
+    refuse_without(metric, references)
+    if judged(metric):
+        return np.array([float(verdict == RIGHT) for verdict in verdicts(metric, texts, references)])
     return np.array([METRICS[metric](text, str(reference)) for text, reference in zip(texts, references)])
+
+
+def judged(metric: str) -> bool:
+    """True for a metric that runs a text and so has a verdict for each: ``sql:DATABASE`` and ``python_tests``."""
+    return metric == code.METRIC or sql.database_of(metric) is not None
+
+
+def verdicts(metric: str, texts: Sequence[str], references: Sequence[str | None]) -> list[str]:
+    """``right`` for each text, or the reason why it is not, of a metric that is :func:`judged`."""
+    database, golds = sql.database_of(metric), [str(reference) for reference in references]
+    return code.judge_code(texts, golds) if database is None else sql.judge(database, texts, golds)
+
+
+def gold(metric: str, row: Mapping[str, Any]) -> str | None:
+    """The text that a metric compares a decoded row with: its tests for ``python_tests``, else its reference."""
+    return row.get("tests" if metric == code.METRIC else "reference")
+
+
+def refuse_without(metric: str, references: Sequence[str | None]) -> None:
+    """Refuse a metric where prompts have nothing to compare with.
+
+    Raises:
+        InputError: names the metric and how many have none.
+    """
+    absent = sum(reference is None for reference in references)
+    wanted = "tests (prompt_format mbpp reads them)" if metric == code.METRIC else "references"
+    if absent and not metric.startswith("command:"):
+        raise InputError(
+            f"metric {metric} needs {wanted}, and {absent} of {len(references)} prompts have none"
+        )
 
 
 def check_metric(metric: str) -> None:
     """Refuse a metric that no prompt can be scored by, before any work is done for it.
 
     Raises:
-        InputError: an unknown metric, a corpus score, or a program or database that is not there.
+        InputError: an unknown metric, a corpus score, a program or database that is not there, or code that nobody
+            allowed to run.
     """
     if metric.startswith("command:"):
         check_program(metric.removeprefix("command:"))
+    elif metric == code.METRIC:
+        code.check_allowed()
     elif (database := sql.database_of(metric)) is not None:
         sql.check_database(database)
     elif metric == "bleu":
@@ -127,7 +159,8 @@ def check_metric(metric: str) -> None:
         )
     elif metric not in METRICS:
         raise InputError(
-            f"metric is {metric!r}; use one of {', '.join(METRICS)}, 'sql:DATABASE' or 'command:PROGRAM'"
+            f"metric is {metric!r}; use one of {', '.join(METRICS)}, {code.METRIC}, 'sql:DATABASE' or "
+            "'command:PROGRAM'"
         )
 
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import queue
 import re
 import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from deferral_train.errors import InputError
+from deferral_train.evaluation import isolation
 
 PREFIX = "sql:"
 WRONG, RIGHT = "wrong rows", "right"
@@ -97,8 +96,7 @@ class SqlRunner:
     def close(self) -> None:
         """End the process."""
         if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
+            isolation.end(self._process)
             self._process = None
 
     def _run(self, query: str) -> Answer:
@@ -123,14 +121,8 @@ class SqlRunner:
 
     def _start(self) -> subprocess.Popen[bytes]:
         worker = Path(__file__).with_name("sql_worker.py")
-        self._process = subprocess.Popen(
-            # -I: nothing from the environment or the working directory is imported.
-            [sys.executable, "-I", str(worker), self.uri, json.dumps(asdict(self.limits))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=os.path.abspath(os.sep),
-        )
+        arguments = (self.uri, json.dumps(asdict(self.limits)))
+        self._process = isolation.start(worker, arguments, isolation.ProcessLimits(self.limits.memory))
         self._lines = queue.SimpleQueue()
         threading.Thread(target=_pass_on, args=(self._process.stdout, self._lines), daemon=True).start()
         return self._process

@@ -4,7 +4,8 @@ It reads one database and may do nothing else: an authorizer allows SELECT, read
 the file is opened read-only, and lengths, memory, rows and steps are limited. What these cannot stop (a single long
 instruction) the process outside ends by killing this one.
 
-Usage: python -I sql_worker.py URI LIMITS, with the database as ``file:///path?mode=ro`` and the limits as JSON.
+It is started by isolation_worker.py with the arguments URI LIMITS: the database as ``file:///path?mode=ro``, and the
+limits as JSON.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import json
 import sqlite3
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 FUNCTIONS = frozenset(
@@ -122,17 +122,6 @@ def _plain(value: Any) -> Any:
     return value.hex() if isinstance(value, bytes) else value
 
 
-def _limit_process(memory: int) -> None:
-    """Where the system can: an end to memory, files and core dumps of this process."""
-    try:
-        import resource
-    except ImportError:  # Windows: SQLite's own limit on memory is left
-        return
-    for name, most in (("RLIMIT_AS", memory), ("RLIMIT_FSIZE", 0), ("RLIMIT_CORE", 0)):
-        with suppress(ValueError, OSError, AttributeError):
-            resource.setrlimit(getattr(resource, name), (most, most))
-
-
 def _queries() -> Iterator[str]:
     for line in sys.stdin.buffer:
         yield json.loads(line)
@@ -141,7 +130,6 @@ def _queries() -> Iterator[str]:
 def main() -> None:
     uri, limits = sys.argv[1], json.loads(sys.argv[2])
     worker = Worker(uri, limits)
-    _limit_process(limits["memory"])
     for query in _queries():
         sys.stdout.write(json.dumps(worker.answer(query)) + "\n")
         sys.stdout.flush()

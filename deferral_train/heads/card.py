@@ -27,8 +27,13 @@ def make_card(config: Mapping[str, Any]) -> str:
         ("pair", "Pair"),
         ("training", "Training"),
     ):
-        if config.get(key):
-            parts.append(_table(title, _flatten(config[key])))
+        shown = _flatten(
+            {name: value for name, value in (config.get(key) or {}).items() if name != "expected"}
+        )
+        if shown:
+            parts.append(_table(title, shown))
+    if expected := (config.get("evaluation") or {}).get("expected"):
+        parts.append(_expectation(expected))
     return "\n\n".join(parts) + "\n"
 
 
@@ -97,6 +102,20 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     for key, inner in value.items():
         rows.update(_flatten(inner, f"{prefix}.{key}" if prefix else str(key)))
     return rows
+
+
+def _expectation(expected: Mapping[str, Any]) -> str:
+    """Expected numbers, at the stored setting and over the dial."""
+    facts = {name: value for name, value in expected.items() if name not in ("curve", "weights")}
+    columns = list(dict.fromkeys(name for point in expected.get("curve", ()) for name in point))
+    head = [f"| {' | '.join(map(escape, columns))} |", "|" + "---|" * len(columns)]
+    rows = [
+        "| "
+        + " | ".join(escape("lossless" if point.get(name) is None else point[name]) for name in columns)
+        + " |"
+        for point in expected.get("curve", ())
+    ]
+    return "\n".join([_table("What to expect", _flatten(facts)), "", *head, *rows])
 
 
 def _table(title: str, rows: Mapping[str, Any]) -> str:

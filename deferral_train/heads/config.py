@@ -30,6 +30,7 @@ ARGUMENTS = (
 )
 KNOWN = ("format_version", "lossy", "deferral_head_type", *ARGUMENTS, "memory_entries", *METADATA)
 MAX_ALPHA = 1e6
+MAX_PLACES, MAX_CURVE = 1024, 10_000
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -195,4 +196,41 @@ def check_metadata(metadata: Mapping[str, Any]) -> None:
         )
     for key in METADATA[2:]:
         _typed(metadata, key, dict, {})
-    _typed(metadata.get("evaluation", {}), "metrics", dict, {})
+    evaluation = metadata.get("evaluation", {})
+    _typed(evaluation, "metrics", dict, {})
+    if "expected" in evaluation:
+        _check_expected(_typed(evaluation, "expected", dict))
+
+
+def _check_expected(expected: Mapping[str, Any]) -> None:
+    """Refuse expectations that a planner could not calculate with: shares outside of 0 to 1, no numbers, no lists."""
+    for name in ("setting", "acceptance_by_place", "conditions"):
+        _typed(expected, name, dict, {})
+    for name, shares in expected.get("acceptance_by_place", {}).items():
+        if not isinstance(shares, list) or len(shares) > MAX_PLACES or not all(map(_is_share, shares)):
+            raise InputError(
+                f"head config field 'evaluation.expected.acceptance_by_place.{str(name)[:40]}' must be a list of at "
+                f"most {MAX_PLACES} numbers from 0 to 1"
+            )
+    if not _is_amount(expected.get("mean_acceptance_length")) or not _is_amount(expected.get("prompts")):
+        raise InputError(
+            "head config field 'evaluation.expected': mean_acceptance_length and prompts must be numbers from 0 on"
+        )
+    curve = _typed(expected, "curve", list, [])
+    whole = len(curve) <= MAX_CURVE and all(isinstance(point, dict) for point in curve)
+    if not whole or not all(_is_number(value) for point in curve for value in point.values()):
+        raise InputError(
+            f"head config field 'evaluation.expected.curve' must be a list of at most {MAX_CURVE} points with numbers"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _is_amount(value: Any) -> bool:
+    return _is_number(value) and (value is None or value >= 0)
+
+
+def _is_share(value: Any) -> bool:
+    return value is not None and _is_number(value) and 0 <= value <= 1

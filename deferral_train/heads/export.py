@@ -46,7 +46,10 @@ def export_head(
 
 
 def set_operating_point(
-    folder: str | Path, alpha: float, certificate: Mapping[str, Any] | None = None
+    folder: str | Path,
+    alpha: float,
+    certificate: Mapping[str, Any] | None = None,
+    expected: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an operating point and its certificate into an exported head, and renew its card.
 
@@ -54,10 +57,23 @@ def set_operating_point(
         folder: of the head.
         alpha: value of the head's dial: alpha, or a judge head's threshold.
         certificate: what was certified at that value; None drops the one that is there.
+        expected: what was measured at that value (:mod:`deferral_train.evaluation.expectation`), kept under
+            ``evaluation``; None drops the one that is there.
     """
     head = DeferralHead.from_pretrained(folder)
     head.metadata = {**head.metadata, head.dial: float(alpha)}
     head.metadata.pop("certificate", None)
+    evaluation = {
+        name: value for name, value in head.metadata.get("evaluation", {}).items() if name != "expected"
+    }
+    if expected is not None:
+        evaluation |= {
+            "metrics": evaluation.get("metrics", {}),
+            "expected": {**expected, "weights": weights_key(head)},
+        }
+    head.metadata.pop("evaluation", None)
+    if evaluation:
+        head.metadata["evaluation"] = evaluation
     if certificate is not None:
         head.metadata["certificate"] = {**certificate, "weights": weights_key(head)}
     head.save_pretrained(folder)

@@ -116,7 +116,9 @@ def _missing(prompt: Prompt, require_reference: bool) -> str | None:
 def _prompt_ids(tokenizer: Any, text: str, template: bool, is_encoder_decoder: bool) -> list[int]:
     if template:
         message = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        # Where a template can ask for thoughts first (Qwen3's does unless told otherwise), references hold none.
+        switch = {"enable_thinking": False}
+        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False, **switch)
     ids = list(tokenizer(text, add_special_tokens=not template)["input_ids"])
     # A tokenizer that closes every text would make a decoder-only model continue after its own end.
     if not is_encoder_decoder and ids and ids[-1] == tokenizer.eos_token_id:

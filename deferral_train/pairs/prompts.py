@@ -24,8 +24,9 @@ from typing import Any
 
 from deferral_train import provenance
 from deferral_train.errors import InputError, MissingExtraError
+from deferral_train.pairs.benchmarks import CONTAINED, shape_of
 
-FORMATS = ("jsonl", "csv", "tsv", "parquet", "text", "mmlu", "dataset")
+FORMATS = ("jsonl", "csv", "tsv", "parquet", "text", "mmlu", "dataset", *CONTAINED)
 PROMPT_FIELDS = ("prompt", "question", "source", "input", "instruction", "text")
 REFERENCE_FIELDS = ("reference", "answer", "target", "completion", "output", "response")
 CHOICES = ("A", "B", "C", "D")
@@ -65,11 +66,23 @@ _SUFFIXES = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as text; ``id`` is unique in its set, ``reference`` is None where there is no gold text."""
+    """A prompt as text.
+
+    Attributes:
+        id: unique in its set.
+        reference: what should follow, None where there is no gold text.
+        tests: Python that runs without error after a right answer, where the answer is a program.
+    """
 
     id: str
     prompt: str
     reference: str | None = None
+    tests: str | None = None
+
+
+def filled(prompt: Prompt) -> tuple[str | None, ...]:
+    """Its values, ``tests`` only where there are some: what identifies a prompt, as releases without them saw it."""
+    return (prompt.id, prompt.prompt, prompt.reference, *(() if prompt.tests is None else (prompt.tests,)))
 
 
 @dataclass(frozen=True)
@@ -78,7 +91,8 @@ class PromptSource:
 
     Attributes:
         path: a file (also as ``.gz``, ``.bz2`` or ``.xz``), a folder with a data set, or a name for ``datasets``.
-        format: one of ``FORMATS``; default by suffix, ``text`` (a prompt per line) for unknown ones.
+        format: one of ``FORMATS``; default by suffix, ``text`` (a prompt per line) for unknown ones. Those of
+            ``CONTAINED`` say what a published benchmark's rows hold, see :mod:`deferral_train.pairs.benchmarks`.
         reference_path: second file of parallel text, line by line the reference of the prompt.
         prompt_field: field or column, ``a.b`` for a nested one and ``a.0`` for an entry of a list
             (``messages.0.content``). Default: the one of ``PROMPT_FIELDS`` that a row has, and of several the first
@@ -127,7 +141,8 @@ def read_prompts(path: str | Path, format: str | None = None, **fields: Any) -> 
             repeated ids, no rows.
     """
     source = PromptSource(path, format, **fields)
-    place, kind = _resolve(source.path, source.format)
+    shape = shape_of(source.format)
+    place, kind = _resolve(source.path, None if source.format in CONTAINED else source.format)
     if source.reference_path is not None:
         rows: Iterable[Mapping[str, Any]] = _parallel_rows(place, source.reference_path, kind)
     elif kind == "dataset":
@@ -136,7 +151,8 @@ def read_prompts(path: str | Path, format: str | None = None, **fields: Any) -> 
         rows = _ROWS[kind](place)
     stop = None if source.limit is None else source.start + source.limit
     reader = _RowReader(source, _stem(str(place)))
-    prompts = [reader.read(row, number) for number, row in islice(enumerate(rows, 1), source.start, stop)]
+    numbered = islice(enumerate(rows, 1), source.start, stop)
+    prompts = [reader.read(shape(row, f"{reader.name}, row {number}"), number) for number, row in numbered]
     if not prompts:
         raise InputError(
             f"{place}: no rows from row {source.start + 1} on; give a file with at least one prompt"
@@ -146,12 +162,12 @@ def read_prompts(path: str | Path, format: str | None = None, **fields: Any) -> 
 
 
 def write_prompts(path: str | Path, prompts: Iterable[Prompt]) -> None:
-    """Write jsonl with ``id``, ``prompt``, ``reference`` (absent where None), atomically; also compressed."""
+    """Write jsonl with ``id``, ``prompt``, ``reference`` and ``tests`` (absent where None), atomically; also
+    compressed.
+    """
     rows = []
     for prompt in prompts:
-        row = {"id": prompt.id, "prompt": prompt.prompt}
-        if prompt.reference is not None:
-            row["reference"] = prompt.reference
+        row = {name: value for name, value in vars(prompt).items() if value is not None}
         rows.append(json.dumps(row, ensure_ascii=False))
     data = "".join(row + "\n" for row in rows).encode("utf-8")
     packed = {".gz": lambda: gzip.compress(data, mtime=0), ".bz2": lambda: bz2.compress(data)}
@@ -175,7 +191,11 @@ class _RowReader:
             raise InputError(f"{where}: no {tried} in {_names(row)}; name the field with prompt_field")
         reference = self._value(row, self.source.reference_field, REFERENCE_FIELDS, where, "reference_field")
         text = self.source.template.replace("{prompt}", prompt)
-        return Prompt(self._identifier(row, number, where), text, reference)
+        tests = row.get("tests")
+        tests = tests if isinstance(tests, str) else None
+        if tests is not None:
+            _refuse_surrogates(tests, where, "tests")
+        return Prompt(self._identifier(row, number, where), text, reference, tests)
 
     def _identifier(self, row: Mapping[str, Any], number: int, where: str) -> str:
         field = self.source.id_field

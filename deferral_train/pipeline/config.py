@@ -21,6 +21,7 @@ class PromptPart:
 
     Attributes:
         path: prompts file, data set folder or the name of one for ``datasets``.
+        format: of its rows, where its suffix does not say it: mbpp, spec_bench, speed_bench, mmlu and others.
         reference_path: second file of parallel text.
         prompt_field, reference_field: column names; the usual ones are found by themselves.
         template: text around every prompt, with ``{prompt}`` in it.
@@ -29,6 +30,7 @@ class PromptPart:
     """
 
     path: str = ""
+    format: str | None = None
     reference_path: str | None = None
     prompt_field: str | None = None
     reference_field: str | None = None

@@ -68,8 +68,8 @@ def certified_point(
         rules: name to (spec without a dial value, the rule to sweep).
 
     Returns:
-        ``name`` of the rule, ``parameter``, ``value`` and the ``certificate``; where no setting is certified ``name``
-        is None and ``reason`` names the nearest.
+        ``name`` of the rule, ``parameter``, ``value``, the ``label`` that it was decoded under and the
+        ``certificate``; where no setting is certified ``name`` is None and ``reason`` names the nearest.
 
     Raises:
         InputError: as :func:`check_constraint`.
@@ -108,6 +108,7 @@ def certified_point(
         "name": found.family,
         "parameter": found.parameter,
         "value": found.value,
+        "label": found.label,
         "certificate": choice.certificate()
         | {name: value for name, value in evidence.conditions.items() if value is not None},
     }

@@ -14,7 +14,10 @@ from deferral_train.decoding.decode import DecodeConfig, decode
 from deferral_train.decoding.outputs import OUTPUTS, read_lines
 from deferral_train.decoding.pair import Settings
 from deferral_train.evaluation import skew
+from deferral_train.evaluation.evidence import read_evidence
+from deferral_train.evaluation.expectation import expectation
 from deferral_train.evaluation.outputs import check_metrics, score_outputs
+from deferral_train.evaluation.specdec_bench import write_specdec_bench
 from deferral_train.heads import DeferralHead
 from deferral_train.heads.export import set_operating_point
 from deferral_train.heads.rules import learned_rule, rule_from_spec
@@ -62,6 +65,9 @@ def decode_rules(run: RunContext, results: Results) -> Any:
         provenance.write_json(run.folder / "decode" / "summary.json", summary)
     if metrics:
         summary = score_outputs(run.folder / "decode", metrics, pair.models, prompts)
+    write_specdec_bench(
+        run.folder / "decode", summary, *(results["pair"][role] for role in ("drafter", "verifier"))
+    )
     return {name: short(scores, run.metric) for name, scores in summary["rules"].items()}
 
 
@@ -105,7 +111,9 @@ def certify_constraint(run: RunContext, results: Results, plug_in: str) -> dict[
         rules,
     )
     if found["name"] == LEARNED:
-        set_operating_point(head, found["value"], found["certificate"])
+        evidence = read_evidence(run.folder / CALIBRATION)
+        expected = expectation(evidence, found["label"], run.metric)
+        set_operating_point(head, found["value"], found["certificate"], expected)
     return found
 
 

@@ -74,5 +74,5 @@ def _file_parts(config: TextConfig) -> dict[str, list[Prompt]]:
         source = asdict(getattr(config, part))
         prompts = read_prompts(source.pop("path"), **source)
         # Two parts of one file differ in their rows; ids carry the part so that they stay unique in the run.
-        parts[part] = [Prompt(f"{part}/{prompt.id}", prompt.prompt, prompt.reference) for prompt in prompts]
+        parts[part] = [replace(prompt, id=f"{part}/{prompt.id}") for prompt in prompts]
     return parts

@@ -14,6 +14,7 @@ from decoding.helpers import pair_of
 from deferral_train import DeferralHead, cli
 from deferral_train.decoding import DecodeConfig, Pair, Settings
 from deferral_train.decoding.decode import decode
+from deferral_train.errors import InputError
 from deferral_train.heads.artifact import certificate_problem
 from deferral_train.heads.fingerprint import weights_key
 from deferral_train.heads.gap import GapHead
@@ -89,6 +90,67 @@ def test_another_heads_weights_get_no_certificate(whole, tmp_path, capsys):
     assert certificate["weights"] == weights_key(found)
     assert certificate["engine"].startswith("transformers")
     assert certificate["decoding"]["num_draft_tokens"] == 5
+
+
+def test_a_head_says_what_to_expect_of_it(whole, tmp_path, capsys):
+    """Acceptance by place, quality over the dial and their conditions, as the decode folder has them."""
+    own = head(tmp_path / "head", 0)
+    assert cli.main(["choose", "--outputs", str(whole / "decode"), *WISH, "--head", str(own)]) == 0
+    stored = json.loads((own / "config.json").read_text())
+    expected, alpha = stored["evaluation"]["expected"], stored["alpha"]
+    rules = json.loads((whole / "decode" / "summary.json").read_text())["rules"]
+    label = next(name for name, rule in rules.items() if (rule["dial"] or {}).get("value") == alpha)
+    positions = rules[label]["positions"]
+    assert expected["setting"] == {"parameter": "alpha", "value": alpha}
+    assert expected["acceptance_by_place"]["conditional"] == [
+        a / d for a, d in zip(positions["accepted"], positions["decided"]) if d
+    ]
+    assert [point["value"] for point in expected["curve"]] == [None, 0.0, 0.5]
+    assert [point["mean_acceptance_length"] for point in expected["curve"]] == [
+        rule["mean_acceptance_length"] for rule in rules.values()
+    ]
+    assert expected["curve"][0]["loss"] == 0.0
+    for point, rule in zip(expected["curve"], rules.values()):
+        assert point["quality"] == pytest.approx(rule["quality"]["exact_match"])
+    assert (expected["metric"], expected["prompts"]) == ("exact_match", len(PROMPTS))
+    assert expected["conditions"]["decoding"]["num_draft_tokens"] == 5
+    assert expected["conditions"]["engine"].startswith("transformers")
+    card = (own / "README.md").read_text()
+    assert "## What to expect" in card
+    assert "| lossless |" in card
+    capsys.readouterr()
+    assert cli.main(["doctor", "--head", str(own)]) == 0
+    assert (
+        f"tokens a verifier call at alpha={alpha:g}, measured on {len(PROMPTS)} prompts"
+        in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("expected", "said"),
+    [
+        ("x", "'expected' must be a dict"),
+        ({"acceptance_by_place": {"conditional": [0.5, 1.5]}}, "acceptance_by_place.conditional"),
+        ({"acceptance_by_place": {"conditional": ["1"]}}, "acceptance_by_place.conditional"),
+        ({"acceptance_by_place": {"marginal": 0.5}}, "acceptance_by_place.marginal"),
+        ({"acceptance_by_place": {"marginal": [0.5] * 2000}}, "acceptance_by_place.marginal"),
+        ({"acceptance_by_place": []}, "'acceptance_by_place' must be a dict"),
+        ({"mean_acceptance_length": -1}, "mean_acceptance_length and prompts"),
+        ({"prompts": "many"}, "mean_acceptance_length and prompts"),
+        ({"curve": {}}, "'curve' must be a list"),
+        ({"curve": [1]}, "evaluation.expected.curve"),
+        ({"curve": [{"quality": "good"}]}, "evaluation.expected.curve"),
+        ({"setting": 3}, "'setting' must be a dict"),
+        ({"conditions": "none"}, "'conditions' must be a dict"),
+    ],
+)
+def test_expectations_that_nobody_could_calculate_with_are_refused_on_load(expected, said, tmp_path):
+    own = head(tmp_path / "head", 0)
+    config = json.loads((own / "config.json").read_text())
+    damaged = config | {"evaluation": {"metrics": {}, "expected": expected}}
+    (own / "config.json").write_text(json.dumps(damaged))
+    with pytest.raises(InputError, match=re.escape(said)):
+        DeferralHead.from_pretrained(own)
 
 
 def test_lines_that_are_gone_are_missed(whole, tmp_path, capsys):

@@ -31,6 +31,7 @@ from deferral_train.commands import run as commands_run
 from deferral_train.errors import InputError
 from deferral_train.heads import DeferralHead
 from deferral_train.heads.rules import learned_rule
+from deferral_train.pairs.benchmarks import CONTAINED
 from deferral_train.pairs.prompts import read_prompts
 from deferral_train.pipeline.config import read_config
 from deferral_train.traces import open_traces
@@ -246,6 +247,31 @@ def _claims(data: bytes) -> dict[str, object]:
 _SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".jsonl.gz", ".csv.gz", ".parquet.gz")
 
 
+def _benchmark_files() -> list[bytes]:
+    """First byte: the published form, by its place among the formats."""
+    mbpp = {"task_id": 1, "text": "add", "code": "x", "test_list": ["assert x"], "test_setup_code": ""}
+    turns = {"question_id": 81, "category": "math", "turns": ["a", "b"], "reference": ["c"]}
+    rows = [mbpp, turns, turns | {"question_id": "coding_1", "turns": ["FULL BENCHMARK DATA SHOULD BE"]}]
+    rows += [
+        mbpp | {"test_imports": ["import math"], "test_list": None},
+        turns | {"turns": [["a"]], "reference": 1},
+    ]
+    lines = [json.dumps(row).encode() for row in rows]
+    return [bytes([form]) + line for form in range(len(CONTAINED)) for line in (*lines, b"\n".join(lines))]
+
+
+def _read_benchmark_file(data: bytes, scratch: Path) -> None:
+    path = scratch / "rows.jsonl"
+    path.write_bytes(data[1:])
+    for prompt in read_prompts(path, list(CONTAINED)[data[0] % len(CONTAINED)] if data else "mbpp"):
+        prompt.prompt.encode()
+        "".join(filter(None, (prompt.reference, prompt.tests))).encode()
+
+
+def _damage_benchmark_file(random: Random, data: bytes) -> bytes:
+    return data[:1] + mutate.damage_json_lines(random, data[1:])
+
+
 def _prompt_files() -> list[bytes]:
     """First byte: the kind of file, by its place among the suffixes."""
     rows = [{"id": f"p{n}", "prompt": f"say {n}", "reference": "é\n"} for n in range(4)]
@@ -316,6 +342,7 @@ LOADERS: dict[str, Loader] = {
     "safetensors": Loader(_weights, _read_weights, mutate.damage_safetensors),
     "manifest": Loader(_manifests, _read_manifest, _damage_manifest),
     "shard": Loader(_shards, _read_shard, mutate.damage_bytes),
+    "benchmarks": Loader(_benchmark_files, _read_benchmark_file, _damage_benchmark_file),
     "prompts": Loader(_prompt_files, _read_prompt_file, _damage_prompt_file),
     "yaml": Loader(_yaml_files, _read_yaml, mutate.damage_json),
     "checkpoint": Loader(_checkpoints, _read_checkpoint, mutate.damage_bytes),

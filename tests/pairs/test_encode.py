@@ -82,3 +82,14 @@ def test_shared_pair_tokenizer(t5_pair):
     ).kept[0]
     assert encoded.input_ids[-1] == encoded.reference_ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(encoded.reference_ids, skip_special_tokens=True) == "Ein Mann schläft."
+
+
+def test_a_template_that_can_ask_for_thoughts_is_told_not_to():
+    """References follow the prompt at once, as answers without thoughts do."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{{ messages[0]['content'] }}"
+        "{% if enable_thinking is defined and enable_thinking is false %} w9{% endif %}"
+    )
+    ids = encode_prompts(tokenizer, [Prompt("a", "w1 w2", "w3")]).kept[0].input_ids
+    assert tokenizer.decode(ids) == "w1 w2 w9"

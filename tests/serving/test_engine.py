@@ -38,7 +38,7 @@ FAILURE = 1e-7
 LOSSLESS_ENDS = {
     name: f"{name}:{rule.dial.parameter}={rule.dial.lossless:g}"
     for name, rule in RULES.items()
-    if rule.dial is not None and rule.dial.lossless is not None and name != "judge"
+    if rule.dial is not None and rule.dial.lossless is not None and name not in ("judge", "csd")
 }
 
 
