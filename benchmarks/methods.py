@@ -59,6 +59,7 @@ HEAD = "sequence head"
 TOGETHER = {"lossless": {}, "opt": {"alpha": 0.2}, "token_v3": {"alpha": 0.5}, "lossy": {"alpha": 0.5}}
 PILOT = 40  # lines on which dials are looked for
 TRIED = 6  # dials of each method there
+REFINED = 2  # times that dials between those tried are tried in turn: calls are far from linear in some
 SPREAD = (0.86, 1.0, 1.16)  # shares of the wished calls that settings are decoded at
 NEW_TOKENS, DRAFTED, BATCH = 64, 5, 100
 
@@ -125,13 +126,19 @@ def dials_around(
     """Settings whose calls per token on the pilot lie around those wished for; the nearest end where none reaches them.
 
     Args:
-        tried: dials that are decoded on the pilot; between them calls are taken to be linear.
+        tried: dials that are decoded on the pilot, then others between them.
     """
-    calls = np.array([bench.calls(rule.with_dial(value), temperature) for value in tried])
-    order = np.argsort(calls, kind="stable")
-    around = np.clip(np.array(SPREAD) * wished, calls.min(), calls.max())
-    dials = np.interp(around, calls[order], np.array(tried)[order])
-    return [rule.with_dial(float(value)) for value in dict.fromkeys(dials)]
+    calls: dict[float, float] = {}
+    dials = [float(value) for value in tried]
+    for _ in range(REFINED + 1):
+        calls |= {
+            value: bench.calls(rule.with_dial(value), temperature) for value in dials if value not in calls
+        }
+        known = sorted((count, value) for value, count in calls.items())
+        around = np.clip(np.array(SPREAD) * wished, known[0][0], known[-1][0])
+        found = np.interp(around, [count for count, _ in known], [value for _, value in known])
+        dials = [float(value) for value in dict.fromkeys(found)]
+    return [rule.with_dial(value) for value in dials]
 
 
 def swept(rule: Rule) -> list[float]:

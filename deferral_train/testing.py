@@ -330,7 +330,7 @@ class TabularPair:
                 verifier[:, 0] = -torch.inf
             tables[0].append(1.5 * noise[0] + noise[1])
             tables[1].append(verifier)
-        return cls(*tables)
+        return cls(tables[0], tables[1])
 
     @property
     def vocabulary(self) -> int:

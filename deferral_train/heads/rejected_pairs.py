@@ -79,6 +79,6 @@ def read_rejected_pairs(path: str | Path) -> RejectedPairs:
 
 def _made(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> RejectedPairs:
     try:
-        return RejectedPairs(*(tensors[name] for name in COLUMNS), metadata)
+        return RejectedPairs(tensors["drafted"], tensors["verifier"], tensors["counts"], metadata)
     except InputError as error:
         raise InputError(f"table: {path}: {error}") from None
