@@ -356,6 +356,8 @@ class RunConfig:
         bootstrap: redraws of prompts for intervals.
         expected: stage to the seconds that it takes on the machine the config was made for; said at the start and
             beside what each stage took.
+        control: a sentence for the page of a run with questions about a comparison that was made beside it, with its
+            conditions; empty says nothing.
     """
 
     text: TextConfig
@@ -381,6 +383,7 @@ class RunConfig:
     frontier: FrontierConfig = field(default_factory=FrontierConfig)
     bootstrap: int = 1000
     expected: dict[str, float] = field(default_factory=dict)
+    control: str = ""
 
     def __post_init__(self) -> None:
         absent = [rule for rule in self.decoded if rule not in self.rules]
