@@ -24,6 +24,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from deferral_train.errors import InputError, config_errors, missing_extra
 
 PROGRAM = "deferral-train"
+TERMINATED = 128 + 15  # what a shell makes of SIGTERM
 
 COMMANDS: dict[str, str] = {
     "run": "every stage for a pair and prompts: pair, traces, head, evaluation, decoding, report, verdict",
@@ -44,7 +45,9 @@ COMMANDS: dict[str, str] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 bad input, 130 interrupted, 1 a defect of ours."""
+    """Run one command; returns the exit code: 0 done, 2 bad input, 130 interrupted, 143 terminated,
+    1 a defect of ours.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help())
@@ -67,6 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{PROGRAM} {name}: interrupted; run the same command again to continue", file=sys.stderr)
         return 130
+    except SystemExit as stop:
+        if stop.code is not None:
+            raise
+        # Lightning's way out when it was sent SIGTERM: without a status, which would read as success.
+        print(f"{PROGRAM} {name}: terminated; run the same command again to continue", file=sys.stderr)
+        return TERMINATED
 
 
 def _dispatch(name: str, words: list[str]) -> int:
