@@ -151,6 +151,11 @@ def ter(sums: np.ndarray) -> np.ndarray:
 SCORES = {"bleu": bleu, "chrf": chrf, "ter": ter}
 
 
+def prompt_weights(prompts: int, redraws: int = 1000) -> np.ndarray:
+    """Weights of prompts [1 + redraws, prompts]: all alike first, then of every redraw."""
+    return np.vstack([np.ones(prompts), PromptBootstrap(prompts, redraws).weights])
+
+
 def redrawn(counts: Counts, weights: np.ndarray) -> dict[str, np.ndarray]:
     """Every quantity of a setting in every redraw [B]; the first row of weights is all ones."""
     found = {name: score(weights @ getattr(counts, name)) for name, score in SCORES.items()}
@@ -261,7 +266,7 @@ def main() -> int:
     lines: dict[str, list[dict[str, Any]]] = {label: [] for label in every}
     for row in decode_tree(pair, prompts, every):
         lines[row.rule].append(row.as_line())
-    weights = np.vstack([np.ones(len(prompts)), PromptBootstrap(len(prompts), options.redraws).weights])
+    weights = prompt_weights(len(prompts), options.redraws)
     cache: dict[tuple[str, str], Any] = {}
     known = {label: redrawn(counts_of(rows, cache), weights) for label, rows in lines.items()}
     by_rule = {name: [known[label] for label in rules] for name, rules in groups.items()}

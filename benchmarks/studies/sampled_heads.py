@@ -27,6 +27,7 @@ from benchmarks.sequence_labels import (
     at_calls,
     counts_of,
     finite,
+    prompt_weights,
     prompts_of,
     redrawn,
 )
@@ -35,7 +36,6 @@ from deferral_train.decoding.decode import decode
 from deferral_train.decoding.outputs import OUTPUTS, read_lines
 from deferral_train.decoding.pair import load_pair
 from deferral_train.decoding.settings import DecodeConfig, Settings
-from deferral_train.evaluation.bootstrap import PromptBootstrap
 from deferral_train.evaluation.sequence import quantiles_of_estimates
 from deferral_train.heads import DeferralHead
 from deferral_train.heads.rules import learned_rule
@@ -110,7 +110,7 @@ def main() -> int:
     lines: dict[str, list[dict[str, Any]]] = {label: [] for label in every}
     for row in read_lines(out / OUTPUTS):
         lines[row["rule"]].append(row)
-    weights = np.vstack([np.ones(len(prompts)), PromptBootstrap(len(prompts), 1000).weights])
+    weights = prompt_weights(len(prompts))
     cache: dict[tuple[str, str], Any] = {}
     known = {label: redrawn(counts_of(rows, cache), weights) for label, rows in lines.items()}
     rows = compared({n: [known[k] for k in rules] for n, rules in groups.items()}, heads, known[LOSSLESS])

@@ -24,12 +24,11 @@ import torch
 
 from benchmarks.common import keep, study_flags
 from benchmarks.greedy_tree import Row, decode_tree
-from benchmarks.sequence_labels import at_calls, finite, settings_of
+from benchmarks.sequence_labels import at_calls, finite, prompt_weights, settings_of
 from deferral_train import provenance
 from deferral_train.collecting.api import collect
 from deferral_train.collecting.config import CollectConfig
 from deferral_train.decoding.pair import Pair, load_pair
-from deferral_train.evaluation.bootstrap import PromptBootstrap
 from deferral_train.evaluation.quality import chrf1, gsm8k
 from deferral_train.evaluation.scorers import make_scorers
 from deferral_train.evaluation.sequence import quantiles_of_estimates
@@ -174,7 +173,7 @@ def main() -> int:
     decoded = decode_tree(pair, prompts, every, max_new_tokens=options.tokens, chunk=10)
     seconds["decoding"] = time.process_time() - began
     own = {row.id: row.text for row in decoded if row.rule == LOSSLESS}
-    weights = np.vstack([np.ones(len(prompts)), PromptBootstrap(len(prompts), 1000).weights])
+    weights = prompt_weights(len(prompts))
     known = {
         label: redrawn(sums_of([row for row in decoded if row.rule == label], own), weights)
         for label in every
