@@ -8,7 +8,9 @@ on the prompts that are decoded. At temperature 0 rules that keep the same place
 opt_verifier and token_v2; token_v3 and logit_margin. Reported at 0.85, 0.70 and 0.60 of lossless's verifier calls per
 emitted token: BLEU, chrF and TER of sacrebleu and the length ratio, linear between neighbouring settings, and head
 minus the best rule there, with 95% paired bootstrap intervals over prompts, in which settings are interpolated anew
-in every redraw. Texts and calls are those of ``deferral-train decode`` (benchmarks/greedy_tree.py).
+in every redraw: against the best rule of each redraw, which favours the rules, and against each rule by itself. The
+fewest calls within 0.2 BLEU of lossless's come with their interval. Texts and calls are those of ``deferral-train
+decode`` (benchmarks/greedy_tree.py).
 """
 
 from __future__ import annotations
@@ -67,18 +69,19 @@ def prompts_of(shared: Path, pair: str, part: str, limit: int | None) -> list[Pr
     )
 
 
-def settings_of(name: str, traces: Traces) -> dict[str, Rule]:
-    """A rule at the dial values where it keeps about the shares `KEPT` of the labelled places."""
-    family = make_families([name], GRID)[0]
+def settings_of(given: str | Rule, traces: Traces, shares: Sequence[float] = KEPT) -> dict[str, Rule]:
+    """A rule at the dial values where it keeps about these shares of the labelled places."""
+    family = make_families([given], GRID)[0]
+    name = family.rule.name
     rules = family.settings
     if not isinstance(family.rule, PositionRule | TokenRule):
         # Their decision is a distribution: spread over the dial.
-        picked = rules[:: max(1, len(rules) // (len(KEPT) + 1))][1 : len(KEPT) + 1]
+        picked = rules[:: max(1, len(rules) // (len(shares) + 1))][1 : len(shares) + 1]
         return {f"{name}:{rule.dial_value:g}": rule for rule in picked}
     needs = sorted({*family.rule.needs, *TOKEN_NEEDS, "tv"})
     summary = sequence_summary(traces, needs).select(labelled_rows(traces))
     kept = np.array([1 - float(defers(rule, summary).double().mean()) for rule in rules])
-    picked = [rules[int(np.abs(kept - share).argmin())] for share in KEPT]
+    picked = [rules[int(np.abs(kept - share).argmin())] for share in shares]
     return {f"{name}:{rule.dial_value:g}": rule for rule in picked}
 
 
@@ -148,6 +151,11 @@ def ter(sums: np.ndarray) -> np.ndarray:
 SCORES = {"bleu": bleu, "chrf": chrf, "ter": ter}
 
 
+def prompt_weights(prompts: int, redraws: int = 1000) -> np.ndarray:
+    """Weights of prompts [1 + redraws, prompts]: all alike first, then of every redraw."""
+    return np.vstack([np.ones(prompts), PromptBootstrap(prompts, redraws).weights])
+
+
 def redrawn(counts: Counts, weights: np.ndarray) -> dict[str, np.ndarray]:
     """Every quantity of a setting in every redraw [B]; the first row of weights is all ones."""
     found = {name: score(weights @ getattr(counts, name)) for name, score in SCORES.items()}
@@ -190,6 +198,7 @@ def compared(
                 "low": low,
                 "high": high,
                 "rules": {r: v[0] for r, v in others.items()},
+                "against": {r: against(own, v) for r, v in reach.items()},
             }
         length = at_calls(rules[head], "words", calls) / lossless["words"]
         row["length_over_lossless"] = length[0]
@@ -198,17 +207,30 @@ def compared(
     return rows
 
 
+def against(own: np.ndarray, other: np.ndarray) -> dict[str, float]:
+    """Difference of two scores [B], the first as they are, with its interval over the redraws."""
+    low, high = np.nanquantile((own - other)[1:], [0.025, 0.975])
+    return {"difference": float(own[0] - other[0]), "low": float(low), "high": float(high)}
+
+
 def fewest_calls(
     settings: Sequence[Mapping[str, np.ndarray]], lossless: Mapping[str, np.ndarray]
-) -> float | None:
+) -> dict[str, float]:
     """Least calls over lossless's at which BLEU is within 0.2 of lossless's, on a fine grid between settings."""
-    shares = np.linspace(0.3, 1.0, 701)
     points = [*settings, lossless]
-    x = np.array([one["calls"][0] for one in points]) / lossless["calls"][0]
-    y = np.array([one["bleu"][0] for one in points])
+    x = np.stack([one["calls"] for one in points]) / lossless["calls"]
+    y = np.stack([one["bleu"] for one in points]) - lossless["bleu"]
+    found = np.array([_first_within(x[:, b], y[:, b], -0.2) for b in range(x.shape[1])])
+    low, high = np.quantile(found[1:], [0.025, 0.975]) if len(found) > 1 else (math.nan, math.nan)
+    return {"calls": float(found[0]), "low": float(low), "high": float(high)}
+
+
+def _first_within(x: np.ndarray, y: np.ndarray, bound: float) -> float:
+    """Least x at which y, linear between points, is at least a bound that its last point meets."""
+    shares = np.linspace(0.3, 1.0, 701)
     order = np.argsort(x)
-    near = np.interp(shares, x[order], y[order], left=-np.inf) >= lossless["bleu"][0] - 0.2
-    return float(shares[near][0]) if near.any() else None
+    near = np.interp(shares, x[order], y[order], left=-np.inf) >= bound
+    return float(shares[near][0])
 
 
 def finite(value: Any) -> Any:
@@ -244,7 +266,7 @@ def main() -> int:
     lines: dict[str, list[dict[str, Any]]] = {label: [] for label in every}
     for row in decode_tree(pair, prompts, every):
         lines[row.rule].append(row.as_line())
-    weights = np.vstack([np.ones(len(prompts)), PromptBootstrap(len(prompts), options.redraws).weights])
+    weights = prompt_weights(len(prompts), options.redraws)
     cache: dict[tuple[str, str], Any] = {}
     known = {label: redrawn(counts_of(rows, cache), weights) for label, rows in lines.items()}
     by_rule = {name: [known[label] for label in rules] for name, rules in groups.items()}
@@ -272,6 +294,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
                 f"{row['calls']:.2f}   {name:<5} {one['head']:7.2f}  {one['best_rule']:6.2f} {one['rule']:<16} "
                 f"{one['difference']:+6.2f} [{one['low']:+.2f}, {one['high']:+.2f}]"
             )
+            own = [f"{r} [{d['low']:+.2f}, {d['high']:+.2f}]" for r, d in one["against"].items()]
+            lines.append("               against each: " + ", ".join(own))
         lines.append(f"       length over lossless's {row['length_over_lossless']:.3f}")
     return "\n".join(lines)
 

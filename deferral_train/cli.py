@@ -24,6 +24,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from deferral_train.errors import InputError, config_errors, missing_extra
 
 PROGRAM = "deferral-train"
+TERMINATED = 128 + 15  # what a shell makes of SIGTERM
 
 COMMANDS: dict[str, str] = {
     "run": "every stage for a pair and prompts: pair, traces, head, evaluation, decoding, report, verdict",
@@ -37,13 +38,16 @@ COMMANDS: dict[str, str] = {
     "choose": "pick the operating point that meets a constraint, with a certificate",
     "export": "turn a training checkpoint into a head folder (safetensors, JSON, card; --onnx)",
     "report": "write one self-contained HTML page about a run folder",
+    "count-rejections": "count which drafted tokens were rejected for which, from traces: the table of rule csd",
     "rules": "print every rule with its dial: parameter, range, lossless end, drafter end",
     "doctor": "say what this machine, pair, trace folder or head can and cannot do",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 bad input, 130 interrupted, 1 a defect of ours."""
+    """Run one command; returns the exit code: 0 done, 2 bad input, 130 interrupted, 143 terminated,
+    1 a defect of ours.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help())
@@ -66,6 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{PROGRAM} {name}: interrupted; run the same command again to continue", file=sys.stderr)
         return 130
+    except SystemExit as stop:
+        if stop.code is not None:
+            raise
+        # Lightning's way out when it was sent SIGTERM: without a status, which would read as success.
+        print(f"{PROGRAM} {name}: terminated; run the same command again to continue", file=sys.stderr)
+        return TERMINATED
 
 
 def _dispatch(name: str, words: list[str]) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deferral_train.errors import InputError
 from deferral_train.heads.check import check_head
-from deferral_train.rules.base import LawRule, PositionRule, Rule, RuleStep, TokenRule
+from deferral_train.rules.base import BlockRule, LawRule, PositionRule, Rule, RuleStep, TokenRule
 from deferral_train.rules.distributions import Distributions, gather_token, one_hot
 from deferral_train.rules.emission import acceptance, rejection_mass, residual
 from deferral_train.rules.summary import CONTEXT_FIELDS, FIELDS, TOKEN_FIELDS, Summary
@@ -52,9 +52,9 @@ class RuleReport:
 
     Attributes:
         name: of the rule.
-        kind: ``"position"``, ``"token"`` or ``"distribution"``.
-        positions: positions checked.
-        worst: largest |enumerated - target| of any token.
+        kind: ``"position"``, ``"token"``, ``"distribution"`` or ``"block"``.
+        positions: positions checked; of a block rule drafted blocks.
+        worst: largest |enumerated - target| of any token; of a block rule, at its lossless end, of any text.
         rejection: largest |enumerated rejection - D_TV(q, pi)|; for a rule whose check depends on the drafted
             token this is an inequality in general, and an identity here.
         lossless_end, drafter_end: ``"exact"`` where the dial declares one and it was verified, else
@@ -76,7 +76,9 @@ def check_rule(rule: Rule, context: Callable[[int], Summary] | None = None, seed
     Checked on random, tied, peaked, disjoint and one-hot distributions, at temperatures 0, 0.5 and 1, with and without
     top-k and top-p: the target is a distribution within the verifier's support; draft + accept + residual emits it
     within 1e-12; the dial's declared ends; a batch equals its rows; a summary read back decides as the logits
-    do; and bad input is refused by the rule's name.
+    do; and bad input is refused by the rule's name. Of a block rule all drafted blocks and all outcomes of their
+    checks are enumerated: the text that they emit has total probability 1, within the verifier's support, and at the
+    declared lossless end the verifier's own.
 
     Args:
         rule: an instance, at any value of its dial.
@@ -84,6 +86,8 @@ def check_rule(rule: Rule, context: Callable[[int], Summary] | None = None, seed
         seed: of the random distributions.
     """
     _check_declaration(rule)
+    if isinstance(rule, BlockRule):
+        return _check_block_rule(rule, seed)
     worst = rejection = 0.0
     positions = 0
     for case in cases(seed):
@@ -108,11 +112,17 @@ def check_rule(rule: Rule, context: Callable[[int], Summary] | None = None, seed
 
 
 def kind_of(rule: Rule) -> str:
-    """Kind of a rule: ``"position"``, ``"token"`` or ``"distribution"``."""
-    for kind, base in (("position", PositionRule), ("token", TokenRule), ("distribution", LawRule)):
+    """Kind of a rule: ``"position"``, ``"token"``, ``"distribution"`` or ``"block"``."""
+    bases = (
+        ("position", PositionRule),
+        ("token", TokenRule),
+        ("distribution", LawRule),
+        ("block", BlockRule),
+    )
+    for kind, base in bases:
         if isinstance(rule, base):
             return kind
-    raise AssertionError(f"{type(rule).__name__} must subclass PositionRule, TokenRule or LawRule")
+    raise AssertionError(f"{type(rule).__name__} must subclass PositionRule, TokenRule, LawRule or BlockRule")
 
 
 def cases(seed: int = 0, vocabulary: int = VOCABULARY, positions: int = 6) -> Iterator[Case]:
@@ -293,6 +303,137 @@ def _check_ends(rule: Rule, case: Case, context: Summary | None) -> None:
         assert error <= TOLERANCE, (
             f"{where}: its drafter end misses the drafter's distribution by {error:.3g}"
         )
+
+
+@dataclass(frozen=True)
+class TabularPair:
+    """Two models over texts of L tokens out of V, by table: logits of the next token behind every shorter text.
+
+    Attributes:
+        drafter, verifier: logits by length of the text, [V**t, V] for t = 0..L-1, texts in counting order.
+        temperature: of the sampling distributions.
+    """
+
+    drafter: list[Tensor]
+    verifier: list[Tensor]
+    temperature: float = 1.0
+
+    @classmethod
+    def random(cls, vocabulary: int, length: int, seed: int = 0, masked: bool = False) -> TabularPair:
+        """Near models; ``masked`` takes the first token from the verifier at odd lengths."""
+        generator = torch.Generator().manual_seed(seed)
+        tables: list[list[Tensor]] = [[], []]
+        for t in range(length):
+            noise = torch.randn(2, vocabulary**t, vocabulary, generator=generator, dtype=torch.float64)
+            verifier = 1.5 * noise[0]
+            if masked and t % 2:
+                verifier[:, 0] = -torch.inf
+            tables[0].append(1.5 * noise[0] + noise[1])
+            tables[1].append(verifier)
+        return cls(tables[0], tables[1])
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        return self.drafter[0].shape[-1]
+
+    def blocks(self, count: int) -> Tensor:
+        """Every text of ``count`` tokens, [V**count, count], in counting order."""
+        place = torch.arange(self.vocabulary**count).unsqueeze(1)
+        return place // self.vocabulary ** torch.arange(count - 1, -1, -1) % self.vocabulary
+
+    def logits(self, model: list[Tensor], blocks: Tensor, more: int = 0) -> Tensor:
+        """A model's logits at every place of blocks [N, T], and ``more`` behind them, [N, T + more, V]."""
+        count = blocks.shape[1]
+        places, prefix = [], torch.zeros(len(blocks), dtype=torch.int64)
+        for t in range(count + more):
+            places.append(model[t][prefix])
+            if t < count:
+                prefix = prefix * self.vocabulary + blocks[:, t]
+        return torch.stack(places, dim=1)
+
+    def finished(self, masses: list[Tensor], step: Callable[[int], Tensor]) -> Tensor:
+        """Probabilities of all texts of L tokens.
+
+        Args:
+            masses: of texts that end after t tokens, [V**t] for t = 0..L, what follows being drawn by ``step``.
+            step: distributions of the next token behind texts of t tokens, [V**t, V].
+        """
+        total = masses[0]
+        for t in range(len(masses) - 1):
+            total = (total.unsqueeze(1) * step(t)).flatten() + masses[t + 1]
+        return total
+
+
+def _check_block_rule(rule: BlockRule, seed: int) -> RuleReport:
+    count = rule.reach + 2
+    vocabulary = 3 if 6**count <= 10_000 else 2
+    blocks, worst = 0, 0.0
+    for masked in (False, True):
+        texts = TabularPair.random(vocabulary, count + 1, seed, masked)
+        found = block_rule_texts(rule, texts, count)
+        total = float(found.sum())
+        assert abs(total - 1) <= TOLERANCE, f"{rule.name}: texts have probability {total:.15g} in all"
+        verifier = texts.finished(
+            [torch.ones(1, dtype=torch.float64)] + [torch.zeros(vocabulary**t) for t in range(1, count + 2)],
+            lambda t, texts=texts: torch.softmax(texts.verifier[t], dim=-1),  # type: ignore[misc]
+        )
+        assert not bool(found[verifier == 0].any()), f"{rule.name}: a masked token is emitted"
+        if rule.dial is not None and rule.dial.lossless is not None:
+            end = block_rule_texts(rule.with_dial(rule.dial.lossless), texts, count)
+            worst = max(worst, float((end - verifier).abs().max()))
+        blocks += vocabulary**count
+    assert worst <= TOLERANCE, f"{rule.name}: its lossless end misses the verifier's texts by {worst:.3g}"
+    _check_block_refusals(rule)
+    declared = rule.is_lossless or (rule.dial is not None and rule.dial.lossless is not None)
+    return RuleReport(rule.name, "block", blocks, worst, 0.0, "exact" if declared else "none", "none")
+
+
+def block_rule_texts(rule: BlockRule, texts: TabularPair, count: int) -> Tensor:
+    """Probabilities [V**L] of the texts that a drafted block of ``count`` tokens begins and the verifier finishes.
+
+    All blocks and all outcomes of the exact checks are enumerated; through the rule's formula, not the short cut that
+    execution takes at its lossless end.
+    """
+    drafted = texts.blocks(count)
+    drafter = texts.logits(texts.drafter, drafted)
+    verifier = texts.logits(texts.verifier, drafted, 1)
+    distributions = Distributions.of(drafter, verifier[:, :count], texts.temperature)
+    q, p = distributions.sampled_of(drafted)
+    chance, masses = (
+        q.prod(dim=1),
+        [torch.zeros(texts.vocabulary**t, dtype=torch.float64) for t in range(count + 2)],
+    )
+    ratio = acceptance(p, q)
+    rest = torch.cat(
+        [residual(distributions.p, distributions.q), torch.softmax(verifier[:, count:], dim=-1)], dim=1
+    )
+    summary = Rule.read(_Formula(rule), distributions, drafted, None, frozenset({"token"}))  # type: ignore[arg-type]
+    support = distributions.allows(drafted)
+    for outcome in range(2**count):
+        passes = (outcome >> torch.arange(count) & 1).bool().expand(len(drafted), -1)
+        mass = chance * torch.where(passes, ratio, 1 - ratio).prod(dim=1)
+        stand = passes | (rule.forgives(passes.contiguous(), distributions, summary) & support)
+        accepted = stand.long().cumprod(dim=1).sum(dim=1)
+        for t in range(count + 1):
+            here = accepted == t
+            prefix = torch.arange(len(drafted))[here] // texts.vocabulary ** (count - t)
+            emitted = (mass[here].unsqueeze(1) * rest[here, t]).flatten()
+            place = (prefix.unsqueeze(1) * texts.vocabulary + torch.arange(texts.vocabulary)).flatten()
+            masses[t + 1].index_add_(0, place, emitted)
+    return texts.finished(masses, lambda t: torch.softmax(texts.verifier[t], dim=-1))
+
+
+def _check_block_refusals(rule: BlockRule) -> None:
+    drafted = torch.zeros(1, 1, dtype=torch.int64)
+    block = torch.zeros(1, 2, VOCABULARY, dtype=torch.float64)
+    if not rule.is_lossless:
+        _refused(lambda: rule.target(block[:, 0], block[:, 0]), rule, "a question for its target")
+        for option in ({"bonus": "exact"}, {"verification": "block"}):
+            _refused(partial(verify_block, rule, drafted, block, block, **option), rule, str(option))  # type: ignore[arg-type]
+    broken = block.clone()
+    broken[0, 0, 2] = torch.nan
+    _refused(lambda: verify_block(rule, drafted, block, broken), rule, "NaN logits")
 
 
 class _Formula:

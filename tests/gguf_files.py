@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,15 @@ TENSORS = {
 }  # fmt: skip
 
 
-def write_gguf(model: Any, path: Path, architecture: str = "llama") -> Path:
-    """Write a tiny Llama model (``tiny_models``) and the tokenizer of this module as one GGUF file."""
+def write_gguf(
+    model: Any,
+    path: Path,
+    architecture: str = "llama",
+    splitting: str = "default",
+    tokens: Sequence[str] = TOKENS,
+    merges: Sequence[str] = MERGES,
+) -> Path:
+    """Write a tiny Llama model (``tiny_models``) and a byte-level tokenizer, this module's own, as one GGUF file."""
     import gguf
 
     config = model.config
@@ -35,10 +43,10 @@ def write_gguf(model: Any, path: Path, architecture: str = "llama") -> Path:
     writer.add_key_length(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([3 if token.startswith("<") else 1 for token in TOKENS])
-    writer.add_token_merges(MERGES)
+    writer.add_tokenizer_pre(splitting)
+    writer.add_token_list(list(tokens))
+    writer.add_token_types([3 if token.startswith("<") else 1 for token in tokens])
+    writer.add_token_merges(list(merges))
     writer.add_pad_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_bos_token_id(2)

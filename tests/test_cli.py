@@ -145,3 +145,27 @@ def test_a_switch_may_stand_alone_or_carry_a_value():
     assert cli._switched(["--out", "x", "--fresh"], {"--fresh"}) == ["--out", "x", "--fresh=true"]
     assert cli._switched(["--fresh", "false"], {"--fresh"}) == ["--fresh", "false"]
     assert cli._switched(["--fresh=false"], {"--fresh"}) == ["--fresh=false"]
+
+
+def test_lightnings_way_out_of_sigterm_is_no_success(monkeypatch, capsys):
+    """`fit` inside of `run` and `collect` end by it; it carries no status."""
+    from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+    def terminated(_name, _words):
+        raise SIGTERMException
+
+    monkeypatch.setattr(cli, "_dispatch", terminated)
+    assert cli.main(["run"]) == 143
+    assert (
+        capsys.readouterr().err == "deferral-train run: terminated; run the same command again to continue\n"
+    )
+
+
+def test_other_exits_keep_their_status(monkeypatch):
+    def leave(_name, _words):
+        raise SystemExit(0)
+
+    monkeypatch.setattr(cli, "_dispatch", leave)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["run"])
+    assert stop.value.code == 0

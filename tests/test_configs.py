@@ -12,7 +12,8 @@ from deferral_train.pipeline.config import read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = sorted((ROOT / "configs" / "paper").glob("*.yaml"))
-RUNS = [CONFIG, *(ROOT / "configs" / name for name in ("multi30k.yaml", "speculative_cascades.yaml")), *PAPER]
+OWN = ("multi30k.yaml", "smollm2.yaml", "speculative_cascades.yaml")
+RUNS = [CONFIG, *(ROOT / "configs" / name for name in OWN), *PAPER]
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)

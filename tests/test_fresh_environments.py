@@ -159,7 +159,7 @@ def test_onnx_form_decides_the_same_with_numpy_and_onnxruntime_alone(served, tmp
 
 def readme_example() -> str:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.search(r"## In Python\n+```python\n(.*?)```", text, re.DOTALL).group(1)
+    return re.search(r"## In Python\n.*?\n\n```python\n(.*?)```", text, re.DOTALL).group(1)
 
 
 @pytest.mark.parametrize("extra", ["", "[train]"])

@@ -79,7 +79,7 @@ def test_python_example_runs(tmp_path, monkeypatch):
 
     save_tiny_pair("llama", tmp_path / "runs" / "quickstart" / "pair")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    code = re.search(r"## In Python\n+```python\n(.*?)```", text, re.DOTALL)
+    code = re.search(r"## In Python\n.*?\n\n```python\n(.*?)```", text, re.DOTALL)
     assert code
     monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {}

@@ -17,10 +17,18 @@ import torch
 
 from benchmarks.common import keep, study_flags
 from benchmarks.greedy_tree import decode_tree
-from benchmarks.sequence_labels import LOSSLESS, SCORES, at_calls, counts_of, finite, prompts_of, redrawn
+from benchmarks.sequence_labels import (
+    LOSSLESS,
+    SCORES,
+    at_calls,
+    counts_of,
+    finite,
+    prompt_weights,
+    prompts_of,
+    redrawn,
+)
 from deferral_train import provenance
 from deferral_train.decoding.pair import load_pair
-from deferral_train.evaluation.bootstrap import PromptBootstrap
 from deferral_train.evaluation.sequence import quantiles_of_estimates
 from deferral_train.heads.rules import learned_rule
 from deferral_train.rules.base import Rule
@@ -79,7 +87,7 @@ def main() -> int:
     lines: dict[str, list[dict[str, Any]]] = {label: [] for label in every}
     for row in decode_tree(pair, prompts, every):
         lines[row.rule].append(row.as_line())
-    weights = np.vstack([np.ones(len(prompts)), PromptBootstrap(len(prompts), 1000).weights])
+    weights = prompt_weights(len(prompts))
     cache: dict[tuple[str, str], Any] = {}
     known = {label: redrawn(counts_of(rows, cache), weights) for label, rows in lines.items()}
     calls = options.calls * known[LOSSLESS]["calls"]

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import BasePredictionWriter
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
 from deferral_train.collecting.batches import BatchCollector, Scored
@@ -156,6 +157,8 @@ class ShardWriter(BasePredictionWriter):
         self.writer.put(pl_module.work[batch][0], prediction)
         if self.progress is not None:
             self.progress.advance(len(prediction.rows), self.writer.bytes)
+        if trainer.received_sigterm:  # Lightning heeds it in its other loops, and not when it predicts
+            raise SIGTERMException
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, CollectModule)

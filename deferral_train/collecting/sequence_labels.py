@@ -208,7 +208,7 @@ class SequenceLabels:
         count = len(places)
         samples = max(1, self.settings.sampling.samples if self.settings.sampling.temperature else 1)
         where = [(samples_of[0].row, samples_of[0].place) for samples_of in places]
-        return where, tokens, table.reshape(count, samples, -1), words.reshape(count, samples)
+        return where, tokens, table.reshape(count, samples, len(scores)), words.reshape(count, samples)
 
     def _table(
         self,

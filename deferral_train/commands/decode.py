@@ -49,6 +49,7 @@ class DecodeSettings:
         repetitions: times that everything is decoded; rules take turns batch by batch.
         execution: speculative, token, lazy or sequence.
         bonus: distribution of the token after a whole block: verifier or exact.
+        verification: token checks drafted tokens one by one, block together: longer drafts stand.
         max_request_loss: bound on the summed estimated loss of kept tokens per prompt; then lossless.
         stop: adaptive draft length: confidence:threshold=0.4, cumulative:threshold=0.2,
             entropy:threshold=0.4,weight=0.2, head:head=FOLDER,alpha=0.1,threshold=0.5,
@@ -95,6 +96,7 @@ class DecodeSettings:
     repetitions: int = DecodeConfig.repetitions
     execution: str = Settings.execution
     bonus: str = Settings.bonus
+    verification: str = Settings.verification
     max_request_loss: float | None = Settings.max_request_loss
     stop: str | None = None
     drafting: str | None = None

@@ -120,6 +120,11 @@ def run(config: RoundsConfig) -> int:
         content = Learning(pair, prompts, validation, scorers, settings, config.out).run()
     for line in table(content):
         print(line)
+    reached = content["chosen"]["at_calls"]["calls"]
+    if abs(reached - config.calls) > 0.01:
+        print(
+            f"calls={config.calls:g} was not reached: the nearest decoded setting takes {reached:.3f} of lossless's"
+        )
     print(f"chosen head in {config.out}/head, all rounds in {config.out}/rounds.json")
     return 0
 

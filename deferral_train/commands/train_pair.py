@@ -28,7 +28,7 @@ def run(
     from deferral_train.pairs.scratch.train import train_pair
 
     with TrainingBars() as bars:
-        result = train_pair(pair, out, bars, fresh)
+        result = train_pair(pair, out, bars, fresh, print)
     gate = result.gate
     state = "reused" if result.reused else "trained"
     print(f"{state} {result.verifier} and {result.drafter}; what they saw is in {result.training_ids}")

@@ -19,8 +19,9 @@ from deferral_train.decoding.facts import ModelFacts, facts_of
 from deferral_train.decoding.settings import Settings
 from deferral_train.decoding.stopping import check_stop
 from deferral_train.errors import InputError
-from deferral_train.rules.base import PositionRule, Rule
+from deferral_train.rules.base import BlockRule, PositionRule, Rule, named
 from deferral_train.rules.summary import FIELDS
+from deferral_train.rules.verify import check_together
 
 EXECUTION_NAMES = ("speculative", "token", "lazy", "sequence")
 BONUSES = ("verifier", "exact")
@@ -172,6 +173,7 @@ def _check_settings(request: Request) -> None:
             f"verifier has read it, and bonus is {settings.bonus!r}, execution {settings.execution!r}; use bonus "
             "'verifier' and execution 'speculative'"
         )
+    _check_verification(request)
     limit = settings.max_request_loss
     if limit is not None and not limit >= 0:
         raise InputError(f"max_request_loss is {limit}; give a bound >= 0")
@@ -179,6 +181,24 @@ def _check_settings(request: Request) -> None:
         check_stop(settings.stop)
     if request.token_streamer is not None and len(request.input_ids) != 1:
         raise InputError(f"streamer: streams a single row, not {len(request.input_ids)}; leave it out")
+
+
+def _check_verification(request: Request) -> None:
+    """Refuse what the rule cannot do with this way of verifying, and blocks that are too short for it."""
+    rule, settings = request.rule, request.settings
+    with named(rule):
+        check_together(rule, settings.verification, settings.bonus, settings.max_request_loss)
+    if settings.execution != "speculative":
+        if settings.verification != "token":
+            raise InputError(
+                f"verification={settings.verification!r} checks drafted blocks: it needs execution='speculative', not "
+                f"{settings.execution!r}"
+            )
+    elif isinstance(rule, BlockRule) and not rule.is_lossless and request.num_draft_tokens <= rule.reach:
+        raise InputError(
+            f"rule {rule.name} waits for {rule.reach} drafted tokens behind one, and blocks have "
+            f"{request.num_draft_tokens}: nothing would ever be forgiven; give it a smaller window, or draft more"
+        )
 
 
 def _check_execution(request: Request) -> None:

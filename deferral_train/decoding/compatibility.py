@@ -11,16 +11,15 @@ from typing import Any
 from deferral_train.decoding.stopping import StopDrafting
 from deferral_train.errors import InputError
 from deferral_train.heads.artifact import certificate_problem
-from deferral_train.heads.pairing import check_vocabulary, different
+from deferral_train.heads.pairing import check_vocabulary, different, fitted_parts, role_of
 from deferral_train.rules.base import Rule
 
 ROLES = ("drafter", "verifier")
 
 
 def heads_of(rule: Rule, stop: StopDrafting | None = None) -> list[Any]:
-    """The learned heads that a rule or a stop rule asks."""
-    found = [getattr(owner, "head", None) for owner in (rule, stop)]
-    return [head for head in found if head is not None]
+    """The learned heads, and tables, that a rule or a stop rule asks."""
+    return [part for owner in (rule, stop) for part in fitted_parts(owner)]
 
 
 def check_head(
@@ -55,7 +54,9 @@ def check_head(
     loose += list(_temperature_differs(metadata, facts))
     loose += [problem] if (problem := certificate_problem(head)) else []
     if loose and not accept_mismatch:
-        raise InputError(f"head: {'; '.join(loose)}; re-fit it, or accept with --accept-mismatch")
+        raise InputError(
+            f"{role_of(head)}: {'; '.join(loose)}; make it anew, or accept with --accept-mismatch"
+        )
     return loose
 
 

@@ -25,6 +25,8 @@ from deferral_train.pairs.prompts import Prompt
 from deferral_train.rules.base import Rule
 from deferral_train.rules.registry import make_rule
 
+SILENT = 10.0  # seconds before a bar is shown
+
 
 @dataclass
 class _Contestant:
@@ -128,6 +130,8 @@ def _run(
     config: DecodeConfig,
     folder: OutputFolder,
 ) -> None:
+    from tqdm import tqdm  # comes with transformers, which the models are loaded by
+
     size = config.settings.batch_size
     order = sorted(encoded, key=lambda p: -len(p.input_ids)) if config.sort_by_length else list(encoded)
     batches = [order[start : start + size] for start in range(0, len(order), size)]
@@ -140,7 +144,9 @@ def _run(
     open_jobs = [job for job in jobs if (job[2].label, job[0], job[1]) not in folder.finished]
     if open_jobs:
         _warm_up(pair, batches[0], contestants, config)
-    for repetition, number, contestant in open_jobs:
+    # Large models take minutes, and then it is shown how far this is.
+    bar = tqdm(open_jobs, desc="decode", unit="batch", delay=SILENT, mininterval=2.0, dynamic_ncols=True)
+    for repetition, number, contestant in bar:
         batch = batches[number]
         log = TokenLog(len(batch), config.log_tokens) if config.log_tokens else None
         stream = repetition * len(batches) + number

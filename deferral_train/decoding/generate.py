@@ -67,6 +67,7 @@ def cascade_generate(
     stop: StopDrafting | None = None,
     execution: str = Settings.execution,
     bonus: str = Settings.bonus,
+    verification: str = Settings.verification,
     max_request_loss: float | None = None,
     generator: torch.Generator | None = None,
     token_streamer: Any = None,
@@ -99,6 +100,9 @@ def cascade_generate(
         execution: ``speculative``, ``token`` (Algorithm 2), ``lazy`` or ``sequence``.
         bonus: the distribution of the token after a block that was emitted whole: ``verifier`` (p, free) or ``exact``
             (the rule's target, one more drafter pass).
+        verification: ``token`` checks drafted tokens one by one, ``block`` together (Sun et al. 2024): longer drafts
+            stand. The output distribution stays the same under a lossless rule and with bonus ``exact``; with bonus
+            ``verifier`` a lossy rule's bonus tokens fall at other places.
         max_request_loss: bound B on the summed estimated loss of kept tokens per row; beyond it a row is
             lossless.
         generator: source of randomness, on the CPU or on a device; default torch's.
@@ -123,8 +127,8 @@ def cascade_generate(
         generation_config=generation_config,
         rule=make_rule(rule) if isinstance(rule, str) else rule,
         settings=Settings(
-            num_draft_tokens=num_draft_tokens, execution=execution, bonus=bonus, max_request_loss=max_request_loss,
-            stop=stop,
+            num_draft_tokens=num_draft_tokens, execution=execution, bonus=bonus, verification=verification,
+            max_request_loss=max_request_loss, stop=stop,
         ),
         token_streamer=token_streamer,
         token_log=token_log,
@@ -172,6 +176,7 @@ def speculative(state: DecodingState) -> None:
             context=state.context(draft),
             max_request_loss=limit,
             spent=state.spent if limit is not None else None,
+            verification=settings.verification,
             check=False,
         )
         block = on_host(verdict, draft, state.ends)

@@ -187,6 +187,7 @@ class Pair:
             stop=stop,
             execution=options.execution,
             bonus=options.bonus,
+            verification=options.verification,
             max_request_loss=options.max_request_loss,
             generator=generator,
             token_log=token_log,

@@ -27,6 +27,8 @@ class Settings:
         seed: of the sampling; every batch draws from its own stream of it.
         execution: ``speculative``, ``token``, ``lazy`` or ``sequence``.
         bonus: distribution of the token after a block emitted whole: ``verifier`` or ``exact``.
+        verification: ``token`` checks drafted tokens one by one, ``block`` together: longer drafts stand at the same
+            output distribution (bonus ``exact``, or a lossless rule).
         max_request_loss: bound on the summed estimated loss of kept tokens per prompt.
         stop: adaptive draft length.
         stop_strings: end a row once its text holds one of these.
@@ -48,6 +50,7 @@ class Settings:
     seed: int = 0
     execution: str = "speculative"
     bonus: str = "verifier"
+    verification: str = "token"
     max_request_loss: float | None = None
     stop: StopDrafting | None = None
     stop_strings: Sequence[str] = ()

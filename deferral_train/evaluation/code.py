@@ -13,6 +13,7 @@ import json
 import re
 import secrets
 import selectors
+import signal
 import subprocess
 import sys
 import textwrap
@@ -105,11 +106,9 @@ def judge_code(texts: Sequence[str], tests: Sequence[str], limits: CodeLimits | 
         InputError: as :func:`check_allowed`.
     """
     check_allowed()
-    known: dict[tuple[str, str], str] = {}
-    for job in zip(map(program_of, texts), tests, strict=True):
-        if job not in known:
-            known[job] = _verdict(*job, limits or CodeLimits())
-    return [known[job] for job in zip(map(program_of, texts), tests, strict=True)]
+    jobs = list(zip(map(program_of, texts), tests, strict=True))
+    known = {job: _verdict(*job, limits or CodeLimits()) for job in dict.fromkeys(jobs)}
+    return [known[job] for job in jobs]
 
 
 def program_of(text: str) -> str:
@@ -191,7 +190,7 @@ def _outcome(answer: bytes, key: str, status: int | None) -> ProgramOutcome:
             )
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
-    if status == 128 + getattr(isolation.signal, "SIGXCPU", 24):
+    if status == 128 + getattr(signal, "SIGXCPU", 24):
         return ProgramOutcome("time", "out of computing time")
     return ProgramOutcome("left early", f"its process ended with {status}")
 

@@ -18,7 +18,7 @@ from deferral_train.evaluation.positions import Positions, read_positions
 from deferral_train.evaluation.prefixes import slider_prefixes
 from deferral_train.evaluation.scan import FamilySums, Oracle, scan
 from deferral_train.evaluation.table import RuleScores, ScoreTable
-from deferral_train.heads.pairing import check_vocabulary
+from deferral_train.heads.pairing import check_vocabulary, fitted_parts
 from deferral_train.rules.base import PositionRule, Rule
 from deferral_train.rules.learned import LearnedRule
 from deferral_train.rules.registry import make_rule
@@ -193,8 +193,9 @@ class ScoreSettings:
 def _check_heads(families: Sequence[Family], traces: Sequence[Traces]) -> None:
     """Heads of the traces' vocabulary; other weights are what a transfer study compares."""
     for family in families:
-        for part in traces:
-            check_vocabulary(getattr(family.rule, "head", None), part.manifest.pair)
+        for fitted in fitted_parts(family.rule):
+            for part in traces:
+                check_vocabulary(fitted, part.manifest.pair)
 
 
 def _with_anchors(families: list[Family]) -> list[Family]:

@@ -1,4 +1,4 @@
-"""Check that a head was fitted for the pair's vocabulary: its token ids mean other tokens under another one."""
+"""Check that a head or a table was made for the pair's vocabulary: its ids mean other tokens under another one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from deferral_train.errors import InputError
+
+
+def fitted_parts(owner: Any) -> list[Any]:
+    """The head or the table that a rule (or a rule that stops drafting) decides by; none for a formula."""
+    found = [getattr(owner, name, None) for name in ("head", "table")]
+    return [part for part in found if part is not None]
+
+
+def role_of(part: Any) -> str:
+    """How messages call such a part."""
+    return str(getattr(part, "role", "head"))
 
 
 def different(recorded: Mapping[str, Any], here: Mapping[str, Any], names: tuple[str, ...]) -> Iterator[str]:
@@ -24,4 +35,7 @@ def check_vocabulary(head: Any, pair: Mapping[str, Any]) -> None:
     recorded = dict((getattr(head, "metadata", None) or {}).get("pair") or {})
     found = list(different(recorded, pair, ("tokenizer", "vocab_size")))
     if found:
-        raise InputError(f"head: made for another vocabulary ({'; '.join(found)}); use a head of this pair")
+        role = role_of(head)
+        raise InputError(
+            f"{role}: made for another vocabulary ({'; '.join(found)}); use a {role} of this pair"
+        )

@@ -12,6 +12,7 @@ from torch import Tensor
 from deferral_train.errors import InputError
 from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.own import import_head_class
+from deferral_train.heads.rejected_pairs import read_rejected_pairs
 from deferral_train.heads.token_gap import TokenGapHead
 from deferral_train.heads.truth import TruthHead
 from deferral_train.rules import make_rule
@@ -26,6 +27,7 @@ HEAD_PARAMETERS = {
     "learned": ("head", "alpha", "tokenwise", "priced", "class"),
     "judge": ("head", "threshold", "class"),
 }
+FILES = ("head", "table")  # parameters that name a folder or a file
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def rule_from_spec(spec: str, typed: Collection[str] = ()) -> Rule:
 
     ``learned`` takes ``head`` (folder or hub id), ``alpha`` (default: stored in the head), ``tokenwise``
     and ``priced``; ``judge`` takes ``head`` and ``threshold`` (default: stored in the head). Both take ``class``, the
-    head's class where it is the user's own.
+    head's class where it is the user's own. ``csd`` takes ``table``, a file of `deferral-train count-rejections`.
 
     Args:
         spec: the rule. It may have been read from a file.
@@ -148,6 +150,8 @@ def rule_from_spec(spec: str, typed: Collection[str] = ()) -> Rule:
             can name code to import.
     """
     name, parameters = parse_spec(spec)
+    if name == "csd" and "table" in parameters:
+        parameters["table"] = read_rejected_pairs(str(parameters["table"]))
     if name not in HEAD_PARAMETERS:
         allowed = ":" in name and name in {parse_spec(text)[0] for text in typed}
         return make_rule(name, allow_import=allowed, **parameters)
@@ -197,8 +201,8 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
         key, equals, value = item.partition("=")
         if not equals or not key.strip().isidentifier():
             raise InputError(f"rule {spec!r}: {item!r} is no key=value")
-        # A folder stays a text, also where it is called 007 or true.
-        parameters[key.strip()] = value.strip() if key.strip() == "head" else _value(value.strip())
+        # A folder or a file stays a text, also where it is called 007 or true.
+        parameters[key.strip()] = value.strip() if key.strip() in FILES else _value(value.strip())
     return head.strip(), parameters
 
 

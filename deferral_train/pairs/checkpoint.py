@@ -92,6 +92,7 @@ def find_checkpoint(name: str | Path, role: str) -> Checkpoint:
                 f"{role}: there is no file {name}; give the path of a .gguf file on this machine"
             )
         need("gguf")
+        need("accelerate")  # transformers reads no GGUF file without it
         return Checkpoint(role, path.parent, gguf=path.name)
     if path.is_dir():
         folder = path

@@ -24,6 +24,8 @@ from deferral_train.pairs.checkpoint import (
 from deferral_train.pairs.fingerprint import tokenizer_fingerprint
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+# Ways of splitting text, as GGUF files name them, that are GPT-2's with every digit on its own (llama.cpp's list).
+DIGITS_ALONE = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -123,6 +125,21 @@ def load_smaller(
     return models
 
 
+def load_model(name: str | Path, role: str, dtype: str = "auto") -> Any:
+    """One model alone, on the CPU, in eval mode.
+
+    Args:
+        name: a folder, a hub id, a ``.gguf`` file or an adapter's folder.
+        role: what it is called in messages.
+        dtype: as for :func:`load_models`, or ``stored``: as stored, half precision too; of a GGUF file float32.
+
+    Raises:
+        InputError: as for :func:`load_models`.
+    """
+    found = find_checkpoint(name, role)
+    return _load_model(found, _load_config(found, False), Placement(torch.device("cpu")), dtype, False)
+
+
 def make_pair(
     drafter: Any, verifier: Any, tokenizer: Any, fingerprints: dict[str, Any] | None = None
 ) -> ModelPair:
@@ -173,9 +190,7 @@ def output_matrix(verifier: str | Path, recorded: Mapping[str, Any] | None = Non
     wanted, own = (recorded or {}).get("weights"), found.fingerprint().get("weights")
     if wanted is not None and own != wanted:
         raise InputError(f"verifier: {verifier} has weights {own}, the traces were collected with {wanted}")
-    place = Placement(torch.device("cpu"))
-    model = _load_model(found, _load_config(found, False), place, "float32", False)
-    matrix: Tensor = model.get_output_embeddings().weight.detach()
+    matrix: Tensor = load_model(verifier, "verifier", "float32").get_output_embeddings().weight.detach()
     return matrix
 
 
@@ -251,18 +266,23 @@ def load_tokenizer(
         from transformers import AutoTokenizer
 
         found = AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
-        return _as_in_the_file(found) if source.gguf else found
+        return _as_in_the_file(found, source.path) if source.gguf else found
 
 
-def _as_in_the_file(tokenizer: Any) -> Any:
-    """A tokenizer made from GGUF without the tokens that the file does not have.
+def _as_in_the_file(tokenizer: Any, path: Path) -> Any:
+    """A tokenizer made from GGUF that splits text as the file says, without the tokens that the file does not have.
 
     transformers builds it as a GPT2Tokenizer, whose own end of text is added to a vocabulary without one, as an id
-    beyond the model's.
+    beyond the model's, and which splits as GPT-2 wherever it does not know the name of the file's own way.
     """
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
+    if _splitting(path) in DIGITS_ALONE:
+        bytes_behind = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), bytes_behind]
+        )
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     kept = [token for token in state["added_tokens"] if token["id"] < len(state["model"]["vocab"])]
     if len(kept) == len(state["added_tokens"]):
@@ -280,6 +300,14 @@ def _as_in_the_file(tokenizer: Any) -> Any:
         tokenizer_object=Tokenizer.from_str(json.dumps(state | {"added_tokens": kept})),
         **{name: getattr(tokenizer, name) for name in names},
     )
+
+
+def _splitting(path: Path) -> str | None:
+    """Name of the way in which a GGUF file's tokenizer splits text before it merges."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(path).fields.get("tokenizer.ggml.pre")
+    return None if field is None else str(field.contents())
 
 
 def _load_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
@@ -303,8 +331,7 @@ def _load_model(
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         given: dict[str, Any] = {"dtype": DTYPES.get(dtype, "auto"), "trust_remote_code": trust_remote_code}
         given |= {"config": config, "output_loading_info": True}
-        if not checkpoint.gguf:
-            given["use_safetensors"] = True
+        given |= _plain_numbers() if checkpoint.gguf else {"use_safetensors": True}
         mapped = placement.device_map or ({"": placement.device} if quantised else None)
         if mapped is not None:
             given["device_map"] = mapped
@@ -316,6 +343,10 @@ def _load_model(
                 f"{checkpoint.role}: {checkpoint.folder} lacks {len(missing)} weights, first {missing[0]}; "
                 "save it again"
             )
+        if checkpoint.gguf and hasattr(model.config, "quantization_config"):
+            del (
+                model.config.quantization_config
+            )  # its weights are plain numbers now, and may be saved as such
         model = apply_adapter(model, checkpoint)
         if quantised:  # its packed weights can be neither cast nor moved
             return model.eval()
@@ -323,6 +354,14 @@ def _load_model(
         if dtype == "auto" and only_cpu and model.dtype in (torch.float16, torch.bfloat16):
             model = model.float()  # half precision is emulated, slowly, on most CPUs
         return (model if mapped is not None else model.to(placement.device)).eval()
+
+
+def _plain_numbers() -> dict[str, Any]:
+    """Arguments that have transformers dequantise a GGUF file; releases that know no other way need none."""
+    import transformers
+
+    settings = getattr(transformers, "GgufConfig", None)
+    return {} if settings is None else {"quantization_config": settings(dequantize=True)}
 
 
 def _check_architectures(drafter: Any, verifier: Any) -> None:

@@ -143,6 +143,7 @@ class TracesConfig:
         log_top_k: logged candidates of each model.
         chunk_prompts: prompts a shard.
         batch_tokens: most tokens of a padded batch.
+        max_new_tokens: most tokens per prefix; default 128 on-policy, unlimited on references.
     """
 
     prefixes: str = "reference"
@@ -150,6 +151,7 @@ class TracesConfig:
     log_top_k: int = 16
     chunk_prompts: int = 64
     batch_tokens: int = 4096
+    max_new_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -354,6 +356,8 @@ class RunConfig:
         bootstrap: redraws of prompts for intervals.
         expected: stage to the seconds that it takes on the machine the config was made for; said at the start and
             beside what each stage took.
+        control: a sentence for the page of a run with questions about a comparison that was made beside it, with its
+            conditions; empty says nothing.
     """
 
     text: TextConfig
@@ -379,6 +383,7 @@ class RunConfig:
     frontier: FrontierConfig = field(default_factory=FrontierConfig)
     bootstrap: int = 1000
     expected: dict[str, float] = field(default_factory=dict)
+    control: str = ""
 
     def __post_init__(self) -> None:
         absent = [rule for rule in self.decoded if rule not in self.rules]

@@ -68,6 +68,10 @@ class RunConsole:
         """One line as it is: no markup is read from it."""
         self.console.print(text, markup=False)
 
+    def indented(self, text: str) -> None:
+        """A line about the stage that is running."""
+        self.line(f"       {text}")
+
     def path(self, what: str, path: Path) -> None:
         """Name a file the reader will want to open."""
         self.line(f"{what:<12} {path}")

@@ -60,16 +60,20 @@ def pair_inputs(config: PairSection) -> dict[str, str | None]:
         for name, files in named.items()
         for place, file in enumerate(files)
     }
+    if config.train.from_verifier is not None:
+        found["pair.train.from_verifier"] = config.train.from_verifier
     return found | {f"python {platform.python_version()}": platform.python_version()}
 
 
 def spec_inputs(specs: Sequence[str]) -> dict[str, str | None]:
-    """Folders of heads that rules name."""
+    """Folders of heads and files of tables that rules name."""
     found: dict[str, str | None] = {}
     for spec in specs:
         name, parameters = parse_spec(spec)
         if name in HEAD_PARAMETERS and "head" in parameters:
             found[spec] = str(parameters["head"])
+        elif name == "csd" and "table" in parameters:
+            found[spec] = str(parameters["table"])
         if spec.partition(":")[0].count("."):  # my_pkg.mine:MyRule
             found |= metric_inputs([spec])
     return found

@@ -36,6 +36,7 @@ from deferral_train.evaluation.sequence import (
 from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.fingerprint import weights_key
 from deferral_train.heads.rules import learned_rule
+from deferral_train.pairs.overlap import content_hash
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.pipeline.ask import execution_accuracy
 from deferral_train.pipeline.config import RoundsSettings, RunConfig
@@ -165,15 +166,20 @@ class Learning:
         # Once each: a fit sets some aside by prompt, and texts that repeat would be on both sides.
         first: dict[str, Prompt] = {}
         for prompt in fit_prompts:
-            first.setdefault(prompt.prompt, prompt)
+            first.setdefault(content_hash(prompt.prompt), prompt)
         self.fit_prompts = list(first.values())
         self.scorers, self.settings, self.out = dict(scorers), settings, Path(out)
-        ids, texts = {prompt.id for prompt in fit_prompts}, {prompt.prompt for prompt in fit_prompts}
-        shared = [prompt.id for prompt in validation if prompt.id in ids or prompt.prompt in texts]
+        # By text: ids that were made of a file's name and the row are equal in two files of one name.
+        shared = [prompt.id for prompt in validation if content_hash(prompt.prompt) in first]
         if shared:
             raise InputError(
-                f"{len(shared)} validation prompts are fitted on, first {min(shared)}; use others"
+                f"{len(shared)} validation prompts have the text of a prompt that is fitted on, first {min(shared)}; "
+                "use others"
             )
+        self._check_references()
+        self.references: dict[
+            str, str
+        ] = {}  # of the validation prompts, where they are the verifier's own texts
         self.traces: list[Traces] = []
         self.records: list[dict[str, Any]] = []
         self.matrix = pair.models.verifier.get_output_embeddings().weight.detach().float().cpu()
@@ -190,6 +196,19 @@ class Learning:
             self.records.append(self._record(number, found, best))
             self._write(lossless)
         return self._choose(lossless)
+
+    def _check_references(self) -> None:
+        """Refuse, before anything is computed, validation prompts that a metric cannot score."""
+        wanting = [
+            name for name, one in self.scorers.items() if not getattr(one, "without_references", False)
+        ]
+        missing = [prompt.id for prompt in self.validation if prompt.reference is None]
+        if self.settings.label_reference == "given" and wanting and missing:
+            raise InputError(
+                f"label_metric {wanting[0]} needs references, and {len(missing)} of {len(self.validation)} validation "
+                f"prompts have none (first: {missing[0]}); give --validation_reference_path, or use "
+                "--label_reference verifier"
+            )
 
     # One round
 
@@ -286,8 +305,11 @@ class Learning:
         )
 
     def _decode_lossless(self) -> Decoded:
-        rows = self._decoded({LOSSLESS: None}, self.out / LOSSLESS)
-        return score_decoded(rows[LOSSLESS], self.scorers)
+        rows = self._decoded({LOSSLESS: None}, self.out / LOSSLESS)[LOSSLESS]
+        if self.settings.label_reference == "verifier":
+            self.references = {row["id"]: row["text"] for row in rows if row["repetition"] == 0}
+            rows = [row | {"reference": row["text"]} for row in rows]
+        return score_decoded(rows, self.scorers)
 
     def _decoded(self, rules: Mapping[str, Any], out: Path) -> dict[str, list[dict[str, Any]]]:
         """Lines of every rule on the validation prompts."""
@@ -303,7 +325,8 @@ class Learning:
         decode(self.pair, self.validation, named, DecodeConfig(how), out)
         found: dict[str, list[dict[str, Any]]] = {label: [] for label in rules}
         for row in read_lines(out / OUTPUTS):
-            found[row["rule"]].append(row)
+            given = {"reference": self.references[row["id"]]} if self.references else {}
+            found[row["rule"]].append(row | given)
         return found
 
     # What is written

@@ -140,13 +140,17 @@ def decode_frontiers(run: RunContext, results: Results) -> Any:
 def compare_skew(run: RunContext, results: Results) -> Any:
     """Collect on the chosen cascade's own prefixes and compare what they predict with what decoding counted."""
     chosen, section = run.chosen(results), run.config.decode
+    decoded = {
+        "prefixes": "cascade",
+        "temperature": section.temperature,
+        "max_new_tokens": section.max_new_tokens,
+        "num_draft_tokens": section.num_draft_tokens,
+    }
     settings = CollectConfig(
         **run.collecting(results["pair"], "test"),
-        **{**asdict(run.config.traces), "prefixes": "cascade", "temperature": section.temperature},
+        **asdict(run.config.traces) | decoded,
         rule=chosen["spec"],
         limit=section.limit,
-        max_new_tokens=section.max_new_tokens,
-        num_draft_tokens=section.num_draft_tokens,
     )
     collect(settings, run.folder / ON_POLICY)
     rows = skew.compare(

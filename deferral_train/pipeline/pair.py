@@ -35,7 +35,7 @@ def prepare_pair(
         InputError: the pair fails a required gate, or prompts of the run were in its training text.
     """
     if config.train is not None:
-        result = _trained(taught(config.train, run) if questions else config.train, run)
+        result = _trained(taught(config.train, run) if questions else config.train, run, console)
     else:
         result = _brought(config, run, console)
     compared = refuse_seen(Path(result["drafter"]).parent, run)
@@ -67,9 +67,9 @@ def _load(config: PairSection, drafter: str, verifier: str) -> ModelPair:
     )
 
 
-def _trained(config: PairConfig, run: Path) -> dict[str, Any]:
-    with TrainingBars() as bars:
-        done = train_pair(config, run / FOLDER, bars)
+def _trained(config: PairConfig, run: Path, console: RunConsole) -> dict[str, Any]:
+    with TrainingBars(console.console) as bars:
+        done = train_pair(config, run / FOLDER, bars, say=console.indented)
     return {
         "drafter": str(done.drafter),
         "verifier": str(done.verifier),
@@ -88,6 +88,6 @@ def _brought(config: PairSection, run: Path, console: RunConsole) -> dict[str, A
         gate = stored["gate"]
     else:
         prompts = read_part(run, "validation", GATE_PROMPTS)
-        gate = asdict(check_pair(pair, prompts, say=lambda line: console.line(f"       {line}")))
+        gate = asdict(check_pair(pair, prompts, say=console.indented))
         provenance.write_json(record, {"for": wanted, "gate": gate})
     return {"drafter": config.drafter, "verifier": config.verifier, "gate": gate, "trained": False}

@@ -274,7 +274,7 @@ class Run:
             Stage(
                 name="verdict",
                 title="what is gained and lost",
-                settings={"point": c.point},
+                settings={"point": c.point, "control": c.control},
                 after=("evaluate", "skew", "frontier", "drafting", *(("answers",) if self.asks else ())),
                 outputs=("verdict.json",),
                 work=self.verdict,
@@ -476,6 +476,7 @@ class Run:
         )
         if self.asks:
             verdict["said"] = answers.say(verdict, results)
+            verdict["control"] = self.config.control
         verdict["drafting"] = results["drafting"]
         verdict["training"] = f"fit/{results['fit']['best']}"
         provenance.write_json(self.folder / "verdict.json", verdict)

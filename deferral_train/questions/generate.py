@@ -27,11 +27,15 @@ SHAPES = "test_shapes"
 STYLES = ("drawn", "house")
 MOST_ROWS = 60  # longer answers are no answer to a question
 TRAINED = "pair"  # the part that a pair learns from
-# Share of its questions whose names are invented: with a few hundred names a small model knows them by heart, and
-# does not learn to take them from the question.
-INVENTED = 0.6
+# Share of its questions whose names and numbers are invented: a few hundred names a small model knows by heart,
+# and does not learn to take them from the question.
+INVENTED = 0.8
+# Questions with several conditions, or two names, are the hardest to answer: it learns from so many times more of them.
+OFTENER = {"count_things": 2, "list_things": 3, "modules_of_package": 3, "joined": 3, "thing_fact": 2}
 MISSES = 40  # drawn questions of a family in a row that cannot be kept
+_PARTS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|\d+")  # of names
 _QUOTED = re.compile(r"'([^']*)'")
+_NUMBER = re.compile(r"(?<![\w'.])\d{2,}\b")  # of two digits or more: no limit of an order has so many
 
 
 @dataclass(frozen=True)
@@ -67,15 +71,29 @@ def make_questions(
         connection.close()
 
 
-def _renamed(question: str, text: str, names: Names, draw: random.Random) -> tuple[str, str]:
-    """Question and query with every quoted name replaced by an invented one, of parts of the names at hand."""
+def _invented(question: str, text: str, parts: Sequence[str], draw: random.Random) -> tuple[str, str]:
+    """Question and query with invented numbers, in the order of the old ones' size, and invented names for all that is
+    quoted, put together of ``parts``."""
+    old_numbers = sorted({int(number) for number in _NUMBER.findall(question)})
+    numbers = sorted(draw.sample(range(10, 10 ** draw.choice((2, 3, 4))), len(old_numbers)))
+    new = {str(old): str(number) for old, number in zip(old_numbers, numbers)}
+    question, text = (
+        _NUMBER.sub(lambda found: new.get(found[0], found[0]), side) for side in (question, text)
+    )
+    # Few parts for all names of a question: one that comes again is not copied by what stood before it alone.
+    few = [draw.choice(parts) for _ in range(draw.choice((2, 4, 8, 16)))]
     for old in dict.fromkeys(_QUOTED.findall(text)):
-        chosen = [
-            draw.choice(draw.choice((names.functions, names.classes)))[0]
-            for _ in range(draw.choice((1, 2, 3)))
-        ]
-        question, text = (part.replace(f"'{old}'", f"'{'.'.join(chosen)}'") for part in (question, text))
+        name = ".".join(_word(few, draw) for _ in range(draw.choice((1, 1, 2, 3))))
+        question, text = (side.replace(f"'{old}'", f"'{name}'") for side in (question, text))
     return question, text
+
+
+def _word(parts: Sequence[str], draw: random.Random) -> str:
+    """One to three parts, now and then with a number, as real names have one."""
+    chosen = [draw.choice(parts) for _ in range(draw.choice((1, 1, 2, 2, 3)))]
+    if draw.random() < 0.1:
+        chosen.append(str(draw.randrange(1, 65)))
+    return draw.choice(("", "", "", "", "_", "__")) + draw.choice(("", "_")).join(chosen)
 
 
 class _Maker:
@@ -97,7 +115,10 @@ class _Maker:
     ) -> tuple[list[Prompt], list[Any]]:
         draw = random.Random(f"{self.seed} {part}")
         found: dict[str, tuple[Prompt, Any]] = {}
-        waiting = list(families)  # they take turns; one that has no more to ask is left out from then on
+        parts = self._parts_of(names)
+        times = OFTENER if part == TRAINED else {}
+        # They take turns; one that has no more to ask is left out from then on.
+        waiting = [name for name in families for _ in range(times.get(name, 1))]
         while waiting and len(found) < size:
             family = waiting.pop(0)
             kept = self._kept(families[family], names, draw, found)
@@ -105,7 +126,7 @@ class _Maker:
                 drawn, answer = kept
                 question, text = drawn.question, self._written(drawn, draw)
                 if part == TRAINED and draw.random() < INVENTED:
-                    question, text = _renamed(question, text, names, draw)
+                    question, text = _invented(question, text, parts, draw)
                 prompt = Prompt(f"{family}/{part}-{len(found) + 1}", question, text)
                 found[drawn.question] = (prompt, answer)
                 waiting.append(family)
@@ -115,6 +136,13 @@ class _Maker:
             f"questions: part {part} gave {len(found)} different questions of {size}; ask for fewer, or use a Python "
             "with more of its library's sources"
         )
+
+    @staticmethod
+    def _parts_of(names: Names) -> list[str]:
+        """The words that the names are made of, each once: a rare one is copied as a common one is."""
+        things = (name for name, _ in (*names.functions, *names.classes))
+        known = (*names.modules, *names.packages, *names.imported, *things)
+        return sorted({part for name in known for part in _PARTS.findall(name)})
 
     def _kept(
         self, family: Family, names: Names, draw: random.Random, asked: Container[str]

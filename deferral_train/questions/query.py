@@ -6,6 +6,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# Share of the queries whose conditions stand as in the question; in the others their order is drawn.
+AS_ASKED = 0.9
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -70,6 +73,7 @@ class Style:
         labelled: computed columns get a name.
         lines: every clause on a line of its own.
         closed: a semicolon at the end.
+        as_asked: conditions in the order of the question, else in one that is drawn.
     """
 
     upper: bool = True
@@ -83,10 +87,11 @@ class Style:
     labelled: bool = False
     lines: bool = False
     closed: bool = False
+    as_asked: bool = True
 
     @classmethod
     def drawn(cls, draw: random.Random) -> Style:
-        """Every habit drawn by itself, all its forms alike."""
+        """Every habit drawn by itself, all its forms alike but the order of conditions (:data:`AS_ASKED`)."""
         return cls(
             upper=draw.random() < 0.5,
             shout=draw.random() < 0.5,
@@ -99,6 +104,7 @@ class Style:
             labelled=draw.random() < 0.5,
             lines=draw.random() < 0.5,
             closed=draw.random() < 0.5,
+            as_asked=draw.random() < AS_ASKED,
         )
 
 
@@ -106,7 +112,7 @@ def write(query: Query, style: Style, draw: random.Random | None = None) -> str:
     """The query in SQL.
 
     Args:
-        draw: shuffles the conditions; without, they stay in their order.
+        draw: shuffles the conditions where the style does not keep their order; without, they stay in it.
     """
     return _Writer(query, style).text(draw)
 
@@ -123,7 +129,7 @@ class _Writer:
         conditions = [both.join(self._condition(condition)) for condition in query.where]
         if query.join is not None and self.style.comma:
             conditions.append(self._joined(query.join))
-        if draw is not None:
+        if draw is not None and not self.style.as_asked:
             draw.shuffle(conditions)
         if conditions:
             clauses.append(f"{word('where')} {both.join(conditions)}")

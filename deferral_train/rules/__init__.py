@@ -1,6 +1,6 @@
 """Rules: when to keep the drafter, what distribution that emits, how a block is verified. Torch only."""
 
-from deferral_train.rules.base import Dial, LawRule, PositionRule, Rule, TokenRule
+from deferral_train.rules.base import BlockRule, Dial, LawRule, PositionRule, Rule, TokenRule
 from deferral_train.rules.learned import Judge, LearnedRule
 from deferral_train.rules.registry import RULES, make_rule
 from deferral_train.rules.summary import FIELDS, Field, Summary, summarize
@@ -10,6 +10,7 @@ from deferral_train.rules.verify import Origin, Verdict, verify_block
 __all__ = [
     "FIELDS",
     "RULES",
+    "BlockRule",
     "Dial",
     "Field",
     "Judge",

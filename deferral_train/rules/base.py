@@ -1,9 +1,9 @@
-"""Base classes of deferral rules: position, token and distribution rules, their dial and the summary they read.
+"""Base classes of deferral rules: position, token, distribution and block rules, their dial and what they read.
 
 A position rule answers "defer?", a token rule "keep this token?", a distribution rule gives the target distribution
-itself. The target distribution of all three is derived here, once. Decisions read the distributions before
-temperature and truncation; sampling reads the distributions after. A token whose processed verifier logit is -inf
-is never emitted, whatever a rule keeps.
+itself. The target distribution of all three is derived here, once. A block rule looks at a whole drafted block, and has
+none. Decisions read the distributions before temperature and truncation; sampling reads the distributions after. A
+token whose processed verifier logit is -inf is never emitted, whatever a rule keeps.
 """
 
 from __future__ import annotations
@@ -86,12 +86,14 @@ class RuleStep:
         target: above temperature 0 the probabilities [.., V] that the drafted token is checked and corrected against;
             at temperature 0 the token [..] that is emitted unless the drafted one is kept. None: the verifier's, and
             above temperature 0 in place of a kept token that may not be emitted the verifier's without a check.
+        passes: bool [..], drafted tokens that stand, where the rule has found out itself (a block rule); else None.
     """
 
     deferred: Tensor
     kept: Tensor
     target: Tensor | None
     probability: Tensor | None = None
+    passes: Tensor | None = None
 
     @classmethod
     def of_deferral(cls, deferred: Tensor, distributions: Distributions, token: Tensor) -> Self:
@@ -104,7 +106,7 @@ class RuleStep:
     frozen=True, eq=False
 )  # a rule with a head is equal to itself alone; this comparison would be inherited
 class Rule:
-    """A deferral rule. Subclass `PositionRule`, `TokenRule` or `LawRule`.
+    """A deferral rule. Subclass `PositionRule`, `TokenRule`, `LawRule` or `BlockRule`.
 
     Attributes:
         name: what users type.
@@ -147,6 +149,11 @@ class Rule:
         return (
             self.dial is not None and self.dial.lossless is not None and self.dial_value == self.dial.lossless
         )
+
+    @property
+    def checks_target(self) -> bool:
+        """True where a drafted token is checked against the target; False where the check depends on the token."""
+        return type(self)._step_distribution is Rule._step_distribution
 
     @property
     def gap_needs(self) -> frozenset[str]:
@@ -568,6 +575,64 @@ class LawRule(Rule):
             self.law(*distributions.with_tail(way), summary)[..., :count] for way in (False, True)
         )
         return first, second
+
+
+@dataclass(frozen=True, eq=False)
+class BlockRule(Rule):
+    """Judges a drafted block as a whole: which tokens stand although they failed the exact check.
+
+    Every token is held to the exact check of lossless decoding first; `forgives` sees all of these verdicts and the
+    distributions at every place, and lets some of those that failed stand. What it does not forgive is corrected as
+    lossless decoding does. So the token emitted at a place depends on what was drafted behind it, and no target
+    distribution says what such a rule emits there: whatever asks for one (scores from traces, the exact bonus, block
+    verification, executions without blocks) refuses the rule by its name.
+    """
+
+    @property
+    def checks_target(self) -> bool:
+        """False: there is none."""
+        return False
+
+    @property
+    def reach(self) -> int:
+        """Places behind a token that `forgives` waits for: a draft must be longer, or nothing is ever forgiven."""
+        return 0
+
+    def forgives(self, passes: Tensor, distributions: Distributions, summary: Summary) -> Tensor:
+        """True for drafted tokens that stand although they failed, bool [.., T]; of those that passed it is not read.
+
+        Args:
+            passes: tokens that pass the exact check, each by itself, bool [.., T]; False where nothing was drafted.
+            distributions: of both models at the drafted places, [.., T, V].
+            summary: fields in `needs` and ``token``, leading shape [.., T].
+        """
+        raise NotImplementedError
+
+    def _distribution(self, distributions: Distributions, summary: Summary) -> Tensor:
+        raise self._no_target("it has no distribution of one token; decode with it")
+
+    def logged_deferral(
+        self, summary: Summary, candidates: Candidates | None, temperature: float
+    ) -> Estimate:
+        """Raises InputError: rows of a trace are places, not drafted blocks."""
+        raise self._no_target("places of a trace do not say what it does; measure it with decode")
+
+    def logged_rejection(
+        self, summary: Summary, candidates: Candidates | None, temperature: float
+    ) -> Estimate:
+        """Raises InputError, as `logged_deferral`."""
+        return self.logged_deferral(summary, candidates, temperature)
+
+    def logged_distribution(self, summary: Summary, candidates: Candidates, temperature: float) -> Estimate:
+        """Raises InputError, as `logged_deferral`."""
+        return self.logged_deferral(summary, candidates, temperature)
+
+    def greedy_token(self, summary: Summary, candidates: Candidates | None) -> Estimate:
+        """Raises InputError, as `logged_deferral`."""
+        return self.logged_deferral(summary, candidates, 0.0)
+
+    def _no_target(self, remedy: str) -> InputError:
+        return InputError(f"rule {self.name} judges drafted blocks as a whole: {remedy}")
 
 
 def rejects_greedily(rule: Rule, summary: Summary, candidates: Candidates | None) -> Estimate:

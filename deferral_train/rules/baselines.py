@@ -202,6 +202,56 @@ class Cactus(LawRule):
 
 @register
 @dataclass(frozen=True)
+class EARS(LawRule):
+    """EARS (arXiv 2512.13194): accept with min(1, p/q + t), t = tolerance (1 - max p), and correct as lossless does.
+
+    With A = min(q, p + t q), pi = A + R norm(max(0, p - q)), R = 1 - sum A. Published is u - t <= p/q for a uniform u,
+    which also accepts tokens that the verifier's truncation has removed; here a token with p = 0 is never accepted. At
+    temperature 0 max p is 1 and nothing is tolerated.
+    """
+
+    name: ClassVar[str] = "ears"
+    dial: ClassVar[Dial] = Dial("tolerance", 0.0, 1.0, lossless=0.0, drafter=None)
+    lossless_when_greedy: ClassVar[bool] = True
+    within_support: ClassVar[bool] = True
+
+    tolerance: float = 0.3
+
+    def accepted(self, q: Tensor, p: Tensor) -> Tensor:
+        """A, what is drafted and stands, [.., V]."""
+        slack = self.tolerance * (1 - p.amax(dim=-1, keepdim=True))
+        return torch.minimum(q, torch.addcmul(p, q, slack)) * (p > 0)
+
+    def law(self, q: Tensor, p: Tensor, summary: Summary) -> Tensor:
+        """pi [.., V]."""
+        accepted = self.accepted(q, p)
+        rejected = (q - accepted).sum(dim=-1, keepdim=True)
+        return accepted + rejected * residual(p, q)
+
+    def rejection_range(self, summary: Summary, distributions: TailedDistributions) -> tuple[Tensor, Tensor]:
+        """R: of the tail at most its excess (q - p)+, at least that less what t q tolerates there."""
+        q, p = distributions.q, distributions.p
+        logged = (q - self.accepted(q, p)).sum(dim=-1)
+        tail = distributions.excess + distributions.overlap
+        tolerated = self.tolerance * (1 - p.amax(dim=-1)) * tail
+        return logged + (distributions.excess - tolerated).clamp(min=0.0), logged + distributions.excess
+
+    def distribution_range(
+        self, summary: Summary, distributions: TailedDistributions
+    ) -> tuple[Tensor, Tensor]:
+        """A, and between the least and the most that is rejected spread over (p - q)+."""
+        q, p = distributions.q, distributions.p
+        tv = ((q - p).clamp(min=0.0).sum(dim=-1) + distributions.excess).unsqueeze(-1)
+        share = torch.where(tv > 0, (p - q).clamp(min=0.0) / tv, torch.zeros_like(p))
+        low, high = (
+            self.accepted(q, p) + one.unsqueeze(-1) * share
+            for one in self.rejection_range(summary, distributions)
+        )
+        return low, high
+
+
+@register
+@dataclass(frozen=True)
 class Ensemble(_RejectsLessMerged):
     """The fixed ensemble that transformers ships (`assistant_ensemble_weight`): pi = w p + (1 - w) q.
 

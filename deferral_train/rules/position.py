@@ -1,6 +1,7 @@
-"""Position rules of the paper: each is one comparison on the summary.
+"""Position rules: each is one comparison on the summary.
 
-Source of all: Narasimhan et al. 2025 (arXiv 2405.19261), Table 3; equation numbers as in docs/equations.md.
+Source of all that name no other: Narasimhan et al. 2025 (arXiv 2405.19261), Table 3; equation numbers as in
+docs/equations.md.
 Every rule is written as "defer iff estimated gain > price", so that a tie keeps the drafter. The log rules
 sweep up to `MOST_NATS`, above the entropy of any vocabulary below e^20 tokens.
 """
@@ -224,6 +225,36 @@ class Fuzzy(PositionRule):
     def defer(self, summary: Summary) -> Tensor:
         """JSD(p, q) >= threshold, bool [..]."""
         return summary["js"] >= self.threshold
+
+
+@register
+@dataclass(frozen=True)
+class JuDi(PositionRule):
+    """JuDi (arXiv 2601.04766): keep iff KL(p||q) < threshold (nats) and max p <= confidence, else the exact check.
+
+    As the authors' code has it: the verifier's distribution comes first in the divergence, and where the verifier is
+    sure of its token nothing is relaxed. They decode greedily; what this does when sampling is ours. At threshold 0
+    it always defers, since no divergence is below 0.
+    """
+
+    name: ClassVar[str] = "judi"
+    dial: ClassVar[Dial] = Dial("threshold", 0.0, MOST_NATS, lossless=0.0, drafter=None, sweep=(0.0, 4.0))
+    needs: ClassVar[frozenset[str]] = frozenset({"kl", "verifier_max"})
+    reads_drafter_confidence: ClassVar[bool] = True
+
+    threshold: float = 0.5
+    confidence: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.confidence <= 1:
+            raise InputError(
+                f"rule judi: confidence is {self.confidence}; allowed: 0 (never keeps) to 1 (looks at KL alone)"
+            )
+
+    def defer(self, summary: Summary) -> Tensor:
+        """KL(p||q) >= threshold or max p > confidence, bool [..]."""
+        return (summary["kl"] >= self.threshold) | (summary["verifier_max"] > self.confidence)
 
 
 @register

@@ -7,13 +7,23 @@ from dataclasses import fields
 from typing import Any
 
 from deferral_train.errors import InputError
-from deferral_train.rules import baselines, learned, position, token  # noqa: F401 - their rules register themselves
+from deferral_train.rules import (  # noqa: F401 - their rules register themselves
+    baselines,
+    forgiving,
+    learned,
+    position,
+    rejected_pairs,
+    token,
+)
 from deferral_train.rules.base import RULES, Rule
 
 __all__ = ["RULES", "make_rule", "short_label"]
 
 # In the order in which people read of them; rules of other modules come last.
-_ORDER = [f"deferral_train.rules.{one}" for one in ("position", "token", "baselines", "learned")]
+_ORDER = [
+    f"deferral_train.rules.{one}"
+    for one in ("position", "token", "rejected_pairs", "baselines", "forgiving", "learned")
+]
 _READ = sorted(RULES.items(), key=lambda pair: [*_ORDER, pair[1].__module__].index(pair[1].__module__))
 RULES.clear()
 RULES.update(_READ)

@@ -8,7 +8,7 @@ positions, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 
@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from deferral_train.errors import InputError
-from deferral_train.rules.base import PositionRule, Rule, RuleStep, named
+from deferral_train.rules.base import BlockRule, PositionRule, Rule, RuleStep, named
 from deferral_train.rules.distributions import (
     MODELS,
     Distributions,
     as_float,
     check_temperature,
+    gather_token,
 )
+from deferral_train.rules.emission import onto_support
 from deferral_train.rules.learned import Judge
 from deferral_train.rules.sampling import draw, uniforms
 from deferral_train.rules.summary import Summary
@@ -39,6 +41,7 @@ FAULTS = (
 )
 
 
+VERIFICATIONS = ("token", "block")
 LEFT = 1e-30  # part of pi in the weights of a correction: felt only where rounding leaves nothing of max(0, pi - q)
 
 
@@ -105,6 +108,7 @@ def verify_block(
     context: Summary | None = None,
     max_request_loss: float | None = None,
     spent: Tensor | None = None,
+    verification: str = "token",
     check: bool = True,
 ) -> Verdict:
     """Verify a drafted block: draft + accept + residual of the rule's target, for every row at once.
@@ -128,56 +132,81 @@ def verify_block(
             only if spent < B and spent + cost <= B; otherwise its position is executed losslessly. B = 0 is lossless.
             Only kept tokens that are emitted are charged.
         spent: [B], what the request has spent before this block; default 0.
+        verification: ``"token"`` checks each token by itself; ``"block"`` checks them together (`_accept_together`),
+            which emits the same distribution and lets longer drafts stand. At temperature 0 both are one.
         check: raise at once for what only the data tells (one copy to the host). With False the caller copies
             ``Verdict.fault`` with the rest of the verdict and hands it to `raise_fault`.
 
     Raises:
         InputError: naming the rule and what to mend: shapes or vocabularies that differ, NaN or infinite logits, a
             drafted token that the drafter's distribution forbids, a rule that reads the drafter's confidence where
-            there is none.
+            there is none, what `check_together` refuses.
     """
     with named(rule):
         block = _Given(
             rule, drafted, drafter_logits, verifier_logits, drafter_sampling_logits, verifier_sampling_logits,
-            check_temperature(temperature), lengths, bonus, context, max_request_loss, spent,
+            check_temperature(temperature), lengths, bonus, context, max_request_loss, spent, verification,
         ).block()  # fmt: skip
         if not block.positions:
             return block.nothing()
         checks, last = block.uniforms(generator, numbers)
         lossless = rule.is_lossless or not drafted.shape[1]  # of an empty block nobody needs to know anything
         if lossless:
-            step = block.lossless_step()
+            step, gap = block.lossless_step(), None
         else:
             summary = block.read(rule, max_request_loss is not None)
             gap = None if max_request_loss is None else rule.estimated_gap(summary)
             if isinstance(rule, PositionRule):
                 deferred = rule.defer(summary) if gap is None else rule.defer_by_gap(summary, gap)
                 step = RuleStep.of_deferral(deferred, block.distributions, block.token)
+            elif isinstance(rule, BlockRule):
+                step = block.forgiving_step(rule, summary, checks)
             else:
                 step = rule.step(block.distributions, summary, block.token)
-        passes, kept, allowed, spent = _passes(block, step, checks), step.kept, None, block.spent
-        if lossless or gap is None or max_request_loss is None or block.spent is None:
-            accepted = passes.cumprod(dim=1).sum(dim=1)
+        if verification == "block" and checks is not None:
+            step = block.with_target(step, lossless)
+            standing = _accept_together(block, step, checks)
         else:
-            exact = _passes(block, block.lossless_step(), checks)
-            accepted, allowed, spent = _walk(passes, exact, kept, gap, block.spent, max_request_loss)
-            kept = kept & allowed
-
-        rejected = accepted < block.lengths
-        next_token = block.target_at(step, allowed, accepted)
+            standing = _accept_each(block, step, checks, gap, max_request_loss)
+        rejected, spent = standing.accepted < block.lengths, standing.spent
+        next_token = block.target_at(step, standing)
         if last is not None:
-            checked = rejected if lossless else block.checked_at(step, allowed, accepted, rejected)
-            next_token = draw(block.weights(next_token, accepted, checked), last)
+            checked = rejected if lossless else block.checked_at(step, standing, rejected)
+            next_token = draw(block.weights(next_token, standing, checked), last)
         if bonus == "exact" and not rule.is_lossless:
             beyond, spent = block.exact_bonus(rule, last, rejected, spent, max_request_loss)
             next_token = torch.where(rejected, next_token, beyond)
         elif bonus == "none":
             next_token = torch.where(rejected, next_token, -1)
-        deferred, fault = block.inside(step.deferred), block.fault()
-        verdict = Verdict(accepted, next_token, block.inside(kept), deferred, block.lengths, spent, fault)
+        kept, deferred, fault = block.inside(standing.kept), block.inside(step.deferred), block.fault()
+        verdict = Verdict(standing.accepted, next_token, kept, deferred, block.lengths, spent, fault)
     if check:
         raise_fault(rule, fault.tolist())
     return verdict
+
+
+def check_together(rule: Rule, verification: str, bonus: str, limit: float | None) -> None:
+    """Refuse what a rule cannot do with a way of verifying, a bonus and a limit; messages do not name the rule.
+
+    Raises:
+        InputError: naming the remedy.
+    """
+    if verification not in VERIFICATIONS:
+        raise InputError(f"verification is {verification!r}; use one of {', '.join(VERIFICATIONS)}")
+    if verification == "block" and limit is not None:
+        raise InputError(
+            "max_request_loss with verification 'block': what a request has spent depends on which of its tokens were "
+            "kept, so that its target is not fixed by the text; use verification 'token'"
+        )
+    if rule.is_lossless:
+        return
+    if verification == "block" and not rule.checks_target:
+        raise InputError(
+            "verification 'block' needs a check against one target distribution of each place, and this rule's check "
+            "depends on the tokens that were drafted; use verification 'token'"
+        )
+    if bonus == "exact" and isinstance(rule, BlockRule):
+        raise InputError("bonus 'exact' is drawn from a rule's target, and it has none; use bonus 'verifier'")
 
 
 def raise_fault(rule: Rule, faults: Sequence[int]) -> None:
@@ -194,6 +223,8 @@ def raise_fault(rule: Rule, faults: Sequence[int]) -> None:
 def _passes(block: _Block, step: RuleStep, checks: Tensor | None) -> Tensor:
     """Drafted tokens that stand, each by itself: kept, or with probability min(1, pi(x) / q(x)); bool [B, T]."""
     distributions, token = block.distributions, block.token
+    if step.passes is not None:
+        return step.passes
     if checks is None:
         if step.target is not None:
             return block.inside(token == step.target)
@@ -208,6 +239,62 @@ def accepts(pi: Tensor, q: Tensor, uniform: Tensor, kept: Tensor | None = None) 
     """Drafted tokens [B, T] that stand: kept, or u < pi(x) / q(x) with u uniform in [0, 1), bool."""
     stands = uniform * q < pi
     return stands if kept is None else kept | stands
+
+
+@dataclass(frozen=True)
+class _Standing:
+    """How much of each row's draft stands.
+
+    Attributes:
+        accepted: tokens that stand, [B]. kept: as the rule's step has it, and where a limit allowed it, [B, T].
+        allowed: places where a limit allowed the rule, [B, T]; None without a limit.
+        spent: under a limit, with this block, [B], else None.
+        scale: of pi in a correction, [B, 1], where tokens were checked together; else None.
+    """
+
+    accepted: Tensor
+    kept: Tensor
+    allowed: Tensor | None = None
+    spent: Tensor | None = None
+    scale: Tensor | None = None
+
+
+def _accept_each(
+    block: _Block, step: RuleStep, checks: Tensor | None, gap: Tensor | None, limit: float | None
+) -> _Standing:
+    """Accept along each row, one token after another, until one does not pass."""
+    passes = _passes(block, step, checks)
+    if gap is None or limit is None or block.spent is None:
+        return _Standing(passes.cumprod(dim=1).sum(dim=1), step.kept, spent=block.spent)
+    exact = _passes(block, block.lossless_step(), checks)
+    accepted, allowed, spent = _walk(passes, exact, step.kept, gap, block.spent, limit)
+    return _Standing(accepted, step.kept & allowed, allowed, spent)
+
+
+def _accept_together(block: _Block, step: RuleStep, checks: Tensor) -> _Standing:
+    """Block verification (Sun et al. 2024, arXiv 2403.10444, Algorithm 2), with the rule's target in place of p.
+
+    With w_0 = 1 and w_t = min(1, w_{t-1} pi(x_t)/q(x_t)), the first t tokens stand if any of the coins t..L falls: coin
+    t < L with probability Z/(Z + 1 - w_t), Z = sum_v max(0, w_t pi(v) - q(v)) at the place behind them, coin L with
+    w_L. So t tokens or more stand with probability w_t, never less than the product of the single checks, and what
+    follows t tokens is drawn from max(0, w_t pi - q). What is emitted follows pi exactly as long as everything up to
+    a place fixes pi and q there.
+    """
+    q, _ = block.distributions.sampled_of(block.token)
+    assert step.target is not None
+    assert step.probability is not None
+    steps = torch.arange(1, q.shape[1] + 1, device=q.device)
+    # The products that start anew wherever they pass 1, as a sum less its highest so far.
+    log = torch.nn.functional.pad((step.probability.double() / q.double()).log().cumsum(dim=1), (1, 0))
+    reached = (log - log.cummax(dim=1).values).exp()
+    scale = reached[:, :-1].to(q.dtype).unsqueeze(2)
+    behind = (scale * step.target - block.distributions.q).clamp_(min=0.0).sum(dim=2) + LEFT
+    coins = torch.cat([(behind / (behind + (1 - reached[:, :-1])))[:, 1:], reached[:, -1:]], dim=1)
+    if not isinstance(block.lengths, int):
+        coins = torch.where(steps == block.lengths.unsqueeze(1), reached[:, 1:], coins)
+    stand = block.inside(accepts(coins, torch.ones_like(coins), checks))
+    accepted = torch.nn.functional.pad(stand * steps, (1, 0)).amax(dim=1)
+    return _Standing(accepted, step.kept, scale=reached.gather(1, accepted.unsqueeze(1)))
 
 
 def _walk(
@@ -248,6 +335,7 @@ class _Given:
     context: Summary | None
     limit: float | None
     spent: Tensor | None
+    verification: str
 
     def block(self) -> _Block:
         """The block, its logits in one tensor of both models and in one precision.
@@ -298,6 +386,7 @@ class _Given:
                 raise InputError(
                     "drafter_sampling_logits without drafter_logits; pass both, or neither (one-hot)"
                 )
+        check_together(self.rule, self.verification, self.bonus, self.limit)
         if self.limit is not None and not 0 <= float(self.limit) < float("inf"):
             raise InputError(f"max_request_loss is {self.limit}; use a finite number >= 0")
 
@@ -475,11 +564,30 @@ class _Block:
         deferred = torch.ones_like(self.token, dtype=torch.bool)
         return RuleStep(deferred, ~deferred, None)
 
-    def target_at(self, step: RuleStep, allowed: Tensor | None, accepted: Tensor) -> Tensor:
-        """The target after ``accepted`` tokens: probabilities [B, V], at temperature 0 the token [B] itself.
+    def forgiving_step(self, rule: BlockRule, summary: Summary, checks: Tensor | None) -> RuleStep:
+        """The exact check of every token, and those that failed it and are forgiven kept."""
+        passes = _passes(self, self.lossless_step(), checks)
+        forgiven = rule.forgives(passes, self.distributions, summary) & self.distributions.allows(self.token)
+        kept = self.inside(forgiven) > passes
+        return RuleStep(~kept, kept, None, passes=passes | kept)
+
+    def with_target(self, step: RuleStep, lossless: bool) -> RuleStep:
+        """The same step with its target spelled out, and what that gives to the drafted tokens; above temperature 0."""
+        if step.target is not None:
+            return step
+        distributions = self.distributions
+        target = distributions.p
+        if not lossless:
+            allowed = onto_support(distributions.q, target, distributions.support)
+            target = torch.where(step.deferred.unsqueeze(2), target, allowed)
+        return replace(step, target=target, probability=gather_token(target, self.token))
+
+    def target_at(self, step: RuleStep, standing: _Standing) -> Tensor:
+        """The target after the tokens that stand: probabilities [B, V], at temperature 0 the token [B] itself.
 
         The rule's where the next drafted token was rejected and the limit allowed the rule, else the verifier's.
         """
+        accepted, allowed = standing.accepted, standing.allowed
         verifier = (
             self.distributions.best if self.distributions.greedy else self.distributions.sampled
         ).select(1, -1)
@@ -493,19 +601,18 @@ class _Block:
             )
         return self.row(torch.cat([target, verifier[:, after:]], dim=1), accepted)
 
-    def checked_at(
-        self, step: RuleStep, allowed: Tensor | None, accepted: Tensor, rejected: Tensor
-    ) -> Tensor:
+    def checked_at(self, step: RuleStep, standing: _Standing, rejected: Tensor) -> Tensor:
         """Rows [B] whose rejected token failed a check, bool; a kept token is rejected only where it is forbidden."""
         if step.target is not None:
             return rejected
-        checked = step.deferred if allowed is None else step.deferred | ~allowed
-        return rejected & self.row(checked, accepted)
+        checked = step.deferred if standing.allowed is None else step.deferred | ~standing.allowed
+        return rejected & self.row(checked, standing.accepted)
 
-    def weights(self, target: Tensor, accepted: Tensor, checked: Tensor) -> Tensor:
+    def weights(self, target: Tensor, standing: _Standing, checked: Tensor) -> Tensor:
         """Weights that the next token is drawn by, [B, V]: max(0, pi - q) after a failed check, else pi."""
-        drafter = self.row(self.distributions.sampled.select(1, 0), accepted)
-        excess = torch.where(checked.unsqueeze(1), target - drafter, target).clamp(min=0.0)
+        drafter = self.row(self.distributions.sampled.select(1, 0), standing.accepted)
+        scaled = target if standing.scale is None else target * standing.scale.to(target.dtype)
+        excess = torch.where(checked.unsqueeze(1), scaled - drafter, target).clamp(min=0.0)
         return torch.add(excess, target, alpha=LEFT)
 
     def row(self, values: Tensor, index: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from deferral_train.decoding.compatibility import roles_differ
 from deferral_train.errors import InputError
 from deferral_train.heads.artifact import certificate_problem
 from deferral_train.heads.pairing import check_vocabulary
-from deferral_train.rules import Rule
+from deferral_train.rules import BlockRule, Rule
 from deferral_train.rules.summary import FIELDS, PREVIOUS_TOKENS
 from deferral_train.serving.blocks import needs_distribution
 from deferral_train.serving.config import KEY, ServingConfig
@@ -130,6 +130,12 @@ def check_served(rule: Rule, speculative: Any) -> None:
         raise InputError(
             f"deferral: rule {rule.name} has a draft-stage head, which decides before the verifier has run; "
             "export a verify-stage head"
+        )
+    drafted = getattr(speculative, "num_speculative_tokens", None)
+    if isinstance(rule, BlockRule) and not rule.is_lossless and drafted is not None and drafted <= rule.reach:
+        raise InputError(
+            f"deferral: rule {rule.name} waits for {rule.reach} drafted tokens behind one, and num_speculative_tokens "
+            f"is {drafted}: nothing would ever be forgiven; give it a smaller window, or draft more"
         )
     unknown = sorted(rule.needs - set(FIELDS))
     if unknown:

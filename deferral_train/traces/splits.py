@@ -28,7 +28,9 @@ def split_prompts(traces: Traces, fractions: Sequence[float], seed: int = 0) -> 
     order = np.random.default_rng(seed).permutation(len(ids))
     bounds = np.round(np.concatenate([[0.0], np.cumsum(fractions)]) * len(ids)).astype(int)
     if (np.diff(bounds) < 1).any():
-        raise InputError(f"fractions={list(fractions)}: {len(ids)} prompts are too few; every part needs one")
+        raise InputError(
+            f"fractions={list(fractions)}: {len(ids)} prompts are too few; every part needs one: give more"
+        )
     return tuple(
         traces.select_prompts(ids[place] for place in sorted(order[start:stop]))
         for start, stop in itertools.pairwise(bounds)

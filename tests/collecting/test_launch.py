@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from warm import Warm
 
 from deferral_train.collecting.launch import Launch, launch, processes
 from deferral_train.errors import InputError
@@ -105,3 +107,25 @@ def test_torchrun_and_srun_give_the_bytes_of_one_process(tmp_path: Path) -> None
         found[name] = [record.sha256 for record in open_traces(tmp_path / name, verify=True).records]
     assert len(found["alone"]) == 6
     assert found["torchrun"] == found["srun"] == found["alone"]
+
+
+def test_sigterm_ends_a_run_which_goes_on_later(tmp_path: Path, warm: Warm) -> None:
+    """As schedulers send it before they take a machine back; Lightning's own predict loop goes on regardless."""
+    drafter, verifier = tiny.save_tiny_pair("t5", tmp_path / "pair")
+    lines = [json.dumps(vars(prompt)) + "\n" for prompt in make_prompts(400)]
+    (tmp_path / "prompts.jsonl").write_text("".join(lines))
+    command = [warm.python, "-m", "deferral_train.cli", "collect", f"--drafter={drafter}"]
+    command += [f"--verifier={verifier}", "--device=cpu", f"--prompts={tmp_path / 'prompts.jsonl'}"]
+    command += ["--chunk-prompts=4", "--log-top-k=6", f"--out={tmp_path / 'traces'}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("traces/shard*")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143, said
+    assert said.splitlines()[-1].endswith("collect: terminated; run the same command again to continue")
+    unfinished = open_traces(tmp_path / "traces", verify=True, partial=True)
+    assert 0 < len(unfinished.records) < 100
+    subprocess.run(command, check=True, capture_output=True)
+    assert len(open_traces(tmp_path / "traces", verify=True).records) == 100

@@ -122,6 +122,18 @@ def test_gaps_of_kept_places_add_up_to_what_the_whole_text_loses(tmp_path: Path)
     assert predicted_loss(traces).loss[:, 0] == pytest.approx(lost, abs=1e-6)
 
 
+def test_prompts_and_batches_without_a_place_to_label(tmp_path: Path) -> None:
+    """A drafter that never differs, and a share so small that whole batches hold no label."""
+    pair = tiny_pair("t5")
+    same = dataclasses.replace(pair, drafter=pair.verifier)
+    assert not labelled_rows(collected(same, tmp_path / "same")).any()
+    with pytest.raises(InputError, match="0 labelled places in 5 prompts are too few to weigh 2 metrics"):
+        collected(same, tmp_path / "two", label_metric=["chrf1", "sentence_bleu"])
+    few = collected(pair, tmp_path / "few", label_share=0.1, batch_tokens=1)
+    rows = labelled_rows(few).numpy()
+    assert 0 < len(np.unique(few.prompt_of_row[rows])) < len(PROMPTS)
+
+
 def test_the_verifiers_own_text_as_reference(tmp_path: Path) -> None:
     pair = tiny_pair("llama")
     bare = [dataclasses.replace(prompt, reference=None) for prompt in PROMPTS]

@@ -15,7 +15,7 @@ from deferral_train.heads.gap import GapHead
 from deferral_train.heads.rules import learned_rule
 from deferral_train.rules import RULES, Origin, Rule, make_rule
 
-NAMES = [name for name in RULES if name not in ("judge", "learned", "token_gap")]
+NAMES = [name for name in RULES if name not in ("judge", "learned", "token_gap", "csd")]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -40,6 +40,45 @@ def test_counts_add_up_and_seeds_repeat(name: str) -> None:
         assert torch.equal(
             stats.positions["accepted"] + stats.positions["rejected"], stats.positions["decided"]
         )
+
+
+def test_block_verification_adds_up_and_is_refused_where_it_is_not_derived() -> None:
+    drafter, verifier, _ = pair_of("llama")
+    inputs, options = prompts_for("llama"), {"do_sample": True, "top_k": 0, "max_new_tokens": 10}
+    for name in ("lossless", "token_v3"):
+        generator = torch.Generator().manual_seed(3)
+        stats = generate(
+            drafter, verifier, inputs, name, verification="block", generator=generator, **options
+        ).stats
+        assert torch.equal(stats.drafted, stats.kept + stats.accepted + stats.rejected + stats.discarded)
+        assert int(stats.accepted.sum()) > 0
+    greedy = [generate(drafter, verifier, inputs, "opt", verification=way) for way in ("token", "block")]
+    assert torch.equal(greedy[0].sequences, greedy[1].sequences)
+    for rule, bad, message in [
+        ("cactus", {}, "rule cactus: verification 'block' needs"),
+        ("opt", {"max_request_loss": 1.0}, "rule opt: max_request_loss with verification 'block'"),
+        ("opt", {"execution": "token"}, "verification='block' checks drafted blocks"),
+        ("opt", {"verification": "blocks"}, "verification is 'blocks'; use one of token, block"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            generate(drafter, verifier, inputs, rule, **{"verification": "block", **bad})
+
+
+def test_a_rule_that_judges_blocks_is_refused_what_it_cannot_do() -> None:
+    drafter, verifier, _ = pair_of("llama")
+    inputs = prompts_for("llama")
+    with pytest.raises(InputError, match="rule fly waits for 2 drafted tokens behind one, and blocks have 2"):
+        generate(drafter, verifier, inputs, "fly", num_draft_tokens=2)
+    with pytest.raises(InputError, match="rule fly: bonus 'exact' is drawn from a rule's target"):
+        generate(drafter, verifier, inputs, "fly", bonus="exact")
+    with pytest.raises(InputError, match="needs a rule that decides per position; fly does not"):
+        generate(drafter, verifier, inputs, "fly", execution="token")
+    loose = make_rule("fly", threshold=0.0, window=1)
+    kept = [
+        int(generate(drafter, verifier, inputs, rule).stats.kept.sum())
+        for rule in (loose, loose.with_dial(1.1))
+    ]
+    assert kept[0] > 0 == kept[1]
 
 
 @pytest.mark.parametrize("kind", ["t5", "mistral"])

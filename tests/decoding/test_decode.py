@@ -73,6 +73,16 @@ def test_rules_side_by_side(pair: Pair, tmp_path: Path) -> None:
     ]
 
 
+def test_what_takes_long_shows_how_far_it_is(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decode(pair, PROMPTS, ["lossless"], CONFIG, tmp_path / "quick")
+    assert "decode:" not in capsys.readouterr().err
+    monkeypatch.setattr("deferral_train.decoding.decode.SILENT", 0.0)
+    decode(pair, PROMPTS, ["lossless"], CONFIG, tmp_path / "slow")
+    assert "6/6" in capsys.readouterr().err  # 3 batches, twice
+
+
 def test_a_token_log_tells_why(pair: Pair, tmp_path: Path) -> None:
     config = DecodeConfig(Settings(batch_size=4, max_new_tokens=8), log_tokens=3)
     decode(pair, PROMPTS[:4], ["opt"], config, tmp_path)

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from rules.instances import TokenCost
+from rules.instances import TABLE, TokenCost
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig
 
 from deferral_train.decoding import cascade_generate
 from deferral_train.decoding.distributions import SamplingDistributions
-from deferral_train.rules import RULES, Origin, Rule, make_rule, verify
+from deferral_train.rules import RULES, BlockRule, Origin, Rule, make_rule, verify
 
 STEPS, BLOCK, START = 3, 2, 0
 Path = tuple[tuple[int, ...], tuple[int, ...], float]  # tokens, origins, probability
@@ -61,6 +61,7 @@ class Oracle:
         self.counts: list[int] = []
         self.probability = 1.0
         self.lossless = False
+        self.together = False  # block verification: the last coin that falls is what counts
         self.exact = False  # a block draws two tokens: behind a rejection the first counts, else the second
         self.rejected = False
         self.drawn = 0
@@ -121,6 +122,14 @@ def oracle(monkeypatch: pytest.MonkeyPatch) -> Oracle:
             return torch.ones_like(pi, dtype=torch.bool)
         ratio = (pi / q).clamp(max=1.0)
         ratio = ratio if kept is None else torch.where(kept, torch.ones_like(ratio), ratio)
+        if asked.together:
+            coins = [False] * ratio.shape[1]
+            for place in reversed(range(len(coins))):
+                coins[place] = asked.choose([1.0 - float(ratio[0, place]), float(ratio[0, place])]) == 1
+                if coins[place]:
+                    break
+            asked.rejected = coins[-1:] == [False]
+            return torch.tensor([coins], dtype=torch.bool).reshape(1, -1)
         stands, found = True, []
         for chance in ratio[0].tolist():
             stands = stands and asked.choose([1.0 - chance, chance]) == 1
@@ -169,6 +178,10 @@ def rule_named(name: str) -> Rule:
         return make_rule(name, head=Head("verifier_logprob"), threshold=0.4)
     if name == "token_gap":
         return make_rule(name, head=TokenCost(), alpha=0.1)
+    if name == "csd":
+        return make_rule(name, table=TABLE)
+    if name == "fly":
+        return make_rule(name, window=1)
     if name == "early":
         return make_rule("learned", head=EarlyHead(), alpha=0.1)
     return make_rule(name)
@@ -180,6 +193,7 @@ def enumerate_loop(
     drafter, verifier = Tabular(size, 1), Tabular(size, 2)
     blocks = "execution" not in options and rule.drafts and not rule.is_lossless
     oracle.exact = blocks and options.get("bonus") == "exact"
+    oracle.together = options.get("verification") == "block"
     config = GenerationConfig(max_length=1 + STEPS, do_sample=True, return_dict_in_generate=True)
 
     def run() -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -204,7 +218,8 @@ def assert_follows(paths: list[Path], expected: Callable[[tuple[int, ...], bool]
         torch.testing.assert_close(mass / mass.sum(), expected(prefix, is_bonus).double(), atol=3e-6, rtol=0)
 
 
-CASES = [(name, 2) for name in (*RULES, "early")] + [("opt", 3), ("token_v3", 3)]
+TARGETED = [name for name, rule in RULES.items() if not issubclass(rule, BlockRule)]
+CASES = [(name, 2) for name in (*TARGETED, "early")] + [("opt", 3), ("token_v3", 3)]
 
 
 @pytest.mark.parametrize(("name", "size"), CASES)
@@ -226,6 +241,21 @@ def test_an_exact_bonus_gives_the_autoregressive_target_distribution(
 ) -> None:
     rule = rule_named(name)
     paths, drafter, verifier = enumerate_loop(oracle, rule, size, bonus="exact")
+
+    def expected(prefix: tuple[int, ...], is_bonus: bool) -> Tensor:
+        return rule.target(drafter.distribution(prefix)[None], verifier.distribution(prefix)[None])[0]
+
+    assert_follows([(tokens, (0,) * STEPS, chance) for tokens, _, chance in paths], expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["lossless", "opt", "token_v3", "lossy", "ears", "ensemble", "csd", "learned"]
+)
+def test_block_verification_gives_the_target_distribution_over_several_blocks(
+    oracle: Oracle, name: str
+) -> None:
+    rule = rule_named(name)
+    paths, drafter, verifier = enumerate_loop(oracle, rule, 2, bonus="exact", verification="block")
 
     def expected(prefix: tuple[int, ...], is_bonus: bool) -> Tensor:
         return rule.target(drafter.distribution(prefix)[None], verifier.distribution(prefix)[None])[0]

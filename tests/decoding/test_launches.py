@@ -29,8 +29,8 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampled": {"do_sample": True, "top_k": 0, "temperature": 0.9},
 }
-# drafter_only verifies nothing, and the others are nothing without a head.
-RULES_HERE = [name for name in RULES if name not in ("judge", "learned", "token_gap", "drafter_only")]
+# drafter_only verifies nothing, and the others are nothing without a head or a table.
+RULES_HERE = [name for name in RULES if name not in ("judge", "learned", "token_gap", "csd", "drafter_only")]
 SEARCHES = "mentored searches for a multiplier that has no closed form: some 170 operators"
 
 

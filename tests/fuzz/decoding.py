@@ -347,7 +347,7 @@ def _rule_ends() -> list[tuple[str, Any]]:
     """Rules with the value of their dial at which greedy text is the verifier's (None: the default)."""
     found: list[tuple[str, Any]] = [("opt", -1.5), ("opt_log", -1e6)]
     for name, rule in RULES.items():
-        if name in ("judge", "learned"):
+        if name in ("judge", "learned", "csd"):
             continue
         if getattr(rule, "lossless_when_greedy", False):
             found.append((name, None))

@@ -96,6 +96,27 @@ def test_gguf_files_that_cannot_be_read_are_refused_in_one_line(
     assert "gguf is not installed; run: pip install 'deferral-train[gguf]'" in refusal(*gguf_pair)
 
 
+@pytest.mark.parametrize(
+    ("splitting", "digits", "lines"),
+    [("smollm", ["1", "2"], ["ĊĊ", "1"]), ("default", ["12"], ["Ċ", "Ċ", "1"])],
+)
+def test_a_gguf_tokenizer_splits_text_as_the_file_says(
+    splitting: str, digits: list[str], lines: list[str], tmp_path: Path
+) -> None:
+    """SmolLM's own tokenizer.json parts digits before merging and keeps line ends together, GPT-2 neither."""
+    pytest.importorskip("gguf")
+    tokens = ["<pad>", "</s>", "<s>", "<unk>", "1", "2", "Ċ", "ĊĊ", "12", *map(chr, range(97, 123))]
+    path = write_gguf(
+        tiny_model("llama", 3), tmp_path / "own.gguf", "llama", splitting, tokens, ["1 2", "Ċ Ċ"]
+    )
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.tokenize("12") == digits
+    assert tokenizer.tokenize("\n\n1") == lines
+    assert tokenizer.tokenize("ab1") == ["a", "b", "1"]
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").tokenize("a12\n\n1") == tokenizer.tokenize("a12\n\n1")
+
+
 # Adapters
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from gguf_files import write_gguf
+from rich.console import Console
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 
@@ -16,8 +19,11 @@ from deferral_train.errors import InputError
 from deferral_train.pairs.load import load_models
 from deferral_train.pairs.scratch import train
 from deferral_train.pairs.scratch.cut import cut, layers_of, open_verifier
+from deferral_train.pairs.scratch.progress import TrainingBars
 from deferral_train.pairs.scratch.train import train_pair
 from deferral_train.pairs.scratch.train_config import ModelSize, PairConfig, PairText, Schedule
+from deferral_train.pipeline.config import PairSection
+from deferral_train.pipeline.contents import pair_inputs
 
 SENTENCES = [
     "the red fox runs over the hill",
@@ -155,8 +161,46 @@ def test_what_cannot_be_cut(text: Path, verifier: Path, tmp_path: Path) -> None:
         config_of(text, verifier, drafter_schedule=Schedule(3, 2))
     with pytest.raises(InputError, match="leave kind at llama"):
         config_of(text, verifier, kind="t5")
-    with pytest.raises(InputError, match=r"from_verifier=.*not a checkpoint"):
+    with pytest.raises(InputError, match=r"from_verifier: .*nothing is not a folder"):
         open_verifier(tmp_path / "nothing")
     tiny_model("t5", 0).save_pretrained(tmp_path / "t5")
-    with pytest.raises(InputError, match="this is an encoder-decoder"):
+    with pytest.raises(InputError, match="is an encoder-decoder"):
         open_verifier(tmp_path / "t5")
+
+
+def test_half_precision_stays_as_it_is_stored(verifier: Path, tmp_path: Path) -> None:
+    load_models(verifier, verifier, device="cpu").verifier.bfloat16().save_pretrained(tmp_path / "half")
+    assert open_verifier(tmp_path / "half").dtype == torch.bfloat16
+    assert open_verifier(tmp_path / "half", "float32").dtype == torch.float32
+
+
+def test_a_gguf_file_becomes_a_verifier_of_plain_weights(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    model = tiny_model("llama", 5)
+    path = write_gguf(model, tmp_path / "given.gguf")
+    lines = ["".join("abcdefghijkl"[(n * k) % 12] for k in range(1, 30)) for n in range(1, 1500)]
+    (tmp_path / "letters.txt").write_text("\n".join(lines))
+    config = config_of(tmp_path / "letters.txt", path, kept_layers=(0,))
+    told: list[str] = []
+    done = train_pair(config, tmp_path / "pair", say=told.append)
+    assert any("timing the passes" in line for line in told)
+    pair = load_models(done.drafter, done.verifier, device="cpu")
+    assert "quantization_config" not in json.loads((done.verifier / "config.json").read_text())
+    ids = torch.tensor([[5, 9, 12, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(pair.verifier(ids).logits, model(ids).logits)
+    assert pair.tokenizer("abcdz")["input_ids"] == [30, 31, 29]
+    assert len(pair.drafter.model.layers) == 1
+    assert pair_inputs(PairSection(train=config))["pair.train.from_verifier"] == str(path)
+
+
+def test_lines_in_a_pipe_tell_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 100_000, 40))
+    monkeypatch.setattr("deferral_train.pairs.scratch.progress.time.monotonic", lambda: float(next(clock)))
+    written = io.StringIO()
+    with TrainingBars(Console(file=written)) as bars:
+        report = bars("drafter", 30)
+        for step in (11, 12, 30):  # continues at step 11
+            report(step, 100, 2.0)
+    lines = written.getvalue().splitlines()
+    assert [line.rpartition(", ")[2] for line in lines] == ["25 min left", "24 min left", "loss 2.000"]

@@ -353,9 +353,30 @@ def test_rounds_of_form_b(pair: Pair, tmp_path: Path) -> None:
     assert min(calls) < 0.95 * max(calls)
 
 
+def test_rounds_without_references_score_against_the_verifiers_own_text(pair: Pair, tmp_path: Path) -> None:
+    settings = dataclasses.replace(
+        SETTINGS, rounds=0, metrics=("chrf1",), label_reference="verifier", length_tolerance=0.9
+    )
+    scorers = make_scorers(settings.metrics)
+    bare = [dataclasses.replace(one, reference=None) for one in (*prompts(0, 30), *prompts(100, 6))]
+    given = dataclasses.replace(settings, label_reference="given")
+    with pytest.raises(InputError, match=r"chrf1 needs references, and 6 of 6 validation prompts .* p100\)"):
+        Learning(pair, prompts(0, 30), bare[30:], scorers, given, tmp_path)
+    content = Learning(pair, bare[:30], bare[30:], scorers, settings, tmp_path).run()
+    assert content["lossless"]["scores"] == {"chrf1": 1.0}
+    points = content["rounds"][0]["candidates"][0]["points"]
+    assert all(0 <= point["scores"]["chrf1"] == pytest.approx(1 - point["loss"]) for point in points)
+    assert min(point["scores"]["chrf1"] for point in points) < 1
+
+
 def test_validation_prompts_are_not_fitted_on(pair: Pair, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="10 validation prompts are fitted on"):
+    with pytest.raises(
+        InputError, match="10 validation prompts have the text of a prompt that is fitted on, first p10"
+    ):
         Learning(pair, prompts(0, 20), prompts(10, 20), make_scorers(["chrf1"]), SETTINGS, tmp_path)
+    # Ids made of a file's name and the row are equal in two files of one name, and are no sign.
+    others = [dataclasses.replace(one, id=f"p{n}") for n, one in enumerate(prompts(100, 20))]
+    Learning(pair, prompts(0, 20), others, make_scorers(["chrf1"]), SETTINGS, tmp_path)
 
 
 def test_a_prompt_that_repeats_is_labelled_once(pair: Pair, tmp_path: Path) -> None:
@@ -364,7 +385,7 @@ def test_a_prompt_that_repeats_is_labelled_once(pair: Pair, tmp_path: Path) -> N
     assert [
         one.id for one in Learning(pair, twice, prompts(50, 5), scorers, SETTINGS, tmp_path).fit_prompts
     ] == [f"p{n}" for n in range(5)]
-    with pytest.raises(InputError, match="1 validation prompts are fitted on, first again"):
+    with pytest.raises(InputError, match=r"1 validation prompts have the text .* first again"):
         Learning(pair, prompts(0, 5), twice[5:], scorers, SETTINGS, tmp_path)
 
 

@@ -55,6 +55,7 @@ def config_path(tmp_path_factory) -> Path:
         "rules": ["chow", "opt"],
         "decoded": [],
         "bootstrap": 50,
+        "control": "The control: 1 < 2.",
     }
     path = tmp_path_factory.mktemp("config") / "run.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -94,6 +95,7 @@ def test_the_verdict_speaks_of_answers_and_the_page_begins_with_it(finished):
     assert 'id="answers"' in rest
     assert rest.index('id="answers"') < rest.index('id="numbers"')
     assert rest.count("<article") == 3
+    assert "<li>The control: 1 &lt; 2.</li>" in rest
 
 
 def test_speeds_are_of_the_prompts_decoded_one_by_one(finished):

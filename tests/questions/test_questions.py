@@ -16,7 +16,7 @@ from deferral_train.errors import InputError
 from deferral_train.evaluation.sql import RIGHT, judge, same_rows
 from deferral_train.questions import build_database, make_questions
 from deferral_train.questions.families import HELD_OUT, SEEN
-from deferral_train.questions.query import Condition, Join, Query, Style, write
+from deferral_train.questions.query import AS_ASKED, Condition, Join, Query, Style, write
 
 SIZES = {"pair": 300, "fit": 60, "validation": 60, "calibration": 120, "test": 120, "test_shapes": 20}
 
@@ -111,6 +111,40 @@ def test_training_questions_of_real_names_share_none_with_other_parts(database, 
              for n in re.findall(r"'([^']*)'", p.reference)}  # fmt: skip
     assert seen
     assert not seen & asked
+
+
+def test_invented_names_and_numbers_are_the_same_in_question_and_query(database, questions) -> None:
+    """Nothing that a query compares with is missing in its question, and most names of the training part are new."""
+    tables = ("modules", "imports", "functions", "classes")
+    known = {name for table in tables for (name,) in rows(database, f"select name from {table}")}
+    known |= {name for (name,) in rows(database, "select package from modules")}
+    invented = []
+    for prompt in questions.parts["pair"]:
+        names = re.findall(r"'([^']*)'", prompt.reference)
+        assert set(names) == set(re.findall(r"'([^']*)'", prompt.prompt)), prompt
+        spoken, written = (
+            set(re.findall(r"(?<![\w'.])\d{2,}", text)) for text in (prompt.prompt, prompt.reference)
+        )
+        assert written == spoken, prompt
+        invented.append(not known.issuperset(names))
+    assert 0.7 < sum(invented) / len(invented) <= 1.0
+
+
+def test_conditions_stand_mostly_as_asked_and_else_in_a_drawn_order() -> None:
+    query = Query(
+        ("name",), "functions",
+        (Condition("module", "=", "m"), Condition("lines", ">", 7), Condition("arguments", "between", 2, 4)),
+    )  # fmt: skip
+    draw = random.Random(0)
+    orders: dict[tuple[str, ...], int] = {}
+    for _ in range(3000):
+        text = write(query, Style.drawn(draw), draw).lower()
+        order = tuple(sorted(("module", "lines", "arguments"), key=text.index))
+        orders[order] = orders.get(order, 0) + 1
+    assert len(orders) == 6
+    asked = orders["module", "lines", "arguments"] / 3000
+    expected = AS_ASKED + (1 - AS_ASKED) / 6
+    assert asked == pytest.approx(expected, abs=5 * (expected * (1 - expected) / 3000) ** 0.5)
 
 
 def test_ordered_questions_have_one_answer(database: Path, questions) -> None:

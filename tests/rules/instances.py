@@ -7,7 +7,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from deferral_train.rules import RULES, Rule, Summary, make_rule
+from deferral_train.rules import RULES, BlockRule, Rule, Summary, make_rule
+from deferral_train.rules.rejected_pairs import RejectedPairs
 from deferral_train.testing import RuleReport, check_rule
 
 
@@ -80,6 +81,10 @@ PARAMETERS: dict[str, list[dict]] = {
     "ensemble": [{"weight": 0.0}, {"weight": 0.37}, {"weight": 1.0}],
     "typical": [{"epsilon": 0.0}, {"epsilon": 0.11}, {"epsilon": 0.3, "delta": 0.21}],
     "mentored": [{"divergence": 0.0}, {"divergence": 0.05}, {"divergence": 0.7}],
+    "judi": [{"threshold": 0.0}, {"threshold": 0.31}, {"threshold": 1.7, "confidence": 1.0}],
+    "ears": [{"tolerance": 0.0}, {"tolerance": 0.31}, {"tolerance": 1.0}],
+    "csd": [{"ratio": 0.0}, {"ratio": 0.31}],
+    "fly": [{"threshold": 0.0}, {"threshold": 0.7, "window": 1}],
     "fuzzy": [{"threshold": 0.0}, {"threshold": 0.06}, {"threshold": 0.7}],
     "cactus": [{"delta": 0.0}, {"delta": 0.03}, {"delta": 0.9}],
     "logit_margin": [{"margin": 0.0}, {"margin": 0.61}],
@@ -95,12 +100,14 @@ PARAMETERS |= {
     if name not in PARAMETERS
 }
 HEADS = {"judge": TokenJudge(), "learned": LinearGap(), "token_gap": TokenCost()}
+EVERY = [(x, v) for x in range(64) for v in range(64) if x != v and (x + 2 * v) % 3 != 1]
+TABLE = RejectedPairs(*torch.tensor([(x, v, 1 + (x + v) % 9) for x, v in EVERY]).unbind(1))
+PARTS = {name: {"head": head} for name, head in HEADS.items()} | {"csd": {"table": TABLE}}
 
 
 def build(name: str, parameters: dict) -> Rule:
-    """An instance of a rule, with a head where it needs one."""
-    head = {"head": HEADS[name]} if name in HEADS else {}
-    return make_rule(name, **parameters, **head)
+    """An instance of a rule, with a head or a table where it needs one."""
+    return make_rule(name, **parameters, **PARTS.get(name, {}))
 
 
 @cache
@@ -113,6 +120,11 @@ def instances() -> list[Rule]:
     """Every rule at several values of its dial."""
     rules = [build(name, parameters) for name, several in PARAMETERS.items() for parameters in several]
     return [*rules, make_rule("learned", head=DraftGap(), alpha=0.2)]
+
+
+def with_target() -> list[Rule]:
+    """Those of the instances that have a target distribution at each place: all but rules that judge blocks."""
+    return [rule for rule in instances() if not isinstance(rule, BlockRule)]
 
 
 def label(rule: Rule) -> str:

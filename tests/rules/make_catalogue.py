@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from instances import PARAMETERS, build, reports
 
-from deferral_train.rules import RULES, Rule
+from deferral_train.rules import RULES, BlockRule, Rule
 from deferral_train.testing import RuleReport
 
 CATALOGUE = Path(__file__).resolve().parents[2] / "docs" / "catalogue.md"
@@ -57,6 +57,8 @@ def reads(rule: Rule) -> str:
     """What the decision reads."""
     if rule.name in ("learned", "judge", "token_gap"):
         return "its head's features"
+    if isinstance(rule, BlockRule):
+        return "all checks of the block, verifier's distributions"
     return ", ".join(sorted(rule.needs)) or "nothing"
 
 
@@ -64,6 +66,8 @@ def exactness(found: tuple[RuleReport, ...]) -> str:
     """The worst case over instances, as a bound that does not change from machine to machine."""
     worst = max(max(report.worst, report.rejection) for report in found)
     assert worst <= 1e-12, "check_rule lets nothing else pass"
+    if found[0].kind == "block":
+        return f"no target; at its lossless end within 1e-12 over {sum(r.positions for r in found):,} drafted blocks"
     return f"within 1e-12 on {sum(report.positions for report in found):,} positions"
 
 

@@ -7,6 +7,7 @@ but the rule's parameters. Distributions are lists of V floats. Used by tests an
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -162,6 +163,8 @@ def defers(rule: Any, at: Position) -> bool:
         return (cross_entropy(p, q) if rule.discrepancy == "cross_entropy" else at.tv) > alpha
     if name == "fuzzy":
         return js(p, q) >= rule.threshold
+    if name == "judi":
+        return not (kl(p, q) < rule.threshold and max(p) <= rule.confidence)
     if name == "learned":
         return float(rule.head.gap(_summary(at))) > alpha * at.tv
     raise KeyError(name)
@@ -182,10 +185,20 @@ def keeps(rule: Any, at: Position, v: int) -> bool:
         return p[v] > min(rule.epsilon, delta * math.exp(-entropy(p)))
     if name == "logit_margin":
         return rule.margin > 0 and max(at.verifier) - at.verifier[v] <= rule.margin
+    if name == "csd":
+        return _rejections(rule.table).get((v, at.v_p), 0) >= rule.least and p[v] >= rule.ratio * p[at.v_p]
     if name == "token_gap":
         price = max(0.0, 1 - p[v] / q[v]) if q[v] > 0 else 0.0
         return float(rule.head.gap(_summary(at, v))) <= rule.alpha * price
     raise KeyError(name)
+
+
+@cache
+def _rejections(table: Any) -> dict[tuple[int, int], int]:
+    """How often each drafted token was rejected for each of the verifier's."""
+    size = 1 << 31
+    pairs = zip(table.keys.tolist(), table.counts.tolist())
+    return {(key % size, key // size): count for key, count in pairs}
 
 
 def target(rule: Any, at: Position) -> Distribution:
@@ -295,6 +308,21 @@ def _cactus(rule: Any, at: Position) -> Distribution:
     return emitted
 
 
+def _ears(rule: Any, at: Position) -> Distribution:
+    emitted = [0.0] * len(at.q)
+    slack = rule.tolerance * (1 - max(at.p))
+    excess = [max(0.0, b - a) for a, b in zip(at.q, at.p)]
+    total = math.fsum(excess)
+    for x, drafted in enumerate(at.q):
+        if drafted == 0:
+            continue
+        accept = min(1.0, at.p[x] / drafted + slack) if at.p[x] > 0 else 0.0
+        emitted[x] += drafted * accept
+        for v, e in enumerate(excess):
+            emitted[v] += drafted * (1 - accept) * (e / total if total > 0 else 0.0)
+    return emitted
+
+
 def _mixture(weight: float, at: Position) -> Distribution:
     return [weight * b + (1 - weight) * a for a, b in zip(at.q, at.p)]
 
@@ -334,6 +362,7 @@ _DISTRIBUTIONS = {
     "lenient": _lenient,
     "mentored": _mentored,
     "cactus": _cactus,
+    "ears": _ears,
     "ensemble": _ensemble,
     "biased": _biased,
     "judge": _judge,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
-from instances import PARAMETERS, DraftGap, instances, label, reports
+from instances import PARAMETERS, DraftGap, label, reports, with_target
 
 from deferral_train.rules import RULES, make_rule
 from deferral_train.rules.base import PositionRule
@@ -57,7 +57,7 @@ def test_check_rule_accepts_a_draft_stage_head():
 
 
 @pytest.mark.parametrize(
-    "rule", [r for r in instances() if r.stage == "verify" or r.name != "learned"], ids=label
+    "rule", [r for r in with_target() if r.stage == "verify" or r.name != "learned"], ids=label
 )
 def test_target_equals_the_reference(rule):
     for case in ALL_CASES:
@@ -68,7 +68,7 @@ def test_target_equals_the_reference(rule):
             assert error <= 1e-12, (case.name, case.temperature, n, error)
 
 
-@pytest.mark.parametrize("rule", [r for r in instances() if r.name not in ("cactus", "judge")], ids=label)
+@pytest.mark.parametrize("rule", [r for r in with_target() if r.name not in ("cactus", "judge")], ids=label)
 def test_the_reference_enumeration_emits_the_target(rule):
     if getattr(rule, "stage", "verify") == "draft" and rule.name == "learned":
         pytest.skip("the reference reads verify-stage heads")

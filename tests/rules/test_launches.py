@@ -23,11 +23,14 @@ LOSSLESS, PLAIN, RAGGED = (18, 33), (34, 52), 12
 DEARER = {
     "fuzzy": (38, 55),  # a Jensen-Shannon divergence of both models
     "typical": (34, 54),  # an entropy
+    "csd": (38, 61),  # every token's pair is looked up
+    "judi": (35, 52),  # a divergence and a maximum
     "mentored": (19, 133),  # its cap is searched for in three grids
     "judge": (44, 58),  # two thirds of it the head of the tests
     "learned": (48, 67),
     "token_gap": (38, 64),  # its estimate and its price of every token
 }
+TOGETHER = (0, 29)  # beyond token by token: products, corrections behind every place, coins
 HEAD = 35  # operators of a head of the default features beyond those of `opt`, its summary fields included
 
 
@@ -50,6 +53,18 @@ def test_a_block_costs_few_operators_and_no_copy_to_the_host(rule, temperature):
         count = counted(rule, temperature, **options)
         assert count.host_copies == 0, count.copies
         assert count.launches <= budget + more, (options, count.launches, count.operators)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["lossless", "opt", "token_v3", "lossy"])
+def test_block_verification_costs_few_operators_more(name, temperature):
+    rule = make_rule(name)
+    for options, more in (({}, 0), ({"lengths": torch.full((B,), T)}, 4)):
+        each, together = (
+            counted(rule, temperature, verification=way, **options) for way in ("token", "block")
+        )
+        assert together.host_copies == 0, together.copies
+        assert together.launches <= each.launches + TOGETHER[temperature > 0] + more, together.operators
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from instances import DraftGap, build, instances, label
+from instances import DraftGap, build, label, with_target
 
 from deferral_train.errors import InputError
 from deferral_train.rules import make_rule, summarize
@@ -25,7 +25,7 @@ from deferral_train.rules.offline import (
 )
 
 N, V, K = 120, 60, 8
-RULES = [r for r in instances() if r.name != "judge"]
+RULES = [r for r in with_target() if r.name != "judge"]
 
 
 def logged(temperature, seed=1, kept=K):
@@ -153,6 +153,9 @@ def test_what_cannot_be_scored_offline_is_refused():
         rejection_rate(make_rule("token_v3"), summary)
     with pytest.raises(InputError, match="judge"):
         rejection_rate(build("judge", {}), summary, candidates)
+    for score in (rejection_rate, deferral_rate, emitted_distribution):
+        with pytest.raises(InputError, match="rule fly judges drafted blocks as a whole"):
+            score(build("fly", {}), summary, candidates)
     with pytest.raises(InputError, match=r"temperature 1\.5"):
         rejection_rate(make_rule("token_v3"), summary, candidates, temperature=1.5)
     value, _ = rejection_rate(make_rule("learned", head=DraftGap()), summary)

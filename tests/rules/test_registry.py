@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from instances import HEADS, instances, label
+from instances import HEADS, PARTS, instances, label
 
 from deferral_train.errors import InputError
 from deferral_train.rules import RULES, base, make_rule
@@ -41,6 +41,10 @@ NAMES = [
     "judge",
     "learned",
     "token_gap",
+    "judi",
+    "ears",
+    "csd",
+    "fly",
 ]
 
 
@@ -61,7 +65,7 @@ def test_with_dial_keeps_the_rest(rule):
     moved = rule.with_dial(grid[3])
     assert type(moved) is type(rule)
     assert moved.dial_value == grid[3]
-    for other in ("discrepancy", "delta", "head"):
+    for other in ("discrepancy", "delta", "head", "table", "window", "confidence"):
         if other != rule.dial.parameter:
             assert getattr(moved, other, None) is getattr(rule, other, None)
 
@@ -69,7 +73,7 @@ def test_with_dial_keeps_the_rest(rule):
 @pytest.mark.parametrize("name", sorted(n for n, cls in RULES.items() if cls.dial is not None))
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e9, "0.1", True])
 def test_values_out_of_range_are_refused_by_name(name, value):
-    head = {"head": HEADS[name]} if name in HEADS else {}
+    head = PARTS.get(name, {})
     dial = RULES[name].dial
     if value == 1e9 and dial.unbounded:
         assert make_rule(name, **{dial.parameter: value}, **head).dial_value == 1e9
@@ -87,6 +91,8 @@ def test_unknown_names_and_parameters_are_refused():
         make_rule("bild", discrepancy="hellinger")
     with pytest.raises(InputError, match="delta"):
         make_rule("typical", delta=3.0)
+    with pytest.raises(InputError, match=r"confidence is 1\.2"):
+        make_rule("judi", confidence=1.2)
     with pytest.raises(InputError, match="features"):
         make_rule("learned")
 

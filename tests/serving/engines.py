@@ -209,7 +209,7 @@ def lossless_ends() -> dict[str, str]:
     return {
         name: f"{name}:{rule.dial.parameter}={rule.dial.lossless:g}"
         for name, rule in RULES.items()
-        if rule.dial is not None and rule.dial.lossless is not None and name != "judge"
+        if rule.dial is not None and rule.dial.lossless is not None and name not in ("judge", "csd")
     }
 
 

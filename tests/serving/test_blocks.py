@@ -73,7 +73,9 @@ def test_mixed_rows_are_verified_as_each_would_be_alone():
 
 HEAD = GapHead(("drafter_max", "kl", "draft_position", "position"), hidden=(4,))
 GREEDY = {
-    name: make_rule(name) for name in RULES if name not in ("judge", "learned", "token_gap", "verifier_only")
+    name: make_rule(name)
+    for name in RULES
+    if name not in ("judge", "learned", "token_gap", "csd", "verifier_only")
 }
 GREEDY |= {"learned": make_rule("learned", head=HEAD, alpha=0.05)}
 GREEDY |= {f"{name}, strict": rule.with_dial(rule.dial.low) for name, rule in GREEDY.items() if rule.dial}

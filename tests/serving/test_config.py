@@ -129,3 +129,13 @@ def test_previous_tokens_of_a_block():
     assert found[0].tolist() == [[-1, 1, 2], [7, 4, 5], [8, 9, 9]]
     assert found[1].tolist() == [[-1, -1, 1], [-1, 7, 4], [7, 8, 9]]
     assert found[2].tolist() == [[-1, -1, -1], [-1, -1, 7], [6, 7, 8]]
+
+
+def test_a_rule_that_judges_blocks_needs_drafts_longer_than_its_window():
+    speculative = SimpleNamespace(method="draft_model", num_speculative_tokens=3)
+    check_served(make_rule("fly", window=2), speculative)
+    check_served(make_rule("fly", window=3, threshold=1.1), speculative)
+    with pytest.raises(
+        InputError, match="rule fly waits for 3 drafted tokens behind one, and num_speculative_tokens is 3"
+    ):
+        check_served(make_rule("fly", window=3), speculative)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from deferral_train.errors import InputError
-from deferral_train.pairs.checkpoint import without_bars
+from deferral_train.pairs.load import load_model
 
+ROLE = "from_verifier"  # what the model is called in messages
 LAYER = re.compile(r"^(.*\blayers\.)(\d+)(\..*)$")
 
 
@@ -33,31 +34,20 @@ def layers_of(kept: Sequence[int], count: int) -> list[int]:
     return found
 
 
-def open_verifier(folder: str | Path, dtype: Any = "auto") -> Any:
-    """The existing verifier, in eval mode.
+def open_verifier(name: str | Path, dtype: str = "stored") -> Any:
+    """The existing verifier on the CPU, in eval mode, without gradients.
 
     Args:
-        folder: checkpoint folder or hub id of a decoder-only model.
-        dtype: of its weights; ``auto`` is the checkpoint's own.
+        name: a folder, a hub id or a ``.gguf`` file of a decoder-only model.
+        dtype: of its weights, as :func:`~deferral_train.pairs.load.load_model` takes it.
 
     Raises:
         InputError: no checkpoint, or one that is not decoder-only.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        with without_bars():
-            config = AutoConfig.from_pretrained(folder)
-            if getattr(config, "is_encoder_decoder", False):
-                raise InputError(
-                    f"from_verifier={folder}: give a decoder-only model; this is an encoder-decoder"
-                )
-            return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"from_verifier={folder}: not a checkpoint that can be read ({' '.join(str(error).split())[:160]}); give "
-            "the folder of a decoder-only model"
-        ) from None
+    model = load_model(name, ROLE, dtype)
+    if model.config.is_encoder_decoder:
+        raise InputError(f"{ROLE}: {name} is an encoder-decoder; give a decoder-only model")
+    return model.requires_grad_(False)
 
 
 def cut(verifier: Any, kept: Sequence[int]) -> Any:

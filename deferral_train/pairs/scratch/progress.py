@@ -42,9 +42,16 @@ class TrainingBars:
         """A report for one model's training; its loss is a running mean in nats a token."""
         task = self.progress.add_task(name, total=steps, rate=0.0, loss=0.0)
         begun = time.monotonic()
-        state = {"tokens": 0.0, "loss": 0.0, "said": begun}
+        state = {"tokens": 0.0, "loss": 0.0, "said": begun, "first": 0.0}
+
+        def left(step: int) -> str:
+            if step == steps:
+                return ""
+            seconds = (time.monotonic() - begun) / (step + 1 - state["first"]) * (steps - step)
+            return f", {seconds / 60:.0f} min left" if seconds >= 60 else f", {seconds:.0f} s left"
 
         def report(step: int, tokens: int, loss: float) -> None:
+            state["first"] = state["first"] or step  # one that continues does not begin at 1
             state["loss"] = SMOOTHING * state["loss"] + (1 - SMOOTHING) * loss if state["tokens"] else loss
             state["tokens"] += tokens
             now = time.monotonic()
@@ -52,7 +59,9 @@ class TrainingBars:
             self.progress.update(task, completed=step, rate=rate, loss=state["loss"])
             if not self.console.is_terminal and (now - state["said"] > EVERY or step == steps):
                 state["said"] = now
-                text = f"{name}: step {step}/{steps}, {rate:,.0f} tokens/s, loss {state['loss']:.3f}"
+                text = (
+                    f"{name}: step {step}/{steps}, {rate:,.0f} tokens/s, loss {state['loss']:.3f}{left(step)}"
+                )
                 self.console.print(text, markup=False, highlight=False)
 
         return report

@@ -16,14 +16,14 @@ from safetensors import SafetensorError
 from deferral_train import provenance
 from deferral_train.errors import InputError
 from deferral_train.pairs import overlap
-from deferral_train.pairs.checkpoint import without_bars
+from deferral_train.pairs.checkpoint import find_checkpoint, without_bars
 from deferral_train.pairs.encode import encode_prompts
 from deferral_train.pairs.fingerprint import checkpoint_fingerprint
 from deferral_train.pairs.gate import GateResult, check_pair
 from deferral_train.pairs.load import load_models, load_tokenizer
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.pairs.scratch.batches import AnswerBatches, Batches, PairBatches, WindowBatches
-from deferral_train.pairs.scratch.cut import cut, open_verifier
+from deferral_train.pairs.scratch.cut import ROLE, cut, open_verifier
 from deferral_train.pairs.scratch.models import load_trained, new_model
 from deferral_train.pairs.scratch.optimise import LoopSettings, Report, optimise
 from deferral_train.pairs.scratch.tokenizer import QUESTION, train_tokenizer
@@ -50,7 +50,11 @@ class PairResult:
 
 
 def train_pair(
-    config: PairConfig, out: str | Path, progress: Progress | None = None, fresh: bool = False
+    config: PairConfig,
+    out: str | Path,
+    progress: Progress | None = None,
+    fresh: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> PairResult:
     """Train the pair that ``config`` describes into ``out/drafter`` and ``out/verifier``.
 
@@ -60,16 +64,23 @@ def train_pair(
 
     Args:
         fresh: remove the pair that lies in ``out`` and start over.
+        say: told in a line now and then how far the gate is; large models take minutes.
 
     Raises:
         InputError: unreadable text, a folder of another configuration or of other texts, a loss that is no longer
             finite.
     """
     with provenance.one_writer(out, "train-pair"):
-        return _taken_up(config, Path(out), progress, fresh)
+        return _taken_up(config, Path(out), progress, fresh, say)
 
 
-def _taken_up(config: PairConfig, out: Path, progress: Progress | None, fresh: bool) -> PairResult:
+def _taken_up(
+    config: PairConfig,
+    out: Path,
+    progress: Progress | None,
+    fresh: bool,
+    say: Callable[[str], None] | None,
+) -> PairResult:
     if fresh:
         for name in ("drafter", "verifier", "work"):
             shutil.rmtree(out / name, ignore_errors=True)
@@ -82,7 +93,7 @@ def _taken_up(config: PairConfig, out: Path, progress: Progress | None, fresh: b
     if config.threads:
         torch.set_num_threads(config.threads)
     try:
-        return _train(config, out, progress)
+        return _train(config, out, progress, say)
     finally:
         torch.set_num_threads(before)
 
@@ -150,7 +161,9 @@ def _result(out: Path, losses: dict[str, float], gate: GateResult, reused: bool)
     return PairResult(out / "drafter", out / "verifier", out / overlap.FILE, losses, gate, reused)
 
 
-def _train(config: PairConfig, out: Path, progress: Progress | None) -> PairResult:
+def _train(
+    config: PairConfig, out: Path, progress: Progress | None, say: Callable[[str], None] | None
+) -> PairResult:
     text = load_training_text(config.text)
     overlap.write_training_ids(out / overlap.FILE, text.train)
     tokenizer = _tokenizer(config, out / "work" / "tokenizer", text)
@@ -165,12 +178,13 @@ def _train(config: PairConfig, out: Path, progress: Progress | None) -> PairResu
         }
         teacher = load_trained(config, out / "verifier") if config.drafter_schedule.distil else None
     else:
-        losses, teacher = {}, open_verifier(config.from_verifier, torch.float32)
+        losses, teacher = {}, open_verifier(config.from_verifier)
         if not (out / "verifier").is_dir():
-            _publish(out / "verifier", open_verifier(config.from_verifier), tokenizer)
+            _publish(out / "verifier", teacher, tokenizer)
+        teacher = teacher.float()
     losses["drafter"] = _one_model("drafter", config, out, tokenizer, batches["drafter"], teacher, progress)
     pair = load_models(out / "drafter", out / "verifier", device="cpu", dtype="float32")
-    gate = check_pair(pair, text.heldout, context=config.context)
+    gate = check_pair(pair, text.heldout, context=config.context, say=say)
     record = {
         "schema_version": 1,
         **made_from(config),
@@ -249,7 +263,7 @@ def _publish(folder: Path, *parts: Any) -> None:
 
 def _tokenizer(config: PairConfig, folder: Path, text: TrainingText) -> Any:
     if config.from_verifier is not None:
-        return load_tokenizer(config.from_verifier)
+        return load_tokenizer(find_checkpoint(config.from_verifier, ROLE), ROLE)
     if not folder.is_dir():
         texts = (side for item in text.train for side in (item.prompt, item.reference) if side)
         template = QUESTION if config.text.answers else None

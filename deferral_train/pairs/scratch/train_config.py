@@ -155,9 +155,10 @@ class PairConfig:
         autocast: bfloat16 matrix products; about 1.4x faster where the CPU has them, very slow where it
             has not.
         checkpoint_seconds: an interrupted training continues from at most this long before.
-        from_verifier: checkpoint of a decoder-only model that is there already. It becomes the pair's verifier as it
-            is, with its tokenizer, and the drafter starts from ``kept_layers`` of it and is distilled; sizes,
-            ``vocab_size`` and ``verifier_schedule`` are then not read. None trains both from scratch.
+        from_verifier: checkpoint of a decoder-only model that is there already: a folder, a hub id or a ``.gguf`` file,
+            which is dequantised. It becomes the pair's verifier as it is, with its tokenizer, and the drafter starts
+            from ``kept_layers`` of it and is distilled; sizes, ``vocab_size`` and ``verifier_schedule`` are then not
+            read. None trains both from scratch.
         kept_layers: numbers of the verifier's layers that the drafter keeps, from 0, negative ones from the end.
     """
 
