@@ -158,7 +158,7 @@ def config(k: int, options: argparse.Namespace) -> CollectConfig:
 
 def compare(pair: ModelPair, prompts: list[Prompt], k: int, options: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second of bare passes and of collecting, their ratio, bytes per token."""
-    plan = make_plan(config(k, options), pair, prompts, None, options.device)
+    plan = make_plan(config(k, options), pair, prompts, None)
     bare, whole, size = [], [], 0
     for repetition in range(options.repetitions + 1):  # the first is a warm-up
         bare.append(seconds_of(lambda: bare_passes(pair, plan)))

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.common import keep, study_flags
-from deferral_train.collecting import CollectConfig, collect, sequence
+from deferral_train.collecting import CollectConfig, collect
+from deferral_train.collecting.continuations import Verifier
 from deferral_train.collecting.prefixes import FromModel
 from deferral_train.decoding.pair import Pair, Settings, load_pair
 from deferral_train.evaluation.scorers import make_scorers
@@ -43,23 +44,23 @@ def label_speed(pair: Pair, prompts: Sequence[Prompt], scores: dict[str, Any]) -
         label_scales=(1.0, 1.0), labels="sequence",
     )  # fmt: skip
     written, seconds = 0, 0.0
-    finish = sequence.finish
+    finish = Verifier.finish
 
-    def timed(verifier: Any, *given: Any, **named: Any) -> Any:
+    def timed(verifier: Verifier, *given: Any) -> Any:
         nonlocal written, seconds
         before, started = verifier.tally.tokens, time.process_time()
-        found = finish(verifier, *given, **named)
+        found = finish(verifier, *given)
         written, seconds = (
             written + verifier.tally.tokens - before,
             seconds + time.process_time() - started,
         )
         return found
 
-    sequence.finish = timed
+    Verifier.finish = timed  # type: ignore[method-assign]
     try:
         with_labels = _collected(config, pair, prompts, scores)
     finally:
-        sequence.finish = finish
+        Verifier.finish = finish  # type: ignore[method-assign]
     bare = CollectConfig(prefixes="verifier", temperature=0.0, log_top_k=0, max_new_tokens=MOST)
     return written, seconds, with_labels - _collected(bare, pair, prompts, None)
 

@@ -18,7 +18,8 @@ from deferral_train.collecting.mining import Mined
 from deferral_train.collecting.plan import CollectionPlan, make_plan, read_any_prompts, size_text
 from deferral_train.collecting.prefixes import make_source
 from deferral_train.collecting.progress import check_room
-from deferral_train.collecting.sequence_work import label_sequences
+from deferral_train.collecting.sequence_work import Work, label_sequences
+from deferral_train.collecting.served import ServedText, TextEngine, check_served
 from deferral_train.errors import InputError
 from deferral_train.heads.rules import rule_from_spec
 from deferral_train.pairs.load import ModelPair, load_models
@@ -38,7 +39,7 @@ def collect(
     models: ModelPair | None = None,
     prompts: Sequence[Prompt] | None = None,
     scores: Mapping[str, Any] | None = None,
-    plan_only: bool = False,
+    engine: TextEngine | None = None,
     existing: str = "resume",
 ) -> Manifest:
     """Run both models over prompts and log their token distributions as traces; resumes what is unfinished.
@@ -52,12 +53,12 @@ def collect(
         scores: a scorer of each metric in ``config.metrics``, for ``labels="sequence"``
             (:data:`~deferral_train.collecting.sequence.Score`) and ``labels="autojudge"``
             (:data:`~deferral_train.collecting.mining.Quality`); the command looks them up by name.
-        plan_only: for ``labels="sequence"``: say what it would take, and write nothing.
+        engine: a serving engine that holds the verifier, too, and writes its greedy texts and those of sequence labels.
         existing: traces in ``out``: ``resume`` goes on with them and refuses those of other settings or inputs,
             ``replace`` removes these, ``fresh`` removes any.
 
     Returns:
-        The manifest of the finished folder; with ``plan_only`` of the one that would be written.
+        The manifest of the finished folder.
 
     Raises:
         InputError: a pair, prompts or settings that cannot work, a folder collected with other
@@ -65,28 +66,10 @@ def collect(
     """
     out = str(out)
     devices, num_nodes = processes(config.devices, config.num_nodes)
-    if config.rule is not None:
-        # A mistyped rule is refused before any model is loaded.
-        rule_from_spec(config.rule, typed=[config.rule])
-    metric = config.metrics[0]
-    if config.labels == "autojudge" and metric not in (scores or {}):
-        raise InputError(f"labels='autojudge': no scorer for {metric}; pass scores={{{metric!r}: ...}}")
-    pair, teacher = _models(config, models)
-    given = list(prompts) if prompts is not None else read_any_prompts(config)
-    plan = make_plan(
-        config, pair, given[: config.limit], teacher, pair.device.type, handed_over=models is not None
-    )
-    source = make_source(config)
-    if config.labels == "autojudge" and scores is not None:
-        source = Mined(config.new_tokens or ON_POLICY_TOKENS, scores[metric], config.label_tolerance)
-    third = teacher.verifier if teacher else None
-    collector = BatchCollector(pair, third, source, plan.manifest, plan.prompts)
+    given, work = _prepare(config, models, prompts, scores, engine)
+    plan, collector = work.plan, work.collector
     if config.labels == SEQUENCE_LABELS:
-        plan = label_sequences(
-            config, collector, plan, given, scores, out, plan_only, progress and _rank() == 0
-        )
-        if plan_only:
-            return plan.manifest
+        plan = label_sequences(config, work, given, scores, out, say=progress and _rank() == 0)
     with one_writer(out, "collect") if _rank() == 0 else nullcontext():
         if _rank() == 0:
             _make_way(open_folder(out), plan.manifest, existing)
@@ -97,7 +80,7 @@ def collect(
         if progress:
             _say_left_out(plan)
         run_engine(
-            pair, collector, plan, out,
+            collector.pair, collector, plan, out,
             devices=devices, num_nodes=num_nodes, max_bytes=config.max_bytes, progress=progress,
         )  # fmt: skip
         if collector.sequence is not None:
@@ -105,6 +88,53 @@ def collect(
         if _rank() == 0:
             _report(out, progress)
     return plan.manifest
+
+
+def tell_plan(
+    config: CollectConfig,
+    *,
+    models: ModelPair | None = None,
+    prompts: Sequence[Prompt] | None = None,
+    scores: Mapping[str, Any] | None = None,
+    engine: TextEngine | None = None,
+) -> None:
+    """Say how many places sequence labels would be made of, how many tokens they take and how long; write nothing.
+
+    Args: as :func:`collect`.
+    """
+    given, work = _prepare(config, models, prompts, scores, engine)
+    label_sequences(config, work, given, scores, tell=True)
+
+
+def _prepare(
+    config: CollectConfig,
+    models: ModelPair | None,
+    prompts: Sequence[Prompt] | None,
+    scores: Mapping[str, Any] | None,
+    engine: TextEngine | None,
+) -> tuple[list[Prompt], Work]:
+    """The prompts as read, and the planned work with what does it."""
+    if engine is not None:
+        check_served(config)
+    if config.rule is not None:
+        # A mistyped rule is refused before any model is loaded.
+        rule_from_spec(config.rule, typed=[config.rule])
+    metric = config.metrics[0]
+    if config.labels == "autojudge" and metric not in (scores or {}):
+        raise InputError(f"labels='autojudge': no scorer for {metric}; pass scores={{{metric!r}: ...}}")
+    pair, teacher = _models(config, models)
+    given = list(prompts) if prompts is not None else read_any_prompts(config)
+    facts = None if engine is None else engine.facts
+    plan = make_plan(
+        config, pair, given[: config.limit], teacher, handed_over=models is not None, engine=facts
+    )
+    source = make_source(config)
+    if config.labels == "autojudge" and scores is not None:
+        source = Mined(config.new_tokens or ON_POLICY_TOKENS, scores[metric], config.label_tolerance)
+    if engine is not None and config.prefixes == "verifier" and config.temperature == 0:
+        source = ServedText(engine, config.new_tokens or ON_POLICY_TOKENS)
+    third = teacher.verifier if teacher else None
+    return given, Work(plan, BatchCollector(pair, third, source, plan.manifest, plan.prompts), engine)
 
 
 def _make_way(folder: Folder, manifest: Manifest, existing: str) -> None:

@@ -138,11 +138,17 @@ class BatchCollector:
         scores = {}
         for role, model in models.items():
             inputs = make_inputs(model, ids, continuations.tokens, model.device)
-            judges = role == "verifier" and bool(self.manifest.labels)
-            found = score(model, inputs, judges or role in self.manifest.hidden, keep_past=judges)
+            again = role == "verifier" and self._runs_again
+            found = score(model, inputs, again or role in self.manifest.hidden, keep_past=again)
             hidden = None if found.hidden is None else found.hidden.to(device)
             scores[role] = ModelOutputs(found.logits.to(device), hidden, found.past)
         return scores, inputs.rows.to(device)
+
+    @property
+    def _runs_again(self) -> bool:
+        """True where labels have the verifier start from its cache once more."""
+        served = self.sequence is not None and self.sequence.engine is not None
+        return bool(self.manifest.labels) and not served
 
     def _labels(
         self,

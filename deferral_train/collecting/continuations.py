@@ -1,15 +1,16 @@
 """Finish texts: the verifier goes on behind a prefix in which one token was put in another's place.
 
-No prefix is run again. The pass over the path's texts leaves a cache; a branch starts from a copy of its own row, cut
-before its place, and the encoder's states. Branches that begin at the same column run together, whatever prompt they
-belong to, so that no row is padded; rows that have ended leave the batch. R branches of one group, V vocabulary.
+Here by transformers; a serving engine does the same in :mod:`deferral_train.collecting.served`. No prefix is run again:
+the pass over the path's texts leaves a cache; a branch starts from a copy of its own row, cut before its place, and the
+encoder's states. Branches that begin at the same column run together, whatever prompt they belong to, so that no row is
+padded; rows that have ended leave the batch. R branches of one group, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -39,28 +40,47 @@ class Branch:
     sample: int = 0
 
 
-# Logits [R, V] of branches that have read so many tokens from their own on, to the next token of each [R].
-Choose = Callable[[Tensor, Sequence[Branch], int], Tensor]
+class Choice(Protocol):
+    """How the next token is chosen from the verifier's logits."""
+
+    @property
+    def temperature(self) -> float:
+        """0 where the choice is greedy."""
+
+    def __call__(self, logits: Tensor, branches: Sequence[Branch], steps: int) -> Tensor:
+        """Next token of each row [R], from logits [R, V] of branches that read so many tokens from their own on."""
+
+    def numbers(self, branch: Branch, steps: int) -> list[float]:
+        """The uniform numbers that a branch's first so many tokens behind its own are drawn with; none if greedy."""
 
 
-def most_probable(logits: Tensor, branches: Sequence[Branch], steps: int) -> Tensor:
+class Greedy:
     """The lowest argmax: what the verifier says at temperature 0."""
-    return lowest_argmax(logits)
+
+    temperature = 0.0
+
+    def __call__(self, logits: Tensor, branches: Sequence[Branch], steps: int) -> Tensor:
+        return lowest_argmax(logits)
+
+    def numbers(self, branch: Branch, steps: int) -> list[float]:
+        return []
 
 
 @dataclass(frozen=True)
-class CachedTexts:
-    """Texts of a batch and what the verifier's pass over them left.
+class PathTexts:
+    """Texts of a batch that branches leave, and what the verifier's pass over them left.
 
     Attributes:
         texts: tokens that follow each prompt.
+        prompts: token ids of each prompt.
         starts: columns of the decoder's input before each text's first token.
-        past: keys and values of every column.
+        past: keys and values of every column; None where a serving engine finishes the texts.
     """
 
     texts: Sequence[Sequence[int]]
+    prompts: Sequence[Sequence[int]]
     starts: Sequence[int]
-    past: Past
+    past: Past | None
 
 
 @dataclass
@@ -71,53 +91,74 @@ class Tally:
     tokens: int = 0
 
 
+class Finisher(Protocol):
+    """Something that has the verifier go on behind branches."""
+
+    tally: Tally
+
+    def finish(self, path: PathTexts, branches: Sequence[Branch], choice: Choice) -> dict[Branch, list[int]]:
+        """Each branch's finished text: the path's tokens before its place, its own token, and what follows.
+
+        Args:
+            path: texts that the branches leave.
+            branches: without repetition.
+            choice: of every next token.
+        """
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Where a text ends.
+
+    Attributes:
+        eos_ids: tokens that end it.
+        max_new_tokens: most tokens of it.
+    """
+
+    eos_ids: frozenset[int]
+    max_new_tokens: int
+
+    def begin(
+        self, path: PathTexts, branches: Sequence[Branch]
+    ) -> tuple[dict[Branch, list[int]], list[Branch]]:
+        """Each branch's text up to its own token, and the branches that go on behind it."""
+        begun = {one: [*path.texts[one.row][: one.place], one.token] for one in branches}
+        open_ = [
+            one for one in branches if one.token not in self.eos_ids and len(begun[one]) < self.max_new_tokens
+        ]
+        return begun, open_
+
+
 @dataclass(frozen=True)
 class Verifier:
-    """The model that finishes texts, and when they are finished.
+    """The model that finishes texts by transformers, see :class:`Finisher`.
 
     Attributes:
         model: the verifier.
         vocab_size: columns of its logits that are tokens.
-        eos_ids: tokens that end a text.
-        max_new_tokens: most tokens of a text.
+        ends: where a text ends.
         rows: most branches that run together.
         tally: counts what is written.
     """
 
     model: Any
     vocab_size: int
-    eos_ids: frozenset[int]
-    max_new_tokens: int
+    ends: Ends
     rows: int = 256
     tally: Tally = field(default_factory=Tally)
 
-
-def finish(
-    verifier: Verifier, path: CachedTexts, branches: Sequence[Branch], choose: Choose = most_probable
-) -> dict[Branch, list[int]]:
-    """Each branch's finished text: the path's tokens before its place, its own token, and what follows.
-
-    Args:
-        verifier: writes what follows.
-        path: texts that the branches leave.
-        branches: without repetition.
-        choose: the next token of every row; the default is greedy.
-    """
-    finished = {one: [*path.texts[one.row][: one.place], one.token] for one in branches}
-    open_ = [
-        one
-        for one in branches
-        if one.token not in verifier.eos_ids and len(finished[one]) < verifier.max_new_tokens
-    ]
-    for group in _groups(path, open_, verifier.rows):
-        for one, tokens in zip(group, _continue(verifier, path, group, choose)):
-            finished[one] += tokens
-            verifier.tally.texts += 1
-            verifier.tally.tokens += len(tokens)
-    return finished
+    def finish(self, path: PathTexts, branches: Sequence[Branch], choice: Choice) -> dict[Branch, list[int]]:
+        """As :meth:`Finisher.finish`."""
+        finished, open_ = self.ends.begin(path, branches)
+        for group in _groups(path, open_, self.rows):
+            for one, tokens in zip(group, _continue(self, path, group, choice)):
+                finished[one] += tokens
+                self.tally.texts += 1
+                self.tally.tokens += len(tokens)
+        return finished
 
 
-def _groups(path: CachedTexts, branches: Sequence[Branch], most: int) -> Iterator[list[Branch]]:
+def _groups(path: PathTexts, branches: Sequence[Branch], most: int) -> Iterator[list[Branch]]:
     """Branches of one column, at most ``most`` together; those of long texts first, which end about together."""
 
     def column(one: Branch) -> int:
@@ -134,9 +175,10 @@ def _groups(path: CachedTexts, branches: Sequence[Branch], most: int) -> Iterato
 
 
 def _continue(
-    verifier: Verifier, path: CachedTexts, group: Sequence[Branch], choose: Choose
+    verifier: Verifier, path: PathTexts, group: Sequence[Branch], choice: Choice
 ) -> list[list[int]]:
     """Tokens after each branch's own, up to and with the end of sequence."""
+    assert path.past is not None
     device = verifier.model.device
     first = group[0]
     rows = torch.tensor([one.row for one in group], device=device)
@@ -150,12 +192,12 @@ def _continue(
     while at:
         step += 1
         logits = running.step(tokens)
-        tokens = choose(logits, [group[number] for number in at], step)
+        tokens = choice(logits, [group[number] for number in at], step)
         for number, token in zip(at, tokens.tolist()):
             if not ended[number]:
                 written[number].append(token)
-                full = places[number] + 1 + len(written[number]) >= verifier.max_new_tokens
-                ended[number] = full or token in verifier.eos_ids
+                full = places[number] + 1 + len(written[number]) >= verifier.ends.max_new_tokens
+                ended[number] = full or token in verifier.ends.eos_ids
         keep = [row for row, number in enumerate(at) if not ended[number]]
         if not keep or len(at) - len(keep) >= ENDED_SHARE * len(at):
             chosen = torch.tensor(keep, device=device, dtype=torch.long)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -105,19 +105,20 @@ def make_plan(
     pair: ModelPair,
     prompts: Sequence[Prompt],
     teacher: ModelPair | None,
-    device: str,
     handed_over: bool = False,
+    engine: Mapping[str, Any] | None = None,
 ) -> CollectionPlan:
     """Encode the prompts, leave out and name what cannot be used, and fix chunks, seeds and batches.
 
     Args:
         handed_over: the pair was in memory before, so that ``config``'s folders do not say what it holds.
+        engine: facts of a serving engine that finishes texts.
 
     Raises:
         InputError: no prompt can be used.
     """
     kept, notices = _encode(config, pair, prompts)
-    batch_tokens = config.batch_tokens or default_batch_tokens(device, pair.vocab_size)
+    batch_tokens = config.batch_tokens or default_batch_tokens(pair.device.type, pair.vocab_size)
     if config.labels == SEQUENCE_LABELS and config.batch_tokens is None:
         batch_tokens *= TEXTS_TOGETHER
     chunks = tuple(
@@ -144,7 +145,8 @@ def make_plan(
         | {
             "contents": contents(config, pair if handed_over else None)
             | _label_contents(config, prompts, kept)
-        },
+        }
+        | ({} if engine is None else {"engine": dict(engine)}),
         provenance=provenance.collect({"seed": config.seed})
         | {"models": {role: model_facts(getattr(pair, role)) for role in ("drafter", "verifier")}},
     )

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from deferral_train.collecting.continuations import Branch, CachedTexts, Verifier, finish
+from deferral_train.collecting.continuations import Branch, Finisher, Greedy, PathTexts
 
 # Finished texts and the references of their prompts to scores [n]; NaN where a scorer gave none.
 Score = Callable[[Sequence[str], Sequence[str | None]], np.ndarray]
@@ -81,7 +81,7 @@ class GreedyTexts:
         argmaxes: of every text.
     """
 
-    def __init__(self, path: CachedTexts, argmaxes: Sequence[Argmaxes]) -> None:
+    def __init__(self, path: PathTexts, argmaxes: Sequence[Argmaxes]) -> None:
         self.path, self.argmaxes = path, argmaxes
         self._wanted: dict[Branch, None] = {}
         self._finished: dict[Branch, list[int]] = {}
@@ -108,8 +108,8 @@ class GreedyTexts:
         if branch is not None and branch not in self._finished:
             self._wanted[branch] = None
 
-    def write(self, verifier: Verifier) -> None:
-        self._finished |= finish(verifier, self.path, list(self._wanted))
+    def write(self, finisher: Finisher) -> None:
+        self._finished |= finisher.finish(self.path, list(self._wanted), Greedy())
         self._wanted.clear()
 
     def tokens(self, row: int, branch: Branch | None) -> Sequence[int]:
@@ -124,8 +124,8 @@ def differing(argmaxes: Argmaxes) -> list[int]:
 
 
 def finished_places(
-    verifier: Verifier,
-    path: CachedTexts,
+    finisher: Finisher,
+    path: PathTexts,
     argmaxes: Sequence[Argmaxes],
     chosen: Sequence[Sequence[int]],
     own: bool = False,
@@ -133,7 +133,7 @@ def finished_places(
     """Both finished texts of every chosen place, and with ``own`` the verifier's own text of every prompt.
 
     Args:
-        verifier: finishes the texts.
+        finisher: has the verifier finish the texts.
         path: what the places lie on.
         argmaxes: of each text.
         chosen: places of each text.
@@ -153,7 +153,7 @@ def finished_places(
     starts = [texts.after(row, 0) for row in range(len(path.texts))] if own else []
     for branch in starts:
         texts.want(branch)
-    texts.write(verifier)
+    texts.write(finisher)
     found = [
         Place(row, place, texts.tokens(row, kept), texts.tokens(row, deferred))
         for row, place, (kept, deferred) in wanted

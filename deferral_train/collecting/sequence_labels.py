@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deferral_train.collecting.continuations import CachedTexts, Tally, Verifier
+from deferral_train.collecting.continuations import Ends, Finisher, PathTexts, Tally, Verifier
 from deferral_train.collecting.prefixes import Continuations
 from deferral_train.collecting.scoring import ModelOutputs
 from deferral_train.collecting.sequence import (
@@ -27,6 +27,7 @@ from deferral_train.collecting.sequence import (
     prompt_seed,
 )
 from deferral_train.collecting.sequence_sampling import Sampling, Uniforms, draw_tokens, sampled_places
+from deferral_train.collecting.served import ServedVerifier, TextEngine
 from deferral_train.errors import InputError
 from deferral_train.pairs.encode import EncodedPrompt
 from deferral_train.pairs.load import ModelPair
@@ -107,20 +108,29 @@ class SequenceLabels:
         settings: what to label, and how.
         scores: metric to scorer, for every metric of the settings.
         references: prompt id to reference; None where there is none.
+        engine: a serving engine that finishes the texts in the pair's place.
     """
 
     pair: ModelPair
     settings: LabelSettings
     scores: Mapping[str, Score]
     references: Mapping[str, str | None]
+    engine: TextEngine | None = None
     unscored: Unscored = field(default_factory=Unscored)
     tally: Tally = field(default_factory=Tally)
 
     def with_scales(self, scales: Sequence[float], scores: Mapping[str, Score]) -> SequenceLabels:
         """The same with scales, and with scorers that know their corpus."""
-        return SequenceLabels(
-            self.pair, replace(self.settings, scales=tuple(scales)), scores, self.references
-        )
+        settings = replace(self.settings, scales=tuple(scales))
+        return SequenceLabels(self.pair, settings, scores, self.references, self.engine)
+
+    @property
+    def finisher(self) -> Finisher:
+        """What has the verifier finish the texts."""
+        ends = Ends(frozenset(self.pair.eos_ids), self.settings.max_new_tokens)
+        if self.engine is not None:
+            return ServedVerifier(self.engine, ends, self.tally)
+        return Verifier(self.pair.verifier, self.pair.vocab_size, ends, tally=self.tally)
 
     def columns(
         self,
@@ -134,7 +144,7 @@ class SequenceLabels:
         Args:
             prompts: of the batch.
             continuations: the path.
-            scores: of both models over it, the verifier's with its cache.
+            scores: of both models over it, the verifier's with its cache unless an engine finishes the texts.
             rows: places of the positions among the logit rows.
         """
         lengths = [len(tokens) for tokens in continuations.tokens]
@@ -142,10 +152,9 @@ class SequenceLabels:
             role: scores[role].logits[:, : self.pair.vocab_size].index_select(0, rows).split(lengths)
             for role in ("drafter", "verifier")
         }
-        past = scores["verifier"].past
-        assert past is not None
-        starts = [1 if self.pair.is_encoder_decoder else len(prompt.input_ids) for prompt in prompts]
-        path = CachedTexts(continuations.tokens, starts, past)
+        ids = [prompt.input_ids for prompt in prompts]
+        starts = [1 if self.pair.is_encoder_decoder else len(own) for own in ids]
+        path = PathTexts(continuations.tokens, ids, starts, scores["verifier"].past)
         texts = self._places(prompts, path, distributions)
         columns = self._table(lengths, *self._measured(prompts, texts), str(rows.device))
         if self.settings.sampling.form == "token":
@@ -155,13 +164,11 @@ class SequenceLabels:
     def _places(
         self,
         prompts: Sequence[EncodedPrompt],
-        path: CachedTexts,
+        path: PathTexts,
         distributions: Mapping[str, Sequence[Tensor]],
     ) -> tuple[list[list[Place]], list[int], list[str | None]]:
         """Of every labelled place its samples, the token that it is about, and every prompt's reference."""
-        settings, pair = self.settings, self.pair
-        most = settings.max_new_tokens
-        verifier = Verifier(pair.verifier, pair.vocab_size, frozenset(pair.eos_ids), most, tally=self.tally)
+        settings, finisher = self.settings, self.finisher
         argmaxes = [
             Argmaxes(lowest_argmax(q).tolist(), lowest_argmax(p).tolist())
             for q, p in zip(distributions["drafter"], distributions["verifier"])
@@ -179,20 +186,20 @@ class SequenceLabels:
         own_wanted = settings.reference == "verifier"
         if greedy or own_wanted:
             picked = chosen if greedy else [[] for _ in chosen]
-            found, own_texts = finished_places(verifier, path, argmaxes, picked, own_wanted)
+            found, own_texts = finished_places(finisher, path, argmaxes, picked, own_wanted)
             if own_wanted:
                 references = list(map(self._text, own_texts))
         if greedy:
             tokens = [argmaxes[one.row].drafter[one.place] for one in found]
             return [[one] for one in found], tokens, references
-        uniforms = Uniforms([prompt.id for prompt in prompts], settings.seed, most)
+        uniforms = Uniforms([prompt.id for prompt in prompts], settings.seed, settings.max_new_tokens)
         sampled = {
             role: [(own.float() / settings.sampling.temperature).softmax(-1).cpu() for own in of_role]
             for role, of_role in distributions.items()
         }
         draws = draw_tokens(sampled, chosen, settings.sampling, uniforms)
         about = [one.drafted[0] if settings.sampling.form == "token" else -1 for one in draws]
-        return sampled_places(verifier, path, draws, settings.sampling, uniforms), about, references
+        return sampled_places(finisher, path, draws, settings.sampling, uniforms), about, references
 
     def _measured(
         self,

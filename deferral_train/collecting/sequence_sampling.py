@@ -14,14 +14,14 @@ position, sample), through the inverse of the distribution function, so that muc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from deferral_train.collecting.continuations import Branch, CachedTexts, Verifier, finish
+from deferral_train.collecting.continuations import Branch, Finisher, PathTexts
 from deferral_train.collecting.sequence import Place, prompt_seed
 
 
@@ -54,15 +54,26 @@ def draw(distribution: Tensor, uniform: Tensor) -> Tensor:
     return token.clamp(max=distribution.shape[-1] - 1)
 
 
-def sampler(temperature: float, uniforms: Uniforms) -> Callable[[Tensor, Sequence[Branch], int], Tensor]:
-    """How branches are continued: from softmax(logits / temperature), by the branch's own uniform numbers."""
+@dataclass(frozen=True)
+class Sampled:
+    """How branches are continued above temperature 0: from softmax(logits / temperature), by their own numbers.
 
-    def choose(logits: Tensor, branches: Sequence[Branch], steps: int) -> Tensor:
-        numbers = [uniforms.at(one.row, one.place + steps, one.sample) for one in branches]
-        distribution = (logits.float() / temperature).softmax(-1)
+    Attributes:
+        temperature: of the distribution.
+        uniforms: random numbers.
+    """
+
+    temperature: float
+    uniforms: Uniforms
+
+    def __call__(self, logits: Tensor, branches: Sequence[Branch], steps: int) -> Tensor:
+        numbers = [self.uniforms.at(one.row, one.place + steps, one.sample) for one in branches]
+        distribution = (logits.float() / self.temperature).softmax(-1)
         return draw(distribution, torch.tensor(numbers, dtype=torch.float64, device=logits.device))
 
-    return choose
+    def numbers(self, branch: Branch, steps: int) -> list[float]:
+        places = range(branch.place + 1, branch.place + 1 + steps)
+        return [self.uniforms.at(branch.row, place, branch.sample) for place in places]
 
 
 @dataclass(frozen=True)
@@ -128,7 +139,7 @@ def draw_tokens(
 
 
 def sampled_places(
-    verifier: Verifier, path: CachedTexts, draws: Sequence[Draws], how: Sampling, uniforms: Uniforms
+    finisher: Finisher, path: PathTexts, draws: Sequence[Draws], how: Sampling, uniforms: Uniforms
 ) -> list[list[Place]]:
     """Both finished texts of every sample of every place."""
     wanted: dict[Branch, None] = {}
@@ -136,7 +147,7 @@ def sampled_places(
         for sample, pair in enumerate(zip(one.drafted, one.verified)):
             if pair[0] != pair[1]:  # the same token at the same random numbers is the same text
                 wanted |= {Branch(one.row, one.place, token, sample): None for token in pair}
-    texts = finish(verifier, path, list(wanted), sampler(how.temperature, uniforms))
+    texts = finisher.finish(path, list(wanted), Sampled(how.temperature, uniforms))
     return [
         [
             Place(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tqdm import tqdm
@@ -14,6 +14,7 @@ from deferral_train.collecting.first_look import cost, first_look, has_corpus_me
 from deferral_train.collecting.plan import CollectionPlan
 from deferral_train.collecting.sequence_labels import LabelSettings, SequenceLabels
 from deferral_train.collecting.sequence_sampling import Sampling
+from deferral_train.collecting.served import TextEngine
 from deferral_train.errors import InputError
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.traces.folder import open_folder
@@ -22,10 +23,24 @@ from deferral_train.traces.manifest import HEADER, read_header
 LOOKED = ("scales", "drift", "looked_at")  # what a first look adds to the labels of a manifest
 
 
+@dataclass(frozen=True)
+class Work:
+    """A collection that was planned and not begun.
+
+    Attributes:
+        plan: prompts, batches, manifest.
+        collector: does it; sequence labels are put into it.
+        engine: a serving engine that finishes the texts of labels, where one is wanted.
+    """
+
+    plan: CollectionPlan
+    collector: BatchCollector
+    engine: TextEngine | None = None
+
+
 def label_sequences(
     config: CollectConfig,
-    collector: BatchCollector,
-    plan: CollectionPlan,
+    work: Work,
     prompts: Sequence[Prompt],
     scores: Mapping[str, Any] | None,
     out: str = "",
@@ -36,8 +51,7 @@ def label_sequences(
 
     Args:
         config: of the collection.
-        collector: gets the labels.
-        plan: the work.
+        work: whose collector gets the labels.
         prompts: as read, with their references.
         scores: a scorer for each metric.
         out: the trace folder; where it was begun, its scales stand.
@@ -47,6 +61,7 @@ def label_sequences(
     Raises:
         InputError: a metric without a scorer, references that are missing, too few places.
     """
+    plan, collector = work.plan, work.collector
     references = {prompt.id: prompt.reference for prompt in prompts}
     _check(config, plan, references, scores)
     assert scores is not None
@@ -56,7 +71,7 @@ def label_sequences(
         config.metrics, scales, config.label_share, sampling, config.label_reference, config.seed,
         config.new_tokens or ON_POLICY_TOKENS,
     )  # fmt: skip
-    labels = SequenceLabels(collector.pair, settings, dict(scores), references)
+    labels = SequenceLabels(collector.pair, settings, dict(scores), references, work.engine)
     collector.sequence = labels
     if not tell and not needs_look(labels, config.label_scales):
         return plan

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from deferral_train.collecting import CollectConfig, collect
+from deferral_train.collecting.api import tell_plan
 from deferral_train.collecting.sequence import draw_places
 from deferral_train.errors import InputError
 from deferral_train.evaluation.scorers import make_scorers
@@ -284,14 +285,15 @@ def test_scales_and_drift_are_fixed_before_the_first_shard(tmp_path: Path) -> No
     assert traces.column("sequence_gap")[told] == pytest.approx((gaps / labels["scales"]).mean(1), abs=1e-5)
 
 
-def test_plan_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    scores = make_scorers(["chrf1"])
-    out = tmp_path / "planned"
-    collect(CONFIG, out, models=tiny_pair("t5"), prompts=PROMPTS, scores=scores, plan_only=True)
+def test_plan_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tell_plan(CONFIG, models=tiny_pair("t5"), prompts=PROMPTS, scores=make_scorers(["chrf1"]))
     said = capsys.readouterr()
     assert "places to label in 5 prompts" in said.out + said.err
     assert "tokens to generate" in said.out + said.err
-    assert not out.exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_corpus_metrics_are_taken_at_the_corpus_of_the_path(tmp_path: Path) -> None:

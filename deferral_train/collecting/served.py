@@ -1,0 +1,110 @@
+"""Finish texts in a serving engine that holds the verifier: what transformers does in ``continuations``, by requests.
+
+A branch is a request: prompt, the path's tokens before its place, its own token. The engine batches them as it likes,
+and the beginnings that they share are in its prefix cache. Above temperature 0 a request brings its own uniform
+numbers, so that both continuations of a place share theirs here as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from deferral_train.collecting.config import CollectConfig
+from deferral_train.collecting.continuations import Branch, Choice, Ends, Greedy, PathTexts, Tally
+from deferral_train.collecting.prefixes import Continuations
+from deferral_train.errors import InputError
+from deferral_train.pairs.encode import EncodedPrompt
+from deferral_train.pairs.load import ModelPair
+from deferral_train.traces.kinds import SEQUENCE_LABELS
+
+
+class TextEngine(Protocol):
+    """A serving engine that holds the verifier of a pair and does not speculate."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Name, version and runner: what decides its texts besides the weights."""
+
+    def write(
+        self,
+        beginnings: Sequence[Sequence[int]],
+        most: Sequence[int],
+        temperature: float,
+        numbers: Sequence[Sequence[float]],
+    ) -> list[list[int]]:
+        """What the verifier writes behind each beginning, up to and with an end of sequence.
+
+        Args:
+            beginnings: token ids.
+            most: tokens to write, at most, of each.
+            temperature: 0 is greedy.
+            numbers: uniform numbers that each one's tokens are drawn with, in order; empty at temperature 0.
+        """
+
+
+@dataclass(frozen=True)
+class ServedVerifier:
+    """Finishes texts by requests to an engine, see :class:`~deferral_train.collecting.continuations.Finisher`.
+
+    Attributes:
+        engine: holds the verifier.
+        ends: where a text ends.
+        tally: counts what is written.
+    """
+
+    engine: TextEngine
+    ends: Ends
+    tally: Tally = field(default_factory=Tally)
+
+    def finish(self, path: PathTexts, branches: Sequence[Branch], choice: Choice) -> dict[Branch, list[int]]:
+        """All branches in one batch of requests, those of one prompt behind each other."""
+        finished, open_ = self.ends.begin(path, branches)
+        open_.sort(key=lambda one: (one.row, one.place, one.token, one.sample))
+        most = [self.ends.max_new_tokens - len(finished[one]) for one in open_]
+        beginnings = [[*path.prompts[one.row], *finished[one]] for one in open_]
+        numbers = [choice.numbers(one, count) for one, count in zip(open_, most)]
+        written = self.engine.write(beginnings, most, choice.temperature, numbers) if open_ else []
+        for one, tokens in zip(open_, written):
+            finished[one] += tokens
+            self.tally.texts += 1
+            self.tally.tokens += len(tokens)
+        return finished
+
+
+@dataclass(frozen=True)
+class ServedText:
+    """The verifier's own greedy text as a path, written by the engine; a prefix source."""
+
+    engine: TextEngine
+    max_new_tokens: int
+
+    def __call__(self, pair: ModelPair, prompts: Sequence[EncodedPrompt], seed: int) -> Continuations:
+        most = [self.max_new_tokens] * len(prompts)
+        beginnings = [prompt.input_ids for prompt in prompts]
+        written = self.engine.write(beginnings, most, Greedy.temperature, [[]] * len(prompts))
+        return Continuations(written, gold=False)
+
+
+def check_served(config: CollectConfig) -> None:
+    """Refuse, before anything is loaded, what labels by an engine cannot be collected with.
+
+    Raises:
+        InputError: the setting, its value and the remedy.
+    """
+    if config.labels != SEQUENCE_LABELS:
+        raise InputError(
+            f"labels={config.labels!r} with engine 'vllm': the engine finishes the texts of labels 'sequence' alone; "
+            "use engine transformers"
+        )
+    if config.devices * config.num_nodes > 1:
+        raise InputError(
+            f"devices={config.devices}, num_nodes={config.num_nodes} with engine 'vllm': one process holds the engine; "
+            "leave both out"
+        )
+    if config.device_map is not None:
+        raise InputError(
+            f"device_map={config.device_map!r} with engine 'vllm': the engine places its own copy of the verifier; "
+            "leave it out"
+        )
