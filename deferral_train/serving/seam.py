@@ -8,7 +8,7 @@ V vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -25,6 +25,10 @@ from deferral_train.serving.tally import tally
 
 log = logging.getLogger("vllm.deferral_train")  # below vllm's logger, so that the engine formats it
 WARM_UP = "_warmup_"  # ids of requests that the engine sends through itself before it serves
+
+
+# Of runner, speculative_config and seam. Samplers are subclasses of vLLM's, which is imported only where it runs.
+MakeSampler = Callable[[Any, Any, Any], Any]
 
 
 class DecidedStep(Protocol):
@@ -66,7 +70,7 @@ class Seam:
         self.wanted, self.consulted = 0, 0  # blocks of requests with a rule, and those that it decided
         self._closed = False
 
-    def install(self, vllm_config: Any) -> None:
+    def install(self, speculative_config: Any, make_sampler: MakeSampler) -> None:
         """Put the plug-in into the runner; each kind of runner has its own way."""
         raise NotImplementedError
 
