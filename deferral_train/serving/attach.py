@@ -13,7 +13,7 @@ from typing import Any
 from deferral_train.rules import Rule
 from deferral_train.serving.config import ServingConfig
 from deferral_train.serving.counters import VARIABLE, Counters
-from deferral_train.serving.seam import Seam, log
+from deferral_train.serving.seam import MakeSampler, Seam, log
 
 
 def attach(
@@ -33,24 +33,34 @@ def attach(
     Raises:
         InputError: a runner that has not the parts we replace.
     """
-    from deferral_train.serving.runner_v1 import SeamV1
-    from deferral_train.serving.runner_v2 import SeamV2
-
     first = getattr(worker, "rank", 0) % max(1, vllm_config.parallel_config.tensor_parallel_size) == 0
     label = str(vllm_config.parallel_config.data_parallel_index)
     counters = Counters(os.environ.get(VARIABLE) if first else None, label)
     logger = _trace_log(vllm_config, config, counters, label) if config.log is not None and first else None
-    kind = SeamV2 if vllm_config.use_v2_model_runner else SeamV1
+    kind, make_sampler = _parts(vllm_config.use_v2_model_runner)
     seed = vllm_config.model_config.seed or 0
     seam: Seam = kind(
         worker.model_runner, config, rule, mismatch, counters, logger, seed, label if first else None
     )
     seam.requests.conditions = list(conditions)
-    seam.install(vllm_config)
+    seam.install(vllm_config.speculative_config, make_sampler)
     _follow_scheduler(worker.model_runner, seam)
     _close_with(worker, seam)
     announce(config, rule, mismatch, conditions)
     return seam
+
+
+def _parts(second: bool) -> tuple[type[Seam], MakeSampler]:
+    """Seam and sampler of the V1, or the ``second``, model runner; imported here, since vLLM must be running."""
+    if second:
+        from deferral_train.serving.runner_v2 import SeamV2
+        from deferral_train.serving.sampler_v2 import make_sampler as make_second
+
+        return SeamV2, make_second
+    from deferral_train.serving.runner_v1 import SeamV1
+    from deferral_train.serving.sampler_v1 import make_sampler as make_first
+
+    return SeamV1, make_first
 
 
 def _trace_log(vllm_config: Any, config: ServingConfig, counters: Counters, label: str) -> Any:

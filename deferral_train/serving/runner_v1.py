@@ -20,7 +20,7 @@ from deferral_train.serving.config import ServingConfig
 from deferral_train.serving.layout import Step, last_tokens, previous_tokens, spread, spread_host
 from deferral_train.serving.lossless_log import log_step
 from deferral_train.serving.proposals import Proposals
-from deferral_train.serving.seam import Seam, check_parts
+from deferral_train.serving.seam import MakeSampler, Seam, check_parts
 
 PARTS = (
     "rejection_sampler",
@@ -42,18 +42,15 @@ class SeamV1(Seam):
         self.shadow_generator = torch.Generator(device=device).manual_seed(self.seed + 1)
         self.sample_hidden: Tensor | None = None
 
-    def install(self, vllm_config: Any) -> None:
+    def install(self, speculative_config: Any, make_sampler: MakeSampler) -> None:
         """Replace the sampler and wrap the methods.
 
         Raises:
             InputError: a runner that has not the parts we replace.
         """
-        from deferral_train.serving.sampler_v1 import DeferralSampler
-
         runner = self.runner
         check_parts(runner, PARTS)
-        self.sampler = DeferralSampler(runner.sampler, vllm_config.speculative_config, runner.device, self)
-        runner.rejection_sampler = self.sampler
+        runner.rejection_sampler = self.sampler = make_sampler(runner, speculative_config, self)
         _wrap_runner(runner, self)
         if hasattr(runner.drafter, "_sample_draft_tokens"):
             runner.drafter._sample_draft_tokens = _kept_draft(runner.drafter, self)

@@ -26,7 +26,7 @@ from deferral_train.serving.config import ServingConfig
 from deferral_train.serving.layout import previous_tokens
 from deferral_train.serving.random_numbers import block_numbers
 from deferral_train.serving.requests import ServedRequest
-from deferral_train.serving.seam import Seam, check_parts
+from deferral_train.serving.seam import MakeSampler, Seam, check_parts
 
 PARTS = ("load_model", "execute_model", "sample", "rejection_sampler", "req_states", "speculator")
 ACCOUNTS = 1024  # requests that spending is kept for; more are made when they are needed
@@ -105,24 +105,19 @@ class SeamV2(Seam):
         self._states: dict[str, Tensor] = {}
         super().__init__(*args, **kwargs)
 
-    def install(self, vllm_config: Any) -> None:
+    def install(self, speculative_config: Any, make_sampler: MakeSampler) -> None:
         """Replace the sampler when the runner has made its own, which is when the model is loaded.
 
         Raises:
             InputError: a runner, or a sampler, that is not the one we know.
         """
-        from deferral_train.serving.sampler_v2 import DeferralSamplerV2, check_sampler
-
         runner = self.runner
         check_parts(runner, PARTS)
         load_model, sample = runner.load_model, runner.sample
 
         def load_model_and_replace(*args: Any, **kwargs: Any) -> Any:
             result = load_model(*args, **kwargs)
-            check_sampler(runner)
-            speculative = vllm_config.speculative_config
-            self.sampler = DeferralSamplerV2(runner.sampler, speculative, runner.device, self)
-            runner.rejection_sampler = self.sampler
+            runner.rejection_sampler = self.sampler = make_sampler(runner, speculative_config, self)
             return result
 
         def noted_sample(hidden_states: Tensor, input_batch: Any, *args: Any, **kwargs: Any) -> Any:

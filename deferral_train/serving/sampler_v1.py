@@ -116,3 +116,8 @@ class DeferralSampler(RejectionSampler):
         rows[np.arange(len(rows)), accepted] = last
         tokens[step.members] = rows
         return torch.from_numpy(tokens).to(bonus.device)
+
+
+def make_sampler(runner: Any, spec_config: Any, seam: SeamV1) -> DeferralSampler:
+    """The sampler that takes the place of the V1 runner's own."""
+    return DeferralSampler(runner.sampler, spec_config, runner.device, seam)

@@ -99,3 +99,13 @@ class DeferralSamplerV2(RejectionSampler):
             )  # fmt: skip
             self.seam.decide(members, engine)
         return processed, tokens, count
+
+
+def make_sampler(runner: Any, spec_config: Any, seam: SeamV2) -> DeferralSamplerV2:
+    """The sampler that takes the place of the V2 runner's own.
+
+    Raises:
+        InputError: that is not the one that we know how to replace.
+    """
+    check_sampler(runner)
+    return DeferralSamplerV2(runner.sampler, spec_config, runner.device, seam)

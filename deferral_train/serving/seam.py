@@ -8,7 +8,7 @@ V vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -25,6 +25,10 @@ from deferral_train.serving.tally import tally
 
 log = logging.getLogger("vllm.deferral_train")  # below vllm's logger, so that the engine formats it
 WARM_UP = "_warmup_"  # ids of requests that the engine sends through itself before it serves
+
+
+# Of runner, speculative_config and seam. Samplers are subclasses of vLLM's, which is imported only where it runs.
+MakeSampler = Callable[[Any, Any, Any], Any]
 
 
 class DecidedStep(Protocol):
@@ -63,10 +67,11 @@ class Seam:
         self.seed = seed
         self.adopt(config, rule, mismatch)
         self.sampler: Any = None
+        self.watch: Callable[[Sequence[str], Outcome], None] | None = None  # is told of every step's verdicts
         self.wanted, self.consulted = 0, 0  # blocks of requests with a rule, and those that it decided
         self._closed = False
 
-    def install(self, vllm_config: Any) -> None:
+    def install(self, speculative_config: Any, make_sampler: MakeSampler) -> None:
         """Put the plug-in into the runner; each kind of runner has its own way."""
         raise NotImplementedError
 
@@ -149,6 +154,8 @@ class Seam:
             served, shadow: on the host; ``shadow`` is what the rule would have done, None where it was served.
             rows, raw: what was verified, and the verifier's logits [R, T, V] as the model gave them, for the traces.
         """
+        if self.watch is not None:
+            self.watch(step.names, served)
         lengths = served.lengths.numpy()
         tally(self.counters, lengths, served, "")
         if shadow is not None:
