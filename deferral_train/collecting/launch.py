@@ -32,8 +32,8 @@ def launch(environment: Mapping[str, str] | None = None) -> Launch | None:
         InputError: nodes with different numbers of processes.
     """
     given = os.environ if environment is None else environment
-    if "LOCAL_WORLD_SIZE" in given:
-        names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
+    names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
+    if all(name in given for name in names):  # vLLM, in this process, sets some of them
         rank, local, per_node, processes = (int(given[name]) for name in names)
     elif (
         "SLURM_NTASKS" in given and given.get("SLURM_JOB_NAME") not in INTERACTIVE and "SLURM_PROCID" in given

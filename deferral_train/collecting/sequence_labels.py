@@ -129,7 +129,7 @@ class SequenceLabels:
         """What has the verifier finish the texts."""
         ends = Ends(frozenset(self.pair.eos_ids), self.settings.max_new_tokens)
         if self.engine is not None:
-            return ServedVerifier(self.engine, ends, self.tally)
+            return ServedVerifier(self.engine, self.pair.vocab_size, ends, self.tally)
         return Verifier(self.pair.verifier, self.pair.vocab_size, ends, tally=self.tally)
 
     def columns(

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from deferral_train.collecting.continuations import Branch, Finisher, PathTexts
 from deferral_train.collecting.sequence import Place, prompt_seed
+from deferral_train.rules.sampling import draw
 
 
 class Uniforms:
@@ -47,13 +48,6 @@ class Uniforms:
         return float(self._rows[row, what][position])
 
 
-def draw(distribution: Tensor, uniform: Tensor) -> Tensor:
-    """Token of each distribution [R, V] at a uniform number [R]: the first whose cumulative probability exceeds it."""
-    below = distribution.double().cumsum(-1)
-    token = torch.searchsorted(below, (uniform.double() * below[:, -1])[:, None], right=True)[:, 0]
-    return token.clamp(max=distribution.shape[-1] - 1)
-
-
 @dataclass(frozen=True)
 class Sampled:
     """How branches are continued above temperature 0: from softmax(logits / temperature), by their own numbers.
@@ -67,7 +61,9 @@ class Sampled:
     uniforms: Uniforms
 
     def __call__(self, logits: Tensor, branches: Sequence[Branch], steps: int) -> Tensor:
-        numbers = [self.uniforms.at(one.row, one.place + steps, one.sample) for one in branches]
+        # A row that has ended stays in its batch for a while, beyond its last number; what it draws is dropped.
+        last = self.uniforms.length
+        numbers = [self.uniforms.at(one.row, min(one.place + steps, last), one.sample) for one in branches]
         distribution = (logits.float() / self.temperature).softmax(-1)
         return draw(distribution, torch.tensor(numbers, dtype=torch.float64, device=logits.device))
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from deferral_train.collecting.config import CollectConfig
-from deferral_train.collecting.continuations import Branch, Choice, Ends, Greedy, PathTexts, Tally
+from deferral_train.collecting.continuations import Branch, Choice, Ends, PathTexts, Tally
+from deferral_train.collecting.launch import processes
 from deferral_train.collecting.prefixes import Continuations
 from deferral_train.errors import InputError
 from deferral_train.pairs.encode import EncodedPrompt
@@ -31,16 +32,18 @@ class TextEngine(Protocol):
         self,
         beginnings: Sequence[Sequence[int]],
         most: Sequence[int],
-        temperature: float,
-        numbers: Sequence[Sequence[float]],
+        vocab_size: int,
+        temperature: float = 0.0,
+        numbers: Sequence[Sequence[float]] = (),
     ) -> list[list[int]]:
         """What the verifier writes behind each beginning, up to and with an end of sequence.
 
         Args:
             beginnings: token ids.
             most: tokens to write, at most, of each.
+            vocab_size: ids from this one on are never written.
             temperature: 0 is greedy.
-            numbers: uniform numbers that each one's tokens are drawn with, in order; empty at temperature 0.
+            numbers: above it, uniform numbers that each one's tokens are drawn with, in order.
         """
 
 
@@ -50,11 +53,13 @@ class ServedVerifier:
 
     Attributes:
         engine: holds the verifier.
+        vocab_size: tokens that both models know.
         ends: where a text ends.
         tally: counts what is written.
     """
 
     engine: TextEngine
+    vocab_size: int
     ends: Ends
     tally: Tally = field(default_factory=Tally)
 
@@ -65,7 +70,7 @@ class ServedVerifier:
         most = [self.ends.max_new_tokens - len(finished[one]) for one in open_]
         beginnings = [[*path.prompts[one.row], *finished[one]] for one in open_]
         numbers = [choice.numbers(one, count) for one, count in zip(open_, most)]
-        written = self.engine.write(beginnings, most, choice.temperature, numbers) if open_ else []
+        written = self.engine.write(beginnings, most, self.vocab_size, choice.temperature, numbers)
         for one, tokens in zip(open_, written):
             finished[one] += tokens
             self.tally.texts += 1
@@ -82,8 +87,7 @@ class ServedText:
 
     def __call__(self, pair: ModelPair, prompts: Sequence[EncodedPrompt], seed: int) -> Continuations:
         most = [self.max_new_tokens] * len(prompts)
-        beginnings = [prompt.input_ids for prompt in prompts]
-        written = self.engine.write(beginnings, most, Greedy.temperature, [[]] * len(prompts))
+        written = self.engine.write([prompt.input_ids for prompt in prompts], most, pair.vocab_size)
         return Continuations(written, gold=False)
 
 
@@ -98,10 +102,10 @@ def check_served(config: CollectConfig) -> None:
             f"labels={config.labels!r} with engine 'vllm': the engine finishes the texts of labels 'sequence' alone; "
             "use engine transformers"
         )
-    if config.devices * config.num_nodes > 1:
+    devices, num_nodes = processes(config.devices, config.num_nodes)
+    if devices * num_nodes > 1:
         raise InputError(
-            f"devices={config.devices}, num_nodes={config.num_nodes} with engine 'vllm': one process holds the engine; "
-            "leave both out"
+            f"devices={devices}, num_nodes={num_nodes} with engine 'vllm': one process holds the engine; start one"
         )
     if config.device_map is not None:
         raise InputError(

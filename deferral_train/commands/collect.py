@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from deferral_train.collecting.config import CollectConfig
+from deferral_train.collecting.config import ON_POLICY_TOKENS, CollectConfig
 from deferral_train.errors import InputError
 from deferral_train.traces.kinds import SEQUENCE_LABELS
 
@@ -27,6 +29,7 @@ class CollectSettings(CollectConfig):
 
 # The command line takes every field of the config as a flag and a YAML key.
 SETTINGS = CollectSettings
+ENGINES = ("transformers", "vllm")
 
 
 def run(
@@ -44,36 +47,54 @@ def run(
         config: see the fields above.
         out: trace folder, or an fsspec address.
         plan: for sequence labels, say how many places, tokens and hours it would take, and stop.
-        engine: transformers, or vllm: what a cascade emits in the serving engine (docs/serving_vllm.md).
+        engine: transformers; or vllm: logs what a cascade emits in the serving engine, or with labels sequence has it
+            finish the texts (docs/serving_vllm.md).
         progress: announce the work and show a progress bar.
         fresh: remove the traces that lie in ``out`` and start over.
     """
     from deferral_train.collecting import collect
+    from deferral_train.collecting.api import tell_plan
 
-    if engine == "vllm":
-        return _collect_in_engine(config, out, fresh)
-    if engine != "transformers":
-        raise InputError(f"engine={engine!r}: use transformers or vllm")
+    if engine not in ENGINES:
+        raise InputError(f"engine={engine!r}: use {' or '.join(ENGINES)}")
     if plan and config.labels != SEQUENCE_LABELS:
         raise InputError(
             f"plan: it tells the cost of labels 'sequence', not of {config.labels!r}; leave it out"
         )
-    scores: dict[str, Any] | None = None
+    if engine == "vllm" and config.labels is None:
+        return _collect_in_engine(config, out, fresh)
+    given: dict[str, Any] = {}
     if config.labels == "autojudge":
-        scores = {config.metrics[0]: _quality(config.metrics[0])}
+        given["scores"] = {config.metrics[0]: _quality(config.metrics[0])}
     if config.labels == SEQUENCE_LABELS:
         from deferral_train.evaluation.scorers import make_scorers
 
-        scores = make_scorers(config.metrics)
-    collect(
-        config,
-        out,
-        progress,
-        scores=scores,
-        plan_only=plan,
-        existing="fresh" if fresh else "resume",
-    )
+        given["scores"] = make_scorers(config.metrics)
+    with _writing(config) if engine == "vllm" else nullcontext({}) as more:
+        if plan:
+            tell_plan(config, **given, **more)
+        else:
+            collect(config, out, progress, existing="fresh" if fresh else "resume", **given, **more)
     return 0
+
+
+@contextmanager
+def _writing(config: CollectConfig) -> Iterator[dict[str, Any]]:
+    """Arguments of `collect` for texts that vLLM finishes: the prompts as read, and the engine."""
+    from deferral_train.collecting.plan import read_any_prompts
+    from deferral_train.collecting.served import check_served
+    from deferral_train.serving.running import EngineSettings
+    from deferral_train.serving.writing import context_of, open_writer
+
+    check_served(config)
+    prompts = read_any_prompts(config)
+    most = config.new_tokens or ON_POLICY_TOKENS
+    settings = EngineSettings(
+        config.verifier, device=config.device, dtype=config.dtype, seed=config.seed,
+        context=context_of(config.verifier, prompts, config.chat, config.max_prompt_tokens, most),
+    )  # fmt: skip
+    with open_writer(settings, sampled=config.temperature > 0) as engine:
+        yield {"prompts": prompts, "engine": engine}
 
 
 def _collect_in_engine(config: CollectConfig, out: str, fresh: bool) -> int:
@@ -84,8 +105,6 @@ def _collect_in_engine(config: CollectConfig, out: str, fresh: bool) -> int:
     from deferral_train.traces.folder import open_folder
     from deferral_train.traces.writer import clear_folder
 
-    if config.labels is not None:
-        raise InputError(f"labels={config.labels!r}: engine 'vllm' makes none; use engine transformers")
     with one_writer(out, "collect"):
         if fresh:
             clear_folder(open_folder(out))

@@ -95,6 +95,7 @@ class Sampling:
         extra: options of the plug-in for this request, by the names of ``vllm_xargs``: ``deferral_lossless``,
             ``deferral_dial``, ``deferral_max_request_loss``, ``deferral_name``.
         ignore_eos: write on to ``max_new_tokens``.
+        allowed: ids from this one on are never written; None where the model has no padding columns.
     """
 
     max_new_tokens: int = 128
@@ -105,6 +106,7 @@ class Sampling:
     stop_strings: Sequence[str] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
     ignore_eos: bool = False
+    allowed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -194,8 +196,9 @@ class Engine:
             "seed": settings.seed,
             "enforce_eager": cpu,
             "enable_prefix_caching": settings.prefix_caching,
-            "per_request_spec_decode_metrics": "detailed",
         }
+        if settings.drafter is not None:
+            found["per_request_spec_decode_metrics"] = "detailed"
         if settings.deferral is not None:
             found["additional_config"] = {KEY: dict(settings.deferral)}
         kv = settings.kv_gib
@@ -284,18 +287,8 @@ class Engine:
         Raises:
             InputError: options that the engine does not grant.
         """
-        each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
-        if len(each) != len(prompts):
-            raise InputError(
-                f"sampling has {len(each)} entries for {len(prompts)} prompts; give one for each"
-            )
-        names = [str(self._number + place) for place in range(len(prompts))]
-        self._number += len(prompts)
-        self._served.clear()
-        params = [self._params(one) for one in each]  # made outside of the time that is measured
-        began = time.perf_counter()
-        steps, passes = self._run(names, prompts, params)
-        seconds = time.perf_counter() - began
+        each, steps, passes, seconds = self._all_at_once(prompts, sampling)
+        names = list(steps)
         if self.settings.deferral is not None:
             self.seam.drain()
         for name, one in zip(names, each):
@@ -313,6 +306,30 @@ class Engine:
             seconds,
         )
 
+    def write(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling]
+    ) -> list[list[int]]:
+        """As :meth:`generate`, the emitted ids alone, counting nothing."""
+        _, steps, _, _ = self._all_at_once(prompts, sampling)
+        return [own.tokens for own in steps.values()]
+
+    def _all_at_once(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling]
+    ) -> tuple[list[Sampling], dict[str, Steps], int, float]:
+        """Each request's sampling, its steps by name, of the engine how many, and seconds."""
+        each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+        if len(each) != len(prompts):
+            raise InputError(
+                f"sampling has {len(each)} entries for {len(prompts)} prompts; give one for each"
+            )
+        names = [str(self._number + place) for place in range(len(prompts))]
+        self._number += len(prompts)
+        self._served.clear()
+        params = [self._params(one) for one in each]  # made outside of the time that is measured
+        began = time.perf_counter()
+        steps, passes = self._run(names, prompts, params)
+        return each, steps, passes, time.perf_counter() - began
+
     def _params(self, sampling: Sampling) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -326,6 +343,7 @@ class Engine:
             stop=list(sampling.stop_strings) or None,
             include_stop_str_in_output=True,
             detokenize=bool(sampling.stop_strings),
+            allowed_token_ids=None if sampling.allowed is None else list(range(sampling.allowed)),
             ignore_eos=True,  # the ends of a text are the same as in decode, not what the engine finds out itself
             stop_token_ids=[] if sampling.ignore_eos else list(self.eos_ids),
             extra_args=dict(sampling.extra) or None,

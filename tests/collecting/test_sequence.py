@@ -214,6 +214,18 @@ def test_sampled_labels_are_within_their_stated_error_of_the_enumerated_gap(
     assert seen >= 3
 
 
+def test_sampled_labels_do_not_depend_on_who_shares_a_batch(tmp_path: Path) -> None:
+    """Prompts of unlike length end at unlike columns: rows that have ended stay beside the others for a while."""
+    pair = tiny_pair("llama")
+    sampled = {"prompts": make_prompts(10, seed=5), "temperature": 1.0, "label_samples": 2}
+    together, alone = (
+        collected(pair, tmp_path / str(size), batch_tokens=size, prefixes="reference", **sampled)
+        for size in (4096, 1)
+    )
+    assert labelled_rows(alone).sum() > 30
+    assert torch.equal(sequence_gap(together), sequence_gap(alone))
+
+
 def test_both_sides_use_the_same_uniform_numbers(tmp_path: Path) -> None:
     """A drafter that is the verifier costs nothing, in every single sample."""
     pair = tiny_pair("llama")
