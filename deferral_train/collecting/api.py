@@ -18,7 +18,7 @@ from deferral_train.collecting.mining import Mined
 from deferral_train.collecting.plan import CollectionPlan, make_plan, read_any_prompts, size_text
 from deferral_train.collecting.prefixes import make_source
 from deferral_train.collecting.progress import check_room
-from deferral_train.collecting.sequence_work import Work, label_sequences
+from deferral_train.collecting.sequence_work import PlannedWork, label_sequences
 from deferral_train.collecting.served import ServedText, TextEngine, check_served
 from deferral_train.errors import InputError
 from deferral_train.heads.rules import rule_from_spec
@@ -112,7 +112,7 @@ def _prepare(
     prompts: Sequence[Prompt] | None,
     scores: Mapping[str, Any] | None,
     engine: TextEngine | None,
-) -> tuple[list[Prompt], Work]:
+) -> tuple[list[Prompt], PlannedWork]:
     """The prompts as read, and the planned work with what does it."""
     if engine is not None:
         check_served(config)
@@ -134,7 +134,7 @@ def _prepare(
     if engine is not None and config.prefixes == "verifier" and config.temperature == 0:
         source = ServedText(engine, config.new_tokens or ON_POLICY_TOKENS)
     third = teacher.verifier if teacher else None
-    return given, Work(plan, BatchCollector(pair, third, source, plan.manifest, plan.prompts), engine)
+    return given, PlannedWork(plan, BatchCollector(pair, third, source, plan.manifest, plan.prompts), engine)
 
 
 def _make_way(folder: Folder, manifest: Manifest, existing: str) -> None:

@@ -40,7 +40,7 @@ class Branch:
     sample: int = 0
 
 
-class Choice(Protocol):
+class NextToken(Protocol):
     """How the next token is chosen from the verifier's logits."""
 
     @property
@@ -94,9 +94,9 @@ class Tally:
 class Finisher(Protocol):
     """Something that has the verifier go on behind branches."""
 
-    tally: Tally
-
-    def finish(self, path: PathTexts, branches: Sequence[Branch], choice: Choice) -> dict[Branch, list[int]]:
+    def finish(
+        self, path: PathTexts, branches: Sequence[Branch], choice: NextToken
+    ) -> dict[Branch, list[int]]:
         """Each branch's finished text: the path's tokens before its place, its own token, and what follows.
 
         Args:
@@ -147,7 +147,9 @@ class Verifier:
     rows: int = 256
     tally: Tally = field(default_factory=Tally)
 
-    def finish(self, path: PathTexts, branches: Sequence[Branch], choice: Choice) -> dict[Branch, list[int]]:
+    def finish(
+        self, path: PathTexts, branches: Sequence[Branch], choice: NextToken
+    ) -> dict[Branch, list[int]]:
         """As :meth:`Finisher.finish`."""
         finished, open_ = self.ends.begin(path, branches)
         for group in _groups(path, open_, self.rows):
@@ -175,7 +177,7 @@ def _groups(path: PathTexts, branches: Sequence[Branch], most: int) -> Iterator[
 
 
 def _continue(
-    verifier: Verifier, path: PathTexts, group: Sequence[Branch], choice: Choice
+    verifier: Verifier, path: PathTexts, group: Sequence[Branch], choice: NextToken
 ) -> list[list[int]]:
     """Tokens after each branch's own, up to and with the end of sequence."""
     assert path.past is not None

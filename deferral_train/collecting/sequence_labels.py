@@ -26,7 +26,7 @@ from deferral_train.collecting.sequence import (
     gaps,
     prompt_seed,
 )
-from deferral_train.collecting.sequence_sampling import Sampling, Uniforms, draw_tokens, sampled_places
+from deferral_train.collecting.sequence_sampling import LabelSampling, Uniforms, draw_tokens, sampled_places
 from deferral_train.collecting.served import ServedVerifier, TextEngine
 from deferral_train.errors import InputError
 from deferral_train.pairs.encode import EncodedPrompt
@@ -62,7 +62,7 @@ class LabelSettings:
     metrics: tuple[str, ...]
     scales: tuple[float, ...]
     share: float
-    sampling: Sampling
+    sampling: LabelSampling
     reference: str
     seed: int
     max_new_tokens: int
@@ -126,7 +126,7 @@ class SequenceLabels:
 
     @property
     def finisher(self) -> Finisher:
-        """What has the verifier finish the texts."""
+        """The pair's verifier, or the engine that holds it."""
         ends = Ends(frozenset(self.pair.eos_ids), self.settings.max_new_tokens)
         if self.engine is not None:
             return ServedVerifier(self.engine, self.pair.vocab_size, ends, self.tally)

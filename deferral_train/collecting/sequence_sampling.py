@@ -89,7 +89,7 @@ class Draws:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class LabelSampling:
     """How labels are sampled.
 
     Attributes:
@@ -106,7 +106,7 @@ class Sampling:
 def draw_tokens(
     distributions: Mapping[str, Sequence[Tensor]],
     chosen: Sequence[Sequence[int]],
-    how: Sampling,
+    how: LabelSampling,
     uniforms: Uniforms,
 ) -> list[Draws]:
     """Tokens of both models at the chosen places.
@@ -135,7 +135,7 @@ def draw_tokens(
 
 
 def sampled_places(
-    finisher: Finisher, path: PathTexts, draws: Sequence[Draws], how: Sampling, uniforms: Uniforms
+    finisher: Finisher, path: PathTexts, draws: Sequence[Draws], how: LabelSampling, uniforms: Uniforms
 ) -> list[list[Place]]:
     """Both finished texts of every sample of every place."""
     wanted: dict[Branch, None] = {}

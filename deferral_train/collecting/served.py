@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from deferral_train.collecting.config import CollectConfig
-from deferral_train.collecting.continuations import Branch, Choice, Ends, PathTexts, Tally
+from deferral_train.collecting.continuations import Branch, Ends, NextToken, PathTexts, Tally
 from deferral_train.collecting.launch import processes
 from deferral_train.collecting.prefixes import Continuations
 from deferral_train.errors import InputError
@@ -36,7 +36,7 @@ class TextEngine(Protocol):
         temperature: float = 0.0,
         numbers: Sequence[Sequence[float]] = (),
     ) -> list[list[int]]:
-        """What the verifier writes behind each beginning, up to and with an end of sequence.
+        """Have the verifier write behind each beginning, up to and with an end of sequence.
 
         Args:
             beginnings: token ids.
@@ -63,7 +63,9 @@ class ServedVerifier:
     ends: Ends
     tally: Tally = field(default_factory=Tally)
 
-    def finish(self, path: PathTexts, branches: Sequence[Branch], choice: Choice) -> dict[Branch, list[int]]:
+    def finish(
+        self, path: PathTexts, branches: Sequence[Branch], choice: NextToken
+    ) -> dict[Branch, list[int]]:
         """All branches in one batch of requests, those of one prompt behind each other."""
         finished, open_ = self.ends.begin(path, branches)
         open_.sort(key=lambda one: (one.row, one.place, one.token, one.sample))

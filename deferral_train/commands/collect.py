@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -70,11 +70,13 @@ def run(
         from deferral_train.evaluation.scorers import make_scorers
 
         given["scores"] = make_scorers(config.metrics)
-    with _writing(config) if engine == "vllm" else nullcontext({}) as more:
+    with ExitStack() as stack:
+        if engine == "vllm":
+            given |= stack.enter_context(_writing(config))
         if plan:
-            tell_plan(config, **given, **more)
+            tell_plan(config, **given)
         else:
-            collect(config, out, progress, existing="fresh" if fresh else "resume", **given, **more)
+            collect(config, out, progress, existing="fresh" if fresh else "resume", **given)
     return 0
 
 

@@ -18,12 +18,13 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as ProcessorV2
 
 from deferral_train.rules.sampling import draw
-from deferral_train.serving.writing import NUMBERS
+
+NUMBERS = "deferral_numbers"  # a request's extra argument: the fields of `Numbers`
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """What a request brought.
+    """The numbers of a request, and how they are read.
 
     Attributes:
         temperature: of the distribution.

@@ -17,7 +17,6 @@ from deferral_train.pairs.load import load_tokenizer
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.serving.running import Engine, EngineSettings, Sampling, open_engine
 
-NUMBERS = "deferral_numbers"  # name of a request's extra argument, see `numbered_draws`
 GPU_SHARE = 0.5  # of its memory, unless the settings say otherwise: both models run beside the engine
 
 
@@ -44,7 +43,7 @@ class WritingEngine:
         temperature: float = 0.0,
         numbers: Sequence[Sequence[float]] = (),
     ) -> list[list[int]]:
-        """What the verifier writes behind each beginning, up to and with an end of sequence.
+        """Have the verifier write behind each beginning, up to and with an end of sequence.
 
         Args:
             beginnings: token ids.
@@ -65,6 +64,8 @@ class WritingEngine:
         padded = vocab_size < int(self.engine.config.model_config.get_vocab_size())
         each = [Sampling(count, allowed=vocab_size if padded else None) for count in most]
         if temperature > 0:
+            from deferral_train.serving.numbered_draws import NUMBERS
+
             brought = [
                 {"temperature": temperature, "each": list(own), "prompt": len(beginning)}
                 for own, beginning in zip(numbers, beginnings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,12 @@ CONFIG = CollectConfig(
 )  # fmt: skip
 
 
-def collected(pair: ModelPair, out: Path, prompts: Sequence[Prompt] = PROMPTS, **changes: Any) -> Traces:
+def collected(
+    pair: ModelPair, out: Path, prompts: Sequence[Prompt] = PROMPTS, engine: Any = None, **changes: Any
+) -> Traces:
     config = dataclasses.replace(CONFIG, **changes)
     scores = make_scorers(config.metrics)
-    collect(config, out, progress=False, models=pair, prompts=prompts, scores=scores)
+    collect(config, out, progress=False, models=pair, prompts=prompts, scores=scores, engine=engine)
     return open_traces(out)
 
 
@@ -104,6 +106,47 @@ def test_labels_equal_texts_finished_one_by_one(kind: str, rule: str | None, tmp
             assert columns["sequence_token"][row] == favourites[0]
     assert seen > 5
     assert int(labelled_rows(traces).sum()) == seen
+
+
+class OneByOne:
+    """An engine of requests in this process: every text finished alone, without a cache."""
+
+    facts: Mapping[str, Any] = {"engine": "one by one"}
+
+    def __init__(self, pair: ModelPair) -> None:
+        self.pair, self.asked = pair, 0
+
+    def write(
+        self,
+        beginnings: Sequence[Sequence[int]],
+        most: Sequence[int],
+        vocab_size: int,
+        temperature: float = 0.0,
+        numbers: Sequence[Sequence[float]] = (),
+    ) -> list[list[int]]:
+        self.asked += len(beginnings)
+        assert temperature == 0
+        assert vocab_size == self.pair.vocab_size
+        return [finish(self.pair, beginning, [], count) for beginning, count in zip(beginnings, most)]
+
+
+@pytest.mark.parametrize("rule", [None, "opt:alpha=0.1"])
+def test_labels_by_requests_to_an_engine_are_the_same(rule: str | None, tmp_path: Path) -> None:
+    pair = tiny_pair("llama")
+    engine = OneByOne(pair)
+    changes = {
+        "prefixes": "verifier" if rule is None else "cascade",
+        "rule": rule,
+        "label_reference": "verifier",
+    }
+    expected = collected(pair, tmp_path / "own", **changes)
+    found = collected(pair, tmp_path / "engine", engine=engine, **changes)
+    assert engine.asked > 20
+    assert labelled_rows(expected).sum() > 10
+    for name in expected.columns:
+        np.testing.assert_allclose(found.column(name), expected.column(name), atol=1e-6, err_msg=name)
+    with pytest.raises(InputError, match=r"settings\.engine"):
+        collected(pair, tmp_path / "own", engine=engine, **changes)
 
 
 def test_gaps_of_kept_places_add_up_to_what_the_whole_text_loses(tmp_path: Path) -> None:
