@@ -16,6 +16,7 @@ def summarize_rule(rows: Sequence[Mapping[str, Any]], batches: Sequence[Mapping[
     totals = {name: sum(row["counts"][name] for row in rows) for name in (*COUNTS, "emitted")}
     first = [row for row in rows if row["repetition"] == 0]
     spent = [row["spent"] for row in rows if row.get("spent") is not None]
+    ran = [batch["ran"] for batch in batches if "ran" in batch][-1:]
     return {
         "quality": quality(first),
         **speed(rows, batches),
@@ -30,6 +31,7 @@ def summarize_rule(rows: Sequence[Mapping[str, Any]], batches: Sequence[Mapping[
         "drafter_passes": sum(batch["drafter_passes"] for batch in batches),
         "most_spent": max(spent) if spent else None,
         "prompts": len(first),
+        **({"ran": ran[0]} if ran else {}),
     }
 
 

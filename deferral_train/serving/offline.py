@@ -17,8 +17,9 @@ from deferral_train.pairs.load import load_tokenizer
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.provenance import hash_of
 from deferral_train.serving.config import PREFIX
+from deferral_train.serving.models import needed_context
 from deferral_train.serving.resume import finished_part
-from deferral_train.serving.running import EngineSettings, Sampling, needed_context, open_engine
+from deferral_train.serving.running import EngineSettings, Sampling, open_engine
 from deferral_train.traces.folder import open_folder
 from deferral_train.traces.manifest import read_header
 

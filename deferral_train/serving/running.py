@@ -9,29 +9,22 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from deferral_train.decoding.stats import GenerationStats
-from deferral_train.errors import InputError, MissingExtraError
-from deferral_train.pairs.checkpoint import find_checkpoint, one_line_errors
+from deferral_train.errors import InputError
 from deferral_train.pairs.encode import EncodedPrompt, encode_prompts
-from deferral_train.pairs.load import DTYPES, check_same_tokenizer, eos_ids, load_tokenizer
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.rules import Rule
 from deferral_train.rules.summary import PREVIOUS_TOKENS
 from deferral_train.serving.checks import check_rule
 from deferral_train.serving.config import KEY, ServingConfig
-from deferral_train.serving.served_stats import ServedBlocks, Steps, served_stats
+from deferral_train.serving.models import ServedModels, import_vllm
+from deferral_train.serving.served_stats import ServedBlocks, Steps, drafter_stats, served_stats
 
-IN_PROCESS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # verdicts are read, and rules put in force, where they are made
-    "TOKENIZERS_PARALLELISM": "false",
-}
-QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}  # unless the user says otherwise
 CPU_KV_GIB = 1.0  # by itself the engine takes nine tenths of a CPU machine's memory
 GIB = 1 << 30
 SILENT = 10.0  # seconds before a bar is shown
@@ -58,6 +51,7 @@ class EngineSettings:
         rejection: vLLM's ``rejection_sample_method``; other than standard without our plug-in alone.
         speculative: further keys of vLLM's ``speculative_config``.
         options: further arguments of ``vllm.LLM``.
+        role: which model of the pair it is that runs alone.
     """
 
     verifier: str
@@ -75,6 +69,7 @@ class EngineSettings:
     rejection: str = "standard"
     speculative: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    role: str = "verifier"
 
     def __post_init__(self) -> None:
         for name in ("num_draft_tokens", "context", "at_once", "kv_gib"):
@@ -86,6 +81,22 @@ class EngineSettings:
                 "drafter is not given: the plug-in decides about drafts; name one, or leave deferral out"
             )
 
+    def models(self) -> ServedModels:
+        """The checkpoints, found and checked."""
+        return ServedModels.find(self.verifier, self.drafter, self.device, self.dtype, self.role)
+
+    def speculation(self, drafter: str | None) -> dict[str, Any]:
+        """vLLM's ``speculative_config`` with this drafter."""
+        found: dict[str, Any] = {
+            "model": drafter,
+            "method": "draft_model",
+            "num_speculative_tokens": self.num_draft_tokens,
+            "draft_sample_method": "probabilistic",
+        }
+        if self.rejection != "standard":
+            found["rejection_sample_method"] = self.rejection
+        return found | dict(self.speculative)
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -96,6 +107,7 @@ class Sampling:
             ``deferral_dial``, ``deferral_max_request_loss``, ``deferral_name``.
         ignore_eos: write on to ``max_new_tokens``.
         allowed: ids from this one on are never written; None where the model has no padding columns.
+        repetition_penalty: None for the checkpoint's own, as ``decode`` has it.
     """
 
     max_new_tokens: int = 128
@@ -107,6 +119,7 @@ class Sampling:
     extra: Mapping[str, Any] = field(default_factory=dict)
     ignore_eos: bool = False
     allowed: int | None = None
+    repetition_penalty: float | None = None
 
 
 @dataclass(frozen=True)
@@ -149,7 +162,8 @@ class Engine:
     """A running engine; use :func:`open_engine`.
 
     Attributes:
-        settings: as given. tokenizer: the verifier's. eos_ids: ids that end a text, as in ``decode``.
+        settings: as given. models: the checkpoints. tokenizer: the verifier's.
+        eos_ids: ids that end a text, as in ``decode``.
         version: of vLLM. runner: "V1" or "V2". device: cpu, cuda, .. dtype: of both models.
         context: most tokens of a prompt and its answer.
         llm: vLLM's own object.
@@ -158,63 +172,16 @@ class Engine:
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
         vllm = import_vllm()
-        self.version, self.device = vllm.__version__, check_device(settings.device)
-        verifier, model = _checkpoint(settings.verifier, "verifier")
-        rooms = [_room(model)]
-        self.tokenizer = load_tokenizer(verifier, "verifier")
-        self.eos_ids = _eos_ids(verifier, self.tokenizer)
-        self.dtype = _dtype(settings.dtype, model, self.device)
-        given: dict[str, Any] = {"model": str(verifier.folder), "dtype": self.dtype}
-        if settings.drafter is not None:
-            drafter, small = _checkpoint(settings.drafter, "drafter")
-            rooms.append(_room(small))
-            check_same_tokenizer(load_tokenizer(drafter, "drafter"), self.tokenizer)
-            given["speculative_config"] = self._speculative(str(drafter.folder))
+        self.models = settings.models()
+        self.tokenizer, self.eos_ids = self.models.tokenizer, self.models.eos_ids
+        self.version, self.device, self.dtype = vllm.__version__, self.models.device, self.models.dtype
         self._served: dict[str, list[Any]] = {}
         self._number = 0
-        self.llm = _started(vllm, given | self._arguments(rooms))
-        self.runner = "V2" if self.config.use_v2_model_runner else "V1"
+        self.llm = _started(vllm.LLM, _arguments(settings, self.models))
+        self.runner = _runner(self.config)
         self.context = int(self.config.model_config.max_model_len)
         if settings.deferral is not None:
             self.seam.watch = self._noted
-
-    def _speculative(self, drafter: str) -> dict[str, Any]:
-        found = {
-            "model": drafter,
-            "method": "draft_model",
-            "num_speculative_tokens": self.settings.num_draft_tokens,
-            "draft_sample_method": "probabilistic",
-        }
-        if self.settings.rejection != "standard":
-            found["rejection_sample_method"] = self.settings.rejection
-        return found | dict(self.settings.speculative)
-
-    def _arguments(self, rooms: Sequence[int | None]) -> dict[str, Any]:
-        settings, cpu = self.settings, self.device == "cpu"
-        known = [room for room in (*rooms, settings.context) if room is not None]
-        found: dict[str, Any] = {
-            "seed": settings.seed,
-            "enforce_eager": cpu,
-            "enable_prefix_caching": settings.prefix_caching,
-        }
-        if settings.drafter is not None:
-            found["per_request_spec_decode_metrics"] = "detailed"
-        if settings.deferral is not None:
-            found["additional_config"] = {KEY: dict(settings.deferral)}
-        kv = settings.kv_gib
-        if kv is None and cpu and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-            kv = CPU_KV_GIB
-        given = {
-            "max_model_len": min(known) if settings.context is not None else None,
-            "max_num_seqs": settings.at_once,
-            "kv_cache_memory_bytes": None if kv is None else int(kv * GIB),
-            "async_scheduling": False if settings.synchronous else None,
-        }
-        return (
-            found
-            | {name: value for name, value in given.items() if value is not None}
-            | dict(settings.options)
-        )
 
     @property
     def config(self) -> Any:
@@ -229,7 +196,7 @@ class Engine:
     @property
     def name(self) -> str:
         """The engine as certificates name it."""
-        return f"vllm {self.version}"
+        return self.models.engine
 
     def facts(self) -> dict[str, Any]:
         """What ran: engine and version, model runner, device, number format, scheduling."""
@@ -254,11 +221,7 @@ class Engine:
         if encoded.skipped:
             raise InputError(f"{encoded.skipped[0]}; remove it or give it a text")
         for prompt in encoded.kept:
-            if len(prompt.input_ids) + max_new_tokens > self.context:
-                raise InputError(
-                    f"prompt {prompt.id}: {len(prompt.input_ids)} tokens and room for {max_new_tokens} more exceed the "
-                    f"engine's context of {self.context}; shorten it or lower max_new_tokens"
-                )
+            self.models.check_length(prompt, max_new_tokens)
         return encoded.kept
 
     def use(self, rule: Rule, spec: str, max_request_loss: float | None = None) -> None:
@@ -296,7 +259,10 @@ class Engine:
                 self._cut_at_string(steps[name], one.stop_strings)
         rows = [steps[name] for name in names]
         blocks = [ServedBlocks.of(self._served.pop(name, [])) for name in names]
-        stats = served_stats(rows, blocks, self.settings.num_draft_tokens, passes)
+        if self.settings.role == "drafter":
+            stats = drafter_stats(rows, passes)
+        else:
+            stats = served_stats(rows, blocks, self.settings.num_draft_tokens, passes)
         return Served(
             [row.tokens for row in rows],
             [self.tokenizer.decode(row.tokens, skip_special_tokens=True) for row in rows],
@@ -334,6 +300,7 @@ class Engine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        penalty = sampling.repetition_penalty
         return SamplingParams(
             max_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
@@ -344,6 +311,7 @@ class Engine:
             include_stop_str_in_output=True,
             detokenize=bool(sampling.stop_strings),
             allowed_token_ids=None if sampling.allowed is None else list(range(sampling.allowed)),
+            repetition_penalty=self.models.repetition_penalty if penalty is None else penalty,
             ignore_eos=True,  # the ends of a text are the same as in decode, not what the engine finds out itself
             stop_token_ids=[] if sampling.ignore_eos else list(self.eos_ids),
             extra_args=dict(sampling.extra) or None,
@@ -407,107 +375,66 @@ class Engine:
             _free_device(self.device)
 
 
-def import_vllm() -> Any:
-    """The vllm module, told to run in this process.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    os.environ.update(IN_PROCESS)
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    try:
-        import vllm
-        from vllm import LLM  # noqa: F401 - an incomplete installation fails here
-    except ImportError as error:
-        if (error.name or "").split(".")[0] not in ("vllm", ""):
-            raise InputError(f"vllm cannot be imported: {error}; install it again") from error
-        raise MissingExtraError("vllm", "vllm") from None
-    return vllm
-
-
-def check_device(device: str) -> str:
-    """The kind of device that this vLLM was built for.
-
-    Raises:
-        InputError: another one is asked for.
-    """
-    from vllm.platforms import current_platform
-
-    here = str(current_platform.device_type)
-    if device not in ("auto", here):
-        raise InputError(
-            f"device={device!r}: this vLLM runs on {here}; use auto or {here} (CUDA_VISIBLE_DEVICES chooses among GPUs)"
-        )
-    return here
-
-
 def needs_synchronous(rules: Sequence[Rule]) -> bool:
     """True where a rule reads previous tokens, which V1 hands over in time only without asynchronous scheduling."""
     return any(rule.needs & set(PREVIOUS_TOKENS) for rule in rules)
 
 
-def _checkpoint(name: str, role: str) -> tuple[Any, Any]:
-    """Where a model lies, and its configuration.
+def planned_runner(settings: EngineSettings) -> str:
+    """The model runner, "V1" or "V2", that vLLM would choose; loads no weights."""
+    import_vllm()
+    from vllm.engine.arg_utils import EngineArgs
 
-    Raises:
-        InputError: an adapter, a GGUF file or an encoder-decoder.
-    """
-    found = find_checkpoint(name, role)
-    if found.adapter is not None or found.gguf is not None:
-        kind = "an adapter" if found.adapter is not None else "a GGUF file"
-        raise InputError(
-            f"{role}: {name} is {kind}, and the engine serves folders of weights; merge or convert it"
-        )
-    with one_line_errors(role, found.folder, "config.json"):
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(found.folder)
-    if config.is_encoder_decoder:
-        raise InputError(f"{role}: {name} is an encoder-decoder, and the plug-in serves decoder-only pairs")
-    return found, config
+    arguments = _arguments(settings, settings.models())
+    return _runner(_started(lambda **given: EngineArgs(**given).create_engine_config(), arguments))
 
 
-def _room(config: Any) -> int | None:
-    """Most tokens of a text that a model was made for; None where its configuration does not say."""
-    room = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return room if isinstance(room, int) and room > 0 else None
+def _runner(vllm_config: Any) -> str:
+    return "V2" if vllm_config.use_v2_model_runner else "V1"
 
 
-def needed_context(prompts: Sequence[Sequence[int]], max_new_tokens: int, num_draft_tokens: int) -> int:
-    """Context that takes every prompt and its answer, and a block of drafts behind it."""
-    return max(map(len, prompts)) + max_new_tokens + num_draft_tokens + 1
+def _arguments(settings: EngineSettings, models: ServedModels) -> dict[str, Any]:
+    """Arguments of ``vllm.LLM``."""
+    cpu = models.device == "cpu"
+    found: dict[str, Any] = {
+        "model": str(models.verifier.folder),
+        "dtype": models.dtype,
+        "seed": settings.seed,
+        "enforce_eager": cpu,
+        "enable_prefix_caching": settings.prefix_caching,
+    }
+    if models.drafter is not None:
+        found["per_request_spec_decode_metrics"] = "detailed"
+        found["speculative_config"] = settings.speculation(str(models.drafter.folder))
+    if settings.deferral is not None:
+        found["additional_config"] = {KEY: dict(settings.deferral)}
+    kv = settings.kv_gib
+    if kv is None and cpu and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        kv = CPU_KV_GIB
+    context = settings.context
+    if context is not None and models.room is not None:
+        context = min(context, models.room)
+    given = {
+        "max_model_len": context,
+        "max_num_seqs": settings.at_once,
+        "kv_cache_memory_bytes": None if kv is None else int(kv * GIB),
+        "async_scheduling": False if settings.synchronous else None,
+    }
+    return (
+        found | {name: value for name, value in given.items() if value is not None} | dict(settings.options)
+    )
 
 
-def _dtype(asked: str, config: Any, device: str) -> str:
-    """Number format as ``decode`` chooses it: vLLM's own auto would round float32."""
-    if asked != "auto":
-        if asked not in DTYPES:
-            raise InputError(f"dtype={asked!r}: use auto, {', '.join(DTYPES)}")
-        return asked
-    stored = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
-    return "float32" if device == "cpu" and stored in ("float16", "bfloat16") else stored
-
-
-def _eos_ids(checkpoint: Any, tokenizer: Any) -> tuple[int, ...]:
-    from transformers import GenerationConfig
-
-    path = Path(checkpoint.folder) / "generation_config.json"
-    configured = None
-    if path.is_file():
-        with one_line_errors("verifier", checkpoint.folder, "generation_config.json"):
-            configured = GenerationConfig.from_pretrained(checkpoint.folder)
-    return eos_ids(configured, tokenizer)
-
-
-def _started(vllm: Any, arguments: Mapping[str, Any]) -> Any:
-    """vLLM's own object; whatever it raises at start is one line.
+def _started(start: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """What ``start`` makes of the arguments; whatever vLLM raises is one line.
 
     Raises:
         InputError: naming the reason.
     """
+    import vllm
+
     try:
-        return vllm.LLM(**arguments)
+        return start(**arguments)
     except InputError:
         raise
     except (

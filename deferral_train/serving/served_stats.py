@@ -106,6 +106,21 @@ def served_stats(
     return recorder.finish(passes, passes * depth)
 
 
+def drafter_stats(requests: Sequence[Steps], passes: int) -> GenerationStats:
+    """Counts of texts that the drafter wrote alone, as the loop counts them: every token is kept.
+
+    Args:
+        passes: steps of the engine.
+    """
+    recorder = StatsRecorder(len(requests), 1)
+    for row, steps in enumerate(requests):
+        count = len(steps.tokens)
+        recorder.add(row, drafted=count, kept=count, decided=count, drafter_calls=count)
+        for _ in range(count):
+            recorder.emit(row, Origin.KEPT)
+    return recorder.finish(0, passes)
+
+
 def _drafts_of(steps: Steps, at: int, delta: int, place: int) -> int | None:
     """Drafted tokens of a step that emitted ``delta`` tokens; None where it had no drafts.
 

@@ -62,7 +62,10 @@ class WritingEngine:
                     f"{self.engine.context}; use shorter prompts or a smaller max_new_tokens"
                 )
         padded = vocab_size < int(self.engine.config.model_config.get_vocab_size())
-        each = [Sampling(count, allowed=vocab_size if padded else None) for count in most]
+        # Labels speak of the model's own distribution, whatever its checkpoint would have `generate` do to it.
+        each = [
+            Sampling(count, allowed=vocab_size if padded else None, repetition_penalty=1.0) for count in most
+        ]
         if temperature > 0:
             from deferral_train.serving.numbered_draws import NUMBERS
 
