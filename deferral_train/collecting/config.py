@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from deferral_train.decoding.settings import Settings
+from deferral_train.decoding.settings import BLOCKS, Settings
 from deferral_train.errors import InputError
 from deferral_train.redaction import redacted_text
 from deferral_train.traces.kinds import JUDGE_LABELS, PREFIX_SOURCES, SEQUENCE_LABELS
@@ -31,6 +31,7 @@ class CollectConfig:
         prefixes: reference (teacher-forced), drafter, verifier or cascade (on-policy).
         rule: rule of a cascade, such as opt:alpha=0.2 or learned:head=FOLDER.
         num_draft_tokens: most tokens a cascade drafts per block.
+        blocks: where a cascade's blocks lie: tight, or served as serving engines lay them (docs/engine.md).
         temperature: of sampled prefixes and of the distributions whose distance is logged; 0 is greedy.
         log_top_k: candidates logged of each model, with both log-probabilities; 0 logs the summary alone.
         hidden: whose last hidden states to log in 16 bit: none, drafter, verifier or both.
@@ -79,6 +80,7 @@ class CollectConfig:
     prefixes: str = "reference"
     rule: str | None = None
     num_draft_tokens: int = Settings.num_draft_tokens
+    blocks: str = Settings.blocks
     temperature: float = 1.0
     log_top_k: int = 64
     hidden: str = "none"
@@ -120,6 +122,12 @@ class CollectConfig:
         if (self.prefixes == "cascade") != (self.rule is not None):
             raise InputError(
                 f"prefixes={self.prefixes!r}, rule={self.rule!r}: a cascade needs a rule, nothing else takes one"
+            )
+        if self.blocks not in BLOCKS:
+            raise InputError(f"blocks={self.blocks!r}: use {' or '.join(BLOCKS)}")
+        if self.blocks != Settings.blocks and self.prefixes != "cascade":
+            raise InputError(
+                f"blocks={self.blocks!r}, prefixes={self.prefixes!r}: a cascade alone has blocks; leave it out"
             )
         if self.hidden not in HIDDEN:
             raise InputError(f"hidden={self.hidden!r}: use {', '.join(HIDDEN)}")
@@ -215,6 +223,7 @@ class CollectConfig:
         """Settings that the bytes of the shards depend on and that the manifest has no field of its own for."""
         names = ["chat", "template", "max_prompt_tokens"]
         names += ["num_draft_tokens"] if self.prefixes == "cascade" else []
+        names += ["blocks"] if self.blocks != Settings.blocks else []  # younger than most folders
         return {"max_new_tokens": self.new_tokens, **{name: getattr(self, name) for name in names}}
 
     def as_dict(self) -> dict[str, Any]:

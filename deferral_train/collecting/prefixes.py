@@ -51,7 +51,9 @@ def make_source(config: CollectConfig) -> PrefixSource:
     assert config.new_tokens is not None
     if config.prefixes == "cascade":
         assert config.rule is not None
-        return FromCascade(config.rule, config.temperature, config.new_tokens, config.num_draft_tokens)
+        return FromCascade(
+            config.rule, config.temperature, config.new_tokens, config.num_draft_tokens, config.blocks
+        )
     return FromModel(config.prefixes, config.temperature, config.new_tokens)
 
 
@@ -85,6 +87,7 @@ class FromCascade:
     temperature: float
     max_new_tokens: int
     num_draft_tokens: int
+    blocks: str
 
     def __call__(self, pair: ModelPair, prompts: Sequence[EncodedPrompt], seed: int) -> Continuations:
         from deferral_train.decoding import cascade_generate
@@ -102,6 +105,7 @@ class FromCascade:
                 drafter=pair.drafter,
                 rule=rule_from_spec(self.rule, typed=[self.rule]),
                 num_draft_tokens=self.num_draft_tokens,
+                blocks=self.blocks,
                 vocab_size=pair.vocab_size,
                 generator=torch.Generator(device=model.device).manual_seed(seed),
             )

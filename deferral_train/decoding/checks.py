@@ -16,7 +16,7 @@ from deferral_train.decoding.criteria import longest_row
 from deferral_train.decoding.drafting.given import GivenDraft
 from deferral_train.decoding.drafting.plan import DraftCascade, Plan
 from deferral_train.decoding.facts import ModelFacts, facts_of
-from deferral_train.decoding.settings import Settings
+from deferral_train.decoding.settings import BLOCKS, Settings
 from deferral_train.decoding.stopping import check_stop
 from deferral_train.errors import InputError
 from deferral_train.rules.base import BlockRule, PositionRule, Rule, named
@@ -25,7 +25,6 @@ from deferral_train.rules.verify import check_together
 
 EXECUTION_NAMES = ("speculative", "token", "lazy", "sequence")
 BONUSES = ("verifier", "exact")
-BLOCKS = ("tight", "served")
 KNOWN_ARGUMENTS = frozenset(
     {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "encoder_outputs"}
     | {"cache_params", "decoder_attention_mask", "token_type_ids", "mm_token_type_ids"}

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from deferral_train.decoding.stopping import StopDrafting
 
 
+BLOCKS = ("tight", "served")
+
+
 @dataclass(frozen=True)
 class Settings:
     """How to decode; the same meaning as the arguments of ``cascade_generate``.

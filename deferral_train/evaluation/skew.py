@@ -76,8 +76,11 @@ def predict(
     table = read_positions(
         traces, rule.needs, truth="verifier", temperature=temperature, with_candidates=True
     )
-    limit = traces.manifest.settings.get("max_new_tokens")
-    work = expected_work(table, [rule], num_draft_tokens, limit=limit, tails=tails)
+    settings = traces.manifest.settings
+    work = expected_work(
+        table, [rule], num_draft_tokens,
+        limit=settings.get("max_new_tokens"), tails=tails, served=settings.get("blocks") == "served",
+    )  # fmt: skip
     assert work.deferred is not None
     sums = {
         "calls": work.calls,

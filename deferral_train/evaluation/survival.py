@@ -82,6 +82,7 @@ def expected_work(
     *,
     limit: int | None = None,
     tails: Sequence[float] = (0.0,),
+    served: bool = False,
 ) -> ExpectedWork:
     """Expected work per prompt if each rule decoded the logged sequences; S = rules times tails, tails fastest.
 
@@ -90,13 +91,14 @@ def expected_work(
         rules: at fixed values of their dials.
         limit: of tokens, that the sequences were written under.
         tails: see :func:`deferral_train.evaluation.distributions.deferral_and_rejection`.
+        served: blocks lie as serving engines lay them, see :func:`block_chain`.
     """
     parts = []
     for block in table.blocks():
         rates = [deferral_and_rejection(rule, block, tails) for rule in rules]
         deferral, rejection = (np.concatenate(side, axis=1) for side in zip(*rates))
-        cut = None if limit is None else block.layout.lengths == limit
-        parts.append(block_chain(1 - rejection, block.layout, num_draft_tokens, deferral, cut))
+        cut = None if limit is None or served else block.layout.lengths == limit
+        parts.append(block_chain(1 - rejection, block.layout, num_draft_tokens, deferral, cut, served))
     return ExpectedWork.joined(parts)
 
 
@@ -117,6 +119,7 @@ def block_chain(
     num_draft_tokens: int = Settings.num_draft_tokens,
     deferral: np.ndarray | None = None,
     cut: np.ndarray | None = None,
+    served: bool = False,
 ) -> ExpectedWork:
     """Expected calls and decisions of the logged sequences, under S settings at once.
 
@@ -127,9 +130,11 @@ def block_chain(
         deferral: [N, S] probability that the position is deferred where it is judged.
         cut: [P] prompts that ended at a limit of tokens. Drafting leaves room for the verifier's own token, so that
             the last position within the limit is never drafted.
+        served: as serving engines lay blocks: the verifier gives the first token in a call of its own, and drafting
+            leaves no room at the limit.
     """
     shape = (len(layout.lengths), acceptance.shape[1])
-    calls = np.zeros(shape, dtype=np.float64)
+    calls = np.full(shape, float(served))
     judged, rejected, deferred = (np.zeros((*shape, num_draft_tokens)) for _ in range(3))
     last = (
         np.full(len(layout.lengths), -1)
@@ -137,7 +142,7 @@ def block_chain(
         else np.where(cut, layout.starts + layout.lengths - 1, -1)
     )
     last = last[layout.longest_first]
-    for rows, reached in _walk(acceptance, layout, num_draft_tokens):
+    for rows, reached in _walk(acceptance, layout, num_draft_tokens, served):
         running = slice(len(rows))
         calls[running] += reached[0]
         drafted = np.where((rows == last[running])[:, None, None], 0, np.moveaxis(reached[:-1], 0, -1))
@@ -152,7 +157,7 @@ def block_chain(
 
 
 def _walk(
-    acceptance: np.ndarray, layout: PromptRows, num_draft_tokens: int
+    acceptance: np.ndarray, layout: PromptRows, num_draft_tokens: int, served: bool = False
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Step through positions: (rows [C], h [g+1, C, S]) of the C prompts still running.
 
@@ -161,7 +166,7 @@ def _walk(
     lengths, starts = layout.lengths[layout.longest_first], layout.starts[layout.longest_first]
     running = np.searchsorted(-lengths, -np.arange(lengths.max(initial=0)), side="left")
     reached = np.zeros((num_draft_tokens + 1, len(lengths), acceptance.shape[1]), dtype=acceptance.dtype)
-    reached[0] = 1
+    reached[-1 if served else 0] = 1
     after = np.empty_like(reached)
     for step, count in enumerate(running):
         rows = starts[:count] + step

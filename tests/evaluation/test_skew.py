@@ -28,7 +28,7 @@ COMMON = {"num_draft_tokens": 3, "max_new_tokens": 16, "seed": 0}
 class Runs:
     """Decoded outputs of one temperature, and on-policy traces by rule."""
 
-    def __init__(self, root: Path, temperature: float, specs: tuple[str, ...]) -> None:
+    def __init__(self, root: Path, temperature: float, specs: tuple[str, ...], blocks: str = "tight") -> None:
         drafter, verifier = save_tiny_pair("t5", root / "pair")
         prompts = [
             Prompt(f"p{n}", " ".join(f"w{(n * 7 + i * i) % 30}" for i in range(8)), None)
@@ -37,7 +37,11 @@ class Runs:
         write_prompts(root / "prompts.jsonl", prompts)
         pair = Pair(load_models(str(drafter), str(verifier), "cpu"))
         settings = Settings(
-            **COMMON, temperature=temperature, batch_size=8, bonus="exact" if temperature else "verifier"
+            **COMMON,
+            temperature=temperature,
+            batch_size=8,
+            bonus="exact" if temperature else "verifier",
+            blocks=blocks,
         )
         repetitions = 4 if temperature else 1
         rules = {spec: rule_from_spec(spec) for spec in specs}
@@ -53,6 +57,7 @@ class Runs:
                 rule=spec,
                 temperature=temperature,
                 log_top_k=20,
+                blocks=blocks,
                 device="cpu",
                 **COMMON,
             )
@@ -70,14 +75,22 @@ def greedy(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Blocks as serving engines lay them."""
+    return Runs(tmp_path_factory.mktemp("served"), 0.0, GREEDY, "served")
+
+
+@pytest.fixture(scope="module")
 def sampled(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("sampled"), 1.0, SAMPLED)
 
 
 @pytest.mark.parametrize("spec", GREEDY)
+@pytest.mark.parametrize("blocks", ["greedy", "served"])
 def test_greedy_predictions_on_own_prefixes_equal_the_counts_prompt_by_prompt(
-    greedy: Runs, spec: str
+    blocks: str, spec: str, request: pytest.FixtureRequest
 ) -> None:
+    greedy = request.getfixturevalue(blocks)
     (predicted,) = skew.predict(greedy.traces[spec], rule_from_spec(spec), num_draft_tokens=3)
     counted = skew.count(row for row in greedy.rows if row["rule"] == spec)
     ours, theirs = predicted.select(predicted.prompt_ids), counted.select(predicted.prompt_ids)
