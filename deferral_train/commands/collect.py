@@ -86,7 +86,7 @@ def _writing(config: CollectConfig) -> Iterator[dict[str, Any]]:
     from deferral_train.collecting.plan import read_any_prompts
     from deferral_train.collecting.served import check_served
     from deferral_train.serving.running import EngineSettings
-    from deferral_train.serving.writing import context_of, open_writer
+    from deferral_train.serving.writing import WritingEngine, context_of
 
     check_served(config)
     prompts = read_any_prompts(config)
@@ -95,7 +95,7 @@ def _writing(config: CollectConfig) -> Iterator[dict[str, Any]]:
         config.verifier, device=config.device, dtype=config.dtype, seed=config.seed,
         context=context_of(config.verifier, prompts, config.chat, config.max_prompt_tokens, most),
     )  # fmt: skip
-    with open_writer(settings, sampled=config.temperature > 0) as engine:
+    with WritingEngine(settings, sampled=config.temperature > 0) as engine:
         yield {"prompts": prompts, "engine": engine}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from deferral_train.pipeline.config import RoundsSettings
+from deferral_train.pipeline.config import ENGINES, VLLM, PairSection, RoundsSettings
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class RoundsConfig:
         max_new_tokens: per prompt.
         batch_size: prompts side by side in decoding.
         seed: of places, draws and splits.
+        engine: transformers; or vllm: validation prompts are decoded and texts of labels finished in vLLM.
         device: auto, cpu, cuda, cuda:N.
         dtype: auto, float32, float16 or bfloat16.
     """
@@ -77,6 +78,7 @@ class RoundsConfig:
     max_new_tokens: int = RoundsSettings.max_new_tokens
     batch_size: int = RoundsSettings.batch_size
     seed: int = RoundsSettings.seed
+    engine: str = ENGINES[0]
     device: str = "auto"
     dtype: str = "auto"
 
@@ -90,9 +92,11 @@ def run(config: RoundsConfig) -> int:
     from deferral_train.decoding.pair import load_pair
     from deferral_train.evaluation.scorers import make_scorers
     from deferral_train.pairs.prompts import read_prompts
+    from deferral_train.pipeline.decoder import StageDecoder, engine_facts, engine_settings
     from deferral_train.pipeline.learning import Learning
     from deferral_train.provenance import one_writer
 
+    engine_facts(config.engine)  # an unknown one, or one that is not installed, is refused first
     given = {name: getattr(config, name) for name in RoundsSettings.__dataclass_fields__ if name != "metrics"}
     settings = RoundsSettings(
         **given | {"metrics": tuple(config.label_metric), "objectives": tuple(config.objectives)}
@@ -115,9 +119,16 @@ def run(config: RoundsConfig) -> int:
         **columns,
     )
     scorers = make_scorers(settings.metrics)
+    decoder = None
+    if config.engine == VLLM:
+        named = {"drafter": config.drafter, "verifier": config.verifier}
+        section = PairSection(**named, device=config.device, dtype=config.dtype)
+        opened = engine_settings(section, named, config.seed, beside=True)
+        opened.models()  # a pair that the engine does not serve is refused before anything is loaded
+        decoder = StageDecoder(lambda: pair.models, opened)
     pair = load_pair(config.drafter, config.verifier, config.device, config.dtype)
     with one_writer(config.out, "rounds"):
-        content = Learning(pair, prompts, validation, scorers, settings, config.out).run()
+        content = Learning(pair, prompts, validation, scorers, settings, config.out, decoder).run()
     for line in table(content):
         print(line)
     reached = content["chosen"]["at_calls"]["calls"]

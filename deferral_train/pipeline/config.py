@@ -13,6 +13,8 @@ from deferral_train.pairs.scratch.train_config import PairConfig
 
 STYLES = ("drawn", "house")  # of queries
 PARTS = ("fit", "validation", "calibration", "test")
+VLLM = "vllm"
+ENGINES = ("transformers", VLLM)
 
 
 @dataclass(frozen=True)
@@ -289,7 +291,7 @@ class DecodeSection:
         num_draft_tokens: drafted block.
         max_new_tokens: per prompt.
         temperature: 0 is greedy.
-        batch_size: prompts side by side.
+        batch_size: prompts side by side; with engine vllm, requests that run at once.
         repetitions: interleaved, for timing.
         timed: decode so many of the prompts again one by one for the wall clock, with these repetitions; then the
             others are decoded once. None takes the time of the decoding itself.
@@ -353,6 +355,8 @@ class RunConfig:
         rules: plug-in rules to score offline, by spec without a dial value.
         decoded: which of them are decoded beside ``verifier_only``, ``lossless``, the learned head and the plug-in
             rule that loses least on the calibration part.
+        engine: transformers, the loop of this package; or vllm: stages that decode do so in vLLM, rounds have it finish
+            the texts of labels, and the verdict speaks of served tokens a second.
         bootstrap: redraws of prompts for intervals.
         expected: stage to the seconds that it takes on the machine the config was made for; said at the start and
             beside what each stage took.
@@ -381,6 +385,7 @@ class RunConfig:
     point: OperatingPointConfig = field(default_factory=OperatingPointConfig)
     decode: DecodeSection = field(default_factory=DecodeSection)
     frontier: FrontierConfig = field(default_factory=FrontierConfig)
+    engine: str = ENGINES[0]
     bootstrap: int = 1000
     expected: dict[str, float] = field(default_factory=dict)
     control: str = ""

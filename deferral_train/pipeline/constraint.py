@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deferral_train.decoding.decode import DecodeConfig, decode
-from deferral_train.decoding.pair import Pair, Settings
+from deferral_train.decoding.settings import DecodeConfig, Settings
 from deferral_train.errors import InputError
 from deferral_train.evaluation.choose import NoSettingError, check_reachable, choose_from_outputs
 from deferral_train.evaluation.evidence import read_evidence
@@ -17,6 +16,7 @@ from deferral_train.heads.rules import rule_from_spec
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.pipeline import operating_point
 from deferral_train.pipeline.config import DecodeSection, OperatingPointConfig
+from deferral_train.pipeline.decoder import StageDecoder
 from deferral_train.pipeline.frontier import ALWAYS
 from deferral_train.rules.base import Rule
 from deferral_train.traces import Traces
@@ -56,7 +56,7 @@ class CertificateSearch:
 
 def certified_point(
     search: CertificateSearch,
-    pair: Pair,
+    decoder: StageDecoder,
     prompts: list[Prompt],
     traces: Traces,
     rules: Mapping[str, tuple[str, Rule | str]],
@@ -88,10 +88,10 @@ def certified_point(
         seed=search.seed,
     )
     tried = {"lossless": rule_from_spec("lossless"), **operating_point.labelled(rules, dials)}
-    decode(pair, prompts, tried, DecodeConfig(settings), search.folder)
+    decoder.decode(prompts, tried, DecodeConfig(settings), search.folder)
     evidence = read_evidence(search.folder)
     if search.metric not in ALWAYS:
-        score_outputs(search.folder, (search.metric,), pair.models, prompts)
+        score_outputs(search.folder, (search.metric,), decoder.scoring((search.metric,)), prompts)
     try:
         choice = choose_from_outputs(
             evidence.rows,

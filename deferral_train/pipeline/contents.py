@@ -9,6 +9,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from deferral_train import provenance
@@ -20,9 +21,11 @@ from deferral_train.evaluation.quality import check_metric
 from deferral_train.heads.rules import HEAD_PARAMETERS, parse_spec, rule_from_spec
 from deferral_train.pairs.checkpoint import find_checkpoint
 from deferral_train.pairs.load import DTYPES
-from deferral_train.pipeline.config import PARTS, PairSection, RunConfig, TextConfig
+from deferral_train.pipeline.config import PARTS, VLLM, PairSection, RunConfig, TextConfig
 from deferral_train.pipeline.heads import candidate_config
 from deferral_train.redaction import redacted_text
+from deferral_train.serving.checks import check_served
+from deferral_train.serving.running import EngineSettings
 
 FREE_METRICS = ("bleu", "chrf", "exact_match", "log_likelihood")
 
@@ -123,6 +126,29 @@ def check_values(config: RunConfig) -> None:
         with _Section("rules"):
             rule_from_spec(spec, typed)
     _check_decoding(config)
+    if config.engine == VLLM:
+        _check_engine(config)
+
+
+def _check_engine(config: RunConfig) -> None:
+    """Refuse what a run's engine cannot do and the loop can."""
+    for name in ("drafter_device", "device_map"):
+        value = getattr(config.pair, name)
+        if value is not None:
+            raise InputError(
+                f"pair.{name}={value!r} with engine vllm: it places both models itself; leave it out"
+            )
+    cascades = (*config.frontier.token_cascades, *config.frontier.sequence_cascades)
+    if config.frontier.temperatures and cascades:
+        raise InputError(
+            f"frontier: cascade {cascades[0]} with engine vllm: it drafts and verifies blocks alone; leave it out, or "
+            "use engine transformers"
+        )
+    drafts = EngineSettings("", num_draft_tokens=config.decode.num_draft_tokens).speculation("drafter")
+    typed = [*config.rules, *(config.frontier.rules if config.frontier.temperatures else ())]
+    for spec in typed:
+        with _Section("rules"):
+            check_served(rule_from_spec(spec, typed), SimpleNamespace(**drafts))
 
 
 class _Section:

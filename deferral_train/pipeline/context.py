@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from deferral_train.pipeline.config import RunConfig
+from deferral_train.pipeline.decoder import StageDecoder
 from deferral_train.traces import Traces
 
 # Stage -> its result, of the stages that are done.
@@ -35,6 +36,9 @@ class RunContext(Protocol):
 
     def decoded(self, results: Results) -> dict[str, str]:
         """Label to spec of the rules that are decoded."""
+
+    def decoder(self, pair: Mapping[str, Any]) -> StageDecoder:
+        """The thing that decodes with the pair, whose stage's result is given."""
 
     def chosen(self, results: Results) -> dict[str, Any]:
         """The operating point that the run chose."""

@@ -11,6 +11,7 @@ from deferral_train.decoding.outputs import OUTPUTS, read_lines
 from deferral_train.evaluation.bootstrap import Redraws
 from deferral_train.evaluation.drafting import propose_for
 from deferral_train.heads.rules import rule_from_spec
+from deferral_train.pipeline.config import VLLM
 from deferral_train.pipeline.context import RunContext
 from deferral_train.pipeline.online import ON_POLICY
 from deferral_train.pipeline.pair import open_pair
@@ -26,8 +27,11 @@ def propose_drafting(run: RunContext, results: Mapping[str, Any]) -> dict[str, A
 
     Returns:
         see :func:`deferral_train.evaluation.drafting.propose_for`, with ``rule`` and ``text``, a sentence;
-        None with fewer than two prompts.
+        None with fewer than two prompts, and where vLLM decodes: the plans are those of the loop.
     """
+    if run.config.engine == VLLM:
+        provenance.write_json(run.folder / FILE, None)
+        return None
     chosen, section = run.chosen(results), run.config.decode
     rule = rule_from_spec(chosen["spec"], typed=run.config.rules)
     pair = Pair(open_pair(run.config.pair, results["pair"]))

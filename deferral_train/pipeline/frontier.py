@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deferral_train.decoding.decode import DecodeConfig, decode
 from deferral_train.decoding.outputs import BATCHES, read_lines
-from deferral_train.decoding.pair import Pair, Settings
+from deferral_train.decoding.settings import DecodeConfig, Settings
 from deferral_train.evaluation.figures import draw_frontier
 from deferral_train.evaluation.frontier import VERIFIER, frontier_of, write_frontier
 from deferral_train.evaluation.outputs import check_metrics, score_outputs
@@ -17,6 +16,7 @@ from deferral_train.heads.rules import rule_from_spec
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.pipeline import operating_point
 from deferral_train.pipeline.config import DecodeSection, FrontierConfig
+from deferral_train.pipeline.decoder import StageDecoder
 from deferral_train.rules.base import Rule
 from deferral_train.traces import Traces
 
@@ -28,7 +28,7 @@ ENDS = (VERIFIER, "lossless", "drafter_only")
 def decode_frontier(
     config: FrontierConfig,
     section: DecodeSection,
-    pair: Pair,
+    decoder: StageDecoder,
     prompts: Sequence[Prompt],
     traces: Traces,
     rules: Mapping[str, tuple[str, Rule | str]],
@@ -69,9 +69,9 @@ def decode_frontier(
             accept_mismatch=True,
         )
         folder = run / FOLDER / f"t{temperature:g}"
-        judged = _decode_all(pair, prompts, tried, DecodeConfig(settings), folder / "quality", metrics)
+        judged = _decode_all(decoder, prompts, tried, DecodeConfig(settings), folder / "quality", metrics)
         timing = DecodeConfig(replace(settings, batch_size=1), config.repetitions)
-        timed = _decode_all(pair, prompts[: config.timed], tried, timing, folder / "timing")
+        timed = _decode_all(decoder, prompts[: config.timed], tried, timing, folder / "timing")
         entry = frontier_of(_with_times(judged.summary, timed.summary), config.metric, timed.batches)
         entries.append({**entry, "batch_size": 1, "timed_prompts": min(config.timed, len(prompts))})
     write_frontier(entries, run / "evaluation")
@@ -89,7 +89,7 @@ class _Decoded:
 
 
 def _decode_all(
-    pair: Pair,
+    decoder: StageDecoder,
     prompts: Sequence[Prompt],
     tried: Mapping[str, Mapping[str, Rule]],
     config: DecodeConfig,
@@ -102,9 +102,9 @@ def _decode_all(
     for execution, named in tried.items():
         if named:
             options = replace(config, settings=replace(config.settings, execution=execution))
-            found = decode(pair, prompts, named, options, folder / execution)
+            found = decoder.decode(prompts, named, options, folder / execution)
             if metrics:
-                found = score_outputs(folder / execution, metrics, pair.models, prompts)
+                found = score_outputs(folder / execution, metrics, decoder.scoring(metrics), prompts)
             summary = {**found, "rules": {**summary.get("rules", {}), **found["rules"]}}
             batches += list(read_lines(folder / execution / BATCHES))
     return _Decoded(summary, batches)

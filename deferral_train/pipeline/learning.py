@@ -19,9 +19,9 @@ from deferral_train import provenance
 from deferral_train.collecting.api import collect
 from deferral_train.collecting.config import CollectConfig
 from deferral_train.collecting.first_look import CorpusMetric
-from deferral_train.decoding.decode import DecodeConfig, decode
 from deferral_train.decoding.outputs import OUTPUTS, read_lines
-from deferral_train.decoding.pair import Pair, Settings, load_pair
+from deferral_train.decoding.pair import Pair, load_pair
+from deferral_train.decoding.settings import DecodeConfig, Settings
 from deferral_train.errors import InputError
 from deferral_train.evaluation.bootstrap import MIN_PROMPTS, PromptBootstrap
 from deferral_train.evaluation.scorers import make_scorers
@@ -35,11 +35,12 @@ from deferral_train.evaluation.sequence import (
 )
 from deferral_train.heads.base import DeferralHead
 from deferral_train.heads.fingerprint import weights_key
-from deferral_train.heads.rules import learned_rule
+from deferral_train.heads.rules import learned_rule, rule_from_spec
 from deferral_train.pairs.overlap import content_hash
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.pipeline.ask import execution_accuracy
-from deferral_train.pipeline.config import RoundsSettings, RunConfig
+from deferral_train.pipeline.config import VLLM, RoundsSettings, RunConfig
+from deferral_train.pipeline.decoder import StageDecoder, engine_settings
 from deferral_train.pipeline.heads import BEST
 from deferral_train.pipeline.text import read_part
 from deferral_train.redaction import redacted
@@ -151,6 +152,7 @@ class Learning:
         scorers: by metric.
         settings: what is asked for.
         out: folder.
+        decoder: decodes, and finishes the texts of labels, in the pair's place.
     """
 
     def __init__(
@@ -161,8 +163,10 @@ class Learning:
         scorers: Mapping[str, Any],
         settings: RoundsSettings,
         out: str | Path,
+        decoder: StageDecoder | None = None,
     ) -> None:
         self.pair, self.validation = pair, validation
+        self.decoder = decoder or StageDecoder(lambda: pair.models)
         # Once each: a fit sets some aside by prompt, and texts that repeat would be on both sides.
         first: dict[str, Prompt] = {}
         for prompt in fit_prompts:
@@ -180,6 +184,7 @@ class Learning:
         self.references: dict[
             str, str
         ] = {}  # of the validation prompts, where they are the verifier's own texts
+        self.ran: dict[str, Any] | None = None  # what decoded, where that is not the loop
         self.traces: list[Traces] = []
         self.records: list[dict[str, Any]] = []
         self.matrix = pair.models.verifier.get_output_embeddings().weight.detach().float().cpu()
@@ -230,10 +235,15 @@ class Learning:
             label_scales=self.scales if spec is not None else (),
             max_new_tokens=settings.max_new_tokens,
             num_draft_tokens=settings.num_draft_tokens,
+            blocks="served" if self.decoder.served and spec is not None else "tight",
             seed=settings.seed + number,
         )
         folder = self.out / "traces" / f"round-{number}"
-        collect(config, folder, models=self.pair.models, prompts=self.fit_prompts, scores=self.scorers)
+        sampled = settings.temperature > 0
+        with self.decoder.writer(self.fit_prompts, settings.max_new_tokens, sampled) as engine:
+            collect(
+                config, folder, models=self.pair.models, prompts=self.fit_prompts, scores=self.scorers, engine=engine
+            )  # fmt: skip
         self.traces.append(open_traces(folder))
 
     @property
@@ -305,7 +315,7 @@ class Learning:
         )
 
     def _decode_lossless(self) -> Decoded:
-        rows = self._decoded({LOSSLESS: None}, self.out / LOSSLESS)[LOSSLESS]
+        rows = self._decoded({LOSSLESS: rule_from_spec(LOSSLESS)}, self.out / LOSSLESS)[LOSSLESS]
         if self.settings.label_reference == "verifier":
             self.references = {row["id"]: row["text"] for row in rows if row["repetition"] == 0}
             rows = [row | {"reference": row["text"]} for row in rows]
@@ -321,8 +331,8 @@ class Learning:
             temperature=settings.temperature,
             seed=settings.seed,
         )
-        named = [LOSSLESS] if set(rules) == {LOSSLESS} else dict(rules)
-        decode(self.pair, self.validation, named, DecodeConfig(how), out)
+        summary = self.decoder.decode(self.validation, rules, DecodeConfig(how), out)
+        self.ran = next((rule["ran"] for rule in summary["rules"].values() if "ran" in rule), None)
         found: dict[str, list[dict[str, Any]]] = {label: [] for label in rules}
         for row in read_lines(out / OUTPUTS):
             given = {"reference": self.references[row["id"]]} if self.references else {}
@@ -370,6 +380,7 @@ class Learning:
     def _write(self, lossless: Decoded, chosen: Mapping[str, Any] | None = None) -> dict[str, Any]:
         content = {
             "settings": asdict(self.settings),
+            **({"ran": self.ran} if self.ran else {}),
             "scales": dict(zip(self.settings.metrics, self.scales)),
             "lossless": asdict(lossless),
             "rounds": self.records,
@@ -424,7 +435,13 @@ def learn_in_rounds(config: RunConfig, pair: Mapping[str, Any], folder: Path) ->
     models = load_pair(pair["drafter"], pair["verifier"], config.pair.device, config.pair.dtype)
     fit_prompts, validation = (read_part(folder, part) for part in ("fit", "validation"))
     scorers = make_scorers(settings.metrics)
-    content = Learning(models, fit_prompts, validation, scorers, settings, folder / ROUNDS).run()
+    decoder = None
+    if config.engine == VLLM:
+        decoder = StageDecoder(
+            lambda: models.models, engine_settings(config.pair, pair, config.seed, beside=True)
+        )
+    learning = Learning(models, fit_prompts, validation, scorers, settings, folder / ROUNDS, decoder)
+    content = learning.run()
     DeferralHead.from_pretrained(folder / ROUNDS / "head").save_pretrained(folder / BEST)
     rounds = [
         {"round": one["round"], "labelled": one["labelled"]} | _best_of(one)["at_calls"]

@@ -9,10 +9,8 @@ from typing import Any
 
 from deferral_train import provenance
 from deferral_train.collecting import CollectConfig, collect
-from deferral_train.decoding import Pair
-from deferral_train.decoding.decode import DecodeConfig, decode
 from deferral_train.decoding.outputs import OUTPUTS, read_lines
-from deferral_train.decoding.pair import Settings
+from deferral_train.decoding.settings import DecodeConfig, Settings
 from deferral_train.evaluation import skew
 from deferral_train.evaluation.evidence import read_evidence
 from deferral_train.evaluation.expectation import expectation
@@ -22,12 +20,12 @@ from deferral_train.heads import DeferralHead
 from deferral_train.heads.export import set_operating_point
 from deferral_train.heads.rules import learned_rule, rule_from_spec
 from deferral_train.pipeline import ask
+from deferral_train.pipeline.config import VLLM
 from deferral_train.pipeline.constraint import FOLDER as CALIBRATION
 from deferral_train.pipeline.constraint import CertificateSearch, certified_point
 from deferral_train.pipeline.context import Results, RunContext
 from deferral_train.pipeline.frontier import ALWAYS, decode_frontier
 from deferral_train.pipeline.heads import BEST, LEARNED
-from deferral_train.pipeline.pair import open_pair
 from deferral_train.pipeline.print_summary import short
 from deferral_train.pipeline.text import read_part
 from deferral_train.redaction import redacted_text
@@ -50,21 +48,21 @@ def decode_rules(run: RunContext, results: Results) -> Any:
     rules = {name: rule_from_spec(name) for name in ENDS if name != DRAFTER or run.asks}
     typed = run.config.rules
     rules |= {label: rule_from_spec(spec, typed) for label, spec in run.decoded(results).items()}
-    pair = Pair(open_pair(run.config.pair, results["pair"]))
+    decoder = run.decoder(results["pair"])
     prompts = read_part(run.folder, "test", section.limit)
     metrics = (*section.metrics, *([] if run.metric in (*ALWAYS, *section.metrics) else [run.metric]))
     check_metrics(metrics, prompts)
     once = 1 if section.timed else section.repetitions
     settings = DecodeConfig(_settings(run), once, log_tokens=0 if section.timed else 5)
-    summary = decode(pair, prompts, rules, settings, run.folder / "decode")
+    summary = decoder.decode(prompts, rules, settings, run.folder / "decode")
     if section.timed:
         alone = DecodeConfig(replace(_settings(run), batch_size=1), section.repetitions, log_tokens=5)
-        timed = decode(pair, prompts[: section.timed], rules, alone, run.folder / TIMING)
+        timed = decoder.decode(prompts[: section.timed], rules, alone, run.folder / TIMING)
         for label, rule in summary["rules"].items():
             rule |= {name: timed["rules"][label][name] for name in TIMES}
         provenance.write_json(run.folder / "decode" / "summary.json", summary)
     if metrics:
-        summary = score_outputs(run.folder / "decode", metrics, pair.models, prompts)
+        summary = score_outputs(run.folder / "decode", metrics, decoder.scoring(metrics), prompts)
     write_specdec_bench(
         run.folder / "decode", summary, *(results["pair"][role] for role in ("drafter", "verifier"))
     )
@@ -76,10 +74,10 @@ def decode_shapes(run: RunContext, results: Results) -> Any:
     chosen = run.chosen(results)
     rules = {"verifier_only": rule_from_spec("verifier_only")}
     rules[chosen["label"]] = rule_from_spec(chosen["spec"], run.config.rules)
-    pair = Pair(open_pair(run.config.pair, results["pair"]))
+    decoder = run.decoder(results["pair"])
     prompts = read_part(run.folder, ask.SHAPES)
-    decode(pair, prompts, rules, DecodeConfig(_settings(run)), run.folder / SHAPES)
-    summary = score_outputs(run.folder / SHAPES, (run.metric,), pair.models, prompts)
+    decoder.decode(prompts, rules, DecodeConfig(_settings(run)), run.folder / SHAPES)
+    summary = score_outputs(run.folder / SHAPES, (run.metric,), decoder.scoring((run.metric,)), prompts)
     right = {name: rule["quality"][redacted_text(run.metric)] for name, rule in summary["rules"].items()}
     return {"questions": len(prompts), "right": right}
 
@@ -105,7 +103,7 @@ def certify_constraint(run: RunContext, results: Results, plug_in: str) -> dict[
         CertificateSearch(
             run.config.point, run.config.decode, run.metric, run.folder / CALIBRATION, run.config.seed
         ),
-        Pair(open_pair(run.config.pair, results["pair"])),
+        run.decoder(results["pair"]),
         read_part(run.folder, "calibration"),
         run.open("validation"),
         rules,
@@ -128,7 +126,7 @@ def decode_frontiers(run: RunContext, results: Results) -> Any:
     return decode_frontier(
         config,
         run.config.decode,
-        Pair(open_pair(run.config.pair, results["pair"])),
+        run.decoder(results["pair"]),
         read_part(run.folder, "test", config.limit),
         run.open("calibration"),
         rules,
@@ -150,6 +148,7 @@ def compare_skew(run: RunContext, results: Results) -> Any:
         **run.collecting(results["pair"], "test"),
         **asdict(run.config.traces) | decoded,
         rule=chosen["spec"],
+        blocks="served" if run.config.engine == VLLM else "tight",
         limit=section.limit,
     )
     collect(settings, run.folder / ON_POLICY)

@@ -19,10 +19,10 @@ from deferral_train.errors import InputError
 from deferral_train.heads import DeferralHead
 from deferral_train.heads.export import export_head
 from deferral_train.heads.rules import learned_rule, rule_from_spec
-from deferral_train.pipeline import answers, ask, drafting, online, operating_point
+from deferral_train.pipeline import answers, ask, drafting, online, operating_point, serving_speed
 from deferral_train.pipeline import probe as ceilings
 from deferral_train.pipeline.breakdowns import break_down
-from deferral_train.pipeline.config import PARTS, RunConfig
+from deferral_train.pipeline.config import PARTS, VLLM, RunConfig
 from deferral_train.pipeline.console import RunConsole
 from deferral_train.pipeline.constraint import FOLDER
 from deferral_train.pipeline.contents import (
@@ -33,9 +33,10 @@ from deferral_train.pipeline.contents import (
     spec_inputs,
     text_inputs,
 )
+from deferral_train.pipeline.decoder import StageDecoder, engine_facts, engine_settings
 from deferral_train.pipeline.heads import BEST, LEARNED, fit_candidates
 from deferral_train.pipeline.learning import ROUNDS, learn_in_rounds
-from deferral_train.pipeline.pair import prepare_pair
+from deferral_train.pipeline.pair import open_pair, prepare_pair
 from deferral_train.pipeline.print_summary import close
 from deferral_train.pipeline.stages import Stage, StageRunner, open_run
 from deferral_train.pipeline.text import part_path, prepare_text
@@ -80,6 +81,7 @@ class Run:
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self.config, self.folder, self.console = config, folder, RunConsole(config.expected)
+        self.engine = engine_facts(config.engine)
 
     def execute(self) -> dict[str, Any]:
         """Run all stages; returns the verdict."""
@@ -180,7 +182,7 @@ class Run:
                 title="heads learn the loss gap",
                 # Rounds decode, and label by metrics.
                 settings={"heads": c.heads, "seed": c.seed}
-                | ({"decode": c.decode} if c.heads.rounds else {}),
+                | ({"decode": c.decode, **self.engine} if c.heads.rounds else {}),
                 inputs=head_inputs(c),
                 after=("traces",),
                 outputs=("fit",),
@@ -190,7 +192,8 @@ class Run:
             Stage(
                 name="point",
                 title="dials set on calibration",
-                settings={"point": c.point, "rules": c.rules, "decode": asked, "seed": c.seed},
+                settings={"point": c.point, "rules": c.rules, "decode": asked, "seed": c.seed}
+                | (self.engine if constraint else {}),
                 after=("fit",),
                 outputs=("point.json", "head", *constraint),
                 work=self.point,
@@ -230,7 +233,7 @@ class Run:
             Stage(
                 name="decode",
                 title="the cascade on test prompts",
-                settings={"decode": c.decode, "decoded": c.decoded, "seed": c.seed},
+                settings={"decode": c.decode, "decoded": c.decoded, "seed": c.seed, **self.engine},
                 after=("point",),
                 outputs=("decode", *((online.TIMING,) if c.decode.timed else ())),
                 work=partial(online.decode_rules, self),
@@ -242,12 +245,13 @@ class Run:
     def last_stages(self) -> list[Stage]:
         """Costs of whole rules, predictions against counts, drafting, verdict and page."""
         c = self.config
+        more = [*(["answers"] if self.asks else []), *(stage.name for stage in self.serving_stages())]
         cascades = (*c.frontier.rules, *c.frontier.token_cascades, *c.frontier.sequence_cascades)
         return [
             Stage(
                 name="frontier",
                 title="quality against cost of whole rules",
-                settings={"frontier": c.frontier, "decode": c.decode, "seed": c.seed},
+                settings={"frontier": c.frontier, "decode": c.decode, "seed": c.seed, **self.engine},
                 after=("point",),
                 outputs=("frontier", "evaluation/frontier.json", "evaluation/frontier"),
                 work=partial(online.decode_frontiers, self),
@@ -257,7 +261,7 @@ class Run:
             Stage(
                 name="skew",
                 title="offline against online",
-                settings={"bootstrap": c.bootstrap, "seed": c.seed},
+                settings={"bootstrap": c.bootstrap, "seed": c.seed, **self.engine},
                 after=("decode",),
                 outputs=(online.ON_POLICY, "evaluation/skew.json"),
                 work=partial(online.compare_skew, self),
@@ -266,16 +270,17 @@ class Run:
             Stage(
                 name="drafting",
                 title="how to draft on this machine",
-                settings={"decode": c.decode, "bootstrap": c.bootstrap, "seed": c.seed},
+                settings={"decode": c.decode, "bootstrap": c.bootstrap, "seed": c.seed, **self.engine},
                 after=("skew",),
                 outputs=(drafting.FILE,),
                 work=partial(drafting.propose_drafting, self),
             ),
+            *self.serving_stages(),
             Stage(
                 name="verdict",
                 title="what is gained and lost",
                 settings={"point": c.point, "control": c.control},
-                after=("evaluate", "skew", "frontier", "drafting", *(("answers",) if self.asks else ())),
+                after=("evaluate", "skew", "frontier", "drafting", *more),
                 outputs=("verdict.json",),
                 work=self.verdict,
             ),
@@ -287,6 +292,24 @@ class Run:
                 outputs=("report.html", "tensorboard"),
                 work=self.report,
             ),
+        ]
+
+    def serving_stages(self) -> list[Stage]:
+        """The stage of a run in a serving engine alone: served tokens a second."""
+        c = self.config
+        if c.engine != VLLM:
+            return []
+        return [
+            Stage(
+                name="served",
+                title="served tokens a second, 1, 8 and 32 at once",
+                settings={"decode": c.decode, "seed": c.seed, **self.engine},
+                after=("decode",),
+                outputs=(serving_speed.FOLDER, serving_speed.FILE),
+                work=partial(serving_speed.measure_served, self),
+                inputs=spec_inputs([*c.rules, *c.decoded]),
+                replace=True,
+            )
         ]
 
     def first_stages(self) -> list[Stage]:
@@ -332,7 +355,7 @@ class Run:
             Stage(
                 name="shapes",
                 title="questions of families that no part has",
-                settings={"decode": self.config.decode, "seed": self.config.seed},
+                settings={"decode": self.config.decode, "seed": self.config.seed, **self.engine},
                 after=("point",),
                 outputs=(online.SHAPES,),
                 work=partial(online.decode_shapes, self),
@@ -370,7 +393,19 @@ class Run:
         return prepare_text(self.config.text, self.folder, self.config.seed)
 
     def pair(self, _: Results) -> Any:
-        return prepare_pair(self.config.pair, self.config.gate, self.folder, self.console, self.asks)
+        found = prepare_pair(self.config.pair, self.config.gate, self.folder, self.console, self.asks)
+        if self.config.engine == VLLM:
+            engine_settings(
+                self.config.pair, found, self.config.seed
+            ).models()  # what it does not serve is refused now
+        return found
+
+    def decoder(self, pair: Mapping[str, Any]) -> StageDecoder:
+        """The thing that decodes with the pair."""
+        served = (
+            engine_settings(self.config.pair, pair, self.config.seed) if self.config.engine == VLLM else None
+        )
+        return StageDecoder(lambda: open_pair(self.config.pair, pair), served)
 
     def traces(self, results: Results) -> Any:
         """Log every part; unfinished folders are taken up where they stopped."""
@@ -468,6 +503,7 @@ class Run:
                 bound=results["evaluate"]["bound"],
                 skew=results["skew"],
                 metric=self.metric,
+                served=results.get("served"),
             ),
             self.chosen(results),
             self.config.point,

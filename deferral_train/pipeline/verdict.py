@@ -13,6 +13,7 @@ from deferral_train.evaluation.certificate import smallest_certifiable
 from deferral_train.evaluation.choose import HIGH, LOW, least_limit
 from deferral_train.evaluation.online import online_table
 from deferral_train.evaluation.quality import per_prompt
+from deferral_train.pipeline import serving_speed
 from deferral_train.pipeline.config import OperatingPointConfig
 from deferral_train.redaction import redacted_text
 
@@ -33,6 +34,7 @@ class Measured:
         bound: of the rise of the local token risk, see ``operating_point.token_risk_bound``.
         skew: how many predictions from traces agreed with the counts, ``agree`` of ``of``.
         metric: of quality, per prompt.
+        served: tokens a second of a serving engine, see `serving_speed.measure_served`; None where the loop decoded.
     """
 
     decode: Path
@@ -41,6 +43,7 @@ class Measured:
     bound: Mapping[str, Any]
     skew: Mapping[str, Any]
     metric: str = "chrf"
+    served: Mapping[str, Any] | None = None
 
     @property
     def metric_name(self) -> str:
@@ -80,12 +83,17 @@ def make_verdict(
     quality = _quality(measured[label], measured["lossless"], rows, label, measured_on.metric_name)
     certified = loss_bound(rows, label, confidence, measured_on.metric, measured_on.metric_name)
     cost_ratio = gate["verifier_seconds"] / gate["drafter_seconds"]
-    reasons = _against(
-        speedup, measured["lossless"]["speed"], quality, max_quality_loss, calls[label], cost_ratio
-    )
+    served = measured_on.served
+    reasons = (
+        _against(speedup, measured["lossless"]["speed"], calls[label], cost_ratio)
+        if served is None
+        else _against_serving(served)
+    ) + _lost_too_much(quality, max_quality_loss)
+    gain = f"{speedup.value:.2f}x the verifier's speed{_range(speedup.as_dict())}"
+    gain = gain if served is None else serving_speed.sentence(served)
     return {
         "status": "no_setting" if reasons else "ok",
-        "headline": _headline(chosen, speedup, quality, calls, reasons),
+        "headline": _headline(chosen, gain, quality, calls, reasons),
         "reasons": reasons,
         "chosen": dict(chosen),
         "speedup": {**speedup.as_dict(), "against": "verifier_only"},
@@ -100,8 +108,15 @@ def make_verdict(
         "risk": dict(bound),
         "cost_ratio": cost_ratio,
         "trust": _trust(
-            len(_first(rows, label)), bound, skew, speedup, certified, chosen, measured_on.metric_name
+            len(_first(rows, label)),
+            bound,
+            skew,
+            _on_speed(speedup, served),
+            certified,
+            chosen,
+            measured_on.metric_name,
         ),
+        "served": None if served is None else dict(served),
         "snippet": snippet(chosen),
         "engine_line": engine[0],
         "engine_reason": engine[1],
@@ -212,12 +227,10 @@ def _quality(
 def _against(
     speedup: Interval,
     lossless: Interval,
-    quality: Mapping[str, Any],
-    max_quality_loss: float,
     calls: float,
     cost_ratio: float,
 ) -> list[str]:
-    """Reasons against serving the chosen rule, in words; empty where nothing does."""
+    """Reasons against the chosen rule from its speed in the loop, in words; empty where nothing does."""
     found = []
     if (speedup.low if speedup.low is not None else speedup.value) <= 1.0:
         found.append(
@@ -226,6 +239,19 @@ def _against(
         )
     if speedup.value <= lossless.value:
         found.append(f"lossless speculation is as fast ({lossless.value:.2f}x)")
+    return found
+
+
+def _against_serving(served: Mapping[str, Any]) -> list[str]:
+    """The same from its speed in an engine: it has to be faster at one load at least."""
+    if serving_speed.pays_at(served):
+        return []
+    return ["at no load does it serve more tokens a second than no speculation and than lossless"]
+
+
+def _lost_too_much(quality: Mapping[str, Any], max_quality_loss: float) -> list[str]:
+    """The same from the quality of its text."""
+    found = []
     if quality["difference"] is not None and quality["difference"] < -max_quality_loss:
         found.append(
             f"its text loses {-quality['difference']:.2f} points of {quality['metric']}, more than the "
@@ -236,13 +262,13 @@ def _against(
 
 def _headline(
     chosen: Mapping[str, Any],
-    speedup: Interval,
+    speed: str,
     quality: Mapping[str, Any],
     calls: Mapping[str, float],
     reasons: Sequence[str],
 ) -> str:
     saved = 1 - calls[chosen["label"]] / calls["verifier_only"]
-    gain = f"{speedup.value:.2f}x the verifier's speed{_range(speedup.as_dict())}, {saved:.0%} fewer verifier calls"
+    gain = f"{speed}, {saved:.0%} fewer verifier calls"
     lost = ""
     if quality["difference"] is not None:
         lost = f"; {quality['metric']} {quality['difference']:+.2f} against lossless{_range(quality)}"
@@ -259,7 +285,7 @@ def _trust(
     prompts: int,
     bound: Mapping[str, Any],
     skew: Mapping[str, Any],
-    speedup: Interval,
+    on_speed: str | None,
     certified: Mapping[str, Any] | None,
     chosen: Mapping[str, Any],
     metric_name: str,
@@ -291,6 +317,13 @@ def _trust(
         said.insert(
             2, f"No certificate: {chosen['uncertified']}. The setting is that of the common rejection rate."
         )
+    return said if on_speed is None else [*said, on_speed]
+
+
+def _on_speed(speedup: Interval, served: Mapping[str, Any] | None) -> str | None:
+    """A sentence about how far the speed can be trusted; None where its interval says it."""
+    if served is not None:
+        return serving_speed.conditions(served)
     if speedup.low is None:
-        said.append(f"Too few prompts for an interval of the speed: at least {MIN_PROMPTS} are needed.")
-    return said
+        return f"Too few prompts for an interval of the speed: at least {MIN_PROMPTS} are needed."
+    return None

@@ -16,7 +16,7 @@ from deferral_train.report.first import first_screen
 from deferral_train.report.frontier import frontier
 from deferral_train.report.load import RunFolder, load_run, readable
 from deferral_train.report.rounds import rounds
-from deferral_train.report.sections import calibration, curves, length, online, skew, training
+from deferral_train.report.sections import calibration, curves, length, online, served, skew, training
 from deferral_train.report.shadow import shadow as shadow_section
 from deferral_train.report.tokens import Texts, slider_data, token_data
 
@@ -71,6 +71,7 @@ def render(run: RunFolder) -> str:
         first=first_screen(run, texts),
         curves=curves(run),
         online=online(run),
+        served=served(run),
         frontier=frontier(run),
         breakdowns=breakdowns(run),
         rounds=rounds(run),

@@ -156,7 +156,47 @@ def online(run: RunFolder) -> dict[str, Any] | None:
         "metrics": metrics,
         "settings": run.summary.get("settings", {}),
         "repetitions": run.summary.get("repetitions"),
+        "ran": ", ".join(dict.fromkeys(engine_name(rule["ran"]) for rule in rules.values() if "ran" in rule)),
         "chart": _online_chart(rules, metrics[0]) if metrics else Markup(""),
+    }
+
+
+def engine_name(ran: Mapping[str, Any]) -> str:
+    """A serving engine in words, from what decoding says of it."""
+    return f"{ran['engine']} ({ran['runner']} runner, {ran['device']}, {ran['dtype']})"
+
+
+def served(run: RunFolder) -> dict[str, Any] | None:
+    """Served tokens a second by rule and load, and the chosen rule's ratios; None where no engine was measured."""
+    found = (run.verdict or {}).get("served")
+    if not found:
+        return None
+    label = str(found["label"])
+    names = {"verifier_only": "no speculation", "lossless": "lossless", label: f"{label} (chosen)"}
+    columns = [load["at_once"] for load in found["loads"]]
+
+    def row(name: str, chosen: bool, cells: list[Mapping[str, float]], times: str = "") -> dict[str, Any]:
+        told = [
+            {
+                "value": f"{nice(cell['value'])}{times}",
+                "range": f"{nice(cell['lowest'])} to {nice(cell['highest'])}",
+            }
+            for cell in cells
+        ]
+        return {"name": name, "chosen": chosen, "cells": told}
+
+    rows = [
+        row(words, rule == label, [load["tokens_per_second"][rule] for load in found["loads"]])
+        for rule, words in names.items()
+    ]
+    rows += [
+        row(f"chosen over {names[rule]}", False, [load["against"][rule] for load in found["loads"]], "×")
+        for rule in ("verifier_only", "lossless")
+    ]
+    prompts = ", ".join(str(load["prompts"]) for load in found["loads"])
+    return {"columns": columns, "rows": rows, "ran": engine_name(found["ran"]), "prompts": prompts} | {
+        name: found[name]
+        for name in ("machine", "repetitions", "max_new_tokens", "num_draft_tokens", "temperature")
     }
 
 

@@ -5,9 +5,9 @@ No drafter, no rule, prefix caching on. A batch of requests is as large as the c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from deferral_train.errors import InputError
@@ -15,25 +15,59 @@ from deferral_train.pairs.checkpoint import find_checkpoint
 from deferral_train.pairs.encode import encode_prompts
 from deferral_train.pairs.load import load_tokenizer
 from deferral_train.pairs.prompts import Prompt
-from deferral_train.serving.running import Engine, EngineSettings, Sampling, open_engine
+from deferral_train.serving.running import Engine, EngineSettings, Sampling, planned_runner
 
 GPU_SHARE = 0.5  # of its memory, unless the settings say otherwise: both models run beside the engine
 
 
 class WritingEngine:
-    """A running engine that holds a verifier alone.
+    """The verifier in an engine of its own, started by the first text that is wanted; a context that ends it.
 
     Args:
-        engine: that runs.
+        settings: a drafter and a rule in them are left out.
+        sampled: texts are drawn by numbers of their own.
+
+    Raises:
+        InputError: a checkpoint or device that the engine does not serve.
+        MissingExtraError: vLLM is not installed.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, settings: EngineSettings, sampled: bool = False) -> None:
+        options = {"gpu_memory_utilization": GPU_SHARE, **settings.options}
+        if sampled:
+            from deferral_train.serving.numbered_draws import NumberedDraws
 
-    @property
+            options["logits_processors"] = [NumberedDraws]
+        self.settings = replace(
+            settings, drafter=None, deferral=None, prefix_caching=True, synchronous=sampled, options=options
+        )
+        self.models = self.settings.models()
+        self._engine: Engine | None = None
+
+    def __enter__(self) -> WritingEngine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+
+    @cached_property
     def facts(self) -> Mapping[str, Any]:
         """Engine with its version, runner and number format: what decides its texts besides the weights."""
-        return {name: self.engine.facts()[name] for name in ("engine", "runner", "dtype")}
+        models = self.models
+        return {"engine": models.engine, "runner": planned_runner(self.settings), "dtype": models.dtype}
+
+    @property
+    def engine(self) -> Engine:
+        """The running engine.
+
+        Raises:
+            InputError: it does not start.
+        """
+        if self._engine is None:
+            self._engine = Engine(self.settings)
+        return self._engine
 
     def write(
         self,
@@ -96,27 +130,3 @@ def context_of(
             f"prompts: none of {len(prompts)} can be used; give texts, or a larger max_prompt_tokens"
         )
     return max(len(prompt.input_ids) for prompt in kept) + max_new_tokens
-
-
-@contextmanager
-def open_writer(settings: EngineSettings, sampled: bool = False) -> Iterator[WritingEngine]:
-    """Open an engine with a verifier alone, and end it at the end.
-
-    Args:
-        settings: a drafter and a rule in them are left out.
-        sampled: texts are drawn by numbers of their own.
-
-    Raises:
-        InputError: settings that the engine cannot give, in one line.
-        MissingExtraError: vLLM is not installed.
-    """
-    options = {"gpu_memory_utilization": GPU_SHARE, **settings.options}
-    if sampled:
-        from deferral_train.serving.numbered_draws import NumberedDraws
-
-        options["logits_processors"] = [NumberedDraws]
-    alone = replace(
-        settings, drafter=None, deferral=None, prefix_caching=True, synchronous=sampled, options=options
-    )
-    with open_engine(alone) as engine:
-        yield WritingEngine(engine)

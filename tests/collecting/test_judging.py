@@ -197,9 +197,9 @@ def test_thresholds_that_cannot_be_meant(t5: ModelPair, labelled: Traces, truth:
     assert "\n" not in str(caught.value)
 
 
-def test_the_serving_engine_makes_no_labels(tmp_path: Path) -> None:
+def test_the_serving_engine_makes_no_judge_labels(tmp_path: Path) -> None:
     config = CollectConfig("d", "v", "p", prefixes="verifier", temperature=0.0, labels="selfjudge")
-    with pytest.raises(InputError, match="labels='selfjudge': engine 'vllm' makes none"):
+    with pytest.raises(InputError, match=r"labels='selfjudge' with engine 'vllm'.*use engine transformers"):
         collect_command.run(config, str(tmp_path), engine="vllm")
 
 

@@ -56,9 +56,9 @@ def pair(folder):
 @pytest.fixture(scope="module")
 def engine(folder):
     from deferral_train.serving.running import EngineSettings
-    from deferral_train.serving.writing import open_writer
+    from deferral_train.serving.writing import WritingEngine
 
-    with open_writer(
+    with WritingEngine(
         EngineSettings(str(folder / "verifier"), dtype="float32", context=64), sampled=True
     ) as engine:
         yield engine
