@@ -22,6 +22,7 @@ from deferral_train.heads.rules import HEAD_PARAMETERS, parse_spec, rule_from_sp
 from deferral_train.pairs.checkpoint import find_checkpoint
 from deferral_train.pairs.load import DTYPES
 from deferral_train.pipeline.config import PARTS, VLLM, PairSection, RunConfig, TextConfig
+from deferral_train.pipeline.decoder import engine_facts
 from deferral_train.pipeline.heads import candidate_config
 from deferral_train.redaction import redacted_text
 from deferral_train.serving.checks import check_served
@@ -110,6 +111,7 @@ def check_values(config: RunConfig) -> None:
     """
     if config.seed < 0 or config.bootstrap < 0:
         raise InputError(f"seed={config.seed}, bootstrap={config.bootstrap}: give whole numbers >= 0")
+    engine_facts(config.engine)
     for part in () if config.text.stdlib else PARTS:
         _check_part(part, getattr(config.text, part))
     if config.pair.dtype not in ("auto", *DTYPES):
