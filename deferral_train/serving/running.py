@@ -314,7 +314,9 @@ class Engine:
             engine.abort_request(list(names), internal=False)
             raise InputError(f"the engine refuses a request: {error}") from error
         passes = 0
-        with tqdm(total=len(names), desc="vllm", unit="text", delay=SILENT, dynamic_ncols=True) as bar:
+        with tqdm(
+            total=len(names), desc="vllm", unit="text", delay=SILENT, dynamic_ncols=True, leave=False
+        ) as bar:
             while engine.has_unfinished_requests():
                 outputs = engine.step()
                 passes += bool(outputs)
@@ -381,6 +383,7 @@ def _arguments(settings: EngineSettings, models: ServedModels) -> dict[str, Any]
         "dtype": models.dtype,
         "seed": settings.seed,
         "enforce_eager": cpu,
+        "use_tqdm_on_load": False,
         "enable_prefix_caching": settings.prefix_caching,
     }
     if models.drafter is not None:
