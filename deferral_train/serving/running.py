@@ -261,7 +261,9 @@ class Engine:
         if self.settings.deferral is not None:
             self.seam.drain()
         for name, one in zip(names, each):
-            if one.stop_strings:
+            if one.stop_strings and steps[name].finish == "stop":
+                if self.settings.drafter is not None:
+                    steps[name].infer(self.settings.num_draft_tokens)
                 self._cut_at_string(steps[name], one.stop_strings)
         rows = [steps[name] for name in names]
         blocks = [ServedBlocks.of(self._served.pop(name, [])) for name in names]
@@ -332,8 +334,6 @@ class Engine:
 
     def _cut_at_string(self, steps: Steps, strings: Sequence[str]) -> None:
         """Drop tokens behind the first that completes a stop string: the engine gives a step's tokens whole."""
-        if steps.finish != "stop":
-            return
         for end in range(1, len(steps.tokens) + 1):
             text = self.tokenizer.decode(steps.tokens[:end])
             if any(string in text for string in strings):
