@@ -28,6 +28,7 @@ from engines import (
     p_value,
     preemptions,
     prompts,
+    remembering,
     runner_of,
     save_pair,
     start,
@@ -206,10 +207,10 @@ def sampled(llm, pair, count, tokens, temperature, **sampling):
     return torch.tensor(found), drafter[:, at], verifier[:, at]
 
 
-@pytest.mark.parametrize("spec", ["opt:alpha=0.1", "token_v3:alpha=0.3"])
+@pytest.mark.parametrize("spec", ["opt:alpha=-0.2", "token_v3:alpha=0.6"])
 def test_sampled_tokens_follow_p_first_and_pi_where_drafted(llm, pair, spec):
     use(llm, rule=spec)
-    temperature, count = 0.7, 256
+    temperature, count = 0.7, 64
     tokens, drafter, verifier = sampled(llm, pair, count, DRAFTS + 1, temperature)
     p, q = (verifier / temperature).softmax(-1), (drafter / temperature).softmax(-1)
     name, _, value = spec.partition(":alpha=")
@@ -217,7 +218,9 @@ def test_sampled_tokens_follow_p_first_and_pi_where_drafted(llm, pair, spec):
     first, rest = slice(0, 1), slice(1, DRAFTS + 1)
     assert p_value(p, tokens, drafter, verifier, first) > FAILURE
     assert p_value(pi, tokens, drafter, verifier, rest) > FAILURE
-    assert p_value(q, tokens, drafter, verifier, rest) < FAILURE  # the test can tell
+    assert (
+        max(p_value(other, tokens, drafter, verifier, rest) for other in (p, q)) < 1e-5
+    )  # the test can tell
 
 
 def test_drafted_tokens_follow_q_and_bonus_tokens_p(llm, pair):
@@ -308,7 +311,7 @@ def test_mixed_requests_at_once_are_neither_lost_nor_mixed_up(llm, plain):
     from vllm import SamplingParams
 
     seam = use(llm, rule="opt:alpha=0.0", max_request_loss=2.0)
-    core, aborted, found = llm.llm_engine, set(), {}
+    core, aborted, found, waiting = llm.llm_engine, set(), {}, 0
     kinds = [
         {"deferral_lossless": 1}, {"deferral_dial": 5.0, "deferral_max_request_loss": 0.0},
         {"deferral_dial": 5.0, "deferral_max_request_loss": 0.3}, None, {"deferral_dial": 5.0},
@@ -332,9 +335,11 @@ def test_mixed_requests_at_once_are_neither_lost_nor_mixed_up(llm, plain):
         if steps in (2, 4):
             gone = [f"mixed-{number}" for number in range(96) if number % 12 == 2 * steps + 1]
             gone = [name for name in gone if name not in found]
+            waiting += sum(not any(met.startswith(name) for met in seam.requests._known) for name in gone)
             core.abort_request(gone)
             aborted |= set(gone)
     assert len(aborted) > 8
+    assert 0 < waiting < len(aborted)  # some never began
     finished = {name: text for name, text in found.items() if name not in aborted}
     assert len(finished) == 96 - len(aborted)
     changed = []
@@ -350,7 +355,7 @@ def test_mixed_requests_at_once_are_neither_lost_nor_mixed_up(llm, plain):
     assert len(changed) > 8
     assert sum(changed) > len(changed) / 2
     result = counts(seam)
-    assert result["requests"] == 96
+    assert result["requests"] == 96 - waiting
     assert result["refused_fault"] == 0
     generate(llm, ASKED[:1], max_tokens=2)
     assert len(seam.requests) <= 1  # the aborted ones are forgotten too
@@ -361,15 +366,25 @@ def test_limits_hold_on_the_device_and_are_what_is_counted(llm):
     bold = use(llm, rule="opt:alpha=0.0")
     say(llm, ASKED, {"deferral_dial": 5.0})
     free = counts(bold)["estimated_loss"] / len(ASKED)
-    seam = use(llm, rule="opt:alpha=0.0")
-    say(llm, ASKED, {"deferral_dial": 5.0, "deferral_max_request_loss": free / 3})
+    seam, spent, accounts = use(llm, rule="opt:alpha=0.0"), {}, {}
+    seam.requests.forget = remembering(seam.requests, spent)
+    close = seam.close_requests
+
+    def noting(names):
+        accounts.update({name: float(seam._accounts[seam._account_of[name]]) for name in names})
+        close(names)
+
+    seam.close_requests = noting
+    try:
+        say(llm, ASKED, {"deferral_dial": 5.0, "deferral_max_request_loss": free / 3})
+        generate(llm, ASKED[:1], {"deferral_dial": 5.0}, max_tokens=1)  # ends are told with the next step
+    finally:
+        del seam.close_requests
     found = counts(seam)
-    spent = [seam.requests[name].settings.spent for name in seam._account_of]
     assert len(spent) == len(ASKED)
-    assert all(0 < one <= free / 3 for one in spent)
-    assert sum(spent) == pytest.approx(found["estimated_loss"])
-    accounts = [float(seam._accounts[place]) for place in seam._account_of.values()]
-    assert sum(accounts) == pytest.approx(found["estimated_loss"])
+    assert all(0 < one <= free / 3 for one in spent.values())
+    assert sum(spent.values()) == pytest.approx(found["estimated_loss"])
+    assert accounts == pytest.approx(spent)
 
 
 def test_what_cannot_be_right_is_refused_by_name(llm):
@@ -423,25 +438,27 @@ def test_another_sampler_or_signature_is_refused_and_a_replaced_one_is_an_error(
 
 
 def test_preemption_and_chunked_prefill_change_no_greedy_token_and_no_account(pair):
-    long = prompts(10, seed=8, shortest=40, longest=60)
-    expected = greedy_text(pair, long, 32)
+    tokens = 20
+    long = prompts(8, seed=8, shortest=50, longest=60)
+    expected = greedy_text(pair, long, tokens)
     tight = {"max_num_batched_tokens": 80, "num_gpu_blocks_override": 8, "block_size": 32}
     narrow = start(pair, {"rule": "opt:alpha=0.0", "max_request_loss": 0.5}, **tight)
     try:
         seam = use(narrow, rule="opt:alpha=0.0", max_request_loss=0.5)
         seam.rules = seam.reads = lambda request: True
-        assert generate(narrow, long, {"deferral_lossless": 1}, max_tokens=32) == expected
+        assert generate(narrow, long, {"deferral_lossless": 1}, max_tokens=tokens) == expected
         del seam.rules, seam.reads
         before = preemptions(narrow)
         assert before > 0
-        seam = use(narrow, rule="opt:alpha=0.0", max_request_loss=0.5)
-        generate(narrow, long, {"deferral_dial": 5.0}, max_tokens=32)
+        seam, spent = use(narrow, rule="opt:alpha=0.0", max_request_loss=0.5), {}
+        seam.requests.forget = remembering(seam.requests, spent)
+        generate(narrow, long, {"deferral_dial": 5.0}, max_tokens=tokens)
         assert preemptions(narrow) > before
         found = counts(seam)
-        spent = [seam.requests[name].settings.spent for name in seam._account_of]
+        generate(narrow, long[:1], {"deferral_lossless": 1}, max_tokens=1)
     finally:
         stop(narrow)
     # One account per request, however often it was preempted: nobody begins again at zero.
-    assert found["requests"] == len(long)
-    assert all(0 < amount <= 0.5 for amount in spent)
-    assert found["estimated_loss"] <= 0.5 * len(long)
+    assert found["requests"] == len(spent) == len(long)
+    assert all(0 < amount <= 0.5 for amount in spent.values())
+    assert sum(spent.values()) == pytest.approx(found["estimated_loss"])
