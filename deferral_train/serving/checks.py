@@ -19,6 +19,7 @@ from deferral_train.serving.blocks import needs_distribution
 from deferral_train.serving.config import KEY, ServingConfig
 
 TESTED = ((0, 32), (0, 33))  # from, up to and without: versions of vLLM that the test suite runs on
+OVERLAID = (0, 33)  # whose Python ran the engine's tests, over the compiled parts of the version before
 DRAFTERS = (
     "draft_model",
     "eagle",
@@ -58,11 +59,22 @@ def check_version(version: str) -> None:
         numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
     except ValueError:
         numbers = (0, 0)
-    if not TESTED[0] <= numbers < TESTED[1]:
+    if not TESTED[0] <= numbers < TESTED[1] and numbers != OVERLAID:
         raise InputError(
             f"vLLM {version}: this release of deferral-train works with >={low},<{high}; "
             "install one of those, or leave additional_config['deferral'] out"
         )
+
+
+def version_warning(version: str) -> str | None:
+    """What to log once at start of a version that no whole release of was tested; None for others."""
+    if not version.startswith("{}.{}.".format(*OVERLAID)):
+        return None
+    low = ".".join(map(str, TESTED[0]))
+    return (
+        f"deferral: vLLM {version} as it is distributed was not tested with this release of deferral-train: its Python "
+        f"was, over the compiled parts of {low}"
+    )
 
 
 def check_engine(vllm_config: Any, config: ServingConfig) -> Rule:
