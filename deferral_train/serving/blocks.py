@@ -269,7 +269,7 @@ def _settle_faults(rows: DraftedRows, outcome: Outcome) -> None:
 
 
 def _family(rule: Rule) -> Rule | tuple[Any, ...]:
-    """What a rule shares with those that may go through with it at other dials; the rule itself where none may."""
+    """The rule but for its dial, where rows of any dial may go through together; else the rule itself."""
     if rule.is_lossless or rule.dial is None or rule.dial_axes is None:
         return rule
     return (type(rule), *(getattr(rule, one.name) for one in fields(rule) if one.name != rule.dial.parameter))

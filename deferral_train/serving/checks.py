@@ -67,7 +67,7 @@ def check_version(version: str) -> None:
 
 
 def version_warning(version: str) -> str | None:
-    """What to log once at start of a version that no whole release of was tested; None for others."""
+    """Line for the log at the start of a version whose release was not tested whole; None for others."""
     if not version.startswith("{}.{}.".format(*OVERLAID)):
         return None
     low = ".".join(map(str, TESTED[0]))
