@@ -230,11 +230,12 @@ class Engine:
         Raises:
             InputError: a rule that this engine cannot execute.
         """
-        check_rule(rule, self.config)
+        limit = None if rule.is_lossless else max_request_loss
+        config = ServingConfig(rule=spec, max_request_loss=limit)
+        check_rule(rule, config, self.config)
         seam = self.seam
         seam.drain()
-        limit = None if rule.is_lossless else max_request_loss
-        seam.adopt(ServingConfig(rule=spec, max_request_loss=limit), rule)
+        seam.adopt(config, rule)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling]) -> Served:
         """Hand over all prompts at once and wait for the last.
