@@ -25,7 +25,7 @@ DOCS_VENV ?= .venv-docs
 # One OpenMP thread per process: two processes with two threads each run several times slower on two cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: quickstart test test-vllm check format docs bench bench-gpu fuzz clean
+.PHONY: quickstart test test-vllm check format docs bench bench-gpu bench-gpu-vllm fuzz clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -92,5 +92,22 @@ bench: $(VENV)/.installed
 bench-gpu: $(VENV)/.installed
 	PYTHONPATH=. $(BIN)/python -m benchmarks.gpu --device cuda --out benchmarks/results/gpu-$$(date +%F).json
 
+# vLLM's CUDA build in an environment of its own; the CPU build has other binaries under the same name.
+VLLM_GPU_VENV ?= .venv-vllm-gpu
+VLLM_GPU ?= vllm==0.32.0
+$(VLLM_GPU_VENV)/.installed: pyproject.toml
+	test -x $(VLLM_GPU_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_GPU_VENV)
+	$(VLLM_GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(VLLM_GPU)
+	$(VLLM_GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[train]'
+	@touch $@
+
+bench-gpu-vllm:
+	@if ! nvidia-smi >/dev/null 2>&1; then \
+		echo "make bench-gpu-vllm: SKIPPED: nvidia-smi finds no GPU here"; \
+	else \
+		$(MAKE) --no-print-directory $(VLLM_GPU_VENV)/.installed && \
+		PYTHONPATH=. $(VLLM_GPU_VENV)/bin/python -m benchmarks.vllm_gpu --out benchmarks/results/gpu-vllm-$$(date +%F).json; \
+	fi
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(DOCS_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(VLLM_GPU_VENV) $(DOCS_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -76,6 +76,9 @@ class DecodeSettings:
             at once, batch_size of them running; times are those of served tokens.
         baselines: with engine vllm, what it does by itself, without the plug-in, in the same table: no_speculation,
             lossless, block (verification), fly.
+        server: address of a vLLM server with the plug-in, http://HOST:PORT, asked in place of local models: rules are
+            then lossless, server (its own) and server:dial=X; of verifier the tokenizer is read, and batch_size
+            requests are under way at once. Its key is taken from the environment, DEFERRAL_TRAIN_API_KEY.
         kv_gib: with engine vllm, memory of its KV cache in GiB; default its own share of a GPU, 1 on a CPU.
         device: auto, cpu, cuda, cuda:N or mps.
         dtype: auto, float32, float16 or bfloat16.
@@ -84,9 +87,9 @@ class DecodeSettings:
             balanced_low_0, sequential.
     """
 
-    drafter: str
-    verifier: str
-    prompts: str
+    drafter: str = ""
+    verifier: str = ""
+    prompts: str = ""
     out: str = "runs/decode"
     rules: list[str] = field(default_factory=lambda: ["lossless"])
     prompt_format: str | None = None
@@ -121,6 +124,7 @@ class DecodeSettings:
     engine: str = ENGINES[0]
     baselines: list[str] = field(default_factory=list)
     kv_gib: float | None = None
+    server: str | None = None
     device: str = "auto"
     dtype: str = "auto"
     drafter_device: str | None = None
@@ -150,7 +154,6 @@ def _decode(config: DecodeSettings, fresh: bool) -> int:
     from deferral_train.decoding.drafting.spec import drafting_from_spec
     from deferral_train.evaluation.outputs import check_metrics, score_outputs
     from deferral_train.evaluation.specdec_bench import write_specdec_bench
-    from deferral_train.heads.rules import rule_from_spec
     from deferral_train.provenance import one_writer
 
     _check(config)
@@ -165,12 +168,12 @@ def _decode(config: DecodeSettings, fresh: bool) -> int:
         }
     )
     asked = DecodeConfig(settings, config.repetitions, config.log_tokens)
-    rules = {spec: rule_from_spec(spec, typed=config.rules) for spec in config.rules}
-    if len(rules) < len(config.rules):
-        raise InputError("rules: the same rule is given twice; name each once")
+    rules = _rules(config)
     prompts = _prompts(config)
     check_metrics(config.metrics, prompts)
-    opened = _open_engine if config.engine == "vllm" else _open_pair
+    opened = (
+        _open_server if config.server is not None else _open_engine if config.engine == "vllm" else _open_pair
+    )
     with opened(config, asked, rules, drafting.smaller if drafting is not None else ()) as (
         pair,
         rules,
@@ -188,23 +191,54 @@ def _decode(config: DecodeSettings, fresh: bool) -> int:
     return 0
 
 
+# Options that place models of one's own, and those of the engine in this process; value where they are not given.
+PLACES = {"drafter_device": None, "device_map": None}
+OF_ENGINE: dict[str, Any] = {"baselines": [], "kv_gib": None}
+
+
 def _check(config: DecodeSettings) -> None:
-    """Refuse options that the asked-for engine has not."""
+    """Refuse options that what decodes has not, and absent ones that it needs."""
     if config.engine not in ENGINES:
         raise InputError(f"engine is {config.engine!r}; use one of {', '.join(ENGINES)}")
-    if config.engine == "vllm":
-        for name in ("drafter_device", "device_map"):
-            if getattr(config, name) is not None:
-                raise InputError(
-                    f"{name} is {getattr(config, name)!r} with engine vllm: it places both models itself; leave it "
-                    "out, or decode without --engine"
-                )
-        return
-    for name, remedy in (("baselines", "vLLM's own ways of decoding"), ("kv_gib", "the KV cache of vLLM")):
-        if getattr(config, name):
+    if config.server is not None and config.engine != ENGINES[0]:
+        raise InputError(
+            f"server and engine={config.engine!r}: a server is an engine of its own; leave one of them out"
+        )
+    for name in ("drafter", "verifier", "prompts"):
+        if not getattr(config, name) and (name != "drafter" or config.server is None):
+            raise InputError(f"{name} is not given; add --{name}")
+    where = "--server" if config.server is not None else f"engine {config.engine}"
+    wrong: dict[str, Any] = {}
+    if config.server is not None or config.engine == "vllm":
+        wrong |= PLACES
+    if config.server is not None or config.engine != "vllm":
+        wrong |= OF_ENGINE
+    if config.server is not None:
+        wrong |= {"drafter": "", "device": "auto", "dtype": "auto", "accept_mismatch": False}
+    for name, absent in wrong.items():
+        if getattr(config, name) != absent:
             raise InputError(
-                f"{name} is {getattr(config, name)!r}: {remedy} needs --engine vllm; add it, or leave it out"
+                f"{name} is {getattr(config, name)!r}, which {where} does not take; leave it out"
             )
+    from deferral_train.evaluation.outputs import LIKELIHOOD
+
+    if config.server is not None and LIKELIHOOD in config.metrics:
+        raise InputError(
+            f"metrics: {LIKELIHOOD} needs the verifier's weights, and --server loads none; leave it out"
+        )
+
+
+def _rules(config: DecodeSettings) -> dict[str, Rule]:
+    """Rules by label."""
+    from deferral_train.heads.rules import rule_from_spec
+
+    if len(set(config.rules)) < len(config.rules):
+        raise InputError("rules: the same rule is given twice; name each once")
+    if config.server is not None:
+        from deferral_train.serving.server_pair import server_rules
+
+        return server_rules(config.rules)
+    return {spec: rule_from_spec(spec, typed=config.rules) for spec in config.rules}
 
 
 def _prompts(config: DecodeSettings) -> list[Prompt]:
@@ -268,6 +302,20 @@ def _open_engine(
     )
     with EnginePair(opened, list(rules.values()), asked.settings) as pair:
         yield pair, rules, asked
+
+
+@contextmanager
+def _open_server(
+    config: DecodeSettings, asked: DecodeConfig, rules: dict[str, Rule], smaller: Sequence[str]
+) -> Iterator[Opened]:
+    """A server that has the pair."""
+    from deferral_train.serving.client import ServerClient
+    from deferral_train.serving.engine_pair import check_decode
+    from deferral_train.serving.server_pair import ServerPair
+
+    check_decode(asked, "--server")
+    asked = replace(asked, settings=replace(asked.settings, blocks="served"))
+    yield ServerPair(ServerClient(config.server or ""), config.verifier), rules, asked
 
 
 def _scoring_models(config: DecodeSettings, pair: Any) -> Any:

@@ -17,11 +17,13 @@ def summarize_rule(rows: Sequence[Mapping[str, Any]], batches: Sequence[Mapping[
     first = [row for row in rows if row["repetition"] == 0]
     spent = [row["spent"] for row in rows if row.get("spent") is not None]
     ran = [batch["ran"] for batch in batches if "ran" in batch][-1:]
+    says = not ran or ran[0].get("deferrals", True)
     return {
         "quality": quality(first),
         **speed(rows, batches),
         "mean_acceptance_length": _ratio(totals["emitted"], totals["verifier_calls"]),
-        "deferral_rate": _ratio(totals["deferred"], totals["decided"]),
+        # A server does not say what its rule deferred.
+        "deferral_rate": _ratio(totals["deferred"], totals["decided"]) if says else None,
         "rejection_rate": _ratio(totals["rejected"], totals["decided"]),
         "mean_output_tokens": _ratio(sum(row["counts"]["emitted"] for row in first), len(first)),
         "verifier_calls_per_token": _ratio(totals["verifier_calls"], totals["emitted"]),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isfinite
 from typing import Any, ClassVar
 
@@ -52,6 +53,7 @@ class LearnedTokenRule(TokenRule):
     name: ClassVar[str] = "learned_token"
     dial: ClassVar[Dial] = Dial("alpha", -1.0, 1.0, lossless=None, drafter=None, unbounded=True)
     reads_drafter_confidence: ClassVar[bool] = True
+    dial_axes: ClassVar[int | None] = 2
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -60,7 +62,9 @@ class LearnedTokenRule(TokenRule):
     @property
     def alone(self) -> LearnedTokenRule:
         """The plain rule."""
-        return replace(self, priced=False) if self.priced else self
+        rule = copy.copy(self)  # whose dial may be one for each row
+        object.__setattr__(rule, "priced", False)
+        return rule
 
     def keep(self, drafter_logprobs: Tensor, verifier_logprobs: Tensor, summary: Summary) -> Tensor:
         """Bool [.., K]; with candidates fewer than V the sums run over these, as if they were all."""

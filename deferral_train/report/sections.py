@@ -157,6 +157,7 @@ def online(run: RunFolder) -> dict[str, Any] | None:
         "settings": run.summary.get("settings", {}),
         "repetitions": run.summary.get("repetitions"),
         "ran": ", ".join(dict.fromkeys(engine_name(rule["ran"]) for rule in rules.values() if "ran" in rule)),
+        "not_run": list(run.summary.get("not_run", {}).items()),
         "chart": _online_chart(rules, metrics[0]) if metrics else Markup(""),
     }
 

@@ -8,9 +8,10 @@ token whose processed verifier logit is -inf is never emitted, whatever a rule k
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -117,6 +118,8 @@ class Rule:
         drafts: False for a rule that never drafts.
         dial_is_price: it is the price of a rejection in L_spec, equation (8), so that regret at it means something.
         plug_in: decides from the models' own confidence by a formula; heads are compared with these.
+        dial_axes: axes behind the batch that the decision compares the dial over, 1 (positions) or 2 (and tokens), so
+            that rows may each have their own (`with_dials`); None where its formula takes one number.
     """
 
     name: ClassVar[str] = ""
@@ -127,6 +130,7 @@ class Rule:
     drafts: ClassVar[bool] = True
     dial_is_price: ClassVar[bool] = False
     plug_in: ClassVar[bool] = False
+    dial_axes: ClassVar[int | None] = None
 
     def __post_init__(self) -> None:
         if self.dial is not None:
@@ -138,6 +142,18 @@ class Rule:
             raise InputError(f"rule {self.name} has no dial; it takes no value {value}")
         return replace(self, **{self.dial.parameter: value})
 
+    def with_dials(self, values: Tensor) -> Self:
+        """The same rule with a dial for each row of a batch, [B]; values that `with_dial` takes, none of them lossless.
+
+        Raises:
+            InputError: a rule whose formula takes one number.
+        """
+        if self.dial is None or self.dial_axes is None:
+            raise InputError(f"rule {self.name} takes one dial for all rows; verify rows that differ apart")
+        rule = copy.copy(self)
+        object.__setattr__(rule, self.dial.parameter, values.view(-1, *(1,) * self.dial_axes))
+        return rule
+
     @property
     def dial_value(self) -> float | None:
         """The current value of the dial."""
@@ -146,9 +162,10 @@ class Rule:
     @property
     def is_lossless(self) -> bool:
         """True where the dial stands at its lossless end, so that the output follows the verifier exactly."""
-        return (
-            self.dial is not None and self.dial.lossless is not None and self.dial_value == self.dial.lossless
-        )
+        if self.dial is None or self.dial.lossless is None:
+            return False
+        value: Any = self.dial_value
+        return not isinstance(value, Tensor) and value == self.dial.lossless
 
     @property
     def checks_target(self) -> bool:

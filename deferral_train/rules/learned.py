@@ -48,6 +48,7 @@ class LearnedRule(PositionRule):
     needs = frozenset({"tv"})
     stage = "verify"
     reads_drafter_confidence = False
+    dial_axes = 1
     _own: ClassVar[Any] = None  # the head's own decision
 
     head: Any = None
@@ -67,6 +68,7 @@ class LearnedRule(PositionRule):
         if getattr(self.head, "loss", None) == "log":  # nats, not token errors
             object.__setattr__(self, "dial", replace(type(self).dial, sweep=(-5.0, 5.0)))
         object.__setattr__(self, "_own", own if callable(own) else None)
+        object.__setattr__(self, "dial_axes", None if callable(own) else 1)
         object.__setattr__(self, "stage", stage)
         object.__setattr__(self, "needs", features if stage == "draft" else features | {"tv"})
         object.__setattr__(self, "reads_drafter_confidence", bool(features & DRAFTER_CONFIDENCE_FIELDS))

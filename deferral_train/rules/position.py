@@ -35,12 +35,13 @@ class Chow(PositionRule):
     stage: ClassVar[str] = "draft"
     reads_drafter_confidence: ClassVar[bool] = True
     plug_in: ClassVar[bool] = True
+    dial_axes: ClassVar[int | None] = 1
 
     alpha: float = 0.2
 
     def defer(self, summary: Summary) -> Tensor:
         """max q < 1 - alpha, bool [..]."""
-        if self.alpha == 0:
+        if self.is_lossless:
             return summary.full(True)
         return summary["drafter_max"] < 1 - self.alpha
 
@@ -56,12 +57,13 @@ class ChowLog(PositionRule):
     stage: ClassVar[str] = "draft"
     reads_drafter_confidence: ClassVar[bool] = True
     plug_in: ClassVar[bool] = True
+    dial_axes: ClassVar[int | None] = 1
 
     alpha: float = 1.0
 
     def defer(self, summary: Summary) -> Tensor:
         """H(q) > alpha, bool [..]."""
-        if self.alpha == 0:
+        if self.is_lossless:
             return summary.full(True)
         return summary["drafter_entropy"] > self.alpha
 
@@ -79,6 +81,7 @@ class Diff(PositionRule):
     needs: ClassVar[frozenset[str]] = frozenset({"drafter_max", "verifier_max"})
     reads_drafter_confidence: ClassVar[bool] = True
     plug_in: ClassVar[bool] = True
+    dial_axes: ClassVar[int | None] = 1
 
     alpha: float = 0.2
 
@@ -99,6 +102,7 @@ class DiffLog(PositionRule):
     needs: ClassVar[frozenset[str]] = frozenset({"drafter_entropy", "verifier_entropy"})
     reads_drafter_confidence: ClassVar[bool] = True
     plug_in: ClassVar[bool] = True
+    dial_axes: ClassVar[int | None] = 1
 
     alpha: float = 0.2
 
@@ -124,6 +128,7 @@ class Opt(PositionRule):
     reads_drafter_confidence: ClassVar[bool] = True
     plug_in: ClassVar[bool] = True
     dial_is_price: ClassVar[bool] = True
+    dial_axes: ClassVar[int | None] = 1
 
     alpha: float = 0.2
 
@@ -143,6 +148,7 @@ class OptLog(PositionRule):
     reads_drafter_confidence: ClassVar[bool] = True
     plug_in: ClassVar[bool] = True
     dial_is_price: ClassVar[bool] = True
+    dial_axes: ClassVar[int | None] = 1
 
     alpha: float = 0.2
 
@@ -166,6 +172,7 @@ class OptVerifier(PositionRule):
     needs: ClassVar[frozenset[str]] = frozenset({"verifier_max", "verifier_at_drafter_argmax", "tv"})
     plug_in: ClassVar[bool] = True
     dial_is_price: ClassVar[bool] = True
+    dial_axes: ClassVar[int | None] = 1
 
     alpha: float = 0.2
 
@@ -189,6 +196,7 @@ class BiLD(PositionRule):
     dial = Dial("alpha", 0.0, MOST_NATS, lossless=0.0, drafter=None, sweep=(0.0, 8.0))
     needs = frozenset({"cross_entropy"})
     reads_drafter_confidence: ClassVar[bool] = True
+    dial_axes: ClassVar[int | None] = 1
 
     alpha: float = 0.5
     discrepancy: str = "cross_entropy"
@@ -219,6 +227,7 @@ class Fuzzy(PositionRule):
     dial: ClassVar[Dial] = Dial("threshold", 0.0, 0.7, lossless=0.0, drafter=0.7)
     needs: ClassVar[frozenset[str]] = frozenset({"js"})
     reads_drafter_confidence: ClassVar[bool] = True
+    dial_axes: ClassVar[int | None] = 1
 
     threshold: float = 0.1
 
@@ -241,6 +250,7 @@ class JuDi(PositionRule):
     dial: ClassVar[Dial] = Dial("threshold", 0.0, MOST_NATS, lossless=0.0, drafter=None, sweep=(0.0, 4.0))
     needs: ClassVar[frozenset[str]] = frozenset({"kl", "verifier_max"})
     reads_drafter_confidence: ClassVar[bool] = True
+    dial_axes: ClassVar[int | None] = 1
 
     threshold: float = 0.5
     confidence: float = 0.9

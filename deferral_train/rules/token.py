@@ -26,6 +26,7 @@ class TokenV1(TokenRule):
     dial: ClassVar[Dial] = Dial("alpha", -1.0, 1.0, lossless=-1.0, drafter=1.0)
     needs: ClassVar[frozenset[str]] = frozenset({"verifier_max"})
     monotone: ClassVar[bool] = True
+    dial_axes: ClassVar[int | None] = 2
     reads_drafter_confidence: ClassVar[bool] = True
 
     alpha: float = 0.2
@@ -44,6 +45,7 @@ class TokenV2(TokenRule):
     dial: ClassVar[Dial] = Dial("alpha", -1.0, 1.0, lossless=-1.0, drafter=1.0)
     needs: ClassVar[frozenset[str]] = frozenset({"verifier_max"})
     monotone: ClassVar[bool] = True
+    dial_axes: ClassVar[int | None] = 2
 
     alpha: float = 0.2
 
@@ -64,6 +66,7 @@ class TokenV3(TokenRule):
     dial: ClassVar[Dial] = Dial("alpha", 0.0, 1.0, lossless=None, drafter=1.0)
     needs: ClassVar[frozenset[str]] = frozenset({"verifier_max"})
     monotone: ClassVar[bool] = True
+    dial_axes: ClassVar[int | None] = 2
 
     alpha: float = 0.2
 
@@ -116,6 +119,7 @@ class LogitMargin(TokenRule):
     dial: ClassVar[Dial] = Dial("margin", 0.0, 10.0, lossless=0.0, drafter=None)
     needs: ClassVar[frozenset[str]] = frozenset({"verifier_max"})
     monotone: ClassVar[bool] = True
+    dial_axes: ClassVar[int | None] = 2
 
     margin: float = 0.5
 

@@ -7,7 +7,8 @@ a set S, the emitted token loses sum_{v not in S} q(v) gap(v), and D_TV(q, pi_To
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import copy
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -56,6 +57,7 @@ class TokenGapRule(TokenRule):
     dial_is_price: ClassVar[bool] = True
     needs = frozenset()
     reads_drafter_confidence: ClassVar[bool] = True
+    dial_axes: ClassVar[int | None] = 2
 
     head: Any = None
     alpha: float = 0.1
@@ -77,7 +79,9 @@ class TokenGapRule(TokenRule):
     @property
     def alone(self) -> TokenGapRule:
         """Each token by its own price."""
-        return replace(self, priced=False) if self.priced else self
+        rule = copy.copy(self)  # whose dial may be one for each row
+        object.__setattr__(rule, "priced", False)
+        return rule
 
     @property
     def gap_needs(self) -> frozenset[str]:

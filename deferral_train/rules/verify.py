@@ -106,7 +106,7 @@ def verify_block(
     generator: torch.Generator | None = None,
     numbers: Tensor | None = None,
     context: Summary | None = None,
-    max_request_loss: float | None = None,
+    max_request_loss: float | Tensor | None = None,
     spent: Tensor | None = None,
     verification: str = "token",
     check: bool = True,
@@ -130,7 +130,8 @@ def verify_block(
         context: summary fields [B, T, ..] that logits do not give (hidden states, positions).
         max_request_loss: limit B on the estimated loss per request (`rule.estimated_gap`, cut at 0). A token is kept
             only if spent < B and spent + cost <= B; otherwise its position is executed losslessly. B = 0 is lossless.
-            Only kept tokens that are emitted are charged.
+            Only kept tokens that are emitted are charged. A tensor [B] gives each row its own; a row whose limit is no
+            number >= 0 is lossless.
         spent: [B], what the request has spent before this block; default 0.
         verification: ``"token"`` checks each token by itself; ``"block"`` checks them together (`_accept_together`),
             which emits the same distribution and lets longer drafts stand. At temperature 0 both are one.
@@ -185,7 +186,7 @@ def verify_block(
     return verdict
 
 
-def check_together(rule: Rule, verification: str, bonus: str, limit: float | None) -> None:
+def check_together(rule: Rule, verification: str, bonus: str, limit: float | Tensor | None) -> None:
     """Refuse what a rule cannot do with a way of verifying, a bonus and a limit; messages do not name the rule.
 
     Raises:
@@ -260,7 +261,11 @@ class _Standing:
 
 
 def _accept_each(
-    block: _Block, step: RuleStep, checks: Tensor | None, gap: Tensor | None, limit: float | None
+    block: _Block,
+    step: RuleStep,
+    checks: Tensor | None,
+    gap: Tensor | None,
+    limit: float | Tensor | None,
 ) -> _Standing:
     """Accept along each row, one token after another, until one does not pass."""
     passes = _passes(block, step, checks)
@@ -298,13 +303,13 @@ def _accept_together(block: _Block, step: RuleStep, checks: Tensor) -> _Standing
 
 
 def _walk(
-    passes: Tensor, exact: Tensor, kept: Tensor, cost: Tensor, spent: Tensor, limit: float
+    passes: Tensor, exact: Tensor, kept: Tensor, cost: Tensor, spent: Tensor, limit: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Accept along each row under a limit on the loss: accepted [B], where the rule was in force [B, T], spent [B].
 
     Args:
         passes, exact: drafted tokens that stand under the rule, and under lossless execution, bool [B, T].
-        cost: estimated loss of keeping, [B, T].
+        cost: estimated loss of keeping, [B, T]. limit: of all rows, or [B].
     """
     cost = cost.double().clamp(min=0.0)
     alive = torch.ones_like(passes[:, 0])
@@ -333,7 +338,7 @@ class _Given:
     lengths: Tensor | None
     bonus: str
     context: Summary | None
-    limit: float | None
+    limit: float | Tensor | None
     spent: Tensor | None
     verification: str
 
@@ -387,7 +392,13 @@ class _Given:
                     "drafter_sampling_logits without drafter_logits; pass both, or neither (one-hot)"
                 )
         check_together(self.rule, self.verification, self.bonus, self.limit)
-        if self.limit is not None and not 0 <= float(self.limit) < float("inf"):
+        if isinstance(self.limit, Tensor):
+            if self.limit.shape != self.drafted.shape[:1]:
+                raise InputError(
+                    f"max_request_loss has shape {list(self.limit.shape)}; pass one number, or one per row, "
+                    f"{list(self.drafted.shape[:1])}"
+                )
+        elif self.limit is not None and not 0 <= float(self.limit) < float("inf"):
             raise InputError(f"max_request_loss is {self.limit}; use a finite number >= 0")
 
     def _check_drafted(self) -> tuple[int, int]:
@@ -623,7 +634,12 @@ class _Block:
         return values.gather(1, at).squeeze(1)
 
     def exact_bonus(
-        self, rule: Rule, last: Tensor | None, rejected: Tensor, spent: Tensor | None, limit: float | None
+        self,
+        rule: Rule,
+        last: Tensor | None,
+        rejected: Tensor,
+        spent: Tensor | None,
+        limit: float | Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """A token [B] of the rule's target after the block, and what is spent with it.
 

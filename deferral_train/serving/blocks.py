@@ -6,7 +6,7 @@ Knows nothing about vLLM. R rows, T drafted positions, V vocabulary, D hidden wi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -179,10 +179,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Kind:
-    """Key of rows that are verified together; ``distribution`` is True where the drafter's distribution is there."""
+    """Key of rows that are verified together.
 
-    rule: Rule
-    limit: float | None
+    Attributes:
+        rule: a rule, or what rules have in common that differ in their dial alone and compare it row by row.
+        greedy: of all rows. distribution: True where the drafter's distribution is there.
+    """
+
+    rule: Rule | tuple[Any, ...]
     greedy: bool
     distribution: bool
 
@@ -190,9 +194,9 @@ class _Kind:
 def verify(
     rows: DraftedRows, settings: Sequence[RowSettings], numbers: Tensor | None, spent: Tensor | None = None
 ) -> Outcome:
-    """Verify every row by its own settings; rows that share rule, limit and kind of sampling go through together.
+    """Verify every row by its own settings; rows of one rule and kind of sampling go through together.
 
-    Nothing is copied to the host.
+    Their dials (where the rule has `dial_axes`) and limits may differ. Nothing is copied to the host.
 
     Args:
         settings: one per row.
@@ -204,15 +208,15 @@ def verify(
     outcome = Outcome.empty(count, drafts, device)
     outcome.lengths = rows.lengths
     outcome.spent = moved([own.spent for own in settings], torch.float64, device) if spent is None else spent
-    groups: dict[_Kind, list[int]] = {}
+    groups: dict[_Kind, list[tuple[int, RowSettings]]] = {}
     for row, own in enumerate(settings):
         rule, distribution = own.rule, bool(rows.has_distribution[row]) if rows.drafter is not None else False
         if not distribution and not rule.is_lossless and needs_distribution(rule):
             outcome.unlawful.append(row)
             rule = LOSSLESS
-        limit, greedy = None if rule.is_lossless else own.limit, rows.temperatures[row] < GREEDY_BELOW
-        kind = _Kind(rule, limit, greedy, distribution and not (greedy and rule.is_lossless))
-        groups.setdefault(kind, []).append(row)
+        greedy = rows.temperatures[row] < GREEDY_BELOW
+        kind = _Kind(_family(rule), greedy, distribution and not (greedy and rule.is_lossless))
+        groups.setdefault(kind, []).append((row, replace(own, rule=rule)))
     given = rows if rows.bonus or not rows.cut else _with_bonus(rows)
     for kind, members in groups.items():
         _verify_group(given, numbers, outcome, kind, members)
@@ -264,10 +268,37 @@ def _settle_faults(rows: DraftedRows, outcome: Outcome) -> None:
     outcome.origin[:, 0].masked_fill_(fault, int(Origin.RESAMPLED))
 
 
+def _family(rule: Rule) -> Rule | tuple[Any, ...]:
+    """The rule but for its dial, where rows of any dial may go through together; else the rule itself."""
+    if rule.is_lossless or rule.dial is None or rule.dial_axes is None:
+        return rule
+    return (type(rule), *(getattr(rule, one.name) for one in fields(rule) if one.name != rule.dial.parameter))
+
+
+def _common(settings: Sequence[RowSettings], device: torch.device) -> tuple[Rule, float | Tensor | None]:
+    """The rule and the limit of rows that go through together, each one for all or one for each row."""
+    rule = settings[0].rule
+    if rule.is_lossless:
+        return rule, None
+    dials = [own.rule.dial_value for own in settings]
+    if len(set(dials)) > 1:
+        rule = rule.with_dials(moved(dials, torch.float32, device))
+    limits = [UNLIMITED if own.limit is None else own.limit for own in settings]
+    if len(set(limits)) > 1:
+        return rule, moved(limits, torch.float64, device)
+    return rule, limits[0]
+
+
 def _verify_group(
-    rows: DraftedRows, numbers: Tensor | None, outcome: Outcome, kind: _Kind, members: list[int]
+    rows: DraftedRows,
+    numbers: Tensor | None,
+    outcome: Outcome,
+    kind: _Kind,
+    group: Sequence[tuple[int, RowSettings]],
 ) -> None:
     """Verify rows of one kind together and put their verdicts into the outcome."""
+    members = [row for row, _ in group]
+    rule, limit = _common([own for _, own in group], rows.drafted.device)
     whole = len(members) == rows.drafted.shape[0]
     at = None if whole else moved(members, torch.int64, rows.drafted.device)
 
@@ -276,7 +307,7 @@ def _verify_group(
 
     verifier = pick(rows.verifier)
     drafter = pick(rows.drafter) if kind.distribution and rows.drafter is not None else None
-    context = {} if kind.rule.is_lossless else {name: pick(column) for name, column in rows.context.items()}
+    context = {} if rule.is_lossless else {name: pick(column) for name, column in rows.context.items()}
     temperature, scaled, sampling = 0.0, None, None
     if not kind.greedy:
         given = None if rows.sampling is None else pick(rows.sampling)
@@ -285,7 +316,7 @@ def _verify_group(
         )
     try:
         verdict = verify_block(
-            kind.rule,
+            rule,
             pick(rows.drafted),
             drafter,
             verifier,
@@ -296,9 +327,7 @@ def _verify_group(
             bonus="verifier" if rows.bonus else "none",
             numbers=None if kind.greedy or numbers is None else pick(numbers),
             context=Summary(context) if context else None,
-            max_request_loss=None
-            if kind.rule.is_lossless
-            else (UNLIMITED if kind.limit is None else kind.limit),
+            max_request_loss=limit,
             spent=pick(outcome.spent),
             check=False,
         )

@@ -19,7 +19,25 @@ from deferral_train.serving.blocks import needs_distribution
 from deferral_train.serving.config import KEY, ServingConfig
 
 TESTED = ((0, 32), (0, 33))  # from, up to and without: versions of vLLM that the test suite runs on
-METHODS = ("draft_model", "ngram")
+OVERLAID = (0, 33)  # whose Python ran the engine's tests, over the compiled parts of the version before
+DRAFTERS = (
+    "draft_model",
+    "eagle",
+    "eagle3",
+    "mtp",
+)  # speculative methods whose drafts have logits, on either runner
+METHODS = (*DRAFTERS, "ngram")
+# Methods that are refused by their own reason; any other was not run with this plug-in.
+REFUSED = {
+    "suffix": "its proposals are looked up, and have no logits",
+    "custom_class": "what a class of one's own drafts from is not known here",
+    "medusa": "its heads draft from one state, and the runner hands over no logits",
+    "mlp_speculator": "the runner hands over no logits of its drafts",
+    "xpress": "the runner hands over no logits of its drafts",
+    "extract_hidden_states": "it drafts nothing",
+    "dflash": "its drafts are made in parallel, and it was not run with this plug-in",
+    "dspark": "its drafts are made in parallel, and it was not run with this plug-in",
+}
 
 
 def configured(vllm_config: Any) -> ServingConfig | None:
@@ -41,11 +59,22 @@ def check_version(version: str) -> None:
         numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
     except ValueError:
         numbers = (0, 0)
-    if not TESTED[0] <= numbers < TESTED[1]:
+    if not TESTED[0] <= numbers < TESTED[1] and numbers != OVERLAID:
         raise InputError(
             f"vLLM {version}: this release of deferral-train works with >={low},<{high}; "
             "install one of those, or leave additional_config['deferral'] out"
         )
+
+
+def version_warning(version: str) -> str | None:
+    """Line for the log at the start of a version whose release was not tested whole; None for others."""
+    if not version.startswith("{}.{}.".format(*OVERLAID)):
+        return None
+    low = ".".join(map(str, TESTED[0]))
+    return (
+        f"deferral: vLLM {version} as it is distributed was not tested with this release of deferral-train: its Python "
+        f"was, over the compiled parts of {low}"
+    )
 
 
 def check_engine(vllm_config: Any, config: ServingConfig) -> Rule:
@@ -69,7 +98,7 @@ def check_engine(vllm_config: Any, config: ServingConfig) -> Rule:
         raise InputError("deferral: pipeline parallelism is not supported; use tensor parallelism")
     _check_method(speculative)
     rule = config.make_rule()
-    check_rule(rule, vllm_config)
+    check_rule(rule, config, vllm_config)
     if config.max_request_loss is not None and rule.is_lossless:
         raise InputError("deferral.max_request_loss: the rule is lossless; leave it out")
     if config.log is not None:
@@ -77,22 +106,25 @@ def check_engine(vllm_config: Any, config: ServingConfig) -> Rule:
     return rule
 
 
-def check_rule(rule: Rule, vllm_config: Any) -> None:
+def check_rule(rule: Rule, config: ServingConfig, vllm_config: Any) -> None:
     """Refuse a rule that this engine, whose settings are right, cannot execute.
 
     Raises:
         InputError: naming the rule and the remedy.
     """
     check_served(rule, vllm_config.speculative_config)
-    if not vllm_config.use_v2_model_runner:
+    if vllm_config.use_v2_model_runner:
+        check_graphs(rule, config, vllm_config)
+    else:
         check_scheduling(rule, vllm_config)
 
 
 def _check_method(speculative: Any) -> None:
     if speculative.method not in METHODS:
+        reason = REFUSED.get(speculative.method, "it was not run with this plug-in")
         raise InputError(
-            f"deferral: speculative method {speculative.method!r} was not tested with this plug-in; "
-            f"use one of {', '.join(METHODS)}"
+            f"deferral: speculative method {speculative.method!r} cannot be used with a rule: {reason}; use one of "
+            f"{', '.join(METHODS)}"
         )
     if speculative.rejection_sample_method != "standard":
         raise InputError(
@@ -153,7 +185,7 @@ def check_served(rule: Rule, speculative: Any) -> None:
         )
     if rule.is_lossless or not needs_distribution(rule):
         return
-    if speculative.method != "draft_model":
+    if speculative.method not in DRAFTERS:
         raise InputError(
             f"deferral: rule {rule.name} reads the drafter's distribution, and {speculative.method} proposals have "
             "none; use token_v3 or opt_verifier, or a draft model"
@@ -180,14 +212,32 @@ def check_scheduling(rule: Rule, vllm_config: Any) -> None:
         )
 
 
+def check_graphs(rule: Rule, config: ServingConfig, vllm_config: Any) -> None:
+    """Refuse to read a drafter's hidden states where its steps are replayed from a CUDA graph, on the V2 runner.
+
+    Raises:
+        InputError: naming who reads them and the flag.
+    """
+    reader = f"rule {rule.name}" if "drafter_hidden" in rule.needs else None
+    if config.log is not None and config.log.hidden:
+        reader = "log.hidden"
+    mode = vllm_config.compilation_config.cudagraph_mode
+    replayed = vllm_config.speculative_config.method in DRAFTERS[1:] and mode.has_full_cudagraphs()
+    if reader is not None and replayed:
+        raise InputError(
+            f"deferral: {reader} reads the drafter's hidden states, which this runner records in a CUDA graph for "
+            f"method {vllm_config.speculative_config.method!r}; start with --enforce-eager, or do without them"
+        )
+
+
 def _check_log(config: ServingConfig, speculative: Any) -> None:
     from deferral_train.traces.folder import open_folder
     from deferral_train.traces.manifest import HEADER
 
     assert config.log is not None
-    if speculative.method != "draft_model" or speculative.draft_sample_method != "probabilistic":
+    if speculative.method not in DRAFTERS or speculative.draft_sample_method != "probabilistic":
         raise InputError(
-            "deferral.log: traces need the drafter's distribution; use a draft model with "
+            f"deferral.log: traces need the drafter's distribution; use one of {', '.join(DRAFTERS)} with "
             '"draft_sample_method": "probabilistic"'
         )
     if open_folder(config.log.folder).size(HEADER) is not None and not config.log.resume:

@@ -44,7 +44,7 @@ def engine_line(
     except InputError as error:
         return None, str(error).removeprefix("deferral: ")
     lines = (
-        f"VLLM_USE_V2_MODEL_RUNNER=0 vllm serve {shlex.quote(verifier)}",
+        f"vllm serve {shlex.quote(verifier)}",
         f"--speculative-config {shlex.quote(json.dumps(speculative))}",
         f"--additional-config {shlex.quote(json.dumps({KEY: deferral}))}",
     )

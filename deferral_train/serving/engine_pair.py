@@ -75,8 +75,11 @@ def baselines(names: Sequence[str]) -> dict[str, Rule]:
     return {OWN + name: EnginesOwn(method=name) for name in names}
 
 
-def check_decode(config: DecodeConfig) -> None:
+def check_decode(config: DecodeConfig, where: str = "engine vllm") -> None:
     """Refuse what belongs to this package's loop alone.
+
+    Args:
+        where: what decodes, for messages.
 
     Raises:
         InputError: naming the option and the remedy.
@@ -97,7 +100,7 @@ def check_decode(config: DecodeConfig) -> None:
         if is_wrong:
             value = getattr(config if name == "log_tokens" else settings, name)
             given = "given" if name in ("stop", "drafting") else f"{value!r}"
-            raise InputError(f"{name} is {given} with engine vllm: {remedy}, or decode without --engine")
+            raise InputError(f"{name} is {given} with {where}: {remedy}, or decode without it")
 
 
 class EnginePair:

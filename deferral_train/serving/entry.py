@@ -41,10 +41,23 @@ def _checked_config(original: Any) -> Any:
         if config is not None:
             rule = check_engine(vllm_config, config)
             check_heads(rule, vllm_config)
+            _warn_version()
             _prepare_front(config, rule)
         return vllm_config
 
     return create_engine_config
+
+
+def _warn_version() -> None:
+    import logging
+
+    import vllm
+
+    from deferral_train.serving.checks import version_warning
+
+    text = version_warning(vllm.__version__)
+    if text is not None:
+        logging.getLogger("vllm.deferral_train").warning(text)
 
 
 def _prepare_front(config: Any, rule: Any) -> None:

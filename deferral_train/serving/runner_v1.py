@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deferral_train.errors import InputError
 from deferral_train.rules.sampling import draw
 from deferral_train.rules.summary import PREVIOUS_TOKENS
 from deferral_train.serving.blocks import GREEDY_BELOW, DraftedRows, Outcome, RowSettings, verify
@@ -30,6 +31,10 @@ PARTS = (
     "_sample",
     "propose_draft_token_ids",
 )
+
+
+# Proposers that draw their drafts where `_kept_draft` looks on, and the one whose drafts have no logits.
+PROPOSERS = ("DraftModelProposer", "EagleProposer", "NgramProposer")
 
 
 class SeamV1(Seam):
@@ -50,6 +55,7 @@ class SeamV1(Seam):
         """
         runner = self.runner
         check_parts(runner, PARTS)
+        check_proposer(runner.drafter)
         runner.rejection_sampler = self.sampler = make_sampler(runner, speculative_config, self)
         _wrap_runner(runner, self)
         if hasattr(runner.drafter, "_sample_draft_tokens"):
@@ -228,6 +234,20 @@ class SeamV1(Seam):
             mine = torch.rand(length + 1, dtype=torch.float64, device=stream.device, generator=stream)
             numbers[place, :length], numbers[place, drafts] = mine[:length], mine[length]
         return numbers
+
+
+def check_proposer(drafter: Any) -> None:
+    """Refuse a proposer that draws its drafts in a way of its own.
+
+    Raises:
+        InputError: naming it, and the runner that has the logits of its drafts.
+    """
+    found = type(drafter).__name__
+    if found not in PROPOSERS:
+        raise InputError(
+            f"deferral: this drafter has a proposer of its own ({found}), whose logits the V1 runner keeps to itself; "
+            "start with VLLM_USE_V2_MODEL_RUNNER=1"
+        )
 
 
 def _wrap_runner(runner: Any, seam: SeamV1) -> None:

@@ -234,11 +234,12 @@ class Engine:
         Raises:
             InputError: a rule that this engine cannot execute.
         """
-        check_rule(rule, self.config)
+        limit = None if rule.is_lossless else max_request_loss
+        config = ServingConfig(rule=spec, max_request_loss=limit)
+        check_rule(rule, config, self.config)
         seam = self.seam
         seam.drain()
-        limit = None if rule.is_lossless else max_request_loss
-        seam.adopt(ServingConfig(rule=spec, max_request_loss=limit), rule)
+        seam.adopt(config, rule)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling]) -> Served:
         """Hand over all prompts at once and wait for the last.
@@ -255,7 +256,9 @@ class Engine:
         if self.settings.deferral is not None:
             self.seam.drain()
         for name, one in zip(names, each):
-            if one.stop_strings:
+            if one.stop_strings and steps[name].finish == "stop":
+                if self.settings.drafter is not None:
+                    steps[name].infer(self.settings.num_draft_tokens)
                 self._cut_at_string(steps[name], one.stop_strings)
         rows = [steps[name] for name in names]
         blocks = [ServedBlocks.of(self._served.pop(name, [])) for name in names]
@@ -334,7 +337,9 @@ class Engine:
             engine.abort_request(list(names), internal=False)
             raise InputError(f"the engine refuses a request: {error}") from error
         passes = 0
-        with tqdm(total=len(names), desc="vllm", unit="text", delay=SILENT, dynamic_ncols=True) as bar:
+        with tqdm(
+            total=len(names), desc="vllm", unit="text", delay=SILENT, dynamic_ncols=True, leave=False
+        ) as bar:
             while engine.has_unfinished_requests():
                 outputs = engine.step()
                 passes += bool(outputs)
@@ -350,8 +355,6 @@ class Engine:
 
     def _cut_at_string(self, steps: Steps, strings: Sequence[str]) -> None:
         """Drop tokens behind the first that completes a stop string: the engine gives a step's tokens whole."""
-        if steps.finish != "stop":
-            return
         for end in range(1, len(steps.tokens) + 1):
             text = self.tokenizer.decode(steps.tokens[:end])
             if any(string in text for string in strings):
@@ -401,6 +404,7 @@ def _arguments(settings: EngineSettings, models: ServedModels) -> dict[str, Any]
         "dtype": models.dtype,
         "seed": settings.seed,
         "enforce_eager": cpu,
+        "use_tqdm_on_load": False,
         "enable_prefix_caching": settings.prefix_caching,
     }
     if models.drafter is not None:

@@ -40,6 +40,14 @@ class Steps:
         if metrics is not None:
             self.drafted, self.accepted = list(metrics.per_step_drafted), list(metrics.per_step_accepted)
 
+    def infer(self, drafts: int) -> None:
+        """Fill in the blocks of a request that ended by a stop string, of which the engine gives no account: every step
+        but the first had ``drafts`` drafted tokens.
+        """
+        if not self.drafted:
+            self.accepted = [delta - 1 for delta in self.deltas[1:]]
+            self.drafted = [drafts] * len(self.accepted)
+
     def cut(self, length: int) -> None:
         """Keep the first ``length`` tokens."""
         del self.tokens[length:]
@@ -97,6 +105,8 @@ def served_stats(
         at = 0
         for place, delta in enumerate(steps.deltas):
             drafts = _drafts_of(steps, at, delta, place)
+            if drafts is None and delta > 1:
+                raise RuntimeError(f"{delta} tokens of a step without drafts: {steps}")
             if drafts is None:
                 block = VerifiedBlock([0], [0], [[]], [[int(Origin.BONUS)]], [[]], [0])
                 recorder.block([row], [1], [0], block)

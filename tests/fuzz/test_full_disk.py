@@ -16,7 +16,14 @@ TESTS = Path(__file__).resolve().parents[1]
 
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the preloaded library is written for Linux")
-@pytest.mark.parametrize(("command", "every", "least"), [("collect", 11, 20), ("fit", 29, 20)])
+@pytest.mark.parametrize(
+    ("command", "every", "least"),
+    [
+        ("collect", 17, 20),
+        ("fit", 67, 20),
+        pytest.param("fit", 13, 20, marks=pytest.mark.slow),
+    ],
+)
 def test_what_was_there_is_readable_and_a_rerun_finishes(command: str, every: int, least: int) -> None:
     if compiler() is None:
         pytest.skip("needs a C compiler")

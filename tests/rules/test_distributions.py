@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import make_catalogue
 import pytest
 import reference
 import torch
@@ -50,6 +51,13 @@ def test_check_rule_accepts_our_own(name):
     for report in reports(name):
         assert report.worst <= 1e-12
         assert report.rejection <= 1e-12
+
+
+def test_the_catalogue_is_up_to_date():
+    """Here, since it says what the reports above have found."""
+    text = make_catalogue.CATALOGUE.read_text()
+    written = text.split(make_catalogue.BEGIN)[1].split(make_catalogue.END)[0].strip()
+    assert written == make_catalogue.table(), "run: python tests/rules/make_catalogue.py"
 
 
 def test_check_rule_accepts_a_draft_stage_head():

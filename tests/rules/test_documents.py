@@ -1,4 +1,4 @@
-"""docs/equations.md names what exists and all that exists; docs/catalogue.md is what check_rule finds."""
+"""docs/equations.md names what exists and all that exists (docs/catalogue.md: test_distributions.py)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import importlib.util
 import inspect
 import re
 from pathlib import Path
-
-import make_catalogue
 
 from deferral_train.rules import RULES
 
@@ -47,9 +45,3 @@ def test_every_public_function_with_an_equation_is_named():
 def test_every_rule_is_named():
     classes = {resolve(name) for name in named()}
     assert set(RULES.values()) <= classes
-
-
-def test_the_catalogue_is_up_to_date():
-    text = (DOCS / "catalogue.md").read_text()
-    written = text.split(make_catalogue.BEGIN)[1].split(make_catalogue.END)[0].strip()
-    assert written == make_catalogue.table(), "run: python tests/rules/make_catalogue.py"

@@ -440,3 +440,48 @@ def test_without_a_bonus_the_verifiers_last_row_may_be_left_out(temperature):
     assert torch.equal(whole.next_token, short.next_token)
     with pytest.raises(InputError, match="a bonus needs T\\+1"):
         verify_block(rule, drafted, drafter, verifier[:, :T])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize(
+    "rule", [rule for rule in instances() if rule.dial_axes is not None and not rule.is_lossless], ids=label
+)
+def test_rows_with_dials_and_limits_of_their_own_are_verified_as_each_would_be_alone(rule, temperature):
+    generator = torch.Generator().manual_seed(11)
+    rows, drafts, size = 24, 4, 13
+    logits = torch.randn(2, rows, drafts + 1, size, generator=generator)
+    logits[0] = logits[1] + 0.8 * logits[0]
+    drafted = (logits[0, :, :drafts] / (temperature or 1e-3)).softmax(-1).flatten(0, 1)
+    drafted = drafted.multinomial(1, generator=generator).view(rows, drafts)
+    low, high = (rule.dial.low, rule.dial.high) if rule.dial.sweep is None else rule.dial.sweep
+    dials = [low + (high - low) * (1 + row % 8) / 10 for row in range(rows)]
+    limits = torch.tensor([(1e9, 0.0, 0.3)[row % 3] for row in range(rows)], dtype=torch.float64)
+    numbers = torch.rand(rows, drafts + 1, generator=generator, dtype=torch.float64)
+    settings = {"temperature": temperature, "numbers": None if temperature == 0 else numbers}
+    together = verify_block(
+        rule.with_dials(torch.tensor(dials)), drafted, logits[0, :, :drafts], logits[1],
+        max_request_loss=limits, **settings,
+    )  # fmt: skip
+    seen = set()
+    for row in range(rows):
+        one = slice(row, row + 1)
+        alone = verify_block(
+            rule.with_dial(dials[row]), drafted[one], logits[0, one, :drafts], logits[1, one],
+            max_request_loss=float(limits[row]), **{**settings, "numbers": None if temperature == 0 else numbers[one]},
+        )  # fmt: skip
+        for name in ("accepted", "next_token", "kept", "deferred", "origin", "fault"):
+            assert torch.equal(getattr(together, name)[one], getattr(alone, name)), (name, row)
+        torch.testing.assert_close(together.spent[one], alone.spent)
+        seen.add(int(alone.kept.sum()))
+    assert len(seen) > 1  # the dials matter
+
+
+def test_limits_of_another_shape_and_dials_of_a_rule_that_takes_one_are_refused():
+    logits = torch.randn(2, 3, 3, 5)
+    drafted = torch.zeros(3, 2, dtype=torch.int64)
+    with pytest.raises(
+        InputError, match=r"max_request_loss has shape \[2\]; pass one number, or one per row, \[3\]"
+    ):
+        verify_block(make_rule("opt"), drafted, logits[0, :, :2], logits[1], max_request_loss=torch.zeros(2))
+    with pytest.raises(InputError, match="rule lossy takes one dial for all rows"):
+        make_rule("lossy").with_dials(torch.zeros(3))

@@ -306,3 +306,17 @@ def check_rows(traces, pair, asked, said, numbers, first=0):
 def preemptions(engine):
     """Requests that the engine has put aside so far, by its own counter."""
     return next(metric.value for metric in engine.get_metrics() if metric.name == "vllm:num_preemptions")
+
+
+def remembering(requests, spent):
+    """`Requests.forget` that first notes what each request has spent, into the dictionary `spent`."""
+    original = requests.forget
+
+    def forget(names):
+        names = list(names)
+        spent.update(
+            {name: requests._known[name].settings.spent for name in names if name in requests._known}
+        )
+        return original(names)
+
+    return forget

@@ -9,7 +9,7 @@ import torch
 
 from deferral_train.errors import InputError
 from deferral_train.rules import make_rule
-from deferral_train.serving.checks import check_scheduling, check_served, check_version
+from deferral_train.serving.checks import check_scheduling, check_served, check_version, version_warning
 from deferral_train.serving.config import LogConfig, RequestOptions, ServingConfig
 from deferral_train.serving.layout import last_tokens, previous_tokens
 
@@ -87,7 +87,7 @@ def test_other_peoples_extra_arguments_pass():
     assert RequestOptions.parse(None) == RequestOptions()
 
 
-@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0", "dev"])
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0", "dev"])
 def test_an_untested_engine_is_refused_by_its_version(version):
     with pytest.raises(
         InputError, match=f"vLLM {version}: this release of deferral-train works with >=0.32,<0.33"
@@ -98,6 +98,12 @@ def test_an_untested_engine_is_refused_by_its_version(version):
 def test_the_tested_engine_is_taken():
     check_version("0.32.0")
     check_version("0.32.1+cpu")
+    assert version_warning("0.32.0") is None
+
+
+def test_a_release_whose_python_alone_was_tested_is_taken_with_a_warning():
+    check_version("0.33.0")
+    assert "vLLM 0.33.1 as it is distributed was not tested" in str(version_warning("0.33.1"))
 
 
 def test_requests_name_their_traces_only_where_the_server_lets_them():

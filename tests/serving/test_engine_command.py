@@ -23,9 +23,9 @@ def chosen(spec, **more):
 def taken(line):
     """The words of a line as a shell would hand them over: model, and what the two flags say."""
     words = [word for word in shlex.split(line) if word.strip()]
-    assert words[:3] == ["VLLM_USE_V2_MODEL_RUNNER=0", "vllm", "serve"]
-    assert words[4::2] == ["--speculative-config", "--additional-config"]
-    return words[3], *(json.loads(word) for word in words[5::2])
+    assert words[:2] == ["vllm", "serve"]
+    assert words[3::2] == ["--speculative-config", "--additional-config"]
+    return words[2], *(json.loads(word) for word in words[4::2])
 
 
 @pytest.mark.parametrize(

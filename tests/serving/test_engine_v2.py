@@ -22,12 +22,11 @@ from engines import (
     exact_logits,
     generate,
     greedy_text,
-    looking_up,
-    loop,
     lossless_ends,
     p_value,
     preemptions,
     prompts,
+    remembering,
     runner_of,
     save_pair,
     start,
@@ -36,7 +35,6 @@ from engines import (
 )
 
 from deferral_train.errors import InputError
-from deferral_train.heads.rules import learned_rule
 from deferral_train.rules import make_rule
 from deferral_train.serving.blocks import RowSettings
 from deferral_train.serving.checks import check_engine
@@ -119,35 +117,6 @@ def test_a_rule_in_force_changes_the_text_and_metrics_of_engine_and_plug_in_agre
     assert found["refused_drafter_law"] == found["refused_fault"] == 0
 
 
-@pytest.mark.parametrize("spec", ["opt:alpha=0.2", "token_v3:alpha=0.3", "chow:alpha=0.3"])
-def test_rules_decide_as_in_the_loop(llm, pair, spec):
-    """On equal prefixes: the loop starts from the engine's first token. The V1 runner is held against the same loop."""
-    name, _, value = spec.partition(":alpha=")
-    seam = use(llm, rule=spec)
-    said = say(llm, SAME)
-    from_first = [row + text[:1] for row, text in zip(SAME, said)]
-    ours = loop(pair, make_rule(name, alpha=float(value)), from_first, LENGTH - 1 + DRAFTS + 1, 0.0)
-    assert ours.sequences[:, 7 : 6 + LENGTH].tolist() == [text[1:] for text in said]
-    assert min(counts(seam)["kept"], counts(seam)["rejected"]) > 0
-
-
-@pytest.mark.parametrize("kind", ["gap", "token_gap"])
-def test_learned_heads_decide_as_in_the_loop(llm, pair, tmp_path, kind):
-    """Heads that look tokens up and read the verifier's hidden state."""
-    head, texts = looking_up(pair, kind, tmp_path), []
-    for alpha in (-0.4, 0.0, 0.4):
-        rule = learned_rule(head, alpha)
-        seam = use(llm, rule="opt:alpha=0.2")
-        seam.adopt(seam.config, rule)
-        said = say(llm, SAME)
-        from_first = [row + text[:1] for row, text in zip(SAME, said)]
-        ours = loop(pair, rule, from_first, LENGTH - 1 + DRAFTS + 1, 0.0).sequences
-        assert ours[:, 7 : 6 + LENGTH].tolist() == [text[1:] for text in said]
-        texts.append((said, counts(seam)["kept"]))
-    assert texts[0][0] != texts[2][0]
-    assert texts[0][1] < texts[2][1]
-
-
 def test_a_head_that_remembers_and_reads_positions_and_the_drafters_state(llm, pair):
     """Previous tokens and positions, and hidden states of both models, against the text that came out."""
     rule, seen = make_rule("learned", head=Remembering(), alpha=0.0), []
@@ -206,10 +175,12 @@ def sampled(llm, pair, count, tokens, temperature, **sampling):
     return torch.tensor(found), drafter[:, at], verifier[:, at]
 
 
-@pytest.mark.parametrize("spec", ["opt:alpha=0.1", "token_v3:alpha=0.3"])
+@pytest.mark.parametrize(
+    "spec", ["opt:alpha=-0.2", pytest.param("token_v3:alpha=0.6", marks=pytest.mark.slow)]
+)
 def test_sampled_tokens_follow_p_first_and_pi_where_drafted(llm, pair, spec):
     use(llm, rule=spec)
-    temperature, count = 0.7, 256
+    temperature, count = 0.7, 64
     tokens, drafter, verifier = sampled(llm, pair, count, DRAFTS + 1, temperature)
     p, q = (verifier / temperature).softmax(-1), (drafter / temperature).softmax(-1)
     name, _, value = spec.partition(":alpha=")
@@ -217,12 +188,14 @@ def test_sampled_tokens_follow_p_first_and_pi_where_drafted(llm, pair, spec):
     first, rest = slice(0, 1), slice(1, DRAFTS + 1)
     assert p_value(p, tokens, drafter, verifier, first) > FAILURE
     assert p_value(pi, tokens, drafter, verifier, rest) > FAILURE
-    assert p_value(q, tokens, drafter, verifier, rest) < FAILURE  # the test can tell
+    assert (
+        max(p_value(other, tokens, drafter, verifier, rest) for other in (p, q)) < 1e-5
+    )  # the test can tell
 
 
 def test_drafted_tokens_follow_q_and_bonus_tokens_p(llm, pair):
     use(llm, rule="drafter_only")
-    tokens, drafter, verifier = sampled(llm, pair, 96, 2 * (DRAFTS + 1) + 1, 1.0)
+    tokens, drafter, verifier = sampled(llm, pair, 48, 2 * (DRAFTS + 1) + 1, 1.0)
     bonus = torch.tensor([DRAFTS + 1, 2 * (DRAFTS + 1)])
     drafted = torch.tensor([t for t in range(2 * DRAFTS + 2) if t % (DRAFTS + 1)])
     p, q = verifier.softmax(-1), drafter.softmax(-1)
@@ -233,7 +206,7 @@ def test_drafted_tokens_follow_q_and_bonus_tokens_p(llm, pair):
 
 def test_truncation_and_a_choice_of_tokens_hold_for_drafted_tokens(llm, pair):
     seam = use(llm, rule="opt:alpha=0.2")
-    tokens, _, verifier = sampled(llm, pair, 32, DRAFTS + 1, 0.8, top_k=3)
+    tokens, _, verifier = sampled(llm, pair, 16, DRAFTS + 1, 0.8, top_k=3)
     allowed = verifier.topk(4, dim=-1).indices  # one more than three: a tie of float32 may go either way
     assert (allowed == tokens[..., None]).any(-1).all()
     assert counts(seam)["kept"] > 0
@@ -303,73 +276,29 @@ def test_traces_are_those_of_the_models_over_the_text(llm, pair, tmp_path):
     assert set(np.unique(traces.column("origin"))) == {1, 2, 3}
 
 
-def test_mixed_requests_at_once_are_neither_lost_nor_mixed_up(llm, plain):
-    """96 requests over 64 places: rules, dials, limits and lossless service, greedy and sampled, some aborted."""
-    from vllm import SamplingParams
-
-    seam = use(llm, rule="opt:alpha=0.0", max_request_loss=2.0)
-    core, aborted, found = llm.llm_engine, set(), {}
-    kinds = [
-        {"deferral_lossless": 1}, {"deferral_dial": 5.0, "deferral_max_request_loss": 0.0},
-        {"deferral_dial": 5.0, "deferral_max_request_loss": 0.3}, None, {"deferral_dial": 5.0},
-    ]  # fmt: skip
-    for number in range(96):
-        sampling = 1.0 if number % 7 == 6 else 0.0
-        params = SamplingParams(
-            temperature=sampling,
-            max_tokens=LENGTH,
-            ignore_eos=True,
-            extra_args=kinds[number % 5],
-            seed=number,
-        )
-        core.add_request(f"mixed-{number}", {"prompt_token_ids": ASKED[number % 10]}, params)
-    steps = 0
-    while core.has_unfinished_requests():
-        for output in core.step():
-            if output.finished:
-                found[output.request_id] = list(output.outputs[0].token_ids)
-        steps += 1
-        if steps in (2, 4):
-            gone = [f"mixed-{number}" for number in range(96) if number % 12 == 2 * steps + 1]
-            gone = [name for name in gone if name not in found]
-            core.abort_request(gone)
-            aborted |= set(gone)
-    assert len(aborted) > 8
-    finished = {name: text for name, text in found.items() if name not in aborted}
-    assert len(finished) == 96 - len(aborted)
-    changed = []
-    for name, text in finished.items():
-        number = int(name.split("-")[1])
-        assert len(text) == LENGTH
-        if number % 7 == 6:
-            continue
-        if number % 5 in (0, 1):  # lossless, a limit of zero
-            assert text == plain[number % 10], name
-        elif number % 5 == 4:
-            changed.append(text != plain[number % 10])
-    assert len(changed) > 8
-    assert sum(changed) > len(changed) / 2
-    result = counts(seam)
-    assert result["requests"] == 96
-    assert result["refused_fault"] == 0
-    generate(llm, ASKED[:1], max_tokens=2)
-    assert len(seam.requests) <= 1  # the aborted ones are forgotten too
-    assert len(seam._account_of) <= 1
-
-
 def test_limits_hold_on_the_device_and_are_what_is_counted(llm):
     bold = use(llm, rule="opt:alpha=0.0")
     say(llm, ASKED, {"deferral_dial": 5.0})
     free = counts(bold)["estimated_loss"] / len(ASKED)
-    seam = use(llm, rule="opt:alpha=0.0")
-    say(llm, ASKED, {"deferral_dial": 5.0, "deferral_max_request_loss": free / 3})
+    seam, spent, accounts = use(llm, rule="opt:alpha=0.0"), {}, {}
+    seam.requests.forget = remembering(seam.requests, spent)
+    close = seam.close_requests
+
+    def noting(names):
+        accounts.update({name: float(seam._accounts[seam._account_of[name]]) for name in names})
+        close(names)
+
+    seam.close_requests = noting
+    try:
+        say(llm, ASKED, {"deferral_dial": 5.0, "deferral_max_request_loss": free / 3})
+        generate(llm, ASKED[:1], {"deferral_dial": 5.0}, max_tokens=1)  # ends are told with the next step
+    finally:
+        del seam.close_requests
     found = counts(seam)
-    spent = [seam.requests[name].settings.spent for name in seam._account_of]
     assert len(spent) == len(ASKED)
-    assert all(0 < one <= free / 3 for one in spent)
-    assert sum(spent) == pytest.approx(found["estimated_loss"])
-    accounts = [float(seam._accounts[place]) for place in seam._account_of.values()]
-    assert sum(accounts) == pytest.approx(found["estimated_loss"])
+    assert all(0 < one <= free / 3 for one in spent.values())
+    assert sum(spent.values()) == pytest.approx(found["estimated_loss"])
+    assert accounts == pytest.approx(spent)
 
 
 def test_what_cannot_be_right_is_refused_by_name(llm):
@@ -383,7 +312,8 @@ def test_what_cannot_be_right_is_refused_by_name(llm):
         ("speculative_config", "enable_adaptive_verification", True, "speculative_config.enable_adaptive_verif"),
         ("speculative_config", "rejection_sample_method", "block", "rejection_sample_method is 'block'"),
         ("speculative_config", "rejection_sample_method", "fly", "rejection_sample_method is 'fly'"),
-        ("speculative_config", "method", "xpress", "speculative method 'xpress' was not tested"),
+        ("speculative_config", "method", "xpress", "method 'xpress' cannot be used with a rule: the runner"),
+        ("speculative_config", "method", "suffix", "its proposals are looked up, and have no"),
         ("model_config", "enable_trace_replay", True, "model_config.enable_trace_replay"),
         (None, "watermark_config", object(), "watermark_config cannot be used with a rule"),
     ):  # fmt: skip
@@ -422,26 +352,29 @@ def test_another_sampler_or_signature_is_refused_and_a_replaced_one_is_an_error(
         runner.rejection_sampler = seam.sampler
 
 
+@pytest.mark.slow
 def test_preemption_and_chunked_prefill_change_no_greedy_token_and_no_account(pair):
-    long = prompts(10, seed=8, shortest=40, longest=60)
-    expected = greedy_text(pair, long, 32)
+    tokens = 20
+    long = prompts(8, seed=8, shortest=50, longest=60)
+    expected = greedy_text(pair, long, tokens)
     tight = {"max_num_batched_tokens": 80, "num_gpu_blocks_override": 8, "block_size": 32}
     narrow = start(pair, {"rule": "opt:alpha=0.0", "max_request_loss": 0.5}, **tight)
     try:
         seam = use(narrow, rule="opt:alpha=0.0", max_request_loss=0.5)
         seam.rules = seam.reads = lambda request: True
-        assert generate(narrow, long, {"deferral_lossless": 1}, max_tokens=32) == expected
+        assert generate(narrow, long, {"deferral_lossless": 1}, max_tokens=tokens) == expected
         del seam.rules, seam.reads
         before = preemptions(narrow)
         assert before > 0
-        seam = use(narrow, rule="opt:alpha=0.0", max_request_loss=0.5)
-        generate(narrow, long, {"deferral_dial": 5.0}, max_tokens=32)
+        seam, spent = use(narrow, rule="opt:alpha=0.0", max_request_loss=0.5), {}
+        seam.requests.forget = remembering(seam.requests, spent)
+        generate(narrow, long, {"deferral_dial": 5.0}, max_tokens=tokens)
         assert preemptions(narrow) > before
         found = counts(seam)
-        spent = [seam.requests[name].settings.spent for name in seam._account_of]
+        generate(narrow, long[:1], {"deferral_lossless": 1}, max_tokens=1)
     finally:
         stop(narrow)
     # One account per request, however often it was preempted: nobody begins again at zero.
-    assert found["requests"] == len(long)
-    assert all(0 < amount <= 0.5 for amount in spent)
-    assert found["estimated_loss"] <= 0.5 * len(long)
+    assert found["requests"] == len(spent) == len(long)
+    assert all(0 < amount <= 0.5 for amount in spent.values())
+    assert sum(spent.values()) == pytest.approx(found["estimated_loss"])

@@ -23,6 +23,9 @@ from launches import LaunchCounter
 V, T, SLOTS = 9, 3, 8
 SPEC = "opt:alpha=0.2"
 LAUNCHES = (150, 206)  # of a step's verdicts, greedy and sampled
+SETTINGS = (
+    4  # what rows with dials and limits of their own add: two copies to the device, whatever their number
+)
 
 
 @pytest.fixture
@@ -197,6 +200,30 @@ def test_a_step_costs_the_same_launches_whatever_its_rows_and_no_copy_to_the_hos
         costs.append(count.launches)
     assert len(set(costs)) == 1, costs
     assert costs[0] <= LAUNCHES[temperature > 0], count.operators
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("spec", [SPEC, "token_v3:alpha=0.3", "token_v1:alpha=0.3"])
+def test_a_step_costs_the_same_launches_whatever_the_dials_and_limits_of_its_rows(spec, temperature):
+    costs = []
+    for rows in (2, 5, 8):
+        seam, names = made(rule=spec), [f"r{row}" for row in range(rows)]
+        own = [
+            {"deferral_dial": 0.1 + 0.05 * row, "deferral_max_request_loss": 1.0 + row} for row in range(rows)
+        ]
+        scheduled(seam, [(name, temperature, one) for name, one in zip(names, own)], drafted=names)
+        step(seam, names, [3] * rows)
+        count = LaunchCounter()
+        step(seam, names, [3] * rows, seed=1, counter=count)
+        assert count.host_copies == 0, count.copies
+        costs.append(count.launches)
+    assert len(set(costs)) == 1, costs
+    alike = made(rule=spec)
+    scheduled(alike, [(name, temperature, None) for name in names], drafted=names)
+    step(alike, names, [3] * rows)
+    count = LaunchCounter()
+    step(alike, names, [3] * rows, seed=1, counter=count)
+    assert costs[0] <= count.launches + SETTINGS, (costs, count.launches)
 
 
 def test_accounts_grow_and_are_used_again():

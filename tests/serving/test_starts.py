@@ -17,6 +17,7 @@ from engines import (
     generate,
     preemptions,
     prompts,
+    remembering,
     runner_of,
     save_pair,
     seam_of,
@@ -110,19 +111,6 @@ def test_prefix_caching_chunked_prefill_and_preemption_change_no_greedy_token(pa
     assert len(spent) == 12
     assert all(0 < amount <= 0.5 for amount in spent.values())
     assert sum(spent.values()) == pytest.approx(counts(seam)["estimated_loss"])
-
-
-def remembering(requests, spent):
-    original = requests.forget
-
-    def forget(names):
-        names = list(names)
-        spent.update(
-            {name: requests._known[name].settings.spent for name in names if name in requests._known}
-        )
-        return original(names)
-
-    return forget
 
 
 def test_proposals_without_a_distribution_take_rules_that_need_none(pair, plain):

@@ -58,8 +58,17 @@ def _avoid_the_truncation_kernel() -> None:
 
 
 def _quicken(interpreter: Any) -> None:
-    """Patch ``triton.language`` once per module rather than at each launch; look for no overflows."""
+    """Patch ``triton.language`` once per module rather than at each launch; look for no overflows; types once each."""
     patch, seen = interpreter._patch_lang, set()
+    of_type, known = interpreter._get_np_dtype, {}
+
+    def of_type_once(kind: Any) -> Any:
+        name = str(kind)  # pointers have no hash
+        if name not in known:
+            known[name] = of_type(kind)
+        return known[name]
+
+    interpreter._get_np_dtype = of_type_once
 
     class Kept:
         def restore(self) -> None:
