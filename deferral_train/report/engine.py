@@ -36,11 +36,12 @@ def engine(run: RunFolder) -> dict[str, Any] | None:
 def ran(summary: Mapping[str, Any]) -> list[str]:
     """What decoded, where that was no loop of this package: engine, model runner, device and number format."""
     found = [rule["ran"] for rule in summary["rules"].values() if "ran" in rule]
-    return list(
-        dict.fromkeys(
-            f"{one['engine']}, {one['runner']} runner, {one['device']}, {one['dtype']}" for one in found
-        )
-    )
+    return list(dict.fromkeys(map(engine_name, found)))
+
+
+def engine_name(ran: Mapping[str, Any]) -> str:
+    """An engine, its model runner, device and number format in words."""
+    return f"{ran['engine']}, {ran['runner']} runner, {ran['device']}, {ran['dtype']}"
 
 
 def _row(

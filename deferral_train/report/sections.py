@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from deferral_train.evaluation.bootstrap import Interval
 from deferral_train.evaluation.online import online_table
+from deferral_train.report.engine import engine_name, ran
 from deferral_train.report.load import RunFolder
 from deferral_train.report.numbers import cell, interval, limits, nice, signed
 from deferral_train.report.svg import Series, bar_chart, line_chart
@@ -156,15 +157,10 @@ def online(run: RunFolder) -> dict[str, Any] | None:
         "metrics": metrics,
         "settings": run.summary.get("settings", {}),
         "repetitions": run.summary.get("repetitions"),
-        "ran": ", ".join(dict.fromkeys(engine_name(rule["ran"]) for rule in rules.values() if "ran" in rule)),
+        "ran": "; ".join(ran(run.summary)),
         "not_run": list(run.summary.get("not_run", {}).items()),
         "chart": _online_chart(rules, metrics[0]) if metrics else Markup(""),
     }
-
-
-def engine_name(ran: Mapping[str, Any]) -> str:
-    """A serving engine in words, from what decoding says of it."""
-    return f"{ran['engine']} ({ran['runner']} runner, {ran['device']}, {ran['dtype']})"
 
 
 def served(run: RunFolder) -> dict[str, Any] | None:

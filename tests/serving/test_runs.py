@@ -132,7 +132,7 @@ def test_a_run_in_the_engine_ends_in_served_tokens_a_second(finished, config_pat
 @pytest.mark.engine
 def test_its_page_names_engine_runner_and_version(finished):
     page, ran = (finished / "report.html").read_text(), loaded(finished / "served.json")["ran"]
-    assert f"Decoded by {ran['engine']} (V1 runner, cpu, float32)." in page
+    assert f"Decoded by {ran['engine']}, V1 runner, cpu, float32." in page
     assert "Served tokens a second" in page
     assert "no speculation" in page
 
