@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from engines import save_pair
+from engines import greedy_text, save_pair
 
 from deferral_train.cli import main
 from deferral_train.collecting import CollectConfig, collect
@@ -165,6 +165,54 @@ def test_a_verifier_wider_than_the_pairs_vocabulary_never_writes_padding(folder,
     narrow = engine.write(beginnings, [12] * 3, cut)
     assert max(token for text in narrow for token in text) < cut
     assert [len(text) for text in narrow] == [12] * 3 or 1 in [text[-1] for text in narrow]
+
+
+@torch.no_grad()
+def drawn_one_by_one(pair, beginning, numbers, temperature):
+    """The reference: every token by the inverse of the cumulative distribution, a pass over the whole text each."""
+    text = []
+    for number in numbers:
+        logits = pair.verifier(torch.tensor([[*beginning, *text]])).logits[0, -1].double()
+        below = (logits / temperature).softmax(-1).cumsum(-1)
+        text.append(int((below <= number * below[-1]).sum()))
+        if text[-1] in pair.eos_ids:
+            break
+    return text
+
+
+def written_as_the_reference_says(folder, pair, engine, count):
+    """Greedy and numbered requests side by side with plain ones, of unlike lengths, more than run at once."""
+    generator = np.random.default_rng(5)
+    beginnings = [generator.integers(4, 40, generator.integers(1, 20)).tolist() for _ in range(count)]
+    most = generator.integers(1, 9, len(beginnings)).tolist()
+    numbers = [generator.random(count).tolist() for count in most]
+    found = engine.write(beginnings, most, 40, 0.7, numbers)
+    expected = [drawn_one_by_one(pair, *both, 0.7) for both in zip(beginnings, numbers)]
+    assert found == expected
+    assert len({tuple(text) for text in found}) > len(found) // 2
+    greedy = engine.write(beginnings[:8], [6] * 8, 40)
+    for beginning, text in zip(beginnings, greedy):
+        own = greedy_text(folder, [beginning], 6)[0]
+        ends = [place for place, token in enumerate(own) if token in pair.eos_ids]
+        assert text == (own[: ends[0] + 1] if ends else own)
+
+
+@pytest.mark.engine
+def test_numbered_requests_draw_what_their_numbers_say(folder, pair, engine):
+    written_as_the_reference_says(folder, pair, engine, 80)
+
+
+@pytest.mark.engine
+@pytest.mark.v2
+def test_numbered_requests_draw_what_their_numbers_say_on_v2(folder, pair):
+    from deferral_train.serving.running import EngineSettings
+    from deferral_train.serving.writing import WritingEngine
+
+    with WritingEngine(
+        EngineSettings(str(folder / "verifier"), dtype="float32", context=64, at_once=8), sampled=True
+    ) as engine:
+        assert engine.facts["runner"] == engine.engine.runner == "V2"
+        written_as_the_reference_says(folder, pair, engine, 24)
 
 
 COMMAND = "import sys; from deferral_train.cli import main; raise SystemExit(main(sys.argv[1:]))"
