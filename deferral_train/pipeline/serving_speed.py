@@ -113,7 +113,7 @@ def sentence(served: Mapping[str, Any]) -> str:
 
 
 def conditions(served: Mapping[str, Any]) -> str:
-    """What the served speeds rest on, a sentence."""
+    """The measurement behind served speeds in a sentence: repetitions, prompts, settings, engine and machine."""
     ran = served["ran"]
     prompts = _words([str(load["prompts"]) for load in served["loads"]])
     return (

@@ -171,6 +171,7 @@ def numbers(folder):
 
 
 @pytest.mark.engine
+@pytest.mark.timeout(900)  # three processes, some fourteen starts of an engine
 def test_a_killed_run_goes_on_and_gives_the_same_numbers(finished, config_path, tmp_path):
     out = tmp_path / "killed"
     words = [sys.executable, "-c", COMMAND, "run", "--config", str(config_path), "--out", str(out)]
@@ -249,6 +250,7 @@ def rounds(folder, out, engine):
 
 
 @pytest.mark.engine
+@pytest.mark.timeout(900)
 def test_rounds_in_the_engine_are_those_of_the_loop(config_path, tmp_path):
     """Its blocks lie as the engine lays them; labels, heads and texts then agree, killed between or not."""
     folder = config_path.parent
