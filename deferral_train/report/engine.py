@@ -34,7 +34,7 @@ def engine(run: RunFolder) -> dict[str, Any] | None:
 
 
 def ran(summary: Mapping[str, Any]) -> list[str]:
-    """What decoded, where that was no loop of this package: engine, model runner, device and number format."""
+    """Engines that decoded, with model runner, device and number format; empty where this package's loop did."""
     found = [rule["ran"] for rule in summary["rules"].values() if "ran" in rule]
     return list(
         dict.fromkeys(

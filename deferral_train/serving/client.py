@@ -177,7 +177,7 @@ def _wait(headers: HTTPMessage, attempt: int) -> float:
 
 
 def _message(error: urllib.error.HTTPError) -> str:
-    """What the server says about an error, one line of it."""
+    """The server's own words about an error, one line of them."""
     try:
         text = error.read(1 << 16).decode("utf-8", "replace")
         found = json.loads(text)

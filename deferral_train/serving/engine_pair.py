@@ -262,7 +262,7 @@ class EnginePair:
         }
 
     def record(self, options: Settings) -> dict[str, Any]:
-        """What decides outputs beside rules, prompts and settings; the model runner is part of it."""
+        """Facts that decide outputs beside rules, prompts and settings; the model runner is one."""
         runner = planned_runner(self._opened(self._turns[0])) if self._turns else None
         return {
             "pair": self.models.fingerprints,

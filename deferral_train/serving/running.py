@@ -124,7 +124,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Served:
-    """What the engine gave, in the order of the requests.
+    """Texts, counts and times of requests that an engine served, in their order.
 
     Attributes:
         tokens: emitted ids of each request, end of sequence included.
@@ -201,7 +201,7 @@ class Engine:
         return self.models.engine
 
     def facts(self) -> dict[str, Any]:
-        """What ran: engine and version, model runner, device, number format, scheduling."""
+        """Engine and version, model runner, device, number format, scheduling."""
         return {
             "engine": self.name,
             "runner": self.runner,
@@ -433,7 +433,7 @@ def _arguments(settings: EngineSettings, models: ServedModels) -> dict[str, Any]
 
 
 def _started(start: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    """What ``start`` makes of the arguments; whatever vLLM raises is one line.
+    """The result of ``start`` with these arguments; whatever vLLM raises is one line.
 
     Raises:
         InputError: naming the reason.

@@ -188,7 +188,7 @@ class ServerPair:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def facts(self, options: Settings) -> dict[str, Any]:
-        """What is known of the server; neither its number formats nor its weights are."""
+        """All that is known of the server; neither its number formats nor its weights are."""
         return {
             "engine": self._engine,
             "server": self.client.address,
@@ -198,7 +198,7 @@ class ServerPair:
         }
 
     def record(self, options: Settings) -> dict[str, Any]:
-        """What decides outputs, as far as a client knows it."""
+        """Facts that decide outputs, as far as a client knows them."""
         fingerprint = tokenizer_fingerprint(self.tokenizer)
         return {
             "pair": {"tokenizer": fingerprint},
