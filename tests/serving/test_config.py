@@ -16,6 +16,7 @@ from deferral_train.serving.checks import (
     check_scheduling,
     check_served,
     check_version,
+    forced_runner,
     version_warning,
 )
 from deferral_train.serving.config import LogConfig, RequestOptions, ServingConfig
@@ -109,6 +110,20 @@ def test_the_tested_engine_is_taken():
     check_version("0.32.0")
     check_version("0.32.1+cpu")
     assert version_warning("0.32.0") is None
+
+
+def test_the_engines_refusal_of_a_forced_runner_is_one_line_with_a_remedy():
+    said = (
+        "1 validation error for VllmConfig\n  Value error, Model Runner V2 does not yet support: speculative method "
+        "'suffix', dual batch overlap [type=value_error, input_value=1]\n    For further information"
+    )
+    line = str(forced_runner(said))
+    assert "VLLM_USE_V2_MODEL_RUNNER=1 asks for" in line
+    assert "speculative method 'suffix', dual batch overlap; unset" in line
+    assert "VLLM_USE_V2_MODEL_RUNNER=0" in str(
+        forced_runner("Model Runner V1 does not support: diffusion models")
+    )
+    assert forced_runner("max_model_len is too large") is None
 
 
 def test_a_release_whose_python_alone_was_tested_is_taken_with_a_warning():
