@@ -42,10 +42,8 @@ LENGTH, REDUCED = 16, 26
 SPECS = ("opt:alpha=0.3", "chow:alpha=0.6", "token_v3:alpha=0.5")
 SLOW = pytest.mark.slow
 CASES = [
-    ("eagle", "V1"),
     ("eagle3_reduced", "V1"),
-    pytest.param("eagle3", "V1", marks=SLOW),
-    pytest.param("mtp", "V1", marks=SLOW),
+    *(pytest.param(method, "V1", marks=SLOW) for method in ("eagle", "eagle3", "mtp")),
     pytest.param("eagle3_reduced", "V2", marks=pytest.mark.v2),
     *(pytest.param(method, "V2", marks=[pytest.mark.v2, SLOW]) for method in ("eagle", "eagle3", "mtp")),
 ]
@@ -74,15 +72,16 @@ def test_a_draft_head_is_verified_as_its_checkpoint_says(tmp_path, method, runne
         pair, {"rule": SPECS[0], "max_request_loss": 9.0}, speculative={"model": str(head), "method": name}
     )
     try:
-        checks_greedy(engine, reference, asked)
-        checks_law(engine, reference, 240 if runner == "V1" else 96)
+        few = runner == "V2"  # whose kernels are interpreted
+        checks_greedy(engine, reference, asked[:4] if few else asked, SPECS[:1] if few else SPECS)
+        checks_law(engine, reference, 64 if few else 240)
     finally:
         stop(engine)
 
 
-def checks_greedy(engine, reference, asked):
+def checks_greedy(engine, reference, asked, specs):
     said, kept = {}, 0
-    for spec in SPECS:
+    for spec in specs:
         seam = use(engine, rule=spec)
         rule = seam.config.make_rule()
         before = drafted_and_accepted(engine)
