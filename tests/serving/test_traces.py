@@ -26,6 +26,7 @@ from engines import (
 
 from deferral_train.errors import InputError
 from deferral_train.rules import make_rule, summarize
+from deferral_train.serving import trace_log
 from deferral_train.serving.blocks import DraftedRows, Outcome, RowSettings, verify
 from deferral_train.serving.config import LogConfig, ServingConfig
 from deferral_train.serving.counters import Counters
@@ -378,3 +379,23 @@ def test_from_traffic_to_traces_to_a_head_that_the_engine_serves(tmp_path, runne
         assert counts(seam)["kept"] == 0
     finally:
         stop(engine)
+
+
+def test_rows_of_a_quiet_server_reach_the_folder_before_their_shard_is_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(trace_log, "WAITING_SECONDS", 0.2)
+    log, counters = logged(tmp_path / "t")
+    step, rows, outcome = step_of([f"r{n}" for n in range(4)])
+    log.take(step, rows, outcome, rows.verifier, range(4))
+    log.finished(step.names[:3])
+    end = time.monotonic() + 20
+    while counters.get("log_requests") < 3 and time.monotonic() < end:
+        time.sleep(0.05)
+    assert open_traces(tmp_path / "t", partial=True).prompt_ids == (
+        "r0",
+        "r1",
+        "r2",
+    )  # and nothing was closed
+    log.finished(step.names[3:])
+    log.close()
+    assert open_traces(tmp_path / "t", verify=True).prompt_ids == ("r0", "r1", "r2", "r3")
+    assert counters.get("log_faults") == 0
