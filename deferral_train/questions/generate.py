@@ -31,9 +31,14 @@ TRAINED = "pair"  # the part that a pair learns from
 # and does not learn to take them from the question.
 INVENTED = 0.8
 # Questions with several conditions, or two names, are the hardest to answer: it learns from so many times more of them.
-OFTENER = {"count_things": 2, "list_things": 3, "modules_of_package": 3, "joined": 3, "thing_fact": 2}
+OFTENER = {
+    **{"count_things": 2, "list_things": 2, "aggregate": 2, "top_things": 2},
+    **{"thing_fact": 3, "modules_of_package": 2, "joined": 2},
+}
+HARDER = 0.5  # share of its questions that are the harder of two that were drawn
 MISSES = 40  # drawn questions of a family in a row that cannot be kept
 _PARTS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|\d+")  # of names
+_WORD = re.compile(r"[a-z]+")
 _QUOTED = re.compile(r"'([^']*)'")
 _NUMBER = re.compile(r"(?<![\w'.])\d{2,}\b")  # of two digits or more: no limit of an order has so many
 
@@ -80,12 +85,22 @@ def _invented(question: str, text: str, parts: Sequence[str], draw: random.Rando
     question, text = (
         _NUMBER.sub(lambda found: new.get(found[0], found[0]), side) for side in (question, text)
     )
-    # Few parts for all names of a question: one that comes again is not copied by what stood before it alone.
-    few = [draw.choice(parts) for _ in range(draw.choice((2, 4, 8, 16)))]
+    # Few parts for all names of a question: one that comes again is not copied by what stood before it alone. Words of
+    # the question are among them, and pieces of words, so that whatever a tokenizer makes of a name has been copied.
+    sources = (parts, parts, parts, _WORD.findall(_QUOTED.sub("", question)))
+    few = [_piece(draw.choice(draw.choice(sources)), draw) for _ in range(draw.choice((2, 4, 8, 16)))]
     for old in dict.fromkeys(_QUOTED.findall(text)):
         name = ".".join(_word(few, draw) for _ in range(draw.choice((1, 1, 2, 3))))
         question, text = (side.replace(f"'{old}'", f"'{name}'") for side in (question, text))
     return question, text
+
+
+def _piece(word: str, draw: random.Random) -> str:
+    """A word as it is, or now and then cut or in other capitals."""
+    if draw.random() < 0.3:
+        start = draw.randrange(len(word))
+        word = word[start : draw.randint(start + 1, len(word))]
+    return draw.choice((word, word, word, word.capitalize(), word.upper()))
 
 
 def _word(parts: Sequence[str], draw: random.Random) -> str:
@@ -122,6 +137,8 @@ class _Maker:
         while waiting and len(found) < size:
             family = waiting.pop(0)
             kept = self._kept(families[family], names, draw, found)
+            if kept is not None and part == TRAINED and draw.random() < HARDER:
+                kept = self._harder(kept, self._kept(families[family], names, draw, found))
             if kept is not None:
                 drawn, answer = kept
                 question, text = drawn.question, self._written(drawn, draw)
@@ -136,6 +153,15 @@ class _Maker:
             f"questions: part {part} gave {len(found)} different questions of {size}; ask for fewer, or use a Python "
             "with more of its library's sources"
         )
+
+    @staticmethod
+    def _harder(one: tuple[Drawn, Any], other: tuple[Drawn, Any] | None) -> tuple[Drawn, Any]:
+        """Of two questions the one with more values to take over, a range counting as two; the first if alike."""
+
+        def values(kept: tuple[Drawn, Any]) -> int:
+            return sum(1 + (condition.upper is not None) for condition in kept[0].query.where)
+
+        return other if other is not None and values(other) > values(one) else one
 
     @staticmethod
     def _parts_of(names: Names) -> list[str]:
