@@ -33,9 +33,9 @@ INVENTED = 0.8
 # Questions with several conditions, or two names, are the hardest to answer: it learns from so many times more of them.
 OFTENER = {
     **{"count_things": 2, "list_things": 2, "aggregate": 2, "top_things": 2},
-    **{"thing_fact": 3, "modules_of_package": 2, "joined": 2},
+    **{"thing_fact": 4, "modules_of_package": 2, "joined": 2},
 }
-HARDER = 0.5  # share of its questions that are the harder of two that were drawn
+HARDER = 0.8  # share of its questions that are the harder of two that were drawn
 MISSES = 40  # drawn questions of a family in a row that cannot be kept
 _PARTS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|\d+")  # of names
 _WORD = re.compile(r"[a-z]+")
@@ -88,7 +88,7 @@ def _invented(question: str, text: str, parts: Sequence[str], draw: random.Rando
     # Few parts for all names of a question: one that comes again is not copied by what stood before it alone. Words of
     # the question are among them, and pieces of words, so that whatever a tokenizer makes of a name has been copied.
     sources = (parts, parts, parts, _WORD.findall(_QUOTED.sub("", question)))
-    few = [_piece(draw.choice(draw.choice(sources)), draw) for _ in range(draw.choice((2, 4, 8, 16)))]
+    few = [_piece(draw.choice(draw.choice(sources)), draw) for _ in range(draw.choice((2, 3, 4, 8, 16)))]
     for old in dict.fromkeys(_QUOTED.findall(text)):
         name = ".".join(_word(few, draw) for _ in range(draw.choice((1, 1, 2, 3))))
         question, text = (side.replace(f"'{old}'", f"'{name}'") for side in (question, text))
@@ -96,16 +96,20 @@ def _invented(question: str, text: str, parts: Sequence[str], draw: random.Rando
 
 
 def _piece(word: str, draw: random.Random) -> str:
-    """A word as it is, or now and then cut or in other capitals."""
+    """A word as it is, or now and then cut."""
     if draw.random() < 0.3:
         start = draw.randrange(len(word))
         word = word[start : draw.randint(start + 1, len(word))]
-    return draw.choice((word, word, word, word.capitalize(), word.upper()))
+    return word
+
+
+def _cased(part: str, draw: random.Random) -> str:
+    return draw.choice((part, part, part, part.lower(), part.capitalize(), part.capitalize(), part.upper()))
 
 
 def _word(parts: Sequence[str], draw: random.Random) -> str:
-    """One to three parts, now and then with a number, as real names have one."""
-    chosen = [draw.choice(parts) for _ in range(draw.choice((1, 1, 2, 2, 3)))]
+    """One to three parts, some in other capitals, now and then with a number, as real names have one."""
+    chosen = [_cased(draw.choice(parts), draw) for _ in range(draw.choice((1, 1, 2, 2, 3)))]
     if draw.random() < 0.1:
         chosen.append(str(draw.randrange(1, 65)))
     return draw.choice(("", "", "", "", "_", "__")) + draw.choice(("", "_")).join(chosen)

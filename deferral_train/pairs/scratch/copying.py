@@ -21,7 +21,7 @@ from torch import Tensor
 
 HEADS, LAYERS = 2, 2
 FAST = 6  # rotary frequencies that find a distance
-PEAK = 8.0  # nats of score that the right distance has above the next one
+PEAK = 5.0  # nats of score that the right distance has above the next one
 TURN = 0.6  # radians that a frequency may turn over a context and still compare contents
 MATCH = 8.0  # nats of score for each of the two tokens that agree
 # Lengths in the residual stream of what the two layers write, where a token's own embedding has 1.
