@@ -27,7 +27,19 @@ SKIPPED_FOLDERS = frozenset(
 # the same whichever Python makes it.
 REMOVED = frozenset(
     {
-        *("asynchat", "asyncore", "distutils", "imp", "lib2to3", "smtpd", "aifc", "audioop", "cgi", "cgitb", "chunk"),
+        *(
+            "asynchat",
+            "asyncore",
+            "distutils",
+            "imp",
+            "lib2to3",
+            "smtpd",
+            "aifc",
+            "audioop",
+            "cgi",
+            "cgitb",
+            "chunk",
+        ),
         *("crypt", "imghdr", "mailcap", "msilib", "nis", "nntplib", "ossaudiodev", "pipes", "sndhdr", "spwd"),
         *("sunau", "telnetlib", "uu", "xdrlib"),
     }
@@ -126,7 +138,11 @@ def _sources(folder: Path) -> Iterator[tuple[str, str | None, str]]:
             continue
         parts = [*relative.parts[:-1], relative.stem]
         # _sysconfigdata differs from machine to machine.
-        if parts[0] in REMOVED or not relative.stem.isidentifier() or relative.name.startswith("_sysconfigdata"):
+        if (
+            parts[0] in REMOVED
+            or not relative.stem.isidentifier()
+            or relative.name.startswith("_sysconfigdata")
+        ):
             continue
         try:
             text = path.read_text(encoding="utf-8")

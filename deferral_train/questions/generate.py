@@ -32,10 +32,11 @@ TRAINED = "pair"  # the part that a pair learns from
 INVENTED = 0.8
 # Questions with several conditions, or two names, are the hardest to answer: it learns from so many times more of them.
 OFTENER = {
-    **{"count_things": 2, "list_things": 2, "aggregate": 2, "top_things": 2},
-    **{"thing_fact": 4, "modules_of_package": 2, "joined": 2},
+    **{"count_things": 2, "list_things": 3, "aggregate": 2, "top_things": 2},
+    **{"thing_fact": 4, "modules_of_package": 4, "joined": 3},
 }
 HARDER = 0.8  # share of its questions that are the harder of two that were drawn
+GLUED = 0.5  # share of the parts of invented names that are no real word
 MISSES = 40  # drawn questions of a family in a row that cannot be kept
 _PARTS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|\d+")  # of names
 _WORD = re.compile(r"[a-z]+")
@@ -80,27 +81,29 @@ def _invented(question: str, text: str, parts: Sequence[str], draw: random.Rando
     """Question and query with invented numbers, in the order of the old ones' size, and invented names for all that is
     quoted, put together of ``parts``."""
     old_numbers = sorted({int(number) for number in _NUMBER.findall(question)})
-    numbers = sorted(draw.sample(range(10, 10 ** draw.choice((2, 3, 4))), len(old_numbers)))
+    numbers = sorted(draw.sample(range(10, 10 ** draw.choice((2, 2, 2, 3, 3, 4))), len(old_numbers)))
     new = {str(old): str(number) for old, number in zip(old_numbers, numbers)}
     question, text = (
         _NUMBER.sub(lambda found: new.get(found[0], found[0]), side) for side in (question, text)
     )
-    # Few parts for all names of a question: one that comes again is not copied by what stood before it alone. Words of
-    # the question are among them, and pieces of words, so that whatever a tokenizer makes of a name has been copied.
-    sources = (parts, parts, parts, _WORD.findall(_QUOTED.sub("", question)))
-    few = [_piece(draw.choice(draw.choice(sources)), draw) for _ in range(draw.choice((2, 3, 4, 8, 16)))]
+    # Few parts for all names of a question: one that comes again is not copied by what stood before it alone.
+    own = _WORD.findall(_QUOTED.sub("", question))
+    few = [_piece(parts, own, draw) for _ in range(draw.choice((2, 3, 4, 8, 16)))]
     for old in dict.fromkeys(_QUOTED.findall(text)):
         name = ".".join(_word(few, draw) for _ in range(draw.choice((1, 1, 2, 3))))
         question, text = (side.replace(f"'{old}'", f"'{name}'") for side in (question, text))
     return question, text
 
 
-def _piece(word: str, draw: random.Random) -> str:
-    """A word as it is, or now and then cut."""
-    if draw.random() < 0.3:
-        start = draw.randrange(len(word))
-        word = word[start : draw.randint(start + 1, len(word))]
-    return word
+def _piece(parts: Sequence[str], own: Sequence[str], draw: random.Random) -> str:
+    """A part of real names or a word of the question, or the head of one and the tail of another.
+
+    The latter bring every piece that a tokenizer may cut names into, which real words alone leave almost unseen.
+    """
+    one, other = (draw.choice(draw.choice((parts, parts, parts, own))) for _ in range(2))
+    if draw.random() < GLUED:
+        return one[: draw.randint(1, len(one))] + other[draw.randint(0, len(other)) :]
+    return one
 
 
 def _cased(part: str, draw: random.Random) -> str:

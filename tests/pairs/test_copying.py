@@ -74,7 +74,7 @@ def test_two_tokens_decide_where_one_has_several_successors(seed: int) -> None:
     needs_two = one_successor(text, 2) & ~one_successor(text, 1)
     assert needs_two.sum() > 200
     right = continued(fresh(True, seed), text) == text[:, 2:]
-    print(right[needs_two].float().mean())
+    
     assert right[needs_two].float().mean() > 0.75
 
 
@@ -101,6 +101,7 @@ def test_an_encoder_and_decoder_cannot_start_so() -> None:
 def test_settings_without_it_keep_their_hash() -> None:
     """Pairs that were trained before there was the option are found again."""
     assert PairConfig().outcome_hash() == PLAIN
-    assert PairConfig(verifier=ModelSize(8, 144, 2, 384, copies=True)).outcome_hash() != PairConfig(
-        verifier=ModelSize(8, 144, 2, 384)
-    ).outcome_hash()
+    assert (
+        PairConfig(verifier=ModelSize(8, 144, 2, 384, copies=True)).outcome_hash()
+        != PairConfig(verifier=ModelSize(8, 144, 2, 384)).outcome_hash()
+    )
