@@ -74,7 +74,6 @@ def test_two_tokens_decide_where_one_has_several_successors(seed: int) -> None:
     needs_two = one_successor(text, 2) & ~one_successor(text, 1)
     assert needs_two.sum() > 200
     right = continued(fresh(True, seed), text) == text[:, 2:]
-    
     assert right[needs_two].float().mean() > 0.75
 
 
@@ -94,7 +93,7 @@ def test_a_shape_without_room_for_the_circuit_is_refused(shape: dict[str, int]) 
 
 def test_an_encoder_and_decoder_cannot_start_so() -> None:
     size = ModelSize(2, 32, 2, 64, copies=True)
-    with pytest.raises(InputError, match="drafter.copies is for kind: llama"):
+    with pytest.raises(InputError, match=r"drafter\.copies is for kind: llama"):
         PairConfig(kind="t5", text=PairText(files=("a",), targets=("b",)), drafter=size)
 
 

@@ -134,7 +134,9 @@ def test_parts_of_invented_names_are_words_or_a_head_and_a_tail_of_two() -> None
     glued = {one[:i] + other[j:] for one in words for other in words for i in range(1, len(one) + 1)
              for j in range(len(other) + 1)}  # fmt: skip
     assert set(found) <= glued
-    assert any("tle" in part and "itle" not in part for part in found)  # a piece that no real word has by itself
+    assert any(
+        "tle" in part and "itle" not in part for part in found
+    )  # a piece that no real word has by itself
 
 
 def test_invented_names_and_numbers_are_the_same_in_question_and_query(database, questions) -> None:
