@@ -397,7 +397,7 @@ def table(summary: dict[str, Any], metrics: Sequence[str] = ()) -> list[str]:
 
 
 def engines_line(summary: dict[str, Any]) -> list[str]:
-    """What decoded, where that was not this package's loop: one line, by engine and model runner."""
+    """The engines that decoded, with their model runners, as one line; nothing where this package's loop did."""
     ran = [rule["ran"] for rule in summary["rules"].values() if "ran" in rule]
     names = dict.fromkeys(
         f"{one['engine']} ({one['runner']} runner, {one['device']}, {one['dtype']})" for one in ran

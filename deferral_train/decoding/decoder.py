@@ -1,4 +1,4 @@
-"""What ``decode`` needs of the thing that decodes: a pair in this process, a serving engine, or a server."""
+"""The interface of whatever ``decode`` decodes with: a pair in this process, a serving engine, or a server."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Decoder(Protocol):
         ...
 
     def record(self, options: Settings) -> dict[str, Any]:
-        """What decides outputs beside rules, prompts and settings: ``pair``, ``models``, ``tokenizer``,
+        """Facts that decide outputs beside rules, prompts and settings: ``pair``, ``models``, ``tokenizer``,
         ``conditions``.
         """
         ...

@@ -140,8 +140,8 @@ class Pair:
         }
 
     def record(self, options: Settings) -> dict[str, Any]:
-        """What decides outputs beside rules, prompts and settings; where models lie does not, their device does, since
-        times are measured.
+        """Facts that decide outputs beside rules, prompts and settings; where models lie does not, their device does,
+        since times are measured.
         """
         models = {"drafter": self.models.drafter, "verifier": self.models.verifier}
         models |= {f"smaller.{place}": model for place, model in enumerate(self.smaller)}

@@ -34,7 +34,7 @@ def engine(run: RunFolder) -> dict[str, Any] | None:
 
 
 def ran(summary: Mapping[str, Any]) -> list[str]:
-    """What decoded, where that was no loop of this package: engine, model runner, device and number format."""
+    """Engines that decoded, with model runner, device and number format; empty where this package's loop did."""
     found = [rule["ran"] for rule in summary["rules"].values() if "ran" in rule]
     return list(dict.fromkeys(map(engine_name, found)))
 
@@ -50,9 +50,9 @@ def _row(
     quality = [_quality(one) for one in (loop, rule)]
     return {
         "rule": label,
-        "speed": [nice(one and one["tokens_per_second"]) for one in (loop, rule)],
-        "length": [nice(one and one["mean_acceptance_length"]) for one in (loop, rule)],
-        "deferral": [nice(one and one["deferral_rate"]) for one in (loop, rule)],
+        "speed": [nice(one["tokens_per_second"] if one else None) for one in (loop, rule)],
+        "length": [nice(one["mean_acceptance_length"] if one else None) for one in (loop, rule)],
+        "deferral": [nice(one["deferral_rate"] if one else None) for one in (loop, rule)],
         "quality": quality,
         "same": "–" if agreement is None else f"{agreement.same} of {agreement.prompts}",
         "ties": "–" if agreement is None else str(agreement.ties),

@@ -213,10 +213,10 @@ def verify(
         rule, distribution = own.rule, bool(rows.has_distribution[row]) if rows.drafter is not None else False
         if not distribution and not rule.is_lossless and needs_distribution(rule):
             outcome.unlawful.append(row)
-            rule = LOSSLESS
+            own, rule = RowSettings(spent=own.spent), LOSSLESS
         greedy = rows.temperatures[row] < GREEDY_BELOW
         kind = _Kind(_family(rule), greedy, distribution and not (greedy and rule.is_lossless))
-        groups.setdefault(kind, []).append((row, replace(own, rule=rule)))
+        groups.setdefault(kind, []).append((row, own))
     given = rows if rows.bonus or not rows.cut else _with_bonus(rows)
     for kind, members in groups.items():
         _verify_group(given, numbers, outcome, kind, members)

@@ -5,6 +5,7 @@ Reads the engine's config by attribute; imports vLLM only to ask for its version
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,17 @@ def version_warning(version: str) -> str | None:
     return (
         f"deferral: vLLM {version} as it is distributed was not tested with this release of deferral-train: its Python "
         f"was, over the compiled parts of {low}"
+    )
+
+
+def forced_runner(said: str) -> str | None:
+    """One line for the engine's own refusal of the runner that the environment asks for; None for other refusals."""
+    found = re.search(r"Model Runner V([12]) (?:does not (?:yet )?support: [^\n\[]*|requires Triton)", said)
+    if found is None:
+        return None
+    return (
+        f"deferral: VLLM_USE_V2_MODEL_RUNNER={int(found[1]) - 1} asks for a runner that cannot serve this: "
+        f"{found[0].strip()}; unset the variable, or leave out what is not supported"
     )
 
 

@@ -8,7 +8,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from http.client import HTTPException, HTTPMessage
+from email.message import Message
+from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -167,7 +168,7 @@ def _address(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc}{path}"
 
 
-def _wait(headers: HTTPMessage, attempt: int) -> float:
+def _wait(headers: Message, attempt: int) -> float:
     """Seconds until the next attempt: as the server says, else longer each time; never longer than `LONGEST_WAIT`."""
     try:
         asked = float(headers.get("Retry-After", ""))
@@ -177,7 +178,7 @@ def _wait(headers: HTTPMessage, attempt: int) -> float:
 
 
 def _message(error: urllib.error.HTTPError) -> str:
-    """What the server says about an error, one line of it."""
+    """The server's own words about an error, one line of them."""
     try:
         text = error.read(1 << 16).decode("utf-8", "replace")
         found = json.loads(text)

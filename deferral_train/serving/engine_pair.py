@@ -19,7 +19,7 @@ from deferral_train.decoding.pair import BatchResult
 from deferral_train.decoding.settings import DecodeConfig, Settings
 from deferral_train.decoding.stopping import StopDrafting
 from deferral_train.errors import InputError
-from deferral_train.pairs.encode import EncodedPrompt, encode_prompts
+from deferral_train.pairs.encode import EncodedPrompt
 from deferral_train.pairs.fingerprint import tokenizer_fingerprint
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.rules import Rule
@@ -150,15 +150,11 @@ class EnginePair:
 
     def encode(self, prompts: Sequence[Prompt], options: Settings) -> list[EncodedPrompt]:
         """Ids of every prompt; refuses the first that is empty or does not fit both models' context."""
-        encoded = encode_prompts(self.tokenizer, prompts, chat=options.chat)
-        if encoded.skipped:
-            raise InputError(f"{encoded.skipped[0]}; remove it or give it a text")
-        for prompt in encoded.kept:
-            self.models.check_length(prompt, options.max_new_tokens)
-        rows = [prompt.input_ids for prompt in encoded.kept]
+        encoded = self.models.encode(prompts, options.max_new_tokens, options.chat)
+        rows = [prompt.input_ids for prompt in encoded]
         context = needed_context(rows, options.max_new_tokens, options.num_draft_tokens)
         self.settings = replace(self.settings, context=context)
-        return encoded.kept
+        return encoded
 
     def group(
         self, encoded: Sequence[EncodedPrompt], options: Settings, sort: bool
@@ -195,7 +191,13 @@ class EnginePair:
         stats = served.stats
         if options.max_request_loss is not None:
             stats = replace(stats, spent=torch.tensor(served.loss, dtype=torch.float64))
-        return BatchResult(served.tokens, stats, served.seconds, engine.facts())
+        if served.refused.get("fault"):
+            raise InputError(
+                f"rule {_spec(rule)}: {served.refused['fault']} blocks had logits that are NaN or infinite; check the "
+                "weights and dtype"
+            )
+        ran = engine.facts() | ({"served_lossless": served.refused} if served.refused else {})
+        return BatchResult(served.tokens, stats, served.seconds, ran)
 
     def _sampling(self, options: Settings, seed: int) -> Sampling:
         return Sampling(
@@ -260,7 +262,7 @@ class EnginePair:
         }
 
     def record(self, options: Settings) -> dict[str, Any]:
-        """What decides outputs beside rules, prompts and settings; the model runner is part of it."""
+        """Facts that decide outputs beside rules, prompts and settings; the model runner is one."""
         runner = planned_runner(self._opened(self._turns[0])) if self._turns else None
         return {
             "pair": self.models.fingerprints,

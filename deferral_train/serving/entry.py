@@ -34,9 +34,16 @@ def _wrap(owner: Any, name: str, make: Any) -> None:
 
 def _checked_config(original: Any) -> Any:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        vllm_config = original(self, *args, **kwargs)
-        from deferral_train.serving.checks import check_engine, check_heads, configured
+        from deferral_train.errors import InputError
+        from deferral_train.serving.checks import check_engine, check_heads, configured, forced_runner
 
+        try:
+            vllm_config = original(self, *args, **kwargs)
+        except ValueError as error:
+            line = forced_runner(str(error)) if configured(self) is not None else None
+            if line is None:
+                raise
+            raise InputError(line) from None
         config = configured(vllm_config)
         if config is not None:
             rule = check_engine(vllm_config, config)

@@ -11,9 +11,10 @@ from typing import Any
 
 from deferral_train.errors import InputError, MissingExtraError
 from deferral_train.pairs.checkpoint import Checkpoint, find_checkpoint, one_line_errors
-from deferral_train.pairs.encode import EncodedPrompt
+from deferral_train.pairs.encode import EncodedPrompt, encode_prompts
 from deferral_train.pairs.fingerprint import tokenizer_fingerprint
 from deferral_train.pairs.load import DTYPES, check_same_tokenizer, eos_ids, load_tokenizer
+from deferral_train.pairs.prompts import Prompt
 
 IN_PROCESS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # verdicts are read, and rules put in force, where they are made
@@ -148,18 +149,35 @@ class ServedModels:
             for role, found in self.checkpoints.items()
         }
 
-    def check_length(self, prompt: EncodedPrompt, max_new_tokens: int) -> None:
-        """Refuse a prompt that leaves no room for its answer.
+    def encode(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, chat: str = "auto"
+    ) -> list[EncodedPrompt]:
+        """Ids of every prompt as ``decode`` makes them, see :func:`encode_within`."""
+        return encode_within(self.tokenizer, prompts, chat, max_new_tokens, self.room)
 
-        Raises:
-            InputError: naming the prompt.
-        """
+
+def encode_within(
+    tokenizer: Any, prompts: Sequence[Prompt], chat: str, max_new_tokens: int, room: int | None
+) -> list[EncodedPrompt]:
+    """Ids of every prompt.
+
+    Args:
+        room: most tokens of a prompt and its answer; None for any.
+
+    Raises:
+        InputError: naming the first prompt that is empty or leaves no room for its answer.
+    """
+    encoded = encode_prompts(tokenizer, prompts, chat=chat)
+    if encoded.skipped:
+        raise InputError(f"{encoded.skipped[0]}; remove it or give it a text")
+    for prompt in encoded.kept:
         length = len(prompt.input_ids)
-        if self.room is not None and length + max_new_tokens > self.room:
+        if room is not None and length + max_new_tokens > room:
             raise InputError(
-                f"prompt {prompt.id}: {length} tokens and room for {max_new_tokens} more exceed the context of "
-                f"{self.room}; shorten it or lower max_new_tokens"
+                f"prompt {prompt.id}: {length} tokens and room for {max_new_tokens} more exceed the context of {room}; "
+                "shorten it or lower max_new_tokens"
             )
+    return encoded.kept
 
 
 def import_vllm() -> Any:

@@ -16,17 +16,21 @@ from typing import Any
 
 from deferral_train.decoding.stats import GenerationStats
 from deferral_train.errors import InputError
-from deferral_train.pairs.encode import EncodedPrompt, encode_prompts
+from deferral_train.pairs.encode import EncodedPrompt
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.rules import Rule
 from deferral_train.rules.summary import PREVIOUS_TOKENS
 from deferral_train.serving.checks import check_rule
 from deferral_train.serving.config import KEY, ServingConfig
+from deferral_train.serving.counters import REFUSALS
 from deferral_train.serving.models import ServedModels, import_vllm
 from deferral_train.serving.served_stats import ServedBlocks, Steps, drafter_stats, served_stats
 
 CPU_KV_GIB = 1.0  # by itself the engine takes nine tenths of a CPU machine's memory
 GIB = 1 << 30
+BEFORE_STRING = (
+    8  # tokens before the longest stop string that are looked at: text of a first token depends on those
+)
 SILENT = 10.0  # seconds before a bar is shown
 
 
@@ -124,7 +128,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Served:
-    """What the engine gave, in the order of the requests.
+    """Texts, counts and times of requests that an engine served, in their order.
 
     Attributes:
         tokens: emitted ids of each request, end of sequence included.
@@ -132,6 +136,7 @@ class Served:
         finish: why each ended: "stop" or "length".
         stats: counts, calls and token origins; row i belongs to request i.
         loss: estimated loss of each request's kept tokens, in units of the rule's estimate; 0 where no rule decided.
+        refused: blocks, or requests, that the plug-in served lossless although a rule is in force, by reason.
         seconds: wall clock from the first request handed over to the last token.
     """
 
@@ -141,6 +146,7 @@ class Served:
     stats: GenerationStats
     loss: list[float]
     seconds: float
+    refused: dict[str, int] = field(default_factory=dict)
 
 
 @contextmanager
@@ -199,7 +205,7 @@ class Engine:
         return self.models.engine
 
     def facts(self) -> dict[str, Any]:
-        """What ran: engine and version, model runner, device, number format, scheduling."""
+        """Engine and version, model runner, device, number format, scheduling."""
         return {
             "engine": self.name,
             "runner": self.runner,
@@ -212,17 +218,8 @@ class Engine:
     def encode(
         self, prompts: Sequence[Prompt], max_new_tokens: int, chat: str = "auto"
     ) -> list[EncodedPrompt]:
-        """Ids of every prompt as ``decode`` makes them; refuses the first that is empty or does not fit.
-
-        Raises:
-            InputError: naming the prompt.
-        """
-        encoded = encode_prompts(self.tokenizer, prompts, chat=chat)
-        if encoded.skipped:
-            raise InputError(f"{encoded.skipped[0]}; remove it or give it a text")
-        for prompt in encoded.kept:
-            self.models.check_length(prompt, max_new_tokens)
-        return encoded.kept
+        """Ids of every prompt as ``decode`` makes them; refuses the first that is empty or does not fit."""
+        return self.models.encode(prompts, max_new_tokens, chat)
 
     def use(self, rule: Rule, spec: str, max_request_loss: float | None = None) -> None:
         """Put a rule in force for all requests from here on, those that ask for less excepted.
@@ -240,6 +237,8 @@ class Engine:
         seam = self.seam
         seam.drain()
         seam.adopt(config, rule)
+        # A server would serve other temperatures than the certificate's lossless; here the caller has checked the head.
+        seam.requests.certified = None
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling]) -> Served:
         """Hand over all prompts at once and wait for the last.
@@ -251,15 +250,11 @@ class Engine:
         Raises:
             InputError: options that the engine does not grant.
         """
-        each, steps, passes, seconds = self._all_at_once(prompts, sampling)
+        before = self._refused()
+        steps, passes, seconds = self._all_at_once(prompts, sampling)
         names = list(steps)
         if self.settings.deferral is not None:
             self.seam.drain()
-        for name, one in zip(names, each):
-            if one.stop_strings and steps[name].finish == "stop":
-                if self.settings.drafter is not None:
-                    steps[name].infer(self.settings.num_draft_tokens)
-                self._cut_at_string(steps[name], one.stop_strings)
         rows = [steps[name] for name in names]
         blocks = [ServedBlocks.of(self._served.pop(name, [])) for name in names]
         if self.settings.role == "drafter":
@@ -273,19 +268,24 @@ class Engine:
             stats,
             [sum(block.loss) for block in blocks],
             seconds,
+            {
+                reason: count - before[reason]
+                for reason, count in self._refused().items()
+                if count > before[reason]
+            },
         )
 
     def write(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling]
     ) -> list[list[int]]:
         """As :meth:`generate`, the emitted ids alone, counting nothing."""
-        _, steps, _, _ = self._all_at_once(prompts, sampling)
+        steps, _, _ = self._all_at_once(prompts, sampling)
         return [own.tokens for own in steps.values()]
 
     def _all_at_once(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling]
-    ) -> tuple[list[Sampling], dict[str, Steps], int, float]:
-        """Each request's sampling, its steps by name, of the engine how many, and seconds."""
+    ) -> tuple[dict[str, Steps], int, float]:
+        """The steps of each request by name, of the engine how many, and seconds."""
         each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         if len(each) != len(prompts):
             raise InputError(
@@ -296,8 +296,14 @@ class Engine:
         self._served.clear()
         params = [self._params(one) for one in each]  # made outside of the time that is measured
         began = time.perf_counter()
-        steps, passes = self._run(names, prompts, params)
-        return each, steps, passes, time.perf_counter() - began
+        steps, passes = self._run(names, prompts, params, each)
+        return steps, passes, time.perf_counter() - began
+
+    def _refused(self) -> dict[str, int]:
+        """The plug-in's counters of what it served lossless, by reason; empty without it."""
+        if self.settings.deferral is None:
+            return {}
+        return {reason: int(self.seam.counters.get(f"refused_{reason}")) for reason in REFUSALS}
 
     def _params(self, sampling: Sampling) -> Any:
         from vllm import SamplingParams
@@ -310,9 +316,7 @@ class Engine:
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             seed=sampling.seed,
-            stop=list(sampling.stop_strings) or None,
-            include_stop_str_in_output=True,
-            detokenize=bool(sampling.stop_strings),
+            detokenize=False,
             allowed_token_ids=None if sampling.allowed is None else list(range(sampling.allowed)),
             repetition_penalty=self.models.repetition_penalty if penalty is None else penalty,
             ignore_eos=True,  # the ends of a text are the same as in decode, not what the engine finds out itself
@@ -322,7 +326,11 @@ class Engine:
         )
 
     def _run(
-        self, names: Sequence[str], prompts: Sequence[Sequence[int]], params: Sequence[Any]
+        self,
+        names: Sequence[str],
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[Any],
+        sampling: Sequence[Sampling],
     ) -> tuple[dict[str, Steps], int]:
         """Steps of every request, and of the engine how many."""
         from tqdm import tqdm  # comes with transformers
@@ -330,6 +338,7 @@ class Engine:
 
         engine = self.llm.llm_engine
         steps = {name: Steps() for name in names}
+        strings = {name: one.stop_strings for name, one in zip(names, sampling) if one.stop_strings}
         try:
             for name, ids, one in zip(names, prompts, params):
                 engine.add_request(name, {"prompt_token_ids": list(ids)}, one)
@@ -337,29 +346,43 @@ class Engine:
             engine.abort_request(list(names), internal=False)
             raise InputError(f"the engine refuses a request: {error}") from error
         passes = 0
-        with tqdm(
-            total=len(names), desc="vllm", unit="text", delay=SILENT, dynamic_ncols=True, leave=False
-        ) as bar:
+        bar = tqdm(total=len(names), desc="vllm", unit="text", delay=SILENT, dynamic_ncols=True, leave=False)
+        with bar:
             while engine.has_unfinished_requests():
                 outputs = engine.step()
                 passes += bool(outputs)
                 for output in outputs:
-                    steps[output.request_id].take(output.outputs[0])
-                    bar.update(int(output.finished))
+                    own = steps[output.request_id]
+                    before = len(own.tokens)
+                    own.take(output.outputs[0])
+                    ended = output.request_id in strings and self._ends_at_string(
+                        own, before, strings[output.request_id]
+                    )
+                    if ended and not output.finished:
+                        engine.abort_request([output.request_id], internal=False)
+                    bar.update(int(ended or output.finished))
         return steps, passes
+
+    def _ends_at_string(self, steps: Steps, before: int, strings: Sequence[str]) -> bool:
+        """Look for stop strings in tokens from place ``before`` on; ends the text with the token that completes one.
+
+        The engine itself would cut the step there and not say what of its block was accepted.
+        """
+        window = max(len(string.encode()) for string in strings) + BEFORE_STRING
+        for end in range(before + 1, len(steps.tokens) + 1):
+            text = self.tokenizer.decode(steps.tokens[max(0, end - window) : end])
+            if any(string in text for string in strings):
+                if self.settings.drafter is not None:
+                    steps.infer(self.settings.num_draft_tokens)
+                steps.cut(end)
+                steps.finish = "stop"
+                return True
+        return False
 
     def _noted(self, names: Sequence[str], outcome: Any) -> None:
         """Called by the plug-in with every step's verdicts; the engine's names are ours and a random part."""
         for place, name in enumerate(names):
             self._served.setdefault(name.rpartition("-")[0], []).append((outcome, place))
-
-    def _cut_at_string(self, steps: Steps, strings: Sequence[str]) -> None:
-        """Drop tokens behind the first that completes a stop string: the engine gives a step's tokens whole."""
-        for end in range(1, len(steps.tokens) + 1):
-            text = self.tokenizer.decode(steps.tokens[:end])
-            if any(string in text for string in strings):
-                steps.cut(end)
-                return
 
     def close(self) -> None:
         """End the engine and free its memory.
@@ -430,7 +453,7 @@ def _arguments(settings: EngineSettings, models: ServedModels) -> dict[str, Any]
 
 
 def _started(start: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    """What ``start`` makes of the arguments; whatever vLLM raises is one line.
+    """The result of ``start`` with these arguments; whatever vLLM raises is one line.
 
     Raises:
         InputError: naming the reason.

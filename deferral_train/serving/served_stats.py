@@ -16,7 +16,7 @@ from deferral_train.rules import Origin
 
 @dataclass
 class Steps:
-    """What an engine said of one request, step by step.
+    """Steps of one request, as an engine told of them.
 
     Attributes:
         tokens: emitted ids. deltas: how many of them each step emitted, cut at the request's end.

@@ -13,7 +13,7 @@ from deferral_train.decoding.settings import Settings
 from deferral_train.decoding.stopping import StopDrafting
 from deferral_train.errors import InputError
 from deferral_train.heads.rules import parse_spec
-from deferral_train.pairs.encode import EncodedPrompt, encode_prompts
+from deferral_train.pairs.encode import EncodedPrompt
 from deferral_train.pairs.fingerprint import tokenizer_fingerprint
 from deferral_train.pairs.load import load_tokenizer
 from deferral_train.pairs.prompts import Prompt
@@ -21,6 +21,7 @@ from deferral_train.rules import Rule, make_rule
 from deferral_train.rules.position import Lossless
 from deferral_train.serving.client import ServerClient
 from deferral_train.serving.engine_pair import HANDED_OVER
+from deferral_train.serving.models import encode_within
 from deferral_train.serving.served_stats import ServedBlocks, Steps, served_stats
 
 SERVER, DIAL = "server", "dial"
@@ -85,18 +86,11 @@ class ServerPair:
 
     def encode(self, prompts: Sequence[Prompt], options: Settings) -> list[EncodedPrompt]:
         """Ids of every prompt; refuses the first that does not fit, and a server without the plug-in."""
-        encoded = encode_prompts(self.tokenizer, prompts, chat=options.chat)
-        if encoded.skipped:
-            raise InputError(f"{encoded.skipped[0]}; remove it or give it a text")
-        room = self.client.context
-        for prompt in encoded.kept:
-            if room is not None and len(prompt.input_ids) + options.max_new_tokens > room:
-                raise InputError(
-                    f"prompt {prompt.id}: {len(prompt.input_ids)} tokens and room for {options.max_new_tokens} more "
-                    f"exceed the server's context of {room}; shorten it or lower max_new_tokens"
-                )
-        self.client.check_plug_in(encoded.kept[0].input_ids)
-        return encoded.kept
+        encoded = encode_within(
+            self.tokenizer, prompts, options.chat, options.max_new_tokens, self.client.context
+        )
+        self.client.check_plug_in(encoded[0].input_ids)
+        return encoded
 
     def group(
         self, encoded: Sequence[EncodedPrompt], options: Settings, sort: bool
@@ -194,7 +188,7 @@ class ServerPair:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def facts(self, options: Settings) -> dict[str, Any]:
-        """What is known of the server; neither its number formats nor its weights are."""
+        """All that is known of the server; neither its number formats nor its weights are."""
         return {
             "engine": self._engine,
             "server": self.client.address,
@@ -204,7 +198,7 @@ class ServerPair:
         }
 
     def record(self, options: Settings) -> dict[str, Any]:
-        """What decides outputs, as far as a client knows it."""
+        """Facts that decide outputs, as far as a client knows them."""
         fingerprint = tokenizer_fingerprint(self.tokenizer)
         return {
             "pair": {"tokenizer": fingerprint},

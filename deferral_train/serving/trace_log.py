@@ -39,6 +39,8 @@ TOGETHER = 16  # blocks turned into columns at a time: one by one it costs sever
 TOGETHER_ELEMENTS = 2**21  # of their logits
 PROMPTS = "prompts.jsonl"  # only where the user asked for request text
 CLOSING_SECONDS = 30.0
+WAITING_SECONDS = 60.0  # of finished requests for a shard to fill: what a server that is killed may lose
+IDLE = "\0"  # no request's name
 
 
 class TraceLog:
@@ -104,7 +106,7 @@ class TraceLog:
         self._taken: list[tuple[str, BlockRows]] = []
         self._open: dict[str, list[dict[str, np.ndarray]]] = {}
         self._ready: list[tuple[str, list[dict[str, np.ndarray]]]] = []
-        self._ready_rows = 0
+        self._ready_rows, self._first_ready = 0, 0.0
         self._thread = threading.Thread(target=self._work, name="deferral-traces", daemon=True)
         self._thread.start()
 
@@ -195,7 +197,10 @@ class TraceLog:
     def _work(self) -> None:
         with torch.inference_mode():
             while True:
-                name, block = self._waiting.get()
+                try:
+                    name, block = self._waiting.get(timeout=WAITING_SECONDS)
+                except queue.Empty:
+                    name, block = IDLE, None
                 try:
                     if not self._handle(name, block):
                         return
@@ -209,7 +214,7 @@ class TraceLog:
         log.exception("deferral: trace logging failed; requests are not affected")
 
     def _handle(self, name: str, block: BlockRows | None) -> bool:
-        """Act on one queued message; False after the last."""
+        """Act on one queued message, or on there being none for a while; False after the last."""
         if block is not None:
             self._taken.append((name, block))
             elements = sum(taken.verifier.numel() for _, taken in self._taken)
@@ -217,20 +222,26 @@ class TraceLog:
                 self._compute()
             return True
         self._compute()
-        for done in [name] if name else list(self._open):
+        for done in list(self._open) if not name else [name]:
             parts, called = self._open.pop(done, None), self._names.pop(done, done)
             if done in self._dropped:
                 self._dropped.discard(done)
             elif parts:
                 called = done if called in self._used else called  # ids of a header do not repeat
                 self._used.add(called)
+                self._first_ready = self._first_ready if self._ready else time.monotonic()
                 self._ready.append((called, parts))
                 self._ready_rows += sum(len(part["position"]) for part in parts)
-        if self._ready_rows >= self.settings.rows_per_shard or (not name and self._ready):
+        if self._ready and (not name or self._shard_is_due()):
             self._write()
         if not name and self.stopped is None:
             TraceWriter(self.folder, self.manifest).stop("the engine was shut down")
         return bool(name)
+
+    def _shard_is_due(self) -> bool:
+        """True where a shard is full, or its first request has waited so long that losing it would be a pity."""
+        late = time.monotonic() - self._first_ready >= WAITING_SECONDS
+        return late or self._ready_rows >= self.settings.rows_per_shard
 
     def _compute(self) -> None:
         """Columns of the blocks that were taken; a block that fails is lost alone."""

@@ -209,7 +209,8 @@ def _refuse_nan(head: DeferralHead, summary: Summary) -> None:
             bad = int((~torch.isfinite(value.float())).sum())
             if bad:
                 raise InputError(
-                    f"feature {field} is not finite in {bad} of {len(value)} rows; collect again"
+                    f"feature {field} is not finite in {bad} of {len(value)} rows; collect again, or fit without it (a "
+                    "drafter of fewer tokens than the verifier makes kl and cross_entropy infinite)"
                 )
 
 

@@ -130,8 +130,10 @@ def _states(verifier: Any) -> dict[str, Tensor]:
 
 
 def _fitted(inputs: Tensor, wanted: Tensor) -> Tensor:
-    """W [D, n] with inputs [N, n] W^T close to what is wanted [N, D]."""
-    return torch.linalg.lstsq(inputs.double(), wanted.double()).solution.T.float().contiguous()
+    """W [D, n] with inputs [N, n] W^T close to what is wanted [N, D]; a ridge, since embeddings of few words depend."""
+    inputs, wanted = inputs.double(), wanted.double()
+    ridge = 1e-3 * len(inputs) * torch.eye(inputs.shape[1], dtype=torch.float64)
+    return torch.linalg.solve(inputs.T @ inputs + ridge, inputs.T @ wanted).T.float().contiguous()
 
 
 def _normed(states: Tensor) -> Tensor:

@@ -320,3 +320,10 @@ def remembering(requests, spent):
         return original(names)
 
     return forget
+
+
+def per_block(found, prefix):
+    """Mean drafted tokens that stand per block, and its standard error."""
+    blocks = found[prefix + "blocks"]
+    mean = (found[prefix + "kept"] + found[prefix + "accepted"]) / blocks
+    return mean, ((found[prefix + "squares"] / blocks - mean**2) / blocks) ** 0.5

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,6 +14,9 @@ from deferral_train.serving import blocks
 from deferral_train.serving.blocks import DraftedRows, RowSettings, verify
 from deferral_train.serving.counters import Counters
 from deferral_train.serving.tally import tally
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from launches import LaunchCounter
 
 R, T, V = 12, 3, 9
 
@@ -211,3 +217,22 @@ def test_counters_add_up_on_every_row():
     assert sum(counters.places("reached")) == counters.get("rejected") + int(outcome.accepted.sum())
     assert counters.get("rejected") > 0
     assert counters.get("kept") > 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("spec", ["opt", "token_v3", "learned"])
+def test_what_a_step_launches_depends_neither_on_its_rows_nor_on_their_dials_and_limits(spec, temperature):
+    """As both runners have it; V1 copies the verdicts to the host once more, V2 does not."""
+    head = {"head": GapHead(("drafter_max", "kl"), hidden=(4,))} if spec == "learned" else {}
+    rule, whole, costs = make_rule(spec, alpha=0.5, **head), rows([temperature] * R), []
+    whole.lengths = torch.full((R,), T)
+    for count in (2, 5, R):
+        at = slice(0, count)
+        cut = [part[at] for part in (whole.drafted, whole.lengths, whole.verifier)]
+        block = DraftedRows(*cut, [temperature] * count, whole.drafter[at], [True] * count)
+        settings = [RowSettings(rule.with_dial(0.1 + 0.05 * row), 1.0 + row) for row in range(count)]
+        with LaunchCounter() as launches:
+            verify(block, settings, None if temperature == 0 else numbers()[at])
+        assert launches.host_copies == 0, launches.copies
+        costs.append(launches.launches)
+    assert len(set(costs)) == 1, costs

@@ -7,8 +7,10 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from tiny_models import tiny_tokenizer
 
 from deferral_train.cli import main
+from deferral_train.decoding.outputs import read_lines
 from deferral_train.errors import InputError
 from deferral_train.serving import client as client_module
 from deferral_train.serving.client import KEY_VARIABLE, TRIES, ServerClient
@@ -123,6 +125,62 @@ def test_a_server_without_the_plug_in_is_refused(stub):
     stub.on_completion((400, {}, {"error": {"message": "prompt is too long"}}))
     with pytest.raises(InputError, match="answers 400: prompt is too long"):
         client.check_plug_in([1])
+
+
+def completion(tokens, **metrics):
+    choice = {"token_ids": tokens, "finish_reason": "length"}
+    return 200, {}, {"choices": [choice], "metrics": {"speculative_decoding": metrics} if metrics else None}
+
+
+@pytest.mark.parametrize(
+    ("answer", "line"),
+    [
+        (completion([5, 6, 7]), "start it with --per-request-spec-decode-metrics detailed"),
+        (completion([5, -6], per_step_drafted=[4], per_step_accepted=[0]), "gives no token ids"),
+        (completion("abc", per_step_drafted=[4], per_step_accepted=[0]), "gives no token ids"),
+        ((200, {}, {"choices": []}), "gives no token ids; decode needs a server of vLLM 0.32"),
+        ((500, {}, b"<html>"), "fails with status 500: <html>; see the server's log"),
+    ],
+)
+def test_answers_that_do_not_say_enough(stub, tmp_path, capsys, answer, line):
+    tiny_tokenizer().save_pretrained(tmp_path / "verifier")
+    (tmp_path / "p.txt").write_text("w1 w2\n")
+    stub.on_completion((400, {}, {"error": {"message": "deferral_probe is unknown"}}), answer)
+    given = (
+        f"decode --server {stub.address} --verifier {tmp_path / 'verifier'} --prompts {tmp_path / 'p.txt'}"
+    )
+    assert main([*given.split(), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert line in said[-1]
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_blocks_are_read_off_an_answer(stub, tmp_path, capsys):
+    """First token undrafted, blocks of 4 with 2, 4 and 1 accepted, the last one cut by the length."""
+    tiny_tokenizer().save_pretrained(tmp_path / "verifier")
+    (tmp_path / "p.txt").write_text("w1 w2\n")
+    tokens = list(range(10, 20))
+    told = completion(tokens, per_step_drafted=[4, 4, 4], per_step_accepted=[2, 4, 1])
+    stub.on_completion((400, {}, {"error": {"message": "deferral_probe is unknown"}}), told)
+    given = (
+        f"decode --server {stub.address} --verifier {tmp_path / 'verifier'} --prompts {tmp_path / 'p.txt'}"
+    )
+    assert main([*given.split(), "--out", str(tmp_path / "out"), "--num_draft_tokens", "4"]) == 0
+    bodies = [json.loads(body) for method, _, _, body in stub.seen if method == "POST"]
+    assert [body.get("vllm_xargs") for body in bodies[1:]] == [
+        {"deferral_lossless": 1},
+        None,
+    ] * 2  # warming up, too
+    lossless, server = read_lines(tmp_path / "out" / "outputs.jsonl")
+    assert (lossless["rule"], server["rule"]) == ("lossless", "server")
+    assert server["tokens"] == tokens
+    assert server["origin"] == [4, 2, 2, 3, 2, 2, 2, 2, 4, 2]
+    assert server["counts"] == {
+        "drafted": 12, "kept": 0, "accepted": 7, "unverified": 0, "rejected": 1, "discarded": 4, "resampled": 1,
+        "bonus": 2, "deferred": 0, "decided": 8, "verifier_calls": 4, "drafter_calls": 12, "emitted": 10,
+    }  # fmt: skip
+    assert lossless["counts"] == {**server["counts"], "deferred": 8}
+    assert " - " in capsys.readouterr().out.splitlines()[2]  # nobody says what the rule deferred
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,9 +11,18 @@ import torch
 
 from deferral_train.errors import InputError
 from deferral_train.rules import make_rule
-from deferral_train.serving.checks import check_scheduling, check_served, check_version, version_warning
+from deferral_train.serving.checks import (
+    check_graphs,
+    check_scheduling,
+    check_served,
+    check_version,
+    forced_runner,
+    version_warning,
+)
 from deferral_train.serving.config import LogConfig, RequestOptions, ServingConfig
+from deferral_train.serving.counters import BLOCK_COUNTERS, OTHER_COUNTERS, REFUSALS
 from deferral_train.serving.layout import last_tokens, previous_tokens
+from deferral_train.serving.runner_v1 import check_proposer
 
 
 @pytest.mark.parametrize(
@@ -101,6 +112,20 @@ def test_the_tested_engine_is_taken():
     assert version_warning("0.32.0") is None
 
 
+def test_the_engines_refusal_of_a_forced_runner_is_one_line_with_a_remedy():
+    said = (
+        "1 validation error for VllmConfig\n  Value error, Model Runner V2 does not yet support: speculative method "
+        "'suffix', dual batch overlap [type=value_error, input_value=1]\n    For further information"
+    )
+    line = str(forced_runner(said))
+    assert "VLLM_USE_V2_MODEL_RUNNER=1 asks for" in line
+    assert "speculative method 'suffix', dual batch overlap; unset" in line
+    assert "VLLM_USE_V2_MODEL_RUNNER=0" in str(
+        forced_runner("Model Runner V1 does not support: diffusion models")
+    )
+    assert forced_runner("max_model_len is too large") is None
+
+
 def test_a_release_whose_python_alone_was_tested_is_taken_with_a_warning():
     check_version("0.33.0")
     assert "vLLM 0.33.1 as it is distributed was not tested" in str(version_warning("0.33.1"))
@@ -145,3 +170,53 @@ def test_a_rule_that_judges_blocks_needs_drafts_longer_than_its_window():
         InputError, match="rule fly waits for 3 drafted tokens behind one, and num_speculative_tokens is 3"
     ):
         check_served(make_rule("fly", window=3), speculative)
+
+
+def test_hidden_states_of_a_drafter_in_a_cuda_graph_are_refused_by_who_reads_them():
+    def engine(method, full):
+        mode = SimpleNamespace(has_full_cudagraphs=lambda: full)
+        return SimpleNamespace(
+            speculative_config=SimpleNamespace(method=method),
+            compilation_config=SimpleNamespace(cudagraph_mode=mode),
+        )
+
+    class Reading:
+        features, stage = ("drafter_hidden",), "verify"
+
+        def gap(self, summary):
+            return summary.drafter_hidden.sum(-1)
+
+    rule, plain = make_rule("learned", head=Reading()), ServingConfig(rule="opt")
+    line = "rule learned reads the drafter's hidden states, .* method 'eagle3'; start with --enforce-eager"
+    with pytest.raises(InputError, match=line):
+        check_graphs(rule, plain, engine("eagle3", True))
+    logging = ServingConfig(rule="opt", log=LogConfig("f", hidden=True))
+    with pytest.raises(InputError, match=r"log\.hidden reads the drafter's hidden states"):
+        check_graphs(make_rule("opt"), logging, engine("mtp", True))
+    check_graphs(rule, logging, engine("draft_model", True))  # whose steps are never replayed
+    check_graphs(rule, logging, engine("eagle3", False))
+    check_graphs(make_rule("opt"), plain, engine("eagle3", True))
+
+
+def test_a_proposer_of_its_own_is_refused_on_v1():
+    class Gemma4Proposer:
+        pass
+
+    class EagleProposer:
+        pass
+
+    check_proposer(EagleProposer())
+    with pytest.raises(
+        InputError, match=r"proposer of its own \(Gemma4Proposer\), .* VLLM_USE_V2_MODEL_RUNNER=1"
+    ):
+        check_proposer(Gemma4Proposer())
+
+
+def test_the_queries_of_the_page_ask_for_counters_that_are_exported():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "serving_vllm.md").read_text(encoding="utf-8")
+    asked = set(re.findall(r"deferral:(\w+)_total", page))
+    exported = {*BLOCK_COUNTERS, *OTHER_COUNTERS, "refused", *(f"shadow_{name}" for name in BLOCK_COUNTERS)}
+    assert len(asked) > 10
+    assert asked <= exported
+    reasons = re.search(r"`refused_total\{reason\}` \| served lossless: (.*) \|", page)[1]
+    assert re.findall(r"`(\w+)`", reasons) == list(REFUSALS)

@@ -253,3 +253,19 @@ def test_one_report_shows_both(both):
     assert section.count("<td>24 of 24</td><td>0</td>") == 6
     assert "not run: the V1 runner" in section
     assert "Texts that differ" not in section
+
+
+@pytest.mark.v2
+def test_the_v2_runner_writes_the_loops_text_and_has_block_verification(pair, questions, tmp_path):
+    rules = ["--rules", "lossless", "opt:alpha=0.2", "--limit", "8"]
+    assert main(words(pair, questions, tmp_path / "decode", *rules, "--blocks", "served")) == 0
+    more = ["--engine", "vllm", "--baselines", "block", "fly"]
+    assert main(words(pair, questions, tmp_path / "engine", *rules, *more)) == 0
+    loop, engine = rows_of(tmp_path / "decode"), rows_of(tmp_path / "engine")
+    check_same(loop, engine)
+    for (label, name), row in engine.items():
+        if label == "vllm:block":  # at temperature 0 blocks are verified token by token, whatever the method
+            assert {**row, "rule": "lossless"} == engine["lossless", name]
+    summary = json.loads((tmp_path / "engine" / "summary.json").read_text())
+    assert summary["rules"]["vllm:block"]["ran"]["runner"] == "V2"
+    assert list(summary["not_run"]) == ["vllm:fly"]

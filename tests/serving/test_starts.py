@@ -211,6 +211,14 @@ def test_the_engine_refuses_to_start_in_one_line(pair, deferral, settings, line)
     assert "\n" not in str(found.value)
 
 
+def test_a_runner_that_the_engine_cannot_have_is_refused_in_one_line(pair, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    line = "VLLM_USE_V2_MODEL_RUNNER=1 asks for a runner that cannot serve this: Model Runner V2 requires Triton; unset"
+    with pytest.raises(InputError, match=line) as found:
+        start(pair, {"rule": "opt:alpha=0.2"})
+    assert "\n" not in str(found.value)
+
+
 @pytest.mark.parametrize(
     ("stage", "recorded", "line"),
     [("verify", {"vocab_size": 9}, "vocab"), ("draft", {}, "has a draft-stage head")],
