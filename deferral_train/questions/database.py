@@ -23,6 +23,27 @@ SKIPPED_FOLDERS = frozenset(
         *("encodings", "pydoc_data", "__pycache__", "__phello__"),
     }
 )
+# Gone from Python 3.12 (PEP 632, lib2to3 from 3.13, and others) and 3.13 (PEP 594): without them the database is much
+# the same whichever Python makes it.
+REMOVED = frozenset(
+    {
+        *(
+            "asynchat",
+            "asyncore",
+            "distutils",
+            "imp",
+            "lib2to3",
+            "smtpd",
+            "aifc",
+            "audioop",
+            "cgi",
+            "cgitb",
+            "chunk",
+        ),
+        *("crypt", "imghdr", "mailcap", "msilib", "nis", "nntplib", "ossaudiodev", "pipes", "sndhdr", "spwd"),
+        *("sunau", "telnetlib", "uu", "xdrlib"),
+    }
+)
 FILE = "stdlib.sqlite"
 FEWEST_MODULES = 100
 SCHEMA = {
@@ -117,7 +138,11 @@ def _sources(folder: Path) -> Iterator[tuple[str, str | None, str]]:
             continue
         parts = [*relative.parts[:-1], relative.stem]
         # _sysconfigdata differs from machine to machine.
-        if not relative.stem.isidentifier() or relative.name.startswith("_sysconfigdata"):
+        if (
+            parts[0] in REMOVED
+            or not relative.stem.isidentifier()
+            or relative.name.startswith("_sysconfigdata")
+        ):
             continue
         try:
             text = path.read_text(encoding="utf-8")

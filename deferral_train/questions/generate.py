@@ -31,9 +31,15 @@ TRAINED = "pair"  # the part that a pair learns from
 # and does not learn to take them from the question.
 INVENTED = 0.8
 # Questions with several conditions, or two names, are the hardest to answer: it learns from so many times more of them.
-OFTENER = {"count_things": 2, "list_things": 3, "modules_of_package": 3, "joined": 3, "thing_fact": 2}
+OFTENER = {
+    **{"count_things": 2, "list_things": 3, "aggregate": 2, "top_things": 2},
+    **{"thing_fact": 4, "modules_of_package": 4, "joined": 3},
+}
+HARDER = 0.8  # share of its questions that are the harder of two that were drawn
+GLUED = 0.5  # share of the parts of invented names that are no real word
 MISSES = 40  # drawn questions of a family in a row that cannot be kept
 _PARTS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|\d+")  # of names
+_WORD = re.compile(r"[a-z]+")
 _QUOTED = re.compile(r"'([^']*)'")
 _NUMBER = re.compile(r"(?<![\w'.])\d{2,}\b")  # of two digits or more: no limit of an order has so many
 
@@ -75,22 +81,38 @@ def _invented(question: str, text: str, parts: Sequence[str], draw: random.Rando
     """Question and query with invented numbers, in the order of the old ones' size, and invented names for all that is
     quoted, put together of ``parts``."""
     old_numbers = sorted({int(number) for number in _NUMBER.findall(question)})
-    numbers = sorted(draw.sample(range(10, 10 ** draw.choice((2, 3, 4))), len(old_numbers)))
+    numbers = sorted(draw.sample(range(10, 10 ** draw.choice((2, 2, 2, 3, 3, 4))), len(old_numbers)))
     new = {str(old): str(number) for old, number in zip(old_numbers, numbers)}
     question, text = (
         _NUMBER.sub(lambda found: new.get(found[0], found[0]), side) for side in (question, text)
     )
     # Few parts for all names of a question: one that comes again is not copied by what stood before it alone.
-    few = [draw.choice(parts) for _ in range(draw.choice((2, 4, 8, 16)))]
+    own = _WORD.findall(_QUOTED.sub("", question))
+    few = [_piece(parts, own, draw) for _ in range(draw.choice((2, 3, 4, 8, 16)))]
     for old in dict.fromkeys(_QUOTED.findall(text)):
         name = ".".join(_word(few, draw) for _ in range(draw.choice((1, 1, 2, 3))))
         question, text = (side.replace(f"'{old}'", f"'{name}'") for side in (question, text))
     return question, text
 
 
+def _piece(parts: Sequence[str], own: Sequence[str], draw: random.Random) -> str:
+    """A part of real names or a word of the question, or the head of one and the tail of another.
+
+    The latter bring every piece that a tokenizer may cut names into, which real words alone leave almost unseen.
+    """
+    one, other = (draw.choice(draw.choice((parts, parts, parts, own))) for _ in range(2))
+    if draw.random() < GLUED:
+        return one[: draw.randint(1, len(one))] + other[draw.randint(0, len(other)) :]
+    return one
+
+
+def _cased(part: str, draw: random.Random) -> str:
+    return draw.choice((part, part, part, part.lower(), part.capitalize(), part.capitalize(), part.upper()))
+
+
 def _word(parts: Sequence[str], draw: random.Random) -> str:
-    """One to three parts, now and then with a number, as real names have one."""
-    chosen = [draw.choice(parts) for _ in range(draw.choice((1, 1, 2, 2, 3)))]
+    """One to three parts, some in other capitals, now and then with a number, as real names have one."""
+    chosen = [_cased(draw.choice(parts), draw) for _ in range(draw.choice((1, 1, 2, 2, 3)))]
     if draw.random() < 0.1:
         chosen.append(str(draw.randrange(1, 65)))
     return draw.choice(("", "", "", "", "_", "__")) + draw.choice(("", "_")).join(chosen)
@@ -122,6 +144,8 @@ class _Maker:
         while waiting and len(found) < size:
             family = waiting.pop(0)
             kept = self._kept(families[family], names, draw, found)
+            if kept is not None and part == TRAINED and draw.random() < HARDER:
+                kept = self._harder(kept, self._kept(families[family], names, draw, found))
             if kept is not None:
                 drawn, answer = kept
                 question, text = drawn.question, self._written(drawn, draw)
@@ -136,6 +160,15 @@ class _Maker:
             f"questions: part {part} gave {len(found)} different questions of {size}; ask for fewer, or use a Python "
             "with more of its library's sources"
         )
+
+    @staticmethod
+    def _harder(one: tuple[Drawn, Any], other: tuple[Drawn, Any] | None) -> tuple[Drawn, Any]:
+        """Of two questions the one with more values to take over, a range counting as two; the first if alike."""
+
+        def values(kept: tuple[Drawn, Any]) -> int:
+            return sum(1 + (condition.upper is not None) for condition in kept[0].query.where)
+
+        return other if other is not None and values(other) > values(one) else one
 
     @staticmethod
     def _parts_of(names: Names) -> list[str]:

@@ -8,6 +8,7 @@ import random
 import re
 import sqlite3
 import string
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from deferral_train.errors import InputError
 from deferral_train.evaluation.sql import RIGHT, judge, same_rows
 from deferral_train.questions import build_database, make_questions
 from deferral_train.questions.families import HELD_OUT, SEEN
+from deferral_train.questions.generate import _piece
 from deferral_train.questions.query import AS_ASKED, Condition, Join, Query, Style, write
 
 SIZES = {"pair": 300, "fit": 60, "validation": 60, "calibration": 120, "test": 120, "test_shapes": 20}
@@ -68,6 +70,17 @@ def test_the_same_sources_give_the_same_bytes(database: Path, tmp_path: Path) ->
     assert (tmp_path / "again.sqlite").read_bytes() == database.read_bytes()
 
 
+def test_modules_that_later_pythons_have_not_are_left_out(tmp_path: Path) -> None:
+    for place in range(100):
+        (tmp_path / f"module_{place}.py").write_text("import json\n")
+    for name in ("lib2to3/fixes", "asyncio"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("imp.py", "telnetlib.py", "lib2to3/fixes/fix_dict.py", "asyncio/imp.py"):
+        (tmp_path / name).write_text("def one(): pass\n")
+    build_database(tmp_path / "out.sqlite", tmp_path)
+    assert rows(tmp_path / "out.sqlite", "select distinct module from functions") == [("asyncio.imp",)]
+
+
 def test_a_python_without_sources_is_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "only.py").write_text("x = 1\n")
     with pytest.raises(
@@ -111,6 +124,19 @@ def test_training_questions_of_real_names_share_none_with_other_parts(database, 
              for n in re.findall(r"'([^']*)'", p.reference)}  # fmt: skip
     assert seen
     assert not seen & asked
+
+
+def test_parts_of_invented_names_are_words_or_a_head_and_a_tail_of_two() -> None:
+    draw = random.Random(0)
+    words = ("handle", "title", "lines")
+    found = Counter(_piece(("handle", "title"), ("lines",), draw) for _ in range(2000))
+    assert 0.5 < sum(found[word] for word in words) / 2000 < 0.7  # some are glued to a word again
+    glued = {one[:i] + other[j:] for one in words for other in words for i in range(1, len(one) + 1)
+             for j in range(len(other) + 1)}  # fmt: skip
+    assert set(found) <= glued
+    assert any(
+        "tle" in part and "itle" not in part for part in found
+    )  # a piece that no real word has by itself
 
 
 def test_invented_names_and_numbers_are_the_same_in_question_and_query(database, questions) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from deferral_train.pairs.checkpoint import without_bars
+from deferral_train.pairs.scratch.copying import start_copying
 from deferral_train.pairs.scratch.train_config import ModelSize, PairConfig
 
 # Of rotary positions: slower than usual, so that most of a head compares contents and not places.
@@ -26,7 +27,10 @@ def new_model(config: PairConfig, role: str, tokenizer: Any) -> Any:
         model = build(
             size, config.context, {"vocab_size": len(tokenizer), "tie_word_embeddings": True, **ids}
         )
-        return _start_shallow(model)
+        _start_shallow(model)
+        if size.copies:
+            start_copying(model, config.context)
+        return model
 
 
 def _start_shallow(model: Any) -> Any:
@@ -78,6 +82,7 @@ def _llama(size: ModelSize, context: int, common: dict[str, Any]) -> Any:
         num_key_value_heads=size.heads,
         max_position_embeddings=max(1024, 4 * context),
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+        attention_bias=size.copies,
         bos_token_id=None,
         **common,
     )

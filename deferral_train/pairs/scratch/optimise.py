@@ -159,7 +159,12 @@ def _optimizers(model: Any, schedule: Schedule) -> list[torch.optim.Optimizer]:
     rate, decay = schedule.learning_rate, schedule.weight_decay
     matrices = {"params": groups["matrices"], "weight_decay": decay}
     settings: list[dict[str, Any]] = [
-        {"params": groups["embeddings"], "peak": rate * schedule.embedding_rate, "weight_decay": 0.0},
+        {
+            "params": groups["embeddings"],
+            "peak": rate * schedule.embedding_rate,
+            "weight_decay": 0.0,
+            "eps": schedule.embedding_eps,
+        },
         {"params": groups["vectors"], "peak": rate, "weight_decay": 0.0},
     ]
     if not schedule.muon_rate:

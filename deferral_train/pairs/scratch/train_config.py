@@ -9,6 +9,7 @@ from deferral_train import provenance
 from deferral_train.errors import InputError
 
 FINAL_RATE = 0.1  # of the peak, where nothing else is asked for
+EPS = 1e-8  # AdamW's own
 
 
 @dataclass(frozen=True)
@@ -20,16 +21,24 @@ class ModelSize:
         width: hidden width, a multiple of ``heads``.
         heads: attention heads.
         feed_forward: inner width of the (gated) feed-forward layers.
+        copies: a decoder's first two layers start with a circuit that copies, found in most of a short training
+            otherwise (:mod:`deferral_train.pairs.scratch.copying`); its attention has biases.
     """
 
     layers: int
     width: int
     heads: int
     feed_forward: int
+    copies: bool = False
 
     def __post_init__(self) -> None:
         if min(self.layers, self.width, self.heads, self.feed_forward) < 1 or self.width % (2 * self.heads):
             raise InputError(f"{self}: sizes must be positive and width a multiple of 2 * heads")
+        if self.copies and (self.heads != 2 or self.layers < 2):
+            raise InputError(
+                f"copies: needs heads=2 and at least 2 layers, got heads={self.heads}, layers={self.layers}; set them, "
+                "or leave copies out"
+            )
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,9 @@ class Schedule:
             which fewer are needed; 0 leaves them to AdamW.
         final_rate: of the peak rates, reached at the last step.
         embedding_rate: the embeddings' rate as a multiple of it.
+        embedding_eps: of AdamW for the embeddings. Every row has a small gradient in every batch, and AdamW makes steps
+            of equal length of small gradients and large ones, which moves the rows of rare tokens all one way; an eps
+            above those gradients (about 1e-4) leaves them where they are.
         warmup: steps of warm-up.
         weight_decay: on matrices, not on norms and embeddings.
         shallow_layers, shallow_steps: for so many steps only the first so many layers run and learn. A layer adds
@@ -69,10 +81,13 @@ class Schedule:
     final_rate: float = FINAL_RATE
     shallow_layers: int = 0
     shallow_steps: int = 0
+    embedding_eps: float = EPS
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or self.warmup < 0:
             raise InputError(f"{self}: steps and batch must be at least 1, warmup not negative")
+        if not self.embedding_eps > 0:
+            raise InputError(f"embedding_eps={self.embedding_eps}: must be positive, such as {EPS}")
         if not self.learning_rate > 0 or not self.embedding_rate > 0 or not 0 <= self.distil <= 1:
             raise InputError(f"{self}: rates must be positive and distil in [0, 1]")
         if self.muon_rate < 0 or not 0 <= self.final_rate <= 1:
@@ -202,6 +217,8 @@ class PairConfig:
             ("drafter", self.drafter, self.drafter_schedule),
             ("verifier", self.verifier, self.verifier_schedule),
         ):
+            if size.copies and self.kind == "t5":
+                raise InputError(f"{role}.copies is for kind: llama; leave it out")
             if schedule.shallow_layers and schedule.shallow_layers >= size.layers:
                 raise InputError(
                     f"{role}_schedule.shallow_layers={schedule.shallow_layers}: the {role} has {size.layers} layers; "
@@ -227,10 +244,14 @@ class PairConfig:
             del values["text"]["answers"]
         if self.from_verifier is None:  # and those from before a verifier could be given
             del values["from_verifier"], values["kept_layers"]
-        for name in ("drafter_schedule", "verifier_schedule"):
-            schedule = values[name]  # pairs from before there was one of these keep their hash
+        for role in ("drafter", "verifier"):
+            if not values[role]["copies"]:
+                del values[role]["copies"]
+            schedule = values[f"{role}_schedule"]  # pairs from before there was one of these keep their hash
             if not schedule["alignable_top_k"]:
                 del schedule["alignable_top_k"], schedule["draft_window"]
+            if schedule["embedding_eps"] == EPS:
+                del schedule["embedding_eps"]
             if not schedule["muon_rate"]:
                 del schedule["muon_rate"]
             if schedule["final_rate"] == FINAL_RATE:
