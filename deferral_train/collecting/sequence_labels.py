@@ -26,7 +26,7 @@ from deferral_train.collecting.sequence import (
     gaps,
     prompt_seed,
 )
-from deferral_train.collecting.sequence_sampling import Sampling, Uniforms, draw_tokens, sampled_places
+from deferral_train.collecting.sequence_sampling import LabelSampling, Uniforms, draw_tokens, sampled_places
 from deferral_train.errors import InputError
 from deferral_train.pairs.encode import EncodedPrompt
 from deferral_train.pairs.load import ModelPair
@@ -61,7 +61,7 @@ class LabelSettings:
     metrics: tuple[str, ...]
     scales: tuple[float, ...]
     share: float
-    sampling: Sampling
+    sampling: LabelSampling
     reference: str
     seed: int
     max_new_tokens: int

@@ -82,7 +82,7 @@ class Draws:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class LabelSampling:
     """How labels are sampled.
 
     Attributes:
@@ -99,7 +99,7 @@ class Sampling:
 def draw_tokens(
     distributions: Mapping[str, Sequence[Tensor]],
     chosen: Sequence[Sequence[int]],
-    how: Sampling,
+    how: LabelSampling,
     uniforms: Uniforms,
 ) -> list[Draws]:
     """Tokens of both models at the chosen places.
@@ -128,7 +128,7 @@ def draw_tokens(
 
 
 def sampled_places(
-    verifier: Verifier, path: CachedTexts, draws: Sequence[Draws], how: Sampling, uniforms: Uniforms
+    verifier: Verifier, path: CachedTexts, draws: Sequence[Draws], how: LabelSampling, uniforms: Uniforms
 ) -> list[list[Place]]:
     """Both finished texts of every sample of every place."""
     wanted: dict[Branch, None] = {}

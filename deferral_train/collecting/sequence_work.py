@@ -13,7 +13,7 @@ from deferral_train.collecting.config import ON_POLICY_TOKENS, CollectConfig
 from deferral_train.collecting.first_look import cost, first_look, has_corpus_metric, needs_look
 from deferral_train.collecting.plan import CollectionPlan
 from deferral_train.collecting.sequence_labels import LabelSettings, SequenceLabels
-from deferral_train.collecting.sequence_sampling import Sampling
+from deferral_train.collecting.sequence_sampling import LabelSampling
 from deferral_train.errors import InputError
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.traces.folder import open_folder
@@ -50,7 +50,7 @@ def label_sequences(
     references = {prompt.id: prompt.reference for prompt in prompts}
     _check(config, plan, references, scores)
     assert scores is not None
-    sampling = Sampling(config.temperature, config.label_samples, config.label_form)
+    sampling = LabelSampling(config.temperature, config.label_samples, config.label_form)
     scales = tuple(float(one) for one in plan.manifest.labels["scales"])
     settings = LabelSettings(
         config.metrics, scales, config.label_share, sampling, config.label_reference, config.seed,

@@ -25,6 +25,7 @@ from deferral_train.rules.verify import check_together
 
 EXECUTION_NAMES = ("speculative", "token", "lazy", "sequence")
 BONUSES = ("verifier", "exact")
+BLOCKS = ("tight", "served")
 KNOWN_ARGUMENTS = frozenset(
     {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "encoder_outputs"}
     | {"cache_params", "decoder_attention_mask", "token_type_ids", "mm_token_type_ids"}
@@ -173,6 +174,7 @@ def _check_settings(request: Request) -> None:
             f"verifier has read it, and bonus is {settings.bonus!r}, execution {settings.execution!r}; use bonus "
             "'verifier' and execution 'speculative'"
         )
+    _check_blocks(request)
     _check_verification(request)
     limit = settings.max_request_loss
     if limit is not None and not limit >= 0:
@@ -181,6 +183,23 @@ def _check_settings(request: Request) -> None:
         check_stop(settings.stop)
     if request.token_streamer is not None and len(request.input_ids) != 1:
         raise InputError(f"streamer: streams a single row, not {len(request.input_ids)}; leave it out")
+
+
+def _check_blocks(request: Request) -> None:
+    """Refuse blocks that are laid as serving engines do where none of one drafter's are drafted."""
+    settings = request.settings
+    if settings.blocks not in BLOCKS:
+        raise InputError(f"blocks is {settings.blocks!r}; use one of {', '.join(BLOCKS)}")
+    if settings.blocks != "tight" and (
+        settings.execution != "speculative"
+        or settings.bonus == "exact"
+        or request.plan is not None
+        or request.given is not None
+    ):
+        raise InputError(
+            f"blocks={settings.blocks!r} are one drafter's, with execution='speculative' and bonus='verifier'; "
+            "leave the other out, or use 'tight'"
+        )
 
 
 def _check_verification(request: Request) -> None:

@@ -11,8 +11,9 @@ import torch
 
 from deferral_train import provenance
 from deferral_train.decoding.compatibility import Consulted, check_consulted, with_counting
+from deferral_train.decoding.decoder import Decoder, NotRunError
 from deferral_train.decoding.outputs import BATCHES, OutputFolder, read_lines
-from deferral_train.decoding.pair import BatchResult, Pair
+from deferral_train.decoding.pair import BatchResult
 from deferral_train.decoding.reuse import identity
 from deferral_train.decoding.settings import DecodeConfig
 from deferral_train.decoding.stopping import StopDrafting
@@ -20,7 +21,6 @@ from deferral_train.decoding.summary import summarize_rule
 from deferral_train.decoding.token_log import TokenLog
 from deferral_train.errors import InputError
 from deferral_train.pairs.encode import EncodedPrompt
-from deferral_train.pairs.fingerprint import model_facts
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.rules.base import Rule
 from deferral_train.rules.registry import make_rule
@@ -38,7 +38,7 @@ class _Contestant:
 
 
 def decode(
-    pair: Pair,
+    pair: Decoder,
     prompts: Sequence[Prompt],
     rules: Mapping[str, Rule] | Sequence[Rule | str],
     config: DecodeConfig | None = None,
@@ -51,6 +51,7 @@ def decode(
     counts.
 
     Args:
+        pair: what decodes.
         rules: rules by label, or a list of rules or names (labelled by name and dial).
         out: folder for the outputs.
         fresh: remove the outputs of another run from it and start over.
@@ -75,7 +76,7 @@ def decode(
         folder = OutputFolder(out, record, fresh)
         contestants = [_Contestant(label, *_counted(rule, config)) for label, rule in named.items()]
         try:
-            _run(pair, encoded, given, contestants, config, folder)
+            not_run = _run(pair, encoded, given, contestants, config, folder)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise InputError(
                 f"out of memory at batch_size={config.settings.batch_size}; {len(folder.finished)} finished "
@@ -83,11 +84,14 @@ def decode(
             ) from error
         for contestant in contestants:
             check_consulted(contestant.counters, contestant.drafted)
-        summary = _summary(folder, named, mismatches, config) | {
+        ran = {label: rule for label, rule in named.items() if label not in not_run}
+        summary = _summary(folder, ran, mismatches, config) | {
             "conditions": pair.facts(config.settings),
             "run": folder.identity,
-            "models": {role: model_facts(getattr(pair.models, role)) for role in ("drafter", "verifier")},
+            "models": pair.sizes(),
         }
+        if not_run:
+            summary["not_run"] = not_run
         provenance.write_json(folder.folder / "summary.json", summary)
     return summary
 
@@ -123,18 +127,17 @@ def _dial(rule: Rule) -> dict[str, Any] | None:
 
 
 def _run(
-    pair: Pair,
+    pair: Decoder,
     encoded: Sequence[EncodedPrompt],
     given: Mapping[str, Prompt],
     contestants: Sequence[_Contestant],
     config: DecodeConfig,
     folder: OutputFolder,
-) -> None:
+) -> dict[str, str]:
+    """Decode what is not finished, turn by turn; returns the rules that could not be run, with the reason."""
     from tqdm import tqdm  # comes with transformers, which the models are loaded by
 
-    size = config.settings.batch_size
-    order = sorted(encoded, key=lambda p: -len(p.input_ids)) if config.sort_by_length else list(encoded)
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    batches = pair.group(encoded, config.settings, config.sort_by_length)
     jobs = [
         (repetition, number, contestant)
         for repetition in range(config.repetitions)
@@ -142,26 +145,41 @@ def _run(
         for contestant in contestants
     ]
     open_jobs = [job for job in jobs if (job[2].label, job[0], job[1]) not in folder.finished]
-    if open_jobs:
-        _warm_up(pair, batches[0], contestants, config)
+    not_run: dict[str, str] = {}
     # Large models take minutes, and then it is shown how far this is.
-    bar = tqdm(open_jobs, desc="decode", unit="batch", delay=SILENT, mininterval=2.0, dynamic_ncols=True)
-    for repetition, number, contestant in bar:
-        batch = batches[number]
-        log = TokenLog(len(batch), config.log_tokens) if config.log_tokens else None
-        stream = repetition * len(batches) + number
-        result = pair.decode_batch(batch, contestant.rule, config.settings, contestant.stop, stream, log)
-        contestant.drafted += int(result.stats.drafted.sum())
-        where = {"rule": contestant.label, "repetition": repetition, "batch": number}
-        rows = [
-            where | _row(pair, prompt, given[prompt.id], result, index, log)
-            for index, prompt in enumerate(batch)
-        ]
-        folder.append(rows, where | _batch(result))
+    bar = tqdm(
+        total=len(open_jobs), desc="decode", unit="batch", delay=SILENT, mininterval=2.0, dynamic_ncols=True
+    )
+    with bar:
+        for turn in dict.fromkeys(pair.turn(contestant.rule) for contestant in contestants):
+            own = [job for job in open_jobs if pair.turn(job[2].rule) == turn]
+            members = {job[2].label: job[2] for job in own}
+            try:
+                if own:
+                    _warm_up(pair, batches[0], list(members.values()), config)
+            except NotRunError as error:
+                not_run |= dict.fromkeys(members, str(error))
+                continue
+            for repetition, number, contestant in own:
+                batch = batches[number]
+                log = TokenLog(len(batch), config.log_tokens) if config.log_tokens else None
+                stream = repetition * len(batches) + number
+                result = pair.decode_batch(
+                    batch, contestant.rule, config.settings, contestant.stop, stream, log
+                )
+                contestant.drafted += int(result.stats.drafted.sum())
+                where = {"rule": contestant.label, "repetition": repetition, "batch": number}
+                rows = [
+                    where | _row(pair, prompt, given[prompt.id], result, index, log)
+                    for index, prompt in enumerate(batch)
+                ]
+                folder.append(rows, where | _batch(result))
+                bar.update()
+    return not_run
 
 
 def _warm_up(
-    pair: Pair, batch: Sequence[EncodedPrompt], contestants: Sequence[_Contestant], config: DecodeConfig
+    pair: Decoder, batch: Sequence[EncodedPrompt], contestants: Sequence[_Contestant], config: DecodeConfig
 ) -> None:
     """A short call per rule, so that the first timed batch does not pay for first-time work."""
     settings = replace(config.settings, max_new_tokens=min(8, config.settings.max_new_tokens))
@@ -170,7 +188,7 @@ def _warm_up(
 
 
 def _row(
-    pair: Pair, prompt: EncodedPrompt, given: Prompt, result: BatchResult, index: int, log: Any
+    pair: Decoder, prompt: EncodedPrompt, given: Prompt, result: BatchResult, index: int, log: Any
 ) -> dict[str, Any]:
     tokens, stats = result.tokens[index], result.stats
     row: dict[str, Any] = {
@@ -191,13 +209,14 @@ def _row(
 
 
 def _batch(result: BatchResult) -> dict[str, Any]:
-    return {
+    line = {
         "rows": len(result.tokens),
         "seconds": result.seconds,
         "verifier_passes": result.stats.verifier_passes,
         "drafter_passes": result.stats.drafter_passes,
         "positions": {name: values.tolist() for name, values in result.stats.positions.items()},
     }
+    return line if result.ran is None else line | {"ran": result.ran}
 
 
 def _summary(

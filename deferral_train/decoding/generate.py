@@ -68,6 +68,7 @@ def cascade_generate(
     execution: str = Settings.execution,
     bonus: str = Settings.bonus,
     verification: str = Settings.verification,
+    blocks: str = Settings.blocks,
     max_request_loss: float | None = None,
     generator: torch.Generator | None = None,
     token_streamer: Any = None,
@@ -103,6 +104,9 @@ def cascade_generate(
         verification: ``token`` checks drafted tokens one by one, ``block`` together (Sun et al. 2024): longer drafts
             stand. The output distribution stays the same under a lossless rule and with bonus ``exact``; with bonus
             ``verifier`` a lossy rule's bonus tokens fall at other places.
+        blocks: ``tight`` from the first token on and never beyond the limit, or ``served`` as serving engines lay them:
+            the verifier gives the first token, and the last block runs over the limit and is cut. Under a lossy rule
+            bonus tokens fall at other places.
         max_request_loss: bound B on the summed estimated loss of kept tokens per row; beyond it a row is
             lossless.
         generator: source of randomness, on the CPU or on a device; default torch's.
@@ -128,7 +132,7 @@ def cascade_generate(
         rule=make_rule(rule) if isinstance(rule, str) else rule,
         settings=Settings(
             num_draft_tokens=num_draft_tokens, execution=execution, bonus=bonus, verification=verification,
-            max_request_loss=max_request_loss, stop=stop,
+            blocks=blocks, max_request_loss=max_request_loss, stop=stop,
         ),
         token_streamer=token_streamer,
         token_log=token_log,
@@ -153,9 +157,7 @@ def speculative(state: DecodingState) -> None:
     """
     rule, settings, distributions, tokens = state.rule, state.settings, state.distributions, state.tokens
     while state.running:
-        # One token less than a row may still emit: verification adds one.
-        limits = [min(state.num_draft_tokens, room - 1) if rule.drafts else 0 for room in tokens.room]
-        draft = state.proposer.propose(limits, state.exact)
+        draft = state.proposer.propose(state.limits, state.exact)
         logits = state.verifier.feed(ahead=draft.depth, keep=draft.depth + 1).to(tokens.device)
         decision = distributions.decision(logits, tokens, 0, draft.drafted)
         sampling = distributions.sampling(logits, decision, tokens, 0, draft.drafted)

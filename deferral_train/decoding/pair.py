@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
+from deferral_train import provenance
 from deferral_train.decoding.compatibility import check_consulted, check_head, heads_of, with_counting
 from deferral_train.decoding.drafting.plan import DraftCascade
 from deferral_train.decoding.facts import core_of
@@ -20,7 +21,9 @@ from deferral_train.decoding.settings import Settings
 from deferral_train.decoding.stats import GenerationStats
 from deferral_train.decoding.stopping import StopDrafting
 from deferral_train.errors import InputError
+from deferral_train.heads.fingerprint import weights_key
 from deferral_train.pairs.encode import EncodedPrompt, encode_prompts
+from deferral_train.pairs.fingerprint import model_facts, tokenizer_fingerprint
 from deferral_train.pairs.load import ModelPair, load_models, load_smaller
 from deferral_train.pairs.positions import room_of
 from deferral_train.pairs.prompts import Prompt
@@ -30,11 +33,18 @@ from deferral_train.rules.registry import make_rule
 
 @dataclass(frozen=True)
 class BatchResult:
-    """Prompts decoded in one call: emitted ids of each row, statistics, wall-clock seconds of the call."""
+    """Prompts decoded in one call.
+
+    Attributes:
+        tokens: emitted ids of each row.
+        stats: of the call. seconds: wall clock of it.
+        ran: what decoded them, where that is not this package's loop.
+    """
 
     tokens: list[list[int]]
     stats: GenerationStats
     seconds: float
+    ran: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +139,35 @@ class Pair:
             "temperature": options.temperature,
         }
 
+    def record(self, options: Settings) -> dict[str, Any]:
+        """Facts that decide outputs beside rules, prompts and settings; where models lie does not, their device does,
+        since times are measured.
+        """
+        models = {"drafter": self.models.drafter, "verifier": self.models.verifier}
+        models |= {f"smaller.{place}": model for place, model in enumerate(self.smaller)}
+        return {
+            "pair": self.models.fingerprints,
+            "models": {role: _model_key(model) for role, model in models.items()},
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "conditions": self.facts(options) | {"device": self.models.device.type},
+        }
+
+    def sizes(self) -> dict[str, Any]:
+        """Type and size of the models, by role."""
+        return {role: model_facts(getattr(self.models, role)) for role in ("drafter", "verifier")}
+
+    def group(
+        self, encoded: Sequence[EncodedPrompt], options: Settings, sort: bool
+    ) -> list[list[EncodedPrompt]]:
+        """Batches of ``batch_size`` prompts, of like length with ``sort``."""
+        order = sorted(encoded, key=lambda p: -len(p.input_ids)) if sort else list(encoded)
+        size = options.batch_size
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
+    def turn(self, rule: Rule) -> str:
+        """Rules of one turn are decoded side by side, batch by batch: here all of them."""
+        return ""
+
     def encode(self, prompts: Sequence[Prompt], options: Settings) -> list[EncodedPrompt]:
         """Ids of every prompt; refuses the first that is empty or does not fit the context."""
         encoded = encode_prompts(
@@ -188,6 +227,7 @@ class Pair:
             execution=options.execution,
             bonus=options.bonus,
             verification=options.verification,
+            blocks=options.blocks,
             max_request_loss=options.max_request_loss,
             generator=generator,
             token_log=token_log,
@@ -293,6 +333,16 @@ def pad_batch(rows: Sequence[Sequence[int]], pad: int, models: ModelPair) -> dic
     return {
         "input_ids": torch.tensor(ids, device=models.device),
         "attention_mask": torch.tensor(mask, device=models.device),
+    }
+
+
+def _model_key(model: Any) -> dict[str, Any]:
+    """Weights of a model in memory, and what of its configuration changes texts."""
+    generation = getattr(model, "generation_config", None)
+    return {
+        "weights": weights_key(model),
+        "attention": getattr(model.config, "_attn_implementation", None),
+        "generation": None if generation is None else provenance.hash_of(generation.to_diff_dict()),
     }
 
 

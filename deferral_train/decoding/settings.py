@@ -29,6 +29,8 @@ class Settings:
         bonus: distribution of the token after a block emitted whole: ``verifier`` or ``exact``.
         verification: ``token`` checks drafted tokens one by one, ``block`` together: longer drafts stand at the same
             output distribution (bonus ``exact``, or a lossless rule).
+        blocks: ``tight``, or ``served``: where serving engines lay them. There the verifier gives the first token and
+            the last block runs over the limit, so that texts of a lossy rule are those of ``decode --engine vllm``.
         max_request_loss: bound on the summed estimated loss of kept tokens per prompt.
         stop: adaptive draft length.
         stop_strings: end a row once its text holds one of these.
@@ -51,6 +53,7 @@ class Settings:
     execution: str = "speculative"
     bonus: str = "verifier"
     verification: str = "token"
+    blocks: str = "tight"
     max_request_loss: float | None = None
     stop: StopDrafting | None = None
     stop_strings: Sequence[str] = ()

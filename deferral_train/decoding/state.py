@@ -61,6 +61,15 @@ class DecodingState:
             self.stats.spent = self.spent.clone()
 
     @property
+    def limits(self) -> list[int]:
+        """Most tokens to draft for each running row now."""
+        tokens, most = self.tokens, self.num_draft_tokens if self.rule.drafts else 0
+        if self.settings.blocks == "served":
+            return [most if length > tokens.prompt_length else 0 for length in tokens.lengths]
+        # One token less than a row may still emit: verification adds one.
+        return [min(most, room - 1) for room in tokens.room]
+
+    @property
     def exact(self) -> bool:
         """True where the proposer is asked for the distribution after a block, too."""
         return self.settings.bonus == "exact" and self.rule.drafts

@@ -16,11 +16,14 @@ def summarize_rule(rows: Sequence[Mapping[str, Any]], batches: Sequence[Mapping[
     totals = {name: sum(row["counts"][name] for row in rows) for name in (*COUNTS, "emitted")}
     first = [row for row in rows if row["repetition"] == 0]
     spent = [row["spent"] for row in rows if row.get("spent") is not None]
+    ran = [batch["ran"] for batch in batches if "ran" in batch][-1:]
+    says = not ran or ran[0].get("deferrals", True)
     return {
         "quality": quality(first),
         **speed(rows, batches),
         "mean_acceptance_length": _ratio(totals["emitted"], totals["verifier_calls"]),
-        "deferral_rate": _ratio(totals["deferred"], totals["decided"]),
+        # A server does not say what its rule deferred.
+        "deferral_rate": _ratio(totals["deferred"], totals["decided"]) if says else None,
         "rejection_rate": _ratio(totals["rejected"], totals["decided"]),
         "mean_output_tokens": _ratio(sum(row["counts"]["emitted"] for row in first), len(first)),
         "verifier_calls_per_token": _ratio(totals["verifier_calls"], totals["emitted"]),
@@ -30,6 +33,7 @@ def summarize_rule(rows: Sequence[Mapping[str, Any]], batches: Sequence[Mapping[
         "drafter_passes": sum(batch["drafter_passes"] for batch in batches),
         "most_spent": max(spent) if spent else None,
         "prompts": len(first),
+        **({"ran": ran[0]} if ran else {}),
     }
 
 

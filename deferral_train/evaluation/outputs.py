@@ -56,7 +56,7 @@ def check_metrics(metrics: Sequence[str], prompts: Sequence[Prompt]) -> None:
 def score_outputs(
     folder: str | Path,
     metrics: Sequence[str],
-    pair: ModelPair,
+    pair: ModelPair | None,
     prompts: Sequence[Prompt],
     *,
     chat: str = "auto",
@@ -66,7 +66,7 @@ def score_outputs(
     Args:
         folder: of a finished ``decode``.
         metrics: as :func:`deferral_train.evaluation.quality.per_prompt` takes them, or ``log_likelihood``.
-        pair, prompts: what was decoded with, and from; only read for the likelihood.
+        pair, prompts: what was decoded with, and from; only read for the likelihood, else None will do.
         chat: as it was decoded.
 
     Returns:
@@ -106,10 +106,15 @@ def score_outputs(
 
 
 def _values(
-    metric: str, rows: Sequence[Mapping[str, Any]], pair: ModelPair, prompts: Sequence[Prompt], chat: str
+    metric: str,
+    rows: Sequence[Mapping[str, Any]],
+    pair: ModelPair | None,
+    prompts: Sequence[Prompt],
+    chat: str,
 ) -> Sequence[float] | np.ndarray:
     if metric != LIKELIHOOD:
         return per_prompt(metric, [row["text"] for row in rows], [gold(metric, row) for row in rows])
+    assert pair is not None
     encoded = encode_prompts(pair.tokenizer, prompts, is_encoder_decoder=pair.is_encoder_decoder, chat=chat)
     ids = {prompt.id: prompt.input_ids for prompt in encoded.kept}
     # Many rules write the same text; each is scored once.

@@ -22,6 +22,9 @@ from deferral_train.evaluation.acceptance import acceptance_by_length, acceptanc
 from deferral_train.redaction import redacted, redacted_text
 
 FOLDER = "specdec_bench"
+# Labels that draft nothing, and those whose verification has a name of its own.
+ALONE = ("verifier_only", "vllm:no_speculation")
+METHODS = {"lossless": "longest_prefix", "vllm:lossless": "longest_prefix", "vllm:block": "block"}
 SCHEMA = "1.0"
 TOLERANCE = 0.02  # of the mean length against the one that the places imply
 _UNFIT = re.compile(r"[^A-Za-z0-9._=-]+")
@@ -64,8 +67,8 @@ def _configuration(
     return {
         **names,
         "tokenizer": names["model_dir"],
-        "engine": "deferral_train",
-        "speculative_algorithm": "NONE" if label == "verifier_only" else "DRAFT_TARGET",
+        "engine": (rule.get("ran") or {}).get("engine", "deferral_train"),
+        "speculative_algorithm": "NONE" if label in ALONE else "DRAFT_TARGET",
         "draft_length": settings["num_draft_tokens"],
         "output_length": settings["max_new_tokens"],
         "num_requests": rule["prompts"],
@@ -139,7 +142,7 @@ def _profile(
     """Acceptance by place, for servers and planners; None where nothing was drafted and verified."""
     places = acceptance_by_place(rule["positions"])
     length, settings = rule["mean_acceptance_length"], summary["settings"]
-    if not places["conditional"] or length is None or label == "verifier_only":
+    if not places["conditional"] or length is None or label in ALONE:
         return None
     implied = 1 + sum(places["marginal"])
     missing = [0.0] * (settings["num_draft_tokens"] - len(places["conditional"]))
@@ -152,7 +155,7 @@ def _profile(
         "num_speculative_tokens": settings["num_draft_tokens"],
         "block_size": None,
         "max_supported_k": None,
-        "verification_method": "longest_prefix" if label == "lossless" else f"lossy: {redacted_text(label)}",
+        "verification_method": METHODS.get(label, f"lossy: {redacted_text(label)}"),
         "conditional_accept_rates": [round(rate, 6) for rate in places["conditional"] + missing],
         "marginal_accept_rates": [round(rate, 6) for rate in places["marginal"] + missing],
         "mean_accept_length": round(length, 6),

@@ -162,7 +162,7 @@ def make_pair(
         tokenizer,
         bool(verifier.config.is_encoder_decoder),
         min(len(tokenizer), *sizes.values()),
-        _eos_ids(verifier, tokenizer),
+        eos_ids(getattr(verifier, "generation_config", None), tokenizer),
         fingerprints or {},
     )
 
@@ -397,8 +397,8 @@ def check_same_tokenizer(drafter: Any, verifier: Any) -> None:
         )
 
 
-def _eos_ids(verifier: Any, tokenizer: Any) -> tuple[int, ...]:
-    configured = getattr(verifier, "generation_config", None)
+def eos_ids(configured: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Ids that end a text: those of the verifier's generation config, else the tokenizer's; none where neither says."""
     ids = getattr(configured, "eos_token_id", None)
     if ids is None:
         ids = tokenizer.eos_token_id

@@ -43,6 +43,8 @@ class RunFolder:
         provenance: ``run.json``, or the record of the `decode` command where there was no whole run.
         answers: ``evaluation/answers.json`` of a run with questions.
         calibration: ``calibration/summary.json``, the settings that a certificate was looked for among.
+        engine: ``engine/summary.json``, of the same prompts decoded by a serving engine.
+        engine_outputs: rows of ``engine/outputs.jsonl``.
         outputs: rows of ``decode/outputs.jsonl``.
         timed_outputs: rows of ``timing/outputs.jsonl``, prompts decoded again one by one.
         batches: rows of ``timing/batches.jsonl``, else of ``decode/batches.jsonl``.
@@ -62,6 +64,8 @@ class RunFolder:
     provenance: dict[str, Any] | None = None
     answers: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
+    engine: dict[str, Any] | None = None
+    engine_outputs: list[dict[str, Any]] = field(default_factory=list)
     outputs: list[dict[str, Any]] = field(default_factory=list)
     timed_outputs: list[dict[str, Any]] = field(default_factory=list)
     batches: list[dict[str, Any]] = field(default_factory=list)
@@ -99,6 +103,8 @@ def load_run(folder: str | Path, shadow: str | Path | None = None) -> RunFolder:
         timed_outputs=list(read_lines(root / "timing" / "outputs.jsonl")),
         answers=_json(root / "evaluation" / "answers.json"),
         calibration=_json(root / "calibration" / "summary.json"),
+        engine=_json(root / "engine" / "summary.json"),
+        engine_outputs=list(read_lines(root / "engine" / "outputs.jsonl")),
         batches=list(read_lines(root / timed / "batches.jsonl")),
         training=read_training(root / _training_folder(verdict)),
     )
@@ -111,6 +117,7 @@ def load_run(folder: str | Path, shadow: str | Path | None = None) -> RunFolder:
             run.rounds,
             run.shadow,
             run.summary,
+            run.engine,
             run.training,
         )
     ):
@@ -141,14 +148,17 @@ def check(run: RunFolder) -> None:
         (run.frontier, check_frontier, evaluation / "frontier.json"),
         (run.breakdowns, check_breakdowns, evaluation / "breakdowns.json"),
         (run.outputs, check_outputs, decode / "outputs.jsonl"),
+        (run.engine_outputs, check_outputs, run.folder / "engine" / "outputs.jsonl"),
     ]
     for found, checked, path in checks:
         if found is not None:
             with readable(path):
                 checked(found, path)  # type: ignore[operator]
-    if run.summary is not None and run.outputs:
-        with readable(decode / "summary.json"):
-            check_summary(run.summary, run.outputs, decode / "summary.json")
+    decoded = ((run.summary, run.outputs, decode), (run.engine, run.engine_outputs, run.folder / "engine"))
+    for summary, outputs, folder in decoded:
+        if summary is not None and outputs:
+            with readable(folder / "summary.json"):
+                check_summary(summary, outputs, folder / "summary.json")
 
 
 def check_scores(scores: Mapping[str, Any], path: Path) -> None:

@@ -12,6 +12,7 @@ from deferral_train import provenance
 from deferral_train.report.answer import answer
 from deferral_train.report.board import write_board
 from deferral_train.report.breakdowns import breakdowns
+from deferral_train.report.engine import engine
 from deferral_train.report.first import first_screen
 from deferral_train.report.frontier import frontier
 from deferral_train.report.load import RunFolder, load_run, readable
@@ -71,6 +72,7 @@ def render(run: RunFolder) -> str:
         first=first_screen(run, texts),
         curves=curves(run),
         online=online(run),
+        engine=engine(run),
         frontier=frontier(run),
         breakdowns=breakdowns(run),
         rounds=rounds(run),

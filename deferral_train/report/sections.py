@@ -156,6 +156,7 @@ def online(run: RunFolder) -> dict[str, Any] | None:
         "metrics": metrics,
         "settings": run.summary.get("settings", {}),
         "repetitions": run.summary.get("repetitions"),
+        "not_run": list(run.summary.get("not_run", {}).items()),
         "chart": _online_chart(rules, metrics[0]) if metrics else Markup(""),
     }
 

@@ -110,16 +110,25 @@ def check_engine(vllm_config: Any, config: ServingConfig) -> Rule:
         raise InputError("deferral: pipeline parallelism is not supported; use tensor parallelism")
     _check_method(speculative)
     rule = config.make_rule()
-    check_served(rule, speculative)
-    if vllm_config.use_v2_model_runner:
-        check_graphs(rule, config, vllm_config)
-    else:
-        check_scheduling(rule, vllm_config)
+    check_rule(rule, config, vllm_config)
     if config.max_request_loss is not None and rule.is_lossless:
         raise InputError("deferral.max_request_loss: the rule is lossless; leave it out")
     if config.log is not None:
         _check_log(config, speculative)
     return rule
+
+
+def check_rule(rule: Rule, config: ServingConfig, vllm_config: Any) -> None:
+    """Refuse a rule that this engine, whose settings are right, cannot execute.
+
+    Raises:
+        InputError: naming the rule and the remedy.
+    """
+    check_served(rule, vllm_config.speculative_config)
+    if vllm_config.use_v2_model_runner:
+        check_graphs(rule, config, vllm_config)
+    else:
+        check_scheduling(rule, vllm_config)
 
 
 def _check_method(speculative: Any) -> None:

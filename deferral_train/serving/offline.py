@@ -7,17 +7,19 @@ that was interrupted goes on behind the last that is whole.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deferral_train.errors import InputError, MissingExtraError
-from deferral_train.pairs.checkpoint import contents_of
+from deferral_train.errors import InputError
+from deferral_train.pairs.checkpoint import contents_of, find_checkpoint, need
 from deferral_train.pairs.encode import encode_prompts
+from deferral_train.pairs.load import load_tokenizer
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.provenance import hash_of
 from deferral_train.serving.config import PREFIX
+from deferral_train.serving.models import needed_context
 from deferral_train.serving.resume import finished_part
+from deferral_train.serving.running import EngineSettings, Sampling, open_engine
 from deferral_train.traces.folder import open_folder
 from deferral_train.traces.manifest import read_header
 
@@ -37,6 +39,7 @@ def collect_with_engine(config: Any, out: str, prompts: Sequence[Prompt]) -> int
         MissingExtraError: vLLM is not installed.
     """
     _check(config)
+    need("vllm")
     before = finished_part(open_folder(out))
     settings = {name: getattr(config, name) for name in SETTINGS}
     settings["contents"] = hash_of(
@@ -53,47 +56,25 @@ def collect_with_engine(config: Any, out: str, prompts: Sequence[Prompt]) -> int
     prompts = [prompt for prompt in prompts[: config.limit] if prompt.id not in done]
     if not prompts:
         return len(done)
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the log is closed before this returns
-    try:
-        from vllm import LLM, SamplingParams
-    except ImportError:
-        raise MissingExtraError("vllm", "vllm") from None
     log = {
         "folder": out, "fraction": 1.0, "wait": True, "rows_per_shard": ROWS_PER_SHARD, "top_k": config.log_top_k,
         "hidden": config.hidden == "both", "temperature": config.temperature,
         "max_bytes": config.max_bytes or 1 << 62, "names": True, "resume": True,
         "settings": settings,
     }  # fmt: skip
-    speculative = {
-        "model": config.drafter,
-        "method": "draft_model",
-        "num_speculative_tokens": config.num_draft_tokens,
-        "draft_sample_method": "probabilistic",
-    }
-    llm = LLM(
-        model=config.verifier,
-        dtype=config.dtype,
-        seed=config.seed,
-        speculative_config=speculative,
-        additional_config={"deferral": {"rule": config.rule, "log": log}},
-        enforce_eager=config.device == "cpu",
-    )
-    try:
-        encoded = encode_prompts(
-            llm.get_tokenizer(), prompts, chat=config.chat, max_prompt_tokens=config.max_prompt_tokens
-        )
-        rows: list[Any] = [{"prompt_token_ids": list(prompt.input_ids)} for prompt in encoded.kept]
-        params = [
-            SamplingParams(
-                temperature=config.temperature,
-                max_tokens=config.max_new_tokens or 128,
-                extra_args={PREFIX + "name": prompt.id},
-            )
-            for prompt in encoded.kept
-        ]
-        llm.generate(rows, params)
-    finally:
-        llm.llm_engine.engine_core.shutdown()
+    new = config.max_new_tokens or 128
+    tokenizer = load_tokenizer(find_checkpoint(config.verifier, "verifier"), "verifier")
+    encoded = encode_prompts(tokenizer, prompts, chat=config.chat, max_prompt_tokens=config.max_prompt_tokens)
+    if not encoded.kept:
+        return len(done)
+    rows = [prompt.input_ids for prompt in encoded.kept]
+    opened = EngineSettings(
+        config.verifier, config.drafter, {"rule": config.rule, "log": log}, config.num_draft_tokens, config.device,
+        config.dtype, config.seed, needed_context(rows, new, config.num_draft_tokens),
+    )  # fmt: skip
+    with open_engine(opened) as engine:  # the log is closed with it
+        names = [{PREFIX + "name": prompt.id} for prompt in encoded.kept]
+        engine.generate(rows, [Sampling(new, config.temperature, extra=name) for name in names])
     return len(read_header(open_folder(out)).prompt_ids)
 
 

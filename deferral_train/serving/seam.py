@@ -67,6 +67,7 @@ class Seam:
         self.seed = seed
         self.adopt(config, rule, mismatch)
         self.sampler: Any = None
+        self.watch: Callable[[Sequence[str], Outcome], None] | None = None  # is told of every step's verdicts
         self.wanted, self.consulted = 0, 0  # blocks of requests with a rule, and those that it decided
         self._closed = False
 
@@ -153,6 +154,8 @@ class Seam:
             served, shadow: on the host; ``shadow`` is what the rule would have done, None where it was served.
             rows, raw: what was verified, and the verifier's logits [R, T, V] as the model gave them, for the traces.
         """
+        if self.watch is not None:
+            self.watch(step.names, served)
         lengths = served.lengths.numpy()
         tally(self.counters, lengths, served, "")
         if shadow is not None:

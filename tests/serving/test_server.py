@@ -23,11 +23,13 @@ READY_SECONDS = 240
 
 
 @contextmanager
-def running(folder, deferral):
-    """Address of a server and its process; ended at the end."""
+def running(folder, deferral, **more):
+    """Address of a server and its process; ended at the end. ``more``: options and environment, see `serve`."""
     pair = save_pair(folder / "pair")
     log = folder / "server.log"
-    address, process = serve(pair, log, context=LENGTH, sequences=48, drafts=DRAFTS, deferral=deferral)
+    address, process = serve(
+        pair, log, context=LENGTH, sequences=48, drafts=DRAFTS, deferral=deferral, **more
+    )
     try:
         wait_until_ready(address, process, log)
         yield address, process
