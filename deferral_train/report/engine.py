@@ -49,9 +49,9 @@ def _row(
     quality = [_quality(one) for one in (loop, rule)]
     return {
         "rule": label,
-        "speed": [nice(one and one["tokens_per_second"]) for one in (loop, rule)],
-        "length": [nice(one and one["mean_acceptance_length"]) for one in (loop, rule)],
-        "deferral": [nice(one and one["deferral_rate"]) for one in (loop, rule)],
+        "speed": [nice(one["tokens_per_second"] if one else None) for one in (loop, rule)],
+        "length": [nice(one["mean_acceptance_length"] if one else None) for one in (loop, rule)],
+        "deferral": [nice(one["deferral_rate"] if one else None) for one in (loop, rule)],
         "quality": quality,
         "same": "–" if agreement is None else f"{agreement.same} of {agreement.prompts}",
         "ties": "–" if agreement is None else str(agreement.ties),

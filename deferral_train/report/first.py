@@ -73,16 +73,26 @@ def _chart(run: RunFolder) -> Markup:
 
 
 def _curves(summary: Mapping[str, Any]) -> dict[str, list[dict[str, float]]]:
-    """Rule to its settings on the calibration questions, lossless among them, from few calls to many."""
+    """Rule to its settings on the calibration questions, lossless among them, from few calls to many.
+
+    Left out are those that another setting of the rule beats in both calls and right answers.
+    """
     rules = {label: rule for label, rule in summary["rules"].items() if _right(rule) is not None}
     families: dict[str, list[dict[str, float]]] = {}
     for label, rule in rules.items():
         if rule.get("dial") is not None:
             families.setdefault(label.rpartition(":")[0], []).append(_point(rule))
     base = [_point(rules["lossless"])] if "lossless" in rules else []
-    return {
-        name: sorted([*base, *points], key=lambda point: point["calls"]) for name, points in families.items()
-    }
+    return {name: _front([*base, *points]) for name, points in families.items()}
+
+
+def _front(points: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """The points that have more right answers than every one of fewer calls."""
+    kept: list[dict[str, float]] = []
+    for point in sorted(points, key=lambda point: (point["calls"], -point["right"])):
+        if not kept or point["right"] > kept[-1]["right"]:
+            kept.append(point)
+    return kept
 
 
 def _point(rule: Mapping[str, Any]) -> dict[str, float]:

@@ -8,7 +8,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from http.client import HTTPException, HTTPMessage
+from email.message import Message
+from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -167,7 +168,7 @@ def _address(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc}{path}"
 
 
-def _wait(headers: HTTPMessage, attempt: int) -> float:
+def _wait(headers: Message, attempt: int) -> float:
     """Seconds until the next attempt: as the server says, else longer each time; never longer than `LONGEST_WAIT`."""
     try:
         asked = float(headers.get("Retry-After", ""))
