@@ -122,7 +122,9 @@ def run(config: RoundsConfig) -> int:
     decoder = None
     if config.engine == VLLM:
         named = {"drafter": config.drafter, "verifier": config.verifier}
-        section = PairSection(**named, device=config.device, dtype=config.dtype)
+        section = PairSection(
+            drafter=config.drafter, verifier=config.verifier, device=config.device, dtype=config.dtype
+        )
         opened = engine_settings(section, named, config.seed, beside=True)
         opened.models()  # a pair that the engine does not serve is refused before anything is loaded
         decoder = StageDecoder(lambda: pair.models, opened)

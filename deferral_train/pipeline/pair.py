@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def prepare_pair(
     return {**result, "compared_training_texts": compared, "warnings": warnings}
 
 
-def open_pair(config: PairSection, result: dict[str, Any]) -> ModelPair:
+def open_pair(config: PairSection, result: Mapping[str, Any]) -> ModelPair:
     """The models that the pair stage settled on."""
     return _load(config, result["drafter"], result["verifier"])
 
