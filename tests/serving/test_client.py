@@ -149,7 +149,7 @@ def test_answers_that_do_not_say_enough(stub, tmp_path, capsys, answer, line):
     given = (
         f"decode --server {stub.address} --verifier {tmp_path / 'verifier'} --prompts {tmp_path / 'p.txt'}"
     )
-    assert main([*given.split(), "--out", str(tmp_path / "out")]) == 2
+    assert main([*given.split(), "--out", str(tmp_path / "out"), "--max_new_tokens", "16"]) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert line in said[-1]
     assert not (tmp_path / "out" / "summary.json").exists()
@@ -165,7 +165,20 @@ def test_blocks_are_read_off_an_answer(stub, tmp_path, capsys):
     given = (
         f"decode --server {stub.address} --verifier {tmp_path / 'verifier'} --prompts {tmp_path / 'p.txt'}"
     )
-    assert main([*given.split(), "--out", str(tmp_path / "out"), "--num_draft_tokens", "4"]) == 0
+    assert (
+        main(
+            [
+                *given.split(),
+                "--out",
+                str(tmp_path / "out"),
+                "--num_draft_tokens",
+                "4",
+                "--max_new_tokens",
+                "10",
+            ]
+        )
+        == 0
+    )
     bodies = [json.loads(body) for method, _, _, body in stub.seen if method == "POST"]
     assert [body.get("vllm_xargs") for body in bodies[1:]] == [
         {"deferral_lossless": 1},
