@@ -66,12 +66,12 @@ def test_first_screen_holds_the_answer(page: str) -> None:
 
 
 def test_sections_without_input_say_so(run_folder: Path, page: str, tmp_path: Path) -> None:
-    # no training log, no skew, no rounds, no frontier, no shadow mode
-    assert page.count("Not measured in this run") == 5
+    # no training log, no skew, no rounds, no frontier, no shadow mode, no serving engine
+    assert page.count("Not measured in this run") == 6
     (tmp_path / "evaluation").mkdir()
     shutil.copy(run_folder / "evaluation" / "scores.json", tmp_path / "evaluation")
     bare = write_report(tmp_path).read_text(encoding="utf-8")
-    assert bare.count("Not measured in this run") == 10
+    assert bare.count("Not measured in this run") == 11
     assert "no verdict" in bare
 
 
