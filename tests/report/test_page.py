@@ -66,13 +66,38 @@ def test_first_screen_holds_the_answer(page: str) -> None:
 
 
 def test_sections_without_input_say_so(run_folder: Path, page: str, tmp_path: Path) -> None:
-    # no training log, no skew, no rounds, no frontier, no shadow mode
-    assert page.count("Not measured in this run") == 5
+    # no training log, no skew, no rounds, no frontier, no shadow mode, no serving engine
+    assert page.count("Not measured in this run") == 6
     (tmp_path / "evaluation").mkdir()
     shutil.copy(run_folder / "evaluation" / "scores.json", tmp_path / "evaluation")
     bare = write_report(tmp_path).read_text(encoding="utf-8")
-    assert bare.count("Not measured in this run") == 10
+    assert bare.count("Not measured in this run") == 11
     assert "no verdict" in bare
+
+
+def test_the_engine_stands_beside_the_loop_and_differing_texts_are_listed(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    for part in ("decode", "engine"):
+        shutil.copytree(run_folder / "decode", tmp_path / part)
+    same = _engine_section(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "engine" / "outputs.jsonl").read_text().splitlines()]
+    prompts = len({row["id"] for row in rows})
+    rules = {row["rule"] for row in rows}
+    assert same.count(f"<td>{prompts} of {prompts}</td><td>0</td>") == len(rules)
+    assert "Texts that differ" not in same
+
+    rows[0]["tokens"][-1] += 1
+    (tmp_path / "engine" / "outputs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    other = _engine_section(tmp_path)
+    assert other.count(f"<td>{prompts - 1} of {prompts}</td>") == 1
+    assert "Texts that differ" in other
+    assert f"<td>{len(rows[0]['tokens']) - 1}</td>" in other
+
+
+def _engine_section(folder: Path) -> str:
+    text = write_report(folder).read_text(encoding="utf-8")
+    return text[text.index('<section id="engine">') : text.index('<section id="tokens">')]
 
 
 def test_training_log_becomes_a_curve(run_folder: Path, tmp_path: Path) -> None:
