@@ -289,7 +289,7 @@ def test_a_folder_with_traces_is_not_written_over(tmp_path):
 @pytest.mark.parametrize(
     ("runner", "count"),
     [
-        ("V1", 300),
+        pytest.param("V1", 300, marks=pytest.mark.timeout(900)),
         pytest.param("V2", 30, marks=[pytest.mark.v2, pytest.mark.slow, pytest.mark.timeout(1800)]),
     ],
 )
