@@ -75,6 +75,31 @@ def test_sections_without_input_say_so(run_folder: Path, page: str, tmp_path: Pa
     assert "no verdict" in bare
 
 
+def test_the_engine_stands_beside_the_loop_and_differing_texts_are_listed(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    for part in ("decode", "engine"):
+        shutil.copytree(run_folder / "decode", tmp_path / part)
+    same = _engine_section(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "engine" / "outputs.jsonl").read_text().splitlines()]
+    prompts = len({row["id"] for row in rows})
+    rules = {row["rule"] for row in rows}
+    assert same.count(f"<td>{prompts} of {prompts}</td><td>0</td>") == len(rules)
+    assert "Texts that differ" not in same
+
+    rows[0]["tokens"][-1] += 1
+    (tmp_path / "engine" / "outputs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    other = _engine_section(tmp_path)
+    assert other.count(f"<td>{prompts - 1} of {prompts}</td>") == 1
+    assert "Texts that differ" in other
+    assert f"<td>{len(rows[0]['tokens']) - 1}</td>" in other
+
+
+def _engine_section(folder: Path) -> str:
+    text = write_report(folder).read_text(encoding="utf-8")
+    return text[text.index('<section id="engine">') : text.index('<section id="tokens">')]
+
+
 def test_training_log_becomes_a_curve(run_folder: Path, tmp_path: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
