@@ -358,6 +358,8 @@ class RunConfig:
         engine: transformers, the loop of this package; or vllm: stages that decode do so in vLLM, rounds have it finish
             the texts of labels, and the verdict speaks of served tokens a second.
         bootstrap: redraws of prompts for intervals.
+        on_policy: test prompts along whose own prefixes predictions are held against counts (stage ``skew``); None
+            takes all that are decoded.
         expected: stage to the seconds that it takes on the machine the config was made for; said at the start and
             beside what each stage took.
         control: a sentence for the page of a run with questions about a comparison that was made beside it, with its
@@ -387,6 +389,7 @@ class RunConfig:
     frontier: FrontierConfig = field(default_factory=FrontierConfig)
     engine: str = ENGINES[0]
     bootstrap: int = 1000
+    on_policy: int | None = None
     expected: dict[str, float] = field(default_factory=dict)
     control: str = ""
 

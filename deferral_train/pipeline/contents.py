@@ -111,6 +111,8 @@ def check_values(config: RunConfig) -> None:
     """
     if config.seed < 0 or config.bootstrap < 0:
         raise InputError(f"seed={config.seed}, bootstrap={config.bootstrap}: give whole numbers >= 0")
+    if config.on_policy is not None and config.on_policy < 1:
+        raise InputError(f"on_policy={config.on_policy}: give at least 1, or leave it out")
     engine_facts(config.engine)
     for part in () if config.text.stdlib else PARTS:
         _check_part(part, getattr(config.text, part))

@@ -149,7 +149,7 @@ def compare_skew(run: RunContext, results: Results) -> Any:
         **asdict(run.config.traces) | decoded,
         rule=chosen["spec"],
         blocks="served" if run.config.engine == VLLM else "tight",
-        limit=section.limit,
+        limit=section.limit if run.config.on_policy is None else min(run.config.on_policy, section.limit),
     )
     collect(settings, run.folder / ON_POLICY)
     rows = skew.compare(

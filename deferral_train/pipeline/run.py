@@ -261,7 +261,12 @@ class Run:
             Stage(
                 name="skew",
                 title="offline against online",
-                settings={"bootstrap": c.bootstrap, "seed": c.seed, **self.engine},
+                settings={
+                    "bootstrap": c.bootstrap,
+                    "seed": c.seed,
+                    **({} if c.on_policy is None else {"on_policy": c.on_policy}),
+                    **self.engine,
+                },
                 after=("decode",),
                 outputs=(online.ON_POLICY, "evaluation/skew.json"),
                 work=partial(online.compare_skew, self),

@@ -187,6 +187,7 @@ def test_inputs_count_by_content(tmp_path, content):
         ({"rules": ["opt", "token_v3", "chou"]}, "rules: "),
         ({"seed": -1}, "seed=-1"),
         ({"bootstrap": -5}, "bootstrap=-5"),
+        ({"on_policy": 0}, "on_policy=0"),
     ],
 )
 def test_every_value_is_checked_before_any_work(config_path, tmp_path, capsys, change, said):

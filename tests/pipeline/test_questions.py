@@ -55,6 +55,7 @@ def config_path(tmp_path_factory) -> Path:
         "rules": ["chow", "opt"],
         "decoded": [],
         "bootstrap": 50,
+        "on_policy": 20,
         "control": "The control: 1 < 2.",
     }
     path = tmp_path_factory.mktemp("config") / "run.yaml"
@@ -67,6 +68,11 @@ def finished(config_path, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
     assert cli.main(["run", "--config", str(config_path), "--out", str(out)]) == 0
     return out
+
+
+def test_predictions_are_held_against_counts_on_as_many_prompts_as_asked_for(finished):
+    rows = json.loads((finished / "evaluation" / "skew.json").read_text())["rows"]
+    assert {row["prompts"] for row in rows} == {20}
 
 
 def test_accuracy_is_what_executing_the_outputs_again_gives(finished):
