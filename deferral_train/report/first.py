@@ -39,30 +39,26 @@ def first_screen(run: RunFolder, texts: Texts) -> dict[str, Any] | None:
 
 
 def _chart(run: RunFolder) -> Markup:
-    """Share of right answers against verifier calls per token: tried settings as curves, decoded test points."""
+    """Share of right answers against verifier calls per token, all of it on one set of questions.
+
+    With calibration questions, tried settings are curves and the chosen one is marked; else decoded test points alone.
+    """
     assert run.answers is not None
-    series = []
-    if run.calibration is not None:
-        for colour, (name, points) in enumerate(_curves(run.calibration).items()):
-            notes = [
-                f"dial {nice(p['value'])}: {p['right']:.1f}% right, {nice(p['calls'])} calls" for p in points
-            ]
-            xs, ys = [p["calls"] for p in points], [p["right"] for p in points]
-            series.append(Series(name, xs, ys, colour=colour, notes=notes))
-    rules = (run.summary or {}).get("rules", {})
-    for label, right in run.answers["right"].items():
-        calls = rules.get(label, {}).get("verifier_calls_per_token")
-        # The drafter alone, far below, would press everything else together; its accuracy stands in the text.
-        if (
-            calls is None
-            or label == "drafter_only"
-            or (label not in NAMES and label != run.answers["chosen"])
-        ):
-            continue
-        name = NAMES.get(label, f"{CHOSEN}: {label}")
-        series.append(
-            Series(name, [calls], [PERCENT * right], colour=2 if label in NAMES else 4, kind="points")
-        )
+    chosen = run.answers["chosen"]
+    decoded = (run.summary or {}).get("rules", {})
+    if run.calibration is not None and "lossless" in run.calibration["rules"]:
+        series, points = _calibrated(run.calibration["rules"], decoded.get(chosen, {}).get("dial"))
+    else:
+        series, points = [], {}
+        for label, right in run.answers["right"].items():
+            # The drafter alone, far below, would press everything else together; its accuracy stands in the text.
+            if label in decoded and (label in NAMES or label == chosen):
+                calls = decoded[label]["verifier_calls_per_token"]
+                points[label] = {"calls": calls, "right": PERCENT * right}
+    for label, point in points.items():
+        name = NAMES.get(label, f"{CHOSEN}: {chosen}")
+        colour = 2 if label in NAMES else 4
+        series.append(Series(name, [point["calls"]], [point["right"]], colour=colour, kind="points"))
     return line_chart(
         "Right answers against verifier calls per token",
         series,
@@ -72,27 +68,41 @@ def _chart(run: RunFolder) -> Markup:
     )
 
 
-def _curves(summary: Mapping[str, Any]) -> dict[str, list[dict[str, float]]]:
-    """Rule to its settings on the calibration questions, lossless among them, from few calls to many.
+def _calibrated(
+    rules: Mapping[str, Any], chosen: Mapping[str, Any] | None
+) -> tuple[list[Series], dict[str, dict[str, float]]]:
+    """Curves of the settings tried on the calibration questions; points of verifier, lossless and the chosen one.
 
-    Left out are those that another setting of the rule beats in both calls and right answers.
+    Lossless text is the verifier's own when greedy and of its distribution otherwise, so that the verifier alone has as
+    many right answers, at one call a token.
     """
-    rules = {label: rule for label, rule in summary["rules"].items() if _right(rule) is not None}
+    series = []
+    for colour, (name, settings) in enumerate(_curves(rules).items()):
+        notes = [
+            f"dial {nice(p['value'])}: {p['right']:.1f}% right, {nice(p['calls'])} calls" for p in settings
+        ]
+        xs, ys = [p["calls"] for p in settings], [p["right"] for p in settings]
+        series.append(Series(name, xs, ys, colour=colour, notes=notes))
+    lossless = _point(rules["lossless"])
+    points = {"verifier_only": {**lossless, "calls": 1.0}, "lossless": lossless}
+    same = (rule for rule in rules.values() if chosen is not None and rule.get("dial") == chosen)
+    if (found := next(same, None)) is not None and _right(found) is not None:
+        points[CHOSEN] = _point(found)
+    return series, points
+
+
+def _curves(rules: Mapping[str, Any]) -> dict[str, list[dict[str, float]]]:
+    """Rule to its settings in the order of its dial, lossless behind the end that has more right answers."""
     families: dict[str, list[dict[str, float]]] = {}
     for label, rule in rules.items():
-        if rule.get("dial") is not None:
+        if rule.get("dial") is not None and _right(rule) is not None:
             families.setdefault(label.rpartition(":")[0], []).append(_point(rule))
-    base = [_point(rules["lossless"])] if "lossless" in rules else []
-    return {name: _front([*base, *points]) for name, points in families.items()}
-
-
-def _front(points: Sequence[dict[str, float]]) -> list[dict[str, float]]:
-    """The points that have more right answers than every one of fewer calls."""
-    kept: list[dict[str, float]] = []
-    for point in sorted(points, key=lambda point: (point["calls"], -point["right"])):
-        if not kept or point["right"] > kept[-1]["right"]:
-            kept.append(point)
-    return kept
+    for points in families.values():
+        points.sort(key=lambda point: point["value"])
+        if points[0]["right"] > points[-1]["right"]:
+            points.reverse()
+        points.append(_point(rules["lossless"]))
+    return families
 
 
 def _point(rule: Mapping[str, Any]) -> dict[str, float]:

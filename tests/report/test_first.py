@@ -101,6 +101,8 @@ def test_the_picture_has_a_curve_per_rule_through_lossless_and_marks_the_chosen_
     curve = figure.partition('data-series="opt"')[2].partition("</g>")[0]
     assert curve.count("<circle") == 3
     assert "dial 0.40: 90.0% right, 0.30 calls" in curve.replace("0.400", "0.40").replace("0.300", "0.30")
+    # All of it on the calibration questions, where lossless is 97% right and so is the verifier alone.
+    assert "97.5" not in figure
     for name in ("verifier alone", "lossless drafting", f"chosen: {CHOSEN}"):
         assert f'data-series="{name}"' in figure
     assert "drafter" not in figure  # it would press the rest together
