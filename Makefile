@@ -51,10 +51,15 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[train]' pytest pytest-timeout httpx
 	@touch $@
 
+# Both model runners at once, each in a process of its own; V2's lines follow V1's.
+V1_TESTS := tests/serving -m "not slow and not v2"
+V2_TESTS := tests/serving -m "v2 and not slow"
 test-vllm:
 	@if $(MAKE) --no-print-directory $(VLLM_VENV)/.installed; then \
-		$(TEST_ENV) $(VLLM_VENV)/bin/python -m pytest tests/serving -m "not slow and not v2" && \
-		$(TEST_ENV) $(V2_ENV) $(VLLM_VENV)/bin/python -m pytest tests/serving -m "v2 and not slow"; \
+		{ $(TEST_ENV) $(V2_ENV) $(VLLM_VENV)/bin/python -m pytest $(V2_TESTS) >$(VLLM_VENV)/v2.log 2>&1; \
+			echo $$? >$(VLLM_VENV)/v2.status; } & \
+		$(TEST_ENV) $(VLLM_VENV)/bin/python -m pytest $(V1_TESTS); first=$$?; \
+		wait; cat $(VLLM_VENV)/v2.log; exit $$((first + $$(cat $(VLLM_VENV)/v2.status))); \
 	else \
 		echo "make test-vllm: THE ENGINE WAS NOT TESTED: $(VLLM) could not be installed here (see above)"; \
 	fi

@@ -172,6 +172,7 @@ def numbers_of(folder):
     return json.loads(json.dumps(found).replace(str(folder), ""))
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_a_killed_run_goes_on_and_gives_the_same_numbers(finished, config_path, tmp_path):
     out = tmp_path / "killed"
@@ -248,6 +249,7 @@ def rounds(folder, out, engine):
     return [*words, "--device", "cpu", "--dtype", "float32", "--engine", engine, "--length_tolerance", "0.9"]
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_rounds_in_the_engine_are_those_of_the_loop(config_path, tmp_path):
     """Its blocks lie as the engine lays them; labels, heads and texts then agree, killed between or not."""
