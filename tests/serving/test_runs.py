@@ -200,6 +200,7 @@ def test_a_finished_run_starts_no_engine(finished, config_path, monkeypatch):
     assert loaded(finished / "verdict.json") == before
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
