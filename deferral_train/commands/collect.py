@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from deferral_train.collecting.config import ON_POLICY_TOKENS, CollectConfig
+from deferral_train.decoding.settings import ENGINES, VLLM
 from deferral_train.errors import InputError
 from deferral_train.traces.kinds import SEQUENCE_LABELS
 
@@ -29,7 +30,6 @@ class CollectSettings(CollectConfig):
 
 # The command line takes every field of the config as a flag and a YAML key.
 SETTINGS = CollectSettings
-ENGINES = ("transformers", "vllm")
 
 
 def run(
@@ -61,7 +61,7 @@ def run(
         raise InputError(
             f"plan: it tells the cost of labels 'sequence', not of {config.labels!r}; leave it out"
         )
-    if engine == "vllm" and config.labels is None:
+    if engine == VLLM and config.labels is None:
         return _collect_in_engine(config, out, fresh)
     given: dict[str, Any] = {}
     if config.labels == "autojudge":
@@ -71,7 +71,7 @@ def run(
 
         given["scores"] = make_scorers(config.metrics)
     with ExitStack() as stack:
-        if engine == "vllm":
+        if engine == VLLM:
             given |= stack.enter_context(_writing(config))
         if plan:
             tell_plan(config, **given)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from deferral_train.decoding.settings import DecodeConfig, Settings
+from deferral_train.decoding.settings import ENGINES, VLLM, DecodeConfig, Settings
 from deferral_train.errors import InputError
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from deferral_train.pairs.prompts import Prompt
     from deferral_train.rules.base import Rule
 
-ENGINES = ("transformers", "vllm")
 STOPS = ("confidence", "cumulative", "entropy", "head", "acceptance", "speed")
 
 
@@ -172,7 +171,7 @@ def _decode(config: DecodeSettings, fresh: bool) -> int:
     prompts = _prompts(config)
     check_metrics(config.metrics, prompts)
     opened = (
-        _open_server if config.server is not None else _open_engine if config.engine == "vllm" else _open_pair
+        _open_server if config.server is not None else _open_engine if config.engine == VLLM else _open_pair
     )
     with opened(config, asked, rules, drafting.smaller if drafting is not None else ()) as (
         pair,
@@ -209,9 +208,9 @@ def _check(config: DecodeSettings) -> None:
             raise InputError(f"{name} is not given; add --{name}")
     where = "--server" if config.server is not None else f"engine {config.engine}"
     wrong: dict[str, Any] = {}
-    if config.server is not None or config.engine == "vllm":
+    if config.server is not None or config.engine == VLLM:
         wrong |= PLACES
-    if config.server is not None or config.engine != "vllm":
+    if config.server is not None or config.engine != VLLM:
         wrong |= OF_ENGINE
     if config.server is not None:
         wrong |= {"drafter": "", "device": "auto", "dtype": "auto", "accept_mismatch": False}

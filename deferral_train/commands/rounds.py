@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from deferral_train.pipeline.config import ENGINES, VLLM, PairSection, RoundsSettings
+from deferral_train.decoding.settings import ENGINES, VLLM
+from deferral_train.pipeline.config import PairSection, RoundsSettings
 
 
 @dataclass(frozen=True)

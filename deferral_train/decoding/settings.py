@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 
 BLOCKS = ("tight", "served")
+VLLM = "vllm"
+ENGINES = ("transformers", VLLM)  # this package's loop over transformers, and what else decodes
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from deferral_train.collecting.config import SEQUENCE_METRICS, CollectConfig
-from deferral_train.decoding.settings import Settings
+from deferral_train.decoding.settings import ENGINES, Settings
 from deferral_train.errors import InputError, config_errors
 from deferral_train.pairs.scratch.train_config import PairConfig
 
 STYLES = ("drawn", "house")  # of queries
 PARTS = ("fit", "validation", "calibration", "test")
-VLLM = "vllm"
-ENGINES = ("transformers", VLLM)
 
 
 @dataclass(frozen=True)
@@ -306,6 +304,16 @@ class DecodeSection:
     repetitions: int = 3
     timed: int | None = None
     metrics: tuple[str, ...] = ()
+
+    def settings(self, seed: int) -> Settings:
+        """How one batch of prompts is decoded."""
+        return Settings(
+            num_draft_tokens=self.num_draft_tokens,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            batch_size=self.batch_size,
+            seed=seed,
+        )
 
 
 @dataclass(frozen=True)

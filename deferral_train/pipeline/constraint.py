@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deferral_train.decoding.settings import DecodeConfig, Settings
+from deferral_train.decoding.settings import DecodeConfig
 from deferral_train.errors import InputError
 from deferral_train.evaluation.choose import NoSettingError, check_reachable, choose_from_outputs
 from deferral_train.evaluation.evidence import read_evidence
@@ -80,13 +80,7 @@ def certified_point(
     dials = operating_point.spread(
         traces, sweeps, config.shares, section.temperature, section.num_draft_tokens
     )
-    settings = Settings(
-        num_draft_tokens=section.num_draft_tokens,
-        max_new_tokens=section.max_new_tokens,
-        batch_size=BATCH,
-        temperature=section.temperature,
-        seed=search.seed,
-    )
+    settings = replace(section.settings(search.seed), batch_size=BATCH)
     tried = {"lossless": rule_from_spec("lossless"), **operating_point.labelled(rules, dials)}
     decoder.decode(prompts, tried, DecodeConfig(settings), search.folder)
     evidence = read_evidence(search.folder)

@@ -16,12 +16,13 @@ from deferral_train import provenance
 from deferral_train.collecting.config import CollectConfig
 from deferral_train.decoding.decode import DecodeConfig
 from deferral_train.decoding.pair import Settings
+from deferral_train.decoding.settings import VLLM
 from deferral_train.errors import InputError
 from deferral_train.evaluation.quality import check_metric
 from deferral_train.heads.rules import HEAD_PARAMETERS, parse_spec, rule_from_spec
 from deferral_train.pairs.checkpoint import find_checkpoint
 from deferral_train.pairs.load import DTYPES
-from deferral_train.pipeline.config import PARTS, VLLM, PairSection, RunConfig, TextConfig
+from deferral_train.pipeline.config import PARTS, PairSection, RunConfig, TextConfig
 from deferral_train.pipeline.decoder import engine_facts
 from deferral_train.pipeline.heads import candidate_config
 from deferral_train.redaction import redacted_text
@@ -181,14 +182,12 @@ def _check_part(part: str, source: Any) -> None:
 
 
 def _check_decoding(config: RunConfig) -> None:
-    section = asdict(config.decode)
-    limit, repetitions, metrics = (section.pop(name) for name in ("limit", "repetitions", "metrics"))
-    timed = section.pop("timed")
+    section = config.decode
     with _Section("decode"):
-        if limit < 1 or (timed is not None and timed < 1):
-            raise InputError(f"limit={limit}, timed={timed}: give at least 1")
-        DecodeConfig(Settings(seed=config.seed, **section), repetitions, log_tokens=5)
-        for metric in metrics:
+        if section.limit < 1 or (section.timed is not None and section.timed < 1):
+            raise InputError(f"limit={section.limit}, timed={section.timed}: give at least 1")
+        DecodeConfig(section.settings(config.seed), section.repetitions, log_tokens=5)
+        for metric in section.metrics:
             if metric not in FREE_METRICS:
                 check_metric(metric)
     with _Section("point"):

@@ -11,11 +11,12 @@ from typing import Any
 
 from deferral_train.decoding.decode import DecodeConfig, decode
 from deferral_train.decoding.pair import Pair
+from deferral_train.decoding.settings import ENGINES, VLLM
 from deferral_train.errors import InputError
 from deferral_train.evaluation.outputs import LIKELIHOOD
 from deferral_train.pairs.load import ModelPair
 from deferral_train.pairs.prompts import Prompt
-from deferral_train.pipeline.config import ENGINES, VLLM, PairSection
+from deferral_train.pipeline.config import PairSection
 from deferral_train.rules.base import Rule
 from deferral_train.serving.engine_pair import EnginePair, check_decode
 from deferral_train.serving.models import import_vllm

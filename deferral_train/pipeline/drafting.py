@@ -8,10 +8,10 @@ from typing import Any
 from deferral_train import provenance
 from deferral_train.decoding import Pair
 from deferral_train.decoding.outputs import OUTPUTS, read_lines
+from deferral_train.decoding.settings import VLLM
 from deferral_train.evaluation.bootstrap import Redraws
 from deferral_train.evaluation.drafting import propose_for
 from deferral_train.heads.rules import rule_from_spec
-from deferral_train.pipeline.config import VLLM
 from deferral_train.pipeline.context import RunContext
 from deferral_train.pipeline.online import ON_POLICY
 from deferral_train.pipeline.pair import open_pair

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deferral_train.decoding.outputs import BATCHES, read_lines
-from deferral_train.decoding.settings import DecodeConfig, Settings
+from deferral_train.decoding.settings import DecodeConfig
 from deferral_train.evaluation.figures import draw_frontier
 from deferral_train.evaluation.frontier import VERIFIER, frontier_of, write_frontier
 from deferral_train.evaluation.outputs import check_metrics, score_outputs
@@ -59,13 +59,11 @@ def decode_frontier(
                 for spec in config.sequence_cascades
             },
         }
-        settings = Settings(
-            num_draft_tokens=section.num_draft_tokens,
-            max_new_tokens=section.max_new_tokens,
+        # The head was fitted at the temperature of the traces; here it is tried at others, on purpose.
+        settings = replace(
+            section.settings(seed),
             batch_size=config.batch_size,
             temperature=temperature,
-            seed=seed,
-            # The head was fitted at the temperature of the traces; here it is tried at others, on purpose.
             accept_mismatch=True,
         )
         folder = run / FOLDER / f"t{temperature:g}"

@@ -21,7 +21,7 @@ from deferral_train.collecting.config import CollectConfig
 from deferral_train.collecting.first_look import CorpusMetric
 from deferral_train.decoding.outputs import OUTPUTS, read_lines
 from deferral_train.decoding.pair import Pair, load_pair
-from deferral_train.decoding.settings import DecodeConfig, Settings
+from deferral_train.decoding.settings import VLLM, DecodeConfig, Settings
 from deferral_train.errors import InputError
 from deferral_train.evaluation.bootstrap import MIN_PROMPTS, PromptBootstrap
 from deferral_train.evaluation.scorers import make_scorers
@@ -39,7 +39,7 @@ from deferral_train.heads.rules import learned_rule, rule_from_spec
 from deferral_train.pairs.overlap import content_hash
 from deferral_train.pairs.prompts import Prompt
 from deferral_train.pipeline.ask import execution_accuracy
-from deferral_train.pipeline.config import VLLM, RoundsSettings, RunConfig
+from deferral_train.pipeline.config import RoundsSettings, RunConfig
 from deferral_train.pipeline.decoder import StageDecoder, engine_settings
 from deferral_train.pipeline.heads import BEST
 from deferral_train.pipeline.text import read_part

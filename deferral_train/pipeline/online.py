@@ -10,7 +10,7 @@ from typing import Any
 from deferral_train import provenance
 from deferral_train.collecting import CollectConfig, collect
 from deferral_train.decoding.outputs import OUTPUTS, read_lines
-from deferral_train.decoding.settings import DecodeConfig, Settings
+from deferral_train.decoding.settings import VLLM, DecodeConfig
 from deferral_train.evaluation import skew
 from deferral_train.evaluation.evidence import read_evidence
 from deferral_train.evaluation.expectation import expectation
@@ -20,7 +20,6 @@ from deferral_train.heads import DeferralHead
 from deferral_train.heads.export import set_operating_point
 from deferral_train.heads.rules import learned_rule, rule_from_spec
 from deferral_train.pipeline import ask
-from deferral_train.pipeline.config import VLLM
 from deferral_train.pipeline.constraint import FOLDER as CALIBRATION
 from deferral_train.pipeline.constraint import CertificateSearch, certified_point
 from deferral_train.pipeline.context import Results, RunContext
@@ -52,11 +51,11 @@ def decode_rules(run: RunContext, results: Results) -> Any:
     prompts = read_part(run.folder, "test", section.limit)
     metrics = (*section.metrics, *([] if run.metric in (*ALWAYS, *section.metrics) else [run.metric]))
     check_metrics(metrics, prompts)
-    once = 1 if section.timed else section.repetitions
-    settings = DecodeConfig(_settings(run), once, log_tokens=0 if section.timed else 5)
+    once, how = 1 if section.timed else section.repetitions, section.settings(run.config.seed)
+    settings = DecodeConfig(how, once, log_tokens=0 if section.timed else 5)
     summary = decoder.decode(prompts, rules, settings, run.folder / "decode")
     if section.timed:
-        alone = DecodeConfig(replace(_settings(run), batch_size=1), section.repetitions, log_tokens=5)
+        alone = DecodeConfig(replace(how, batch_size=1), section.repetitions, log_tokens=5)
         timed = decoder.decode(prompts[: section.timed], rules, alone, run.folder / TIMING)
         for label, rule in summary["rules"].items():
             rule |= {name: timed["rules"][label][name] for name in TIMES}
@@ -76,17 +75,12 @@ def decode_shapes(run: RunContext, results: Results) -> Any:
     rules[chosen["label"]] = rule_from_spec(chosen["spec"], run.config.rules)
     decoder = run.decoder(results["pair"])
     prompts = read_part(run.folder, ask.SHAPES)
-    decoder.decode(prompts, rules, DecodeConfig(_settings(run)), run.folder / SHAPES)
+    decoder.decode(
+        prompts, rules, DecodeConfig(run.config.decode.settings(run.config.seed)), run.folder / SHAPES
+    )
     summary = score_outputs(run.folder / SHAPES, (run.metric,), decoder.scoring((run.metric,)), prompts)
     right = {name: rule["quality"][redacted_text(run.metric)] for name, rule in summary["rules"].items()}
     return {"questions": len(prompts), "right": right}
-
-
-def _settings(run: RunContext) -> Settings:
-    section = asdict(run.config.decode)
-    for name in ("limit", "repetitions", "timed", "metrics"):
-        del section[name]
-    return Settings(seed=run.config.seed, **section)
 
 
 def certify_constraint(run: RunContext, results: Results, plug_in: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from deferral_train import provenance
 from deferral_train.collecting import CollectConfig, collect
+from deferral_train.decoding.settings import VLLM
 from deferral_train.errors import InputError
 from deferral_train.heads import DeferralHead
 from deferral_train.heads.export import export_head
@@ -22,7 +23,7 @@ from deferral_train.heads.rules import learned_rule, rule_from_spec
 from deferral_train.pipeline import answers, ask, drafting, online, operating_point, serving_speed
 from deferral_train.pipeline import probe as ceilings
 from deferral_train.pipeline.breakdowns import break_down
-from deferral_train.pipeline.config import PARTS, VLLM, RunConfig
+from deferral_train.pipeline.config import PARTS, RunConfig
 from deferral_train.pipeline.console import RunConsole
 from deferral_train.pipeline.constraint import FOLDER
 from deferral_train.pipeline.contents import (
@@ -400,9 +401,8 @@ class Run:
     def pair(self, _: Results) -> Any:
         found = prepare_pair(self.config.pair, self.config.gate, self.folder, self.console, self.asks)
         if self.config.engine == VLLM:
-            engine_settings(
-                self.config.pair, found, self.config.seed
-            ).models()  # what it does not serve is refused now
+            # What the engine does not serve is refused now.
+            engine_settings(self.config.pair, found, self.config.seed).models()
         return found
 
     def decoder(self, pair: Mapping[str, Any]) -> StageDecoder:

@@ -10,6 +10,7 @@ import os
 import platform
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,8 @@ import numpy as np
 
 from deferral_train import provenance
 from deferral_train.decoding.outputs import BATCHES, OUTPUTS, read_lines
-from deferral_train.decoding.settings import DecodeConfig, Settings
+from deferral_train.decoding.settings import DecodeConfig
 from deferral_train.heads.rules import rule_from_spec
-from deferral_train.pipeline.config import DecodeSection
 from deferral_train.pipeline.context import RunContext
 from deferral_train.pipeline.text import read_part
 
@@ -46,7 +46,9 @@ def measure_served(run: RunContext, results: Mapping[str, Any]) -> dict[str, Any
     loads, ran = [], {}
     for at_once in AT_ONCE:
         some = prompts[: min(TIMES * at_once, MOST)]
-        asked = DecodeConfig(_settings(section, run.config.seed, at_once), section.repetitions)
+        asked = DecodeConfig(
+            replace(section.settings(run.config.seed), batch_size=at_once), section.repetitions
+        )
         out = run.folder / FOLDER / f"at-{at_once}"
         summary = decoder.decode(some, rules, asked, out)
         ran = summary["rules"][chosen["label"]]["ran"]
@@ -63,16 +65,6 @@ def measure_served(run: RunContext, results: Mapping[str, Any]) -> dict[str, Any
     }
     provenance.write_json(run.folder / FILE, found)
     return found
-
-
-def _settings(section: DecodeSection, seed: int, at_once: int) -> Settings:
-    return Settings(
-        num_draft_tokens=section.num_draft_tokens,
-        max_new_tokens=section.max_new_tokens,
-        batch_size=at_once,
-        temperature=section.temperature,
-        seed=seed,
-    )
 
 
 def _speeds(folder: Path, label: str) -> dict[str, Any]:

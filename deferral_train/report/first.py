@@ -46,8 +46,9 @@ def _chart(run: RunFolder) -> Markup:
     assert run.answers is not None
     chosen = run.answers["chosen"]
     decoded = (run.summary or {}).get("rules", {})
-    if run.calibration is not None and "lossless" in run.calibration["rules"]:
-        series, points = _calibrated(run.calibration["rules"], decoded.get(chosen, {}).get("dial"))
+    calibrated = {} if run.calibration is None else run.calibration["rules"]
+    if "lossless" in calibrated and _right(calibrated["lossless"]) is not None:
+        series, points = _calibrated(calibrated, decoded.get(chosen, {}).get("dial"))
     else:
         series, points = [], {}
         for label, right in run.answers["right"].items():

@@ -44,9 +44,8 @@ BASELINES: dict[str, str | None] = {
     "block": "block",
     "fly": "fly",
 }
-HANDED_OVER = (
-    32  # prompts that are handed over at once, in units of those that run at once: a killed run repeats these
-)
+# Prompts that are handed over at once, in units of those that run at once: a killed run repeats these.
+HANDED_OVER = 32
 
 
 @dataclass(frozen=True)
@@ -101,6 +100,19 @@ def check_decode(config: DecodeConfig, where: str = "engine vllm") -> None:
             value = getattr(config if name == "log_tokens" else settings, name)
             given = "given" if name in ("stop", "drafting") else f"{value!r}"
             raise InputError(f"{name} is {given} with {where}: {remedy}, or decode without it")
+
+
+def handed_over(encoded: Sequence[EncodedPrompt], options: Settings) -> list[list[EncodedPrompt]]:
+    """Prompts in the parts that are handed over at once, in their order."""
+    size = HANDED_OVER * options.batch_size
+    return [list(encoded[start : start + size]) for start in range(0, len(encoded), size)]
+
+
+def request_seeds(options: Settings, number: int, count: int) -> list[int | None]:
+    """A seed for each request of part ``number``; None where all is greedy."""
+    if options.temperature == 0:
+        return [None] * count
+    return [((options.seed * 1_000_003 + number) * 65_537 + place) % (1 << 62) for place in range(count)]
 
 
 class EnginePair:
@@ -160,8 +172,7 @@ class EnginePair:
         self, encoded: Sequence[EncodedPrompt], options: Settings, sort: bool
     ) -> list[list[EncodedPrompt]]:
         """All prompts at once, of very many so many at once; the engine has its own way of filling a step."""
-        size = HANDED_OVER * options.batch_size
-        return [list(encoded[start : start + size]) for start in range(0, len(encoded), size)]
+        return handed_over(encoded, options)
 
     def turn(self, rule: Rule) -> str:
         """Which engine a rule is decoded in."""
@@ -183,10 +194,7 @@ class EnginePair:
         engine = self._running(turn)
         if turn == RULES:
             engine.use(rule, _spec(rule), options.max_request_loss)
-        each = [
-            self._sampling(options, (options.seed * 1_000_003 + number) * 65_537 + place)
-            for place in range(len(batch))
-        ]
+        each = [self._sampling(options, seed) for seed in request_seeds(options, number, len(batch))]
         served = engine.generate([prompt.input_ids for prompt in batch], each)
         stats = served.stats
         if options.max_request_loss is not None:
@@ -199,13 +207,13 @@ class EnginePair:
         ran = engine.facts() | ({"served_lossless": served.refused} if served.refused else {})
         return BatchResult(served.tokens, stats, served.seconds, ran)
 
-    def _sampling(self, options: Settings, seed: int) -> Sampling:
+    def _sampling(self, options: Settings, seed: int | None) -> Sampling:
         return Sampling(
             options.max_new_tokens,
             options.temperature,
             options.top_k,
             options.top_p,
-            None if options.temperature == 0 else seed % (1 << 62),
+            seed,
             tuple(options.stop_strings) or self.models.stop_strings,
         )
 

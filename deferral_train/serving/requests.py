@@ -44,9 +44,14 @@ class ServedRequest:
     judged: int = 0
 
     @property
+    def ruled(self) -> bool:
+        """True where a rule decides about its drafts."""
+        return not self.settings.rule.is_lossless
+
+    @property
     def idle(self) -> bool:
         """True where the engine's own sampler gives the same: no rule is in force and nothing is logged."""
-        return self.settings.rule.is_lossless and not self.logged
+        return not self.ruled and not self.logged
 
     def spend(self, loss: float) -> None:
         """Add the estimated loss of a block to what the request has spent."""

@@ -18,7 +18,7 @@ from deferral_train.rules.sampling import draw
 from deferral_train.rules.summary import PREVIOUS_TOKENS
 from deferral_train.serving.blocks import GREEDY_BELOW, DraftedRows, Outcome, RowSettings, verify
 from deferral_train.serving.config import ServingConfig
-from deferral_train.serving.layout import Step, last_tokens, previous_tokens, spread, spread_host
+from deferral_train.serving.layout import Step, last_tokens, spread, spread_host
 from deferral_train.serving.lossless_log import log_step
 from deferral_train.serving.proposals import Proposals
 from deferral_train.serving.seam import MakeSampler, Seam, check_parts
@@ -88,7 +88,7 @@ class SeamV1(Seam):
         asked = [
             self.requests[names[row]] for row, count in enumerate(metadata.num_draft_tokens) if count > 0
         ]
-        return all(request.settings.rule.is_lossless for request in asked)
+        return not any(request.ruled for request in asked)
 
     def log_engine_step(self, metadata: Any, logits: Tensor, tokens: Tensor) -> None:
         """Blocks of logged requests, as the engine's own sampler decided them; never raises."""
@@ -141,7 +141,7 @@ class SeamV1(Seam):
 
     def _positions(self, metadata: Any, names: list[str], counts: list[int]) -> Tensor | None:
         """Tokens generated before each drafted one [R, T], where somebody asks."""
-        if self.logger is None and "position" not in self.rule.needs:
+        if not self.wants_positions:
             return None
         return self.positions_of(
             spread(metadata.logits_indices[metadata.target_logits_indices], counts), names
@@ -191,30 +191,29 @@ class SeamV1(Seam):
             for known, temperature in zip(have, step.temperatures)
         ]
         device = self.runner.device
+        drafted = torch.from_numpy(step.drafted).to(device)
         return DraftedRows(
-            torch.from_numpy(step.drafted).to(device),
+            drafted,
             torch.from_numpy(step.lengths).to(device),
             spread(processed, step.counts),
             step.temperatures,
             distributions,
             lawful,
             None if sampling is None else spread(sampling, step.counts),
-            self._context(step, states, indices),
+            self._context(step, drafted, states, indices),
             step.cut,
         )
 
-    def _context(self, step: Step, states: Tensor | None, indices: Tensor) -> dict[str, Tensor]:
+    def _context(
+        self, step: Step, drafted: Tensor, states: Tensor | None, indices: Tensor
+    ) -> dict[str, Tensor]:
         """Summary fields [R, T, ..] that logits do not give, as far as the rule or the log asks for them."""
-        context, device = {}, self.runner.device
-        if step.positions is not None and "position" in self.rule.needs:
-            context["position"] = step.positions
-        if self.previous:
+
+        def before() -> Tensor:
             said = [self.runner.requests[name].output_token_ids for name in step.names]
-            before = last_tokens(said, len(PREVIOUS_TOKENS)).to(device)
-            found = previous_tokens(before, torch.from_numpy(step.drafted).to(device))
-            context |= {
-                name: found[back] for back, name in enumerate(PREVIOUS_TOKENS) if name in self.previous
-            }
+            return last_tokens(said, len(PREVIOUS_TOKENS)).to(drafted.device)
+
+        context = self.place_context(step.positions, drafted, before)
         if states is not None:
             context["drafter_hidden"] = states
         if self.sample_hidden is not None:

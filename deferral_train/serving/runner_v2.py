@@ -23,7 +23,6 @@ from torch import Tensor
 from deferral_train.rules.summary import PREVIOUS_TOKENS
 from deferral_train.serving.blocks import GREEDY_BELOW, DraftedRows, Outcome, moved, verify
 from deferral_train.serving.config import ServingConfig
-from deferral_train.serving.layout import previous_tokens
 from deferral_train.serving.random_numbers import block_numbers
 from deferral_train.serving.requests import ServedRequest
 from deferral_train.serving.seam import MakeSampler, Seam, check_parts
@@ -201,7 +200,7 @@ class SeamV2(Seam):
 
     def rules(self, request: ServedRequest) -> bool:
         """True for a request that a rule decides."""
-        return not request.settings.rule.is_lossless
+        return request.ruled
 
     def decide(self, members: Members, engine: EngineRows) -> None:
         """Verify what a rule is for and write the verdicts over the engine's own; charge them; copy them for later."""
@@ -290,21 +289,17 @@ class SeamV2(Seam):
 
     def _positions(self, index: Tensor, engine: EngineRows) -> Tensor | None:
         """Tokens generated before each drafted one [M, T], where somebody asks."""
-        if self.logger is None and "position" not in self.rule.needs:
+        if not self.wants_positions:
             return None
         prompts = self.runner.req_states.prompt_len.gpu[index[:, 1]].long()
         return engine.pos[index[:, 4:-1]] + 1 - prompts.unsqueeze(1)
 
     def _context(self, members: Members, index: Tensor, drafted: Tensor) -> dict[str, Tensor]:
         """Summary fields [M, T, ..] that logits do not give, as far as the rule or the log asks for them."""
-        context, slots = {}, index[:, 1]
-        if members.positions is not None and "position" in self.rule.needs:
-            context["position"] = members.positions
-        if self.previous:
-            found = previous_tokens(self._last_tokens(slots, len(PREVIOUS_TOKENS)), drafted)
-            context |= {
-                name: found[back] for back, name in enumerate(PREVIOUS_TOKENS) if name in self.previous
-            }
+        slots = index[:, 1]
+        context = self.place_context(
+            members.positions, drafted, lambda: self._last_tokens(slots, len(PREVIOUS_TOKENS))
+        )
         if "drafter" in self.hidden and "drafter_hidden" in self._states:
             context["drafter_hidden"] = self._states["drafter_hidden"][slots, : drafted.shape[1]]
         if "verifier" in self.hidden:

@@ -16,8 +16,6 @@ from typing import Any
 
 from deferral_train.decoding.stats import GenerationStats
 from deferral_train.errors import InputError
-from deferral_train.pairs.encode import EncodedPrompt
-from deferral_train.pairs.prompts import Prompt
 from deferral_train.rules import Rule
 from deferral_train.rules.summary import PREVIOUS_TOKENS
 from deferral_train.serving.checks import check_rule
@@ -28,9 +26,8 @@ from deferral_train.serving.served_stats import ServedBlocks, Steps, drafter_sta
 
 CPU_KV_GIB = 1.0  # by itself the engine takes nine tenths of a CPU machine's memory
 GIB = 1 << 30
-BEFORE_STRING = (
-    8  # tokens before the longest stop string that are looked at: text of a first token depends on those
-)
+# Tokens before the longest stop string that are looked at: the text of a first token depends on those.
+BEFORE_STRING = 8
 SILENT = 10.0  # seconds before a bar is shown
 
 
@@ -214,12 +211,6 @@ class Engine:
             "asynchronous": bool(self.config.scheduler_config.async_scheduling),
             "eager": bool(self.config.model_config.enforce_eager),
         }
-
-    def encode(
-        self, prompts: Sequence[Prompt], max_new_tokens: int, chat: str = "auto"
-    ) -> list[EncodedPrompt]:
-        """Ids of every prompt as ``decode`` makes them; refuses the first that is empty or does not fit."""
-        return self.models.encode(prompts, max_new_tokens, chat)
 
     def use(self, rule: Rule, spec: str, max_request_loss: float | None = None) -> None:
         """Put a rule in force for all requests from here on, those that ask for less excepted.
@@ -464,9 +455,8 @@ def _started(start: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
         return start(**arguments)
     except InputError:
         raise
-    except (
-        Exception
-    ) as error:  # wrong combinations, too little memory, no kernel for a shape: each its own class
+    except Exception as error:
+        # Wrong combinations, too little memory, no kernel for a shape: each its own class.
         reason = " ".join(str(error).split())[:400] or type(error).__name__
         raise InputError(f"vllm {vllm.__version__} does not start: {reason}") from error
 

@@ -65,9 +65,8 @@ class DecisionLogits(LogitsProcessor):
         """Keep a copy [N, V]: the temperature is applied in place."""
         if self.wanted:
             self.kept = logits.clone()
-            self.sampler.thinking_budget_state.apply(
-                self.kept, ctx
-            )  # which the engine does after all processors
+            # Which the engine does after all processors.
+            self.sampler.thinking_budget_state.apply(self.kept, ctx)
         return logits
 
 

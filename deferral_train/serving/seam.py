@@ -19,6 +19,7 @@ from deferral_train.rules.summary import PREVIOUS_TOKENS
 from deferral_train.serving.blocks import DraftedRows, Outcome
 from deferral_train.serving.config import ServingConfig
 from deferral_train.serving.counters import Counters, with_timed_head
+from deferral_train.serving.layout import previous_tokens
 from deferral_train.serving.requests import Requests, ServedRequest
 from deferral_train.serving.shadow import Shadow
 from deferral_train.serving.tally import tally
@@ -104,7 +105,7 @@ class Seam:
         for new in scheduler_output.scheduled_new_reqs:
             self.admit(new)
         drafted = scheduler_output.scheduled_spec_decode_tokens
-        self.wanted += sum(not self.requests[name].settings.rule.is_lossless for name in drafted)
+        self.wanted += sum(self.requests[name].ruled for name in drafted)
 
     def admit(self, new: Any) -> None:
         """Meet a request, as the scheduler hands it to the runner; one that was preempted is known already.
@@ -138,6 +139,33 @@ class Seam:
         if self.logger is not None:
             self.logger.finished(names)
 
+    # What a runner's step reads
+
+    @property
+    def wants_positions(self) -> bool:
+        """True where the rule or the traces read how many tokens stand before a drafted one."""
+        return self.logger is not None or "position" in self.rule.needs
+
+    def place_context(
+        self, positions: Tensor | None, drafted: Tensor, before: Callable[[], Tensor]
+    ) -> dict[str, Tensor]:
+        """Summary fields [R, T] of places and previous tokens, as far as the rule reads them.
+
+        Args:
+            positions: tokens generated before each drafted one [R, T]; None where nobody asks.
+            drafted: [R, T].
+            before: gives the last generated tokens, [R, as many as there are such fields]; asked where they are read.
+        """
+        context = {}
+        if positions is not None and "position" in self.rule.needs:
+            context["position"] = positions
+        if self.previous:
+            found = previous_tokens(before(), drafted)
+            context |= {
+                name: found[back] for back, name in enumerate(PREVIOUS_TOKENS) if name in self.previous
+            }
+        return context
+
     # What becomes of verdicts
 
     def settle(
@@ -166,7 +194,7 @@ class Seam:
         self.log_blocks(step, served, rows, raw)
 
     def _charge(self, requests: Sequence[ServedRequest], outcome: Outcome) -> None:
-        wanted = sum(not request.settings.rule.is_lossless for request in requests)
+        wanted = sum(request.ruled for request in requests)
         self.consulted += wanted - len(outcome.unlawful)
         for name, rows in (("drafter_law", outcome.unlawful), ("fault", outcome.faults)):
             if rows:

@@ -20,7 +20,7 @@ from deferral_train.pairs.prompts import Prompt
 from deferral_train.rules import Rule, make_rule
 from deferral_train.rules.position import Lossless
 from deferral_train.serving.client import ServerClient
-from deferral_train.serving.engine_pair import HANDED_OVER
+from deferral_train.serving.engine_pair import handed_over, request_seeds
 from deferral_train.serving.models import encode_within
 from deferral_train.serving.served_stats import ServedBlocks, Steps, served_stats
 
@@ -96,8 +96,7 @@ class ServerPair:
         self, encoded: Sequence[EncodedPrompt], options: Settings, sort: bool
     ) -> list[list[EncodedPrompt]]:
         """All prompts at once, of very many so many at once; ``batch_size`` of them are asked at the same time."""
-        size = HANDED_OVER * options.batch_size
-        return [list(encoded[start : start + size]) for start in range(0, len(encoded), size)]
+        return handed_over(encoded, options)
 
     def turn(self, rule: Rule) -> str:
         """One for all."""
@@ -113,10 +112,8 @@ class ServerPair:
         token_log: Any = None,
     ) -> BatchResult:
         """Ask for every prompt, ``batch_size`` at the same time; see `Decoder`."""
-        bodies = [
-            self._body(prompt, rule, options, (options.seed * 1_000_003 + number) * 65_537 + place)
-            for place, prompt in enumerate(batch)
-        ]
+        seeds = request_seeds(options, number, len(batch))
+        bodies = [self._body(prompt, rule, options, seed) for prompt, seed in zip(batch, seeds)]
         began = time.perf_counter()
         with ThreadPoolExecutor(options.batch_size) as pool:
             answers = list(pool.map(self.client.complete, bodies))
@@ -130,7 +127,7 @@ class ServerPair:
             [one.tokens for one in steps], stats, seconds, ran | ({"deferrals": False} if ruled else {})
         )
 
-    def _body(self, prompt: EncodedPrompt, rule: Rule, options: Settings, seed: int) -> dict[str, Any]:
+    def _body(self, prompt: EncodedPrompt, rule: Rule, options: Settings, seed: int | None) -> dict[str, Any]:
         extra: dict[str, Any] = {}
         if not isinstance(rule, ServersRule):
             extra["deferral_lossless"] = 1
@@ -147,8 +144,8 @@ class ServerPair:
             "return_token_ids": True,
             "include_stop_str_in_output": True,
         }
-        if options.temperature > 0:
-            found["seed"] = seed % (1 << 62)
+        if seed is not None:
+            found["seed"] = seed
         if options.stop_strings:
             found["stop"] = list(options.stop_strings)
         return found | ({"vllm_xargs": extra} if extra else {})

@@ -109,6 +109,22 @@ def test_the_picture_has_a_curve_per_rule_through_lossless_and_marks_the_chosen_
     assert "The drafter alone gets 40.0% right" in page.read_text()
 
 
+def test_without_judged_calibration_questions_the_picture_is_of_test_questions(
+    page: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(page.parent, tmp_path / "run")
+    path = tmp_path / "run" / "calibration" / "summary.json"
+    summary = json.loads(path.read_text())
+    for rule in summary["rules"].values():
+        rule["quality"] = {}
+    path.write_text(json.dumps(summary))
+    figure = write_report(tmp_path / "run").read_text().partition('<figure class="first">')[2]
+    figure = figure.partition("</figure>")[0]
+    assert 'data-series="opt"' not in figure
+    for name in ("verifier alone", "lossless drafting", f"chosen: {CHOSEN}"):
+        assert f'data-series="{name}"' in figure
+
+
 def test_the_token_that_ends_a_text_is_not_shown() -> None:
     class Ends:
         eos_token_id = 1
