@@ -22,7 +22,7 @@ from deferral_train.rules.base import Rule
 from deferral_train.traces import Traces
 
 FOLDER = "calibration"
-BATCH = 64
+BATCH = 64  # prompts side by side, at least: nothing is timed here
 
 
 def check_constraint(config: OperatingPointConfig, prompts: list[Prompt], rules: int) -> None:
@@ -80,7 +80,7 @@ def certified_point(
     dials = operating_point.spread(
         traces, sweeps, config.shares, section.temperature, section.num_draft_tokens
     )
-    settings = replace(section.settings(search.seed), batch_size=BATCH)
+    settings = replace(section.settings(search.seed), batch_size=max(BATCH, section.batch_size))
     tried = {"lossless": rule_from_spec("lossless"), **operating_point.labelled(rules, dials)}
     decoder.decode(prompts, tried, DecodeConfig(settings), search.folder)
     evidence = read_evidence(search.folder)
